@@ -1,0 +1,63 @@
+# Everything a user runs, from a clean clone: only Python 3.10 or newer and make are needed.
+
+PYTHON ?= python3
+PROMPT ?= an avocado armchair
+ARGS ?=
+RUNS ?= runs/toy
+PY := .venv/bin/python
+
+# The prompt travels in the environment, unexpanded, so that $$, quotes and apostrophes survive.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help sample test lint format train-toy bench evaluate clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+sample: .venv/runtime.stamp ## Draw PROMPT="an avocado armchair"; more options in ARGS="--num-images 8"
+	$(PY) sample.py "$$PROMPT" $(ARGS)
+
+test: .venv/dev.stamp ## Run the tests; ARGS="tests/test_masks.py -x" narrows them
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/dev.stamp ## Check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: .venv/dev.stamp ## Format the code and fix what ruff can fix
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+train-toy: .venv/runtime.stamp ## Train all three models on Toybox under RUNS=runs/toy; run again to resume
+	$(PY) train_dvae.py toy --out $(RUNS)/dvae
+	$(PY) -m dalle1.data.codes --dvae $(RUNS)/dvae --data toybox:60000 --out $(RUNS)/codes
+	$(PY) train_transformer.py toy --dvae $(RUNS)/dvae --data $(RUNS)/codes --out $(RUNS)/transformer
+	$(PY) train_clip.py toy --out $(RUNS)/clip
+
+bench: .venv/runtime.stamp ## Measure the speed of sampling
+	$(PY) benchmarks/sample.py $(ARGS)
+
+evaluate: .venv/runtime.stamp ## Score the bundled model on Toybox
+	$(PY) evaluate.py toybox $(ARGS)
+
+clean: ## Remove .venv, caches and builds; trained models in runs/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so an install that fails or is interrupted starts again next time.
+.venv/runtime.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo 'dalle1 needs Python 3.10 or newer: name one with make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo 'This Python has no venv module: install it (Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -e . -c constraints.txt
+	@touch $@
+
+.venv/dev.stamp: .venv/runtime.stamp
+	$(PY) -m pip install -e '.[dev]' -c constraints.txt
+	@touch $@
