@@ -1,0 +1,99 @@
+"""The dVAE's objective: logit-Laplace likelihood and KL to uniform (paper §2.1, A.2, A.3).
+
+B batch, C = 3 colours, H W picture in pixels, h w grid of codes, V codebook size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PIXEL_MARGIN = 0.1
+"""ε of A.3: pixels are squeezed into [ε, 1 − ε], away from the ends where 1/x(1−x) blows up."""
+
+
+def squeeze_pixels(images: Tensor) -> Tensor:
+    """φ: map pixels in [0, 1] into [ε, 1 − ε], where the logit-Laplace density lives (A.3)."""
+    return (1 - 2 * PIXEL_MARGIN) * images + PIXEL_MARGIN
+
+
+def unsqueeze_pixels(squeezed: Tensor) -> Tensor:
+    """φ⁻¹, clamped to [0, 1] as in the released code."""
+    return ((squeezed - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
+
+
+def logit_laplace_nll(squeezed: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """−ln f of the paper's equation (A.3), elementwise, in nats.
+
+    f(x | μ, b) = exp(−|logit x − μ| / b) / (2 b x (1 − x)): a Laplace density pushed through a
+    sigmoid, so that no mass falls outside the range of pixels.
+
+    Args:
+        squeezed: x, in (0, 1); see `squeeze_pixels`.
+        mean: μ, in logits.
+        log_scale: ln b.
+    """
+    distance = (torch.logit(squeezed) - mean).abs()
+    jacobian = torch.log(squeezed) + torch.log1p(-squeezed)
+    return distance * torch.exp(-log_scale) + log_scale + math.log(2) + jacobian
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """KL(softmax(logits) ‖ uniform) over the last axis, in nats per position: Σ q ln q + ln V."""
+    log_q = logits.float().log_softmax(-1)
+    return (log_q.exp() * log_q).sum(-1) + math.log(logits.shape[-1])
+
+
+def usage_gap(logits: Tensor) -> Tensor:
+    """ln V − H(q̄), in nats: how far the batch's mean posterior q̄ is from using all codes alike.
+
+    Paper: no such term. At small budgets it keeps codes from dying before they are of use.
+    """
+    return kl_to_uniform(logits.float().softmax(-1).flatten(0, -2).mean(0).clamp_min(1e-12).log())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAELoss:
+    """What `elbo_loss` returns; every field is a scalar tensor, a mean over the batch."""
+
+    total: Tensor
+    """What is minimised, in nats per colour value."""
+    nll: Tensor
+    """−ln f, in nats per colour value."""
+    kl: Tensor
+    """KL(q ‖ uniform), in nats per code."""
+    usage_gap: Tensor
+    """ln V − H(q̄), in nats; see `usage_gap`."""
+
+
+def elbo_loss(
+    images: Tensor, stats: Tensor, logits: Tensor, *, beta: float, usage_weight: float = 0.0
+) -> DVAELoss:
+    """Give the negative ELBO per colour value (paper A.2): mean NLL + β·KL·(codes / values).
+
+    The paper divides the sums by 256·256·3; with means, the weight of one code's KL is
+    β·(h·w)/(H·W·3) = β/192, whatever the size of batch and picture, so β keeps its meaning.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1].
+        stats: [B, 6, H, W]: μ and ln b of each colour, as the decoder gives them.
+        logits: [B, h, w, V], raw, without noise or temperature.
+        beta: the weight of the KL; the paper's goes from 0 to 6.6.
+        usage_weight: the weight of `usage_gap`, taken like one code's KL; the paper's is 0.
+    """
+    mean, log_scale = stats.float().chunk(2, dim=1)
+    nll = logit_laplace_nll(squeeze_pixels(images), mean, log_scale).mean()
+    kl = kl_to_uniform(logits).mean()
+    gap = usage_gap(logits)
+    codes_per_value = logits[..., 0].numel() / images.numel()
+    total = nll + codes_per_value * (beta * kl + usage_weight * gap)
+    return DVAELoss(total=total, nll=nll, kl=kl, usage_gap=gap)
+
+
+def psnr(images: Tensor, drawn: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, of each picture of [B, 3, H, W] in [0, 1]: [B]."""
+    error = (images - drawn).square().flatten(1).mean(1)
+    return -10 * torch.log10(error.clamp_min(1e-10))
