@@ -1,0 +1,134 @@
+"""Attention of the joint stream: a form that skips what the mask hides, and one that goes stepwise.
+
+B batch, H heads, T = L + N places: L of text, N = W² of the picture; d width of a head.
+
+The skipping form arranges the codes in W blocks of W: the rows of the picture, or for a column
+mask its columns. A block sees the text, itself and a few blocks before it, so that its scores are
+[W, L + (back + 1)·W] and never [T, T]; one softmax runs over text and blocks together. What is
+hidden inside the blocks is read off the specification in `dalle1.masks`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dalle1.masks import CONV_REACH, MaskKind, image_mask, joint_mask
+
+
+class Mask(nn.Module):
+    """A mask in the two forms in which it is used; made once for all layers of its kind."""
+
+    whole: Tensor
+    """[T, T]: who sees whom."""
+    blocked: Tensor
+    """[W, W, (back + 1)·W]: what place i of block r sees, of blocks r − back … r."""
+
+    def __init__(self, kind: MaskKind, text_len: int, grid_size: int) -> None:
+        super().__init__()
+        self.text_len, self.grid_size = text_len, grid_size
+        self.by_column = kind == "column"
+        backs = {"row": 1, "column": 0, "conv": CONV_REACH + 1, "full": grid_size - 1}
+        self.back = min(backs[kind], grid_size - 1)
+        self.register_buffer("whole", joint_mask(kind, text_len, grid_size), persistent=False)
+        mask = image_mask(kind, grid_size)[None, None]
+        mask = self.arrange(self.arrange(mask).transpose(-1, -2)).transpose(-1, -2)[0, 0]
+        padded = F.pad(mask, (self.back * grid_size, 0))
+        span = (self.back + 1) * grid_size
+        rows = [
+            padded[r * grid_size : (r + 1) * grid_size, r * grid_size : r * grid_size + span]
+            for r in range(grid_size)
+        ]
+        self.register_buffer("blocked", torch.stack(rows), persistent=False)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Bring codes [B, H, N, d] from raster order to that of the blocks, or back again."""
+        if not self.by_column:
+            return x
+        return rearrange(x, "b h (r c) d -> b h (c r) d", r=self.grid_size)
+
+    def windows(self, x: Tensor) -> Tensor:
+        """Give what each block sees of the blocks: [B, H, N, d] → [B, H, W, (back + 1)·W, d]."""
+        blocks = rearrange(x, "b h (n w) d -> b h n w d", w=self.grid_size)
+        padded = F.pad(blocks, (0, 0, 0, 0, self.back, 0))
+        shifted = [padded[:, :, i : i + self.grid_size] for i in range(self.back + 1)]
+        return torch.cat(shifted, dim=-2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attend over whole streams, skipping what the mask hides: [B, H, T, d] each → [B, H, T, d]."""
+    length, w = mask.text_len, mask.grid_size
+    q = q / math.sqrt(q.shape[-1])
+    (text_q, q), (text_k, k), (text_v, v) = (
+        (x[:, :, :length], mask.arrange(x[:, :, length:])) for x in (q, k, v)
+    )
+    hidden = ~mask.whole[:length, :length]
+    scores = (text_q @ text_k.transpose(-1, -2)).masked_fill(hidden, -torch.inf)
+    text = scores.softmax(-1).to(v.dtype) @ text_v
+    seen = rearrange(q, "b h (n w) d -> b h n w d", w=w) @ mask.windows(k).transpose(-1, -2)
+    seen = seen.masked_fill(~mask.blocked, -torch.inf)
+    of_text = rearrange(q @ text_k.transpose(-1, -2), "b h (n w) l -> b h n w l", w=w)
+    weights = torch.cat([of_text, seen], dim=-1).softmax(-1).to(v.dtype)
+    of_text, seen = weights.split([length, seen.shape[-1]], dim=-1)
+    image = of_text.flatten(2, 3) @ text_v + (seen @ mask.windows(v)).flatten(2, 3)
+    return torch.cat([text, mask.arrange(image)], dim=2)
+
+
+class Cache:
+    """The keys and values of one layer for places [0, length) of B streams."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
+        shape = (batch, heads, length, head_width)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+
+    def extend(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Store a piece that begins at `start`; give all keys and values up to its end.
+
+        A piece with a batch of 1 is shared by all streams: so a caption is read only once.
+        """
+        end = start + keys.shape[2]
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        if start == 0:
+            return keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head attention; the mask is given from outside, so that it is made only once."""
+
+    def __init__(self, width: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        init_linear(self.qkv)
+        init_linear(self.out, scale=1 / math.sqrt(2 * depth))
+
+    def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, start: int = 0) -> Tensor:
+        """Attend: x [B, n, D] → [B, n, D].
+
+        Args:
+            x: whole streams; with a cache, any piece of them.
+            cache: what the pieces before have left.
+            start: the place in the stream where the piece begins.
+        """
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        if cache is None:
+            y = attend(q, k, v, mask)
+        else:
+            k, v = cache.extend(k, v, start)
+            seen = mask.whole[start : start + x.shape[1], : k.shape[2]]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+
+
+def init_linear(layer: nn.Linear, scale: float = 1.0) -> None:
+    """Draw weights from N(0, 0.125/√d_in)·scale; biases begin at 0 (Sparse Transformers, §6)."""
+    nn.init.normal_(layer.weight, std=0.125 / math.sqrt(layer.in_features) * scale)
+    nn.init.zeros_(layer.bias)
