@@ -1,0 +1,116 @@
+"""Batches as a pure function of (seed, step): any training can begin anywhere in its data."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dalle1.data.sources import CaptionSource
+
+Example = Mapping[str, Tensor]
+Prepare = Callable[[Any, int, random.Random], Example]
+"""(source, index, rng) → the tensors of one example."""
+
+ENDLESS = 1 << 30
+"""From this length on a source has fresh pairs for ever: read in order, shuffled by nature."""
+
+
+class _Prepared(Dataset):
+    """A source whose examples are made by `prepare`, with randomness from (seed, place)."""
+
+    def __init__(self, source: CaptionSource, prepare: Prepare, seed: int) -> None:
+        self.source, self.prepare, self.seed = source, prepare, seed
+
+    def __getitem__(self, place: int) -> Example:
+        index = index_at(place, len(self.source), self.seed)
+        return self.prepare(self.source, index, random.Random(f"{self.seed}/{place}"))
+
+
+class _Listed(Dataset):
+    """A source whose examples are made by `prepare`, by index."""
+
+    def __init__(self, source: CaptionSource, prepare: Prepare) -> None:
+        self.source, self.prepare = source, prepare
+
+    def __getitem__(self, index: int) -> Example:
+        return self.prepare(self.source, index, random.Random(index))
+
+
+class _Places(Sampler[list[int]]):
+    """The places of each batch in the stream, from step `start` on, without end."""
+
+    def __init__(self, batch_size: int, start: int) -> None:
+        self.batch_size, self.start = batch_size, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start
+        while True:
+            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+            step += 1
+
+
+def index_at(place: int, length: int, seed: int) -> int:
+    """Give the pair at a place of the endless stream: each epoch is a permutation of its own."""
+    if length >= ENDLESS:
+        return place % length
+    epoch, position = divmod(place, length)
+    return int(_order(length, seed, epoch)[position])
+
+
+@lru_cache(maxsize=2)
+def _order(length: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(length, generator=generator)
+
+
+def batches(
+    source: CaptionSource,
+    prepare: Prepare,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    start: int = 0,
+    num_workers: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches for ever, from step `start` on, the same for any number of workers."""
+    loader: DataLoader = DataLoader(
+        _Prepared(source, prepare, seed),
+        batch_sampler=_Places(batch_size, start),
+        num_workers=num_workers,
+        worker_init_fn=_quiet_worker,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
+    return iter(loader)
+
+
+def in_order(
+    source: CaptionSource,
+    prepare: Prepare,
+    indices: Sequence[int],
+    batch_size: int,
+    num_workers: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the examples at `indices` once each, in batches of at most `batch_size`."""
+    examples = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    loader: DataLoader = DataLoader(
+        _Listed(source, prepare),
+        batch_sampler=examples,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        worker_init_fn=_quiet_worker,
+    )
+    return iter(loader)
+
+
+def _quiet_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # The main process decides what a signal means, and ends its workers when it is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,199 @@
+"""Pictures encoded once, so that stage 2 trains without the dVAE.
+
+    python -m dalle1.data.codes --dvae runs/dvae --data toybox:60000 --out runs/codes
+
+writes shards with `KEY.npy` (codes [W, W], uint16 or uint32) and `KEY.json` (its captions), and
+`codes.json`, which says which dVAE they are of. The same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle1.cli import clear_errors, pick_device
+from dalle1.data.batches import in_order
+from dalle1.data.images import centre_square, to_float, to_tensor
+from dalle1.data.sources import PairSource, index_shard, open_source, part, read_member
+from dalle1.training.checkpoint import resolve
+from dalle1.training.loop import autocast, keep_freed_memory
+from dvae import DVAE
+from dvae.model import FILE_NAME as DVAE_FILE
+
+INDEX_NAME = "codes.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """What `python -m dalle1.data.codes` takes."""
+
+    dvae: Path
+    """Folder of a trained dVAE."""
+    out: Path
+    """Folder that the shards are written to."""
+    data: str = "toybox:40000"
+    """Where pairs come from, as in the trainings; it must have an end."""
+    captions: int = 8
+    """Captions kept for each picture, where it has as many; training draws one of them."""
+    batch_size: int = 64
+    """Pictures encoded at once."""
+    shard_size: int = 2_000
+    """Pictures a shard."""
+    seed: int = 0
+    """Of the choice of captions and of Toybox's scenes."""
+    device: str = "auto"
+    """auto is cuda, else mps, else cpu."""
+    num_workers: int = 1
+    """Processes that read pictures."""
+
+
+def fingerprint(dvae_dir: Path) -> str:
+    """Name a dVAE by its file's content, so that codes of another one are told apart."""
+    return hashlib.sha256((dvae_dir / DVAE_FILE).read_bytes()).hexdigest()[:16]
+
+
+class CodeSource:
+    """Pairs of caption and codes, held in memory: 512 bytes for a grid of 16 × 16."""
+
+    def __init__(self, folder: Path, split: str = "train") -> None:
+        try:
+            index = json.loads((folder / INDEX_NAME).read_text())
+            self.dvae, self.grid_size = index["dvae"], index["grid_size"]
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(
+                f"{folder} holds no codes: expected {INDEX_NAME} and shards, as "
+                "`python -m dalle1.data.codes` writes them"
+            ) from error
+        shards = sorted(folder.glob("*.tar"))
+        entries = [(shard, files) for shard in shards for files in index_shard(shard)]
+        if not entries:
+            raise ValueError(f"no codes in {folder}: encoding stopped before the first shard")
+        self.codes: list[np.ndarray] = []
+        self.captions: list[list[str]] = []
+        for shard, files in part(entries, split):
+            self.codes.append(np.load(io.BytesIO(read_member(shard, files[".npy"]))))
+            self.captions.append(json.loads(read_member(shard, files[".json"]))["captions"])
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        return rng.choice(self.captions[index])
+
+    def code_grid(self, index: int) -> Tensor:
+        """Give the codes of pair `index`: [W, W], int64."""
+        return torch.from_numpy(self.codes[index].astype(np.int64))
+
+
+def open_codes(data: str, split: str, dvae_dir: Path) -> CodeSource | None:
+    """Open --data if it is a folder of codes; refuse codes of another dVAE."""
+    if not (Path(data) / INDEX_NAME).is_file():
+        return None
+    source = CodeSource(Path(data), split)
+    if source.dvae != fingerprint(dvae_dir):
+        raise ValueError(
+            f"the codes in {data} are of another dVAE than {dvae_dir}; encode the data anew"
+        )
+    return source
+
+
+def encode(config: EncodeConfig) -> None:
+    """Encode all of `config.data`, shard by shard; whole shards that are there are left alone."""
+    device = pick_device(config.device)
+    keep_freed_memory()
+    model = DVAE.load(resolve(config.dvae), device)
+    size = model.config.image_size
+    source = open_source(config.data, "train", size, config.seed)
+    if len(source) > 1 << 30:
+        raise ValueError(f"data {config.data!r} has no end; name how many, such as toybox:40000")
+    _claim(config, model)
+
+    def prepare(source: PairSource, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+        return {"images": to_tensor(centre_square(source.image(index), size))}
+
+    with tqdm(total=len(source), unit="picture", dynamic_ncols=True) as bar:
+        for begin in range(0, len(source), config.shard_size):
+            indices = range(begin, min(begin + config.shard_size, len(source)))
+            path = config.out / f"{begin // config.shard_size:05d}.tar"
+            if not path.exists():
+                batches = in_order(source, prepare, indices, config.batch_size, config.num_workers)
+                _write_shard(path, _encoded(model, batches, bar), source, indices, config)
+            else:
+                bar.update(len(indices))
+
+
+def _claim(config: EncodeConfig, model: DVAE) -> None:
+    """Write the index; refuse a folder with codes of another dVAE or other data."""
+    index = {
+        "dvae": fingerprint(resolve(config.dvae)),
+        "codebook_size": model.vocab_size,
+        "grid_size": model.grid_size,
+        "data": config.data,
+        "shard_size": config.shard_size,
+        "captions": config.captions,
+        "seed": config.seed,
+    }
+    path = config.out / INDEX_NAME
+    config.out.mkdir(parents=True, exist_ok=True)
+    if path.exists() and json.loads(path.read_text()) != index:
+        raise ValueError(
+            f"{config.out} holds codes of another dVAE or other data; give another --out"
+        )
+    path.write_text(json.dumps(index, indent=1))
+
+
+def _encoded(
+    model: DVAE, batches: Iterator[Mapping[str, Tensor]], bar: tqdm
+) -> Iterator[np.ndarray]:
+    kind = np.uint16 if model.vocab_size <= 1 << 16 else np.uint32
+    device = next(model.parameters()).device
+    for batch in batches:
+        with autocast(device, "bf16"):
+            codes = model.encode(to_float(batch["images"].to(device)))
+        bar.update(len(codes))
+        yield from codes.cpu().numpy().astype(kind)
+
+
+def _write_shard(
+    path: Path,
+    codes: Iterator[np.ndarray],
+    source: PairSource,
+    indices: Sequence[int],
+    config: EncodeConfig,
+) -> None:
+    from webdataset import TarWriter
+
+    partial = path.with_suffix(".partial")
+    with TarWriter(str(partial)) as tar:
+        for index, grid in zip(indices, codes, strict=True):
+            drawn = (
+                source.caption(index, random.Random(f"{config.seed}/{index}/{i}"))
+                for i in range(config.captions)
+            )
+            captions = list(dict.fromkeys(drawn))
+            tar.write({"__key__": f"{index:09d}", "npy": grid, "json": {"captions": captions}})
+    os.replace(partial, path)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    import tyro
+
+    with clear_errors():
+        config = tyro.cli(EncodeConfig, args=args, description=__doc__.splitlines()[0])
+        encode(config)
+        print(f"Codes are in {config.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Sources of pairs: Toybox, a folder, WebDataset shards. All are read by index, in any order."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from braceexpand import braceexpand
+from PIL import Image, UnidentifiedImageError
+
+Place = tuple[int, int]
+"""Offset and size in bytes of a file within a shard."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+
+
+class CaptionSource(Protocol):
+    """Captions of something, by index."""
+
+    def __len__(self) -> int: ...
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        """Give a caption of pair `index`, one of several at random where there are several."""
+
+
+class PairSource(CaptionSource, Protocol):
+    """What a training reads from: captions and their pictures."""
+
+    def image(self, index: int) -> Image.Image:
+        """Give the picture of pair `index`, in RGB."""
+
+
+def open_source(data: str, split: str = "train", size: int = 128, seed: int = 0) -> PairSource:
+    """Open what --data names.
+
+    Args:
+        data: `toybox`, `toybox:N`, a folder of pictures and captions, or a folder, glob or
+            {000..123} pattern of .tar shards.
+        split: train or validation: other scenes of Toybox, or the end of a user's data.
+        size: side in pixels that Toybox draws at.
+        seed: of Toybox's scenes.
+
+    Raises: ValueError where there is nothing of the kind.
+    """
+    name, _, count = data.partition(":")
+    if name == "toybox":
+        from dalle1.data.toybox import Toybox
+
+        if count and not count.isdecimal():
+            raise ValueError(f"data is {data!r}, expected toybox or toybox:N with a number N")
+        return Toybox(split, size=size, seed=seed, num_scenes=int(count) if count else None)
+    path = Path(data)
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else _expand(data)
+    if shards:
+        return Shards(shards, split)
+    if path.is_dir():
+        return Folder(path, split)
+    raise ValueError(
+        f"no data at {data!r}: expected toybox, a folder of pictures beside .txt captions, or "
+        "WebDataset shards (.tar)"
+    )
+
+
+Item = TypeVar("Item")
+
+
+def part(items: list[Item], split: str) -> list[Item]:
+    """Give the training part of a user's data, or its end, at most 512 pairs, to validate on."""
+    held = min(512, len(items) // 20)
+    if split == "train" or held == 0:  # too few to spare any
+        return items[: len(items) - held]
+    return items[len(items) - held :]
+
+
+def _expand(pattern: str) -> list[Path]:
+    paths = [Path(p) for part in braceexpand(pattern) for p in sorted(glob.glob(part))]
+    return [p for p in paths if p.suffix == ".tar"]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Make any picture RGB; transparent places become white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _read_picture(content: bytes, where: str) -> Image.Image:
+    try:
+        return to_rgb(Image.open(io.BytesIO(content)))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{where} is no readable picture ({error}); mend or remove it") from error
+
+
+class Folder:
+    """Pictures with their captions beside them: `name.jpg` and `name.txt`, one caption a line."""
+
+    def __init__(self, path: Path, split: str = "train") -> None:
+        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+        self.pictures = part([p for p in pictures if p.with_suffix(".txt").is_file()], split)
+        if not self.pictures:
+            raise ValueError(
+                f"no pairs in {path}: {len(pictures)} pictures there, none with a caption beside "
+                "it; expected name.jpg (png, webp, gif) and name.txt"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        text = self.pictures[index].with_suffix(".txt").read_text(encoding="utf-8")
+        return rng.choice([line.strip() for line in text.splitlines() if line.strip()] or [""])
+
+    def image(self, index: int) -> Image.Image:
+        return _read_picture(self.pictures[index].read_bytes(), str(self.pictures[index]))
+
+
+class Shards:
+    """Local WebDataset shards in img2dataset's layout, read at random through an index of each."""
+
+    def __init__(self, shards: list[Path], split: str = "train") -> None:
+        samples = [(shard, files) for shard in shards for files in index_shard(shard)]
+        self.entries = part([s for s in samples if _is_pair(s[1])], split)
+        if not self.entries:
+            raise ValueError(
+                f"no pairs in {len(shards)} shards, {shards[0]} the first: expected a picture and "
+                "a .txt under the same name"
+            )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def _read(self, index: int, *suffixes: str) -> bytes:
+        shard, files = self.entries[index]
+        return read_member(shard, next(files[s] for s in suffixes if s in files))
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        return self._read(index, ".txt").decode("utf-8").strip()
+
+    def image(self, index: int) -> Image.Image:
+        where = f"pair {index}, in {self.entries[index][0]},"
+        return _read_picture(self._read(index, *PICTURES), where)
+
+    def record(self, index: int) -> dict:
+        """Give the .json of pair `index`; empty where it has none."""
+        return json.loads(self._read(index, ".json")) if ".json" in self.entries[index][1] else {}
+
+
+def _is_pair(files: dict[str, Place]) -> bool:
+    return ".txt" in files and any(suffix in files for suffix in PICTURES)
+
+
+def index_shard(shard: Path) -> list[dict[str, Place]]:
+    """List the samples of a .tar shard, each as suffix → place."""
+    samples: dict[str, dict[str, Place]] = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                stem, dot, suffix = member.name.partition(".")
+                if member.isfile():
+                    place = (member.offset_data, member.size)
+                    samples.setdefault(stem, {})[dot + suffix.lower()] = place
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} is no readable tar file ({error})") from error
+    return list(samples.values())
+
+
+def read_member(shard: Path, place: Place) -> bytes:
+    """Read one file out of a shard."""
+    with shard.open("rb") as file:
+        file.seek(place[0])
+        return file.read(place[1])

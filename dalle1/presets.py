@@ -1,0 +1,145 @@
+"""The recipes by name: what each training is called with when only its preset is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dalle1.training.loop import RunConfig
+from dalle1.transformer import TransformerConfig
+from dvae import DVAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAERecipe(RunConfig):
+    """How a dVAE is trained (paper §2.1, A.2)."""
+
+    model: DVAEConfig = field(default_factory=DVAEConfig)
+    """Its size."""
+    crop_size: int = 256
+    """Side in pixels of the random crops that it is trained on; a multiple of 8."""
+    beta: float = 6.6
+    """Weight of the KL at the end of its ramp."""
+    beta_steps: int = 5_000
+    """Updates in which β goes from 0 to its end, along a cosine."""
+    temperature: float = 1.0
+    """τ of the relaxation at the start."""
+    final_temperature: float = 1 / 16
+    """τ at the end of its cosine."""
+    temperature_steps: int = 150_000
+    """Updates in which τ falls."""
+    validation_pictures: int = 64
+    """Pictures that are set apart to measure it on."""
+    usage_weight: float = 0.0
+    """Weight of a term that keeps all codes in use. Paper: 0; small budgets collapse without."""
+
+
+_dvae_paper = DVAERecipe(
+    out=Path("runs/dvae"),
+    steps=3_000_000,
+    batch_size=512,
+    learning_rate=1e-4,
+    final_learning_rate=1.25e-6,
+    warmup_steps=0,
+)
+
+DVAE_PRESETS: dict[str, DVAERecipe] = {
+    "toy": replace(
+        _dvae_paper,
+        model=DVAEConfig(
+            image_size=128,
+            width=32,
+            codebook_size=512,
+            code_width=64,
+            logit_gain=4.0,
+            residual_gain=0.25,
+            min_log_scale=-2.0,
+        ),
+        crop_size=64,
+        steps=6_000,
+        batch_size=32,
+        learning_rate=3e-3,
+        final_learning_rate=1e-4,
+        warmup_steps=100,
+        beta=1.0,
+        beta_steps=1_000,
+        temperature_steps=5_000,
+        usage_weight=40.0,
+    ),
+    "paper": _dvae_paper,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerRecipe(RunConfig):
+    """How a transformer is trained (paper §2.2, B.2)."""
+
+    dvae: Path = Path("runs/dvae")
+    """Folder of the dVAE whose codes it models."""
+    width: int = 3968
+    """D: channels of the residual stream."""
+    depth: int = 64
+    """Layers, each of attention and MLP."""
+    heads: int = 62
+    """Attention heads; they divide the width."""
+    text_len: int = 256
+    """Text places; a caption takes at most one less."""
+    text_vocab: int = 16_384
+    """BPE tokens at most; they are learned from the data."""
+    vocab_captions: int = 20_000
+    """Captions that the BPE is learned from: the first of the data."""
+    bpe_dropout: float = 0.1
+    """Chance that a merge of the BPE is skipped, in training only."""
+    text_weight: float = 1 / 8
+    """Weight of the text's loss; the picture's has the rest."""
+    prompts: tuple[str, ...] = (
+        "an avocado armchair",
+        "a zebra mug",
+        "a red star",
+        "a galaxy teapot",
+        "two gold bells",
+        "a blue house above a small pink fish",
+    )
+    """What sample pictures are drawn of at each validation."""
+
+    def size(self, codebook_size: int, grid_size: int, text_vocab: int) -> TransformerConfig:
+        """Give the model's config, once dVAE and vocabulary are known."""
+        return TransformerConfig(
+            text_vocab=text_vocab,
+            text_len=self.text_len,
+            codebook_size=codebook_size,
+            grid_size=grid_size,
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+        )
+
+
+TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
+    "toy": TransformerRecipe(
+        out=Path("runs/transformer"),
+        width=256,
+        depth=8,
+        heads=8,
+        text_len=24,
+        text_vocab=1024,
+        steps=3_000,
+        batch_size=32,
+        learning_rate=1e-3,
+        final_learning_rate=1e-5,
+        warmup_steps=100,
+        weight_decay=4.5e-2,
+        beta2=0.96,
+        ema_decay=0.998,
+    ),
+    "paper": TransformerRecipe(
+        out=Path("runs/transformer"),
+        steps=430_000,
+        batch_size=1024,
+        learning_rate=4.5e-4,
+        final_learning_rate=1.4e-5,
+        warmup_steps=5_000,
+        weight_decay=4.5e-2,
+        beta2=0.96,
+    ),
+}

@@ -1,0 +1,59 @@
+"""Checkpoints: OUT/step-N/, each whole or not there at all, and OUT/latest pointing to the last.
+
+A checkpoint is a folder that is used as it is (`sample.py --model OUT/latest`, and OUT means the
+same), with `state.pt` beside the model to resume from.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE_NAME = "state.pt"
+
+
+def resolve(directory: str | Path) -> Path:
+    """Give the folder with the model: `directory`, or its latest checkpoint if it has any."""
+    latest = Path(directory) / "latest"
+    return latest.resolve() if latest.exists() else Path(directory)
+
+
+def save_checkpoint(
+    out: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None], keep: int = 1
+) -> Path:
+    """Write OUT/step-N and move OUT/latest there; a crash midway leaves the last one as it was.
+
+    Args:
+        state: what resuming needs; tensors, numbers and strings only.
+        save_model: writes the model's own files into the folder that it is given.
+        keep: how many checkpoints stay; older ones are removed once the new one is whole.
+    """
+    folder = out / f"step-{step}"
+    partial = out / f".step-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(partial)
+    torch.save({"step": step, **state}, partial / STATE_NAME)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    link = out / ".latest.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    os.replace(link, out / "latest")
+    others = [f for f in out.glob("step-*") if f != folder]
+    for old in sorted(others, key=lambda f: int(f.name[5:]))[: len(others) + 1 - keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(out: Path) -> dict[str, Any] | None:
+    """Read the latest state in `out`, or None where no training has begun."""
+    path = out / "latest" / STATE_NAME
+    if not path.exists():
+        return None
+    return torch.load(path, map_location="cpu", weights_only=True)

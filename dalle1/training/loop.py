@@ -1,0 +1,246 @@
+"""The training loop of all three stages. It names no model: it takes a loss function.
+
+A run is a pure function of its config: batches, noise and dropout are drawn from (seed, step), so
+a run that was interrupted goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
+from dalle1.training.progress import Progress
+from dalle1.training.schedules import warmup_cosine
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training takes."""
+
+    out: Path
+    """Folder to write to. A training that was interrupted there goes on where it stopped."""
+    data: str = "toybox"
+    """Where pairs come from: `toybox` (endless), `toybox:N` (its first N scenes), a folder of
+    pictures beside .txt captions, or a folder, glob or {000..123} pattern of WebDataset shards."""
+    steps: int = 10_000
+    """Updates in all."""
+    batch_size: int = 32
+    """Pictures (or pairs) an update."""
+    learning_rate: float = 1e-3
+    """AdamW's highest step size, reached after the warm-up."""
+    final_learning_rate: float = 1e-5
+    """Step size at the end of the cosine."""
+    warmup_steps: int = 100
+    """Updates over which the step size rises linearly."""
+    weight_decay: float = 1e-4
+    """Decoupled decay of matrices and embeddings; gains and biases do not decay."""
+    beta2: float = 0.999
+    """AdamW's second β; the first is 0.9."""
+    clip_norm: float = 4.0
+    """Largest global norm of the gradient."""
+    ema_decay: float = 0.999
+    """Decay per update of the averaged weights, which are those that are saved for use."""
+    seed: int = 0
+    """Of the initial weights, the batches and all noise."""
+    device: str = "auto"
+    """auto is cuda, else mps, else cpu."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """What matrix products and convolutions are computed in; weights stay fp32."""
+    num_workers: int = 1
+    """Processes that prepare batches; 0 prepares them in the main one."""
+    log_every: int = 50
+    """Steps between lines of log.jsonl."""
+    validate_every: int = 500
+    """Steps between validations and sample pictures."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, expected a number in [0, 1)")
+
+
+class Loss(Protocol):
+    """A dataclass of scalar tensors; `total` is minimised, the others are logged."""
+
+    @property
+    def total(self) -> Tensor: ...
+
+
+Batch = Mapping[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Make the source of one step's noise, the same however the run came to this step."""
+    return torch.Generator(device).manual_seed(seed * 1_000_000_007 + step)
+
+
+class Trainer(Generic[Model]):
+    """A model, its optimizer and the running average of its weights, at some step."""
+
+    def __init__(self, model: Model, config: RunConfig) -> None:
+        self.config = config
+        self.model = model
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        decays = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": decays},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.step = 0
+
+    def state(self) -> dict[str, Any]:
+        """Everything that resuming needs."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.config.out} holds a training of another model; give the same preset and "
+                "sizes to resume it, or another --out"
+            ) from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def update(
+        self, loss_fn: Callable[[Model, Batch, int], Loss], batch: Batch
+    ) -> dict[str, float | Tensor]:
+        """Make one update; give the loss's fields, the gradient's norm and the step size."""
+        config = self.config
+        rate = warmup_cosine(
+            self.step,
+            peak=config.learning_rate,
+            end=config.final_learning_rate,
+            warmup=config.warmup_steps,
+            duration=config.steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(next(self.model.parameters()).device, config.precision):
+            loss = loss_fn(self.model, batch, self.step)
+        loss.total.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._average()
+        fields = {f.name: getattr(loss, f.name).detach() for f in dataclasses.fields(loss)}  # type: ignore[arg-type]
+        return {**fields, "gradient_norm": norm, "learning_rate": rate}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # Young averages follow quickly, so that the initial weights are soon forgotten.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        averages: list[Tensor] = [*self.ema.parameters()]
+        weights: list[Tensor] = [*self.model.parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, for the next step, which needs just as much again.
+
+    By default every large tensor is mapped and faulted in anew: a third of a CPU training's time.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+                mallopt(parameter, 2**31 - 1)
+            mallopt(_M_TOP_PAD, 2**28)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Compute matrix products and convolutions in bf16 where `precision` says so."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished."""
+    caught: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
+    try:
+        yield caught
+    finally:
+        for s, handler in zip(signals, before, strict=True):
+            signal.signal(s, handler)
+
+
+def fit(
+    model: Model,
+    loss_fn: Callable[[Model, Batch, int], Loss],
+    batches: Callable[[int], Iterable[Batch]],
+    config: RunConfig,
+    *,
+    save_model: Callable[[Model, Path], None],
+    validate: Callable[[Model, int], Mapping[str, float]] | None = None,
+) -> Model:
+    """Train `model` to `config.steps` and give the average of its weights.
+
+    Args:
+        loss_fn: (model, batch, step) → a dataclass of scalars with `total`.
+        batches: step → the batches from there on, on any device.
+        save_model: writes the averaged model's files into a folder.
+        validate: (averaged model, step) → numbers for the log.
+    """
+    device = next(model.parameters()).device
+    keep_freed_memory()
+    trainer = Trainer(model.train(), config)
+    if (state := load_checkpoint(config.out)) is not None:
+        trainer.load(state)
+        print(f"Going on at step {trainer.step} of {config.steps} in {config.out}")
+    progress = Progress(config.out, trainer.step, config.steps, config.batch_size)
+    stream = batches(trainer.step) if trainer.step < config.steps else ()
+    with stop_on_signal() as stopped, progress:
+        for batch in stream:
+            values = trainer.update(loss_fn, {k: v.to(device) for k, v in batch.items()})
+            progress.advance()
+            step, last = trainer.step, trainer.step == config.steps or bool(stopped)
+            if step % config.log_every == 0 or last:
+                progress.log(step, values)
+            if validate and not stopped and (step % config.validate_every == 0 or last):
+                progress.report(step, validate(trainer.ema, step))
+            if step % config.save_every == 0 or last:
+                state = trainer.state()
+                save_checkpoint(config.out, step, state, lambda f: save_model(trainer.ema, f))
+            if last:
+                break
+    if stopped:
+        print(f"Stopped at step {trainer.step}, saved in {config.out}; the same command goes on")
+        raise SystemExit(0)
+    return trainer.ema

@@ -1,0 +1,64 @@
+"""What a training shows: a progress bar, lines on the console, and OUT/log.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Progress:
+    """The bar and the log of a run of `steps` steps, from step `start` on.
+
+    log.jsonl has one object a line; lines past `start`, of a run that died, are dropped.
+    """
+
+    def __init__(self, out: Path, start: int, steps: int, batch_size: int) -> None:
+        self.path = out / "log.jsonl"
+        out.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.path.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= start))
+        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        self.batch_size = batch_size
+        self._restart_clock(start)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.bar.close()
+
+    def _restart_clock(self, step: int) -> None:
+        self.since, self.seen = time.perf_counter(), step
+
+    def advance(self) -> None:
+        """Move the bar by one step."""
+        self.bar.update()
+
+    def log(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Log the numbers of an update, and how many samples a second went through since."""
+        rate = (step - self.seen) * self.batch_size / (time.perf_counter() - self.since)
+        self._write(step, {**values, "samples_per_second": rate})
+        self.bar.set_postfix_str(f"loss {float(values['total']):.4f}")
+        self._restart_clock(step)
+
+    def report(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log and print the numbers of a validation; the time it took is no training time."""
+        self._write(step, {f"validation/{k}": v for k, v in numbers.items()})
+        self.bar.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+        self._restart_clock(step)
+
+    def _write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        numbers = {name: float(f"{float(value):.6g}") for name, value in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")

@@ -1,0 +1,111 @@
+"""Train a transformer on captions and codes as one stream (stage 2; paper §2.2, B).
+
+    python train_transformer.py toy --dvae runs/dvae --data toybox --out runs/transformer
+
+writes runs/transformer/latest/, which `sample.py --model` takes as it is, a log and samples; the
+same command goes on after an interruption. Data may be pre-encoded (`python -m dalle1.data.codes`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle1.cli import clear_errors, parse_preset, pick_device
+from dalle1.data import PairSource, batches, open_source
+from dalle1.data.codes import CodeSource, open_codes
+from dalle1.data.images import centre_square, grid, to_float, to_tensor
+from dalle1.pipeline import DallE
+from dalle1.presets import TRANSFORMER_PRESETS, TransformerRecipe
+from dalle1.text import Tokenizer
+from dalle1.training.checkpoint import resolve
+from dalle1.training.loop import Batch, autocast, fit
+from dalle1.transformer import Transformer, TransformerLoss
+from dvae import DVAE
+
+Source = CodeSource | PairSource
+
+
+class TransformerTraining:
+    """What `fit` needs to know of stage 2."""
+
+    def __init__(self, config: TransformerRecipe) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        self.dvae = DVAE.load(resolve(config.dvae), self.device)
+        self.source, self.held = self.open("train"), self.open("validation")
+        count = min(config.vocab_captions, len(self.source))
+        captions = (self.source.caption(i, random.Random(i)) for i in range(count))
+        self.tokenizer = Tokenizer.train(captions, config.text_vocab)
+        torch.manual_seed(config.seed)
+        size = config.size(self.dvae.vocab_size, self.dvae.grid_size, self.tokenizer.vocab_size)
+        self.model = Transformer(size).to(self.device)
+
+    def open(self, split: str) -> Source:
+        config = self.config
+        return open_codes(config.data, split, resolve(config.dvae)) or open_source(
+            config.data, split, self.dvae.config.image_size, config.seed
+        )
+
+    def prepare(self, source: Source, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+        caption = source.caption(index, rng)
+        dropout = self.config.bpe_dropout if source is self.source else 0.0
+        text = self.tokenizer.encode([caption], self.config.text_len, dropout=dropout, rng=rng)[0]
+        if isinstance(source, CodeSource):
+            return {"text": text, "codes": source.code_grid(index)}
+        picture = centre_square(source.image(index), self.dvae.config.image_size)
+        return {"text": text, "images": to_tensor(picture)}
+
+    def stream(self, start: int) -> Iterator[Batch]:
+        config = self.config
+        return batches(
+            self.source,
+            self.prepare,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start=start,
+            num_workers=config.num_workers,
+        )
+
+    def loss(self, model: Transformer, batch: Batch, step: int = 0) -> TransformerLoss:
+        codes = batch["codes"] if "codes" in batch else self.dvae.encode(to_float(batch["images"]))
+        return model.loss(batch["text"], codes, self.config.text_weight)
+
+    @torch.no_grad()
+    def validate(self, model: Transformer, step: int) -> Mapping[str, float]:
+        config = self.config
+        count = min(256, len(self.held))
+        losses = []
+        with autocast(self.device, config.precision):
+            for batch in batches(self.held, self.prepare, batch_size=min(32, count), seed=0):
+                losses.append(self.loss(model, {k: v.to(self.device) for k, v in batch.items()}))
+                if len(losses) * 32 >= count:
+                    break
+        drawn = DallE(self.dvae, model, self.tokenizer)
+        rows = [drawn.candidates(p, num_candidates=8, seed=0) for p in config.prompts]
+        folder = config.out / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid([c.image for row in rows for c in row], 8).save(folder / f"step-{step}.png")
+        fields = ("text", "image")
+        return {f: float(torch.stack([getattr(x, f) for x in losses]).mean()) for f in fields}
+
+    def save(self, model: Transformer, folder: Path) -> None:
+        DallE(self.dvae, model, self.tokenizer).save_pretrained(folder)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with clear_errors():
+        config = parse_preset(TRANSFORMER_PRESETS, args, __doc__.splitlines()[0])
+        run = TransformerTraining(config)
+        fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
+        print(
+            f"The model is in {config.out}; draw with: python sample.py PROMPT --model {config.out}"
+        )
+
+
+if __name__ == "__main__":
+    main()
