@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +120,7 @@ def encode(config: EncodeConfig) -> None:
         raise ValueError(f"data {config.data!r} has no end; name how many, such as toybox:40000")
     _claim(config, model)
 
-    def prepare(source: PairSource, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-        return {"images": to_tensor(centre_square(source.image(index), size))}
-
+    prepare = partial(_prepare, size)  # no closure: workers that are spawned must unpickle it
     with tqdm(total=len(source), unit="picture", dynamic_ncols=True) as bar:
         for begin in range(0, len(source), config.shard_size):
             indices = range(begin, min(begin + config.shard_size, len(source)))
@@ -131,6 +130,10 @@ def encode(config: EncodeConfig) -> None:
                 _write_shard(path, _encoded(model, batches, bar), source, indices, config)
             else:
                 bar.update(len(indices))
+
+
+def _prepare(size: int, source: PairSource, index: int, _: random.Random) -> Mapping[str, Tensor]:
+    return {"images": to_tensor(centre_square(source.image(index), size))}
 
 
 def _claim(config: EncodeConfig, model: DVAE) -> None:
@@ -174,8 +177,8 @@ def _write_shard(
 ) -> None:
     from webdataset import TarWriter
 
-    partial = path.with_suffix(".partial")
-    with TarWriter(str(partial)) as tar:
+    unfinished = path.with_suffix(".partial")
+    with TarWriter(str(unfinished)) as tar:
         for index, grid in zip(indices, codes, strict=True):
             drawn = (
                 source.caption(index, random.Random(f"{config.seed}/{index}/{i}"))
@@ -183,7 +186,7 @@ def _write_shard(
             )
             captions = list(dict.fromkeys(drawn))
             tar.write({"__key__": f"{index:09d}", "npy": grid, "json": {"captions": captions}})
-    os.replace(partial, path)
+    os.replace(unfinished, path)
 
 
 def main(args: Sequence[str] | None = None) -> None:

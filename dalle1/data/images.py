@@ -36,7 +36,15 @@ def centre_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
-    """Cut a square of `size` anywhere, and mirror every second one."""
+    """Cut a square of `size` anywhere, and mirror every second one.
+
+    Raises: ValueError where the picture is smaller than that.
+    """
+    if min(image.size) < size:
+        raise ValueError(
+            f"a picture of {image.width} × {image.height} is too small to cut {size} × {size} "
+            "from; resize it first, or cut less"
+        )
     left = rng.randint(0, image.width - size)
     top = rng.randint(0, image.height - size)
     crop = image.crop((left, top, left + size, top + size))

@@ -10,8 +10,9 @@ import tarfile
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
 from braceexpand import braceexpand
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 Place = tuple[int, int]
 """Offset and size in bytes of a file within a shard."""
@@ -83,7 +84,11 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Make any picture RGB; transparent places become white."""
+    """Make any picture RGB, the right way up; transparent places become white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut it off at 255
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -93,7 +98,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _read_picture(content: bytes, where: str) -> Image.Image:
     try:
         return to_rgb(Image.open(io.BytesIO(content)))
-    except (UnidentifiedImageError, OSError) as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"{where} is no readable picture ({error}); mend or remove it") from error
 
 
@@ -159,12 +164,15 @@ def index_shard(shard: Path) -> list[dict[str, Place]]:
     """List the samples of a .tar shard, each as suffix → place."""
     samples: dict[str, dict[str, Place]] = {}
     try:
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, "r:") as tar:  # in a compressed one, places would mean nothing
             for member in tar:
-                stem, dot, suffix = member.name.partition(".")
+                # WebDataset's rule: the key ends at the first dot of the name, whatever the folder.
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, suffix = name.partition(".")
                 if member.isfile():
                     place = (member.offset_data, member.size)
-                    samples.setdefault(stem, {})[dot + suffix.lower()] = place
+                    sample = samples.setdefault(folder + slash + stem, {})
+                    sample[dot + suffix.lower()] = place
     except tarfile.TarError as error:
         raise ValueError(f"{shard} is no readable tar file ({error})") from error
     return list(samples.values())

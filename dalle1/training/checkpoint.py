@@ -46,7 +46,7 @@ def save_checkpoint(
     link.symlink_to(folder.name)
     os.replace(link, out / "latest")
     others = [f for f in out.glob("step-*") if f != folder]
-    for old in sorted(others, key=lambda f: int(f.name[5:]))[: len(others) + 1 - keep]:
+    for old in sorted(others, key=lambda f: int(f.name[5:]))[: max(0, len(others) + 1 - keep)]:
         shutil.rmtree(old)
     return folder
 

@@ -75,6 +75,8 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}, expected a number in [0, 1)")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision is {self.precision!r}, expected bf16 or fp32")
 
 
 class Loss(Protocol):

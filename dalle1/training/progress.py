@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +17,17 @@ from tqdm import tqdm
 class Progress:
     """The bar and the log of a run of `steps` steps, from step `start` on.
 
-    log.jsonl has one object a line; lines past `start`, of a run that died, are dropped.
+    log.jsonl has one object a line; lines past `start`, of a run that died, are dropped, and so is
+    one that it left half written.
     """
 
     def __init__(self, out: Path, start: int, steps: int, batch_size: int) -> None:
         self.path = out / "log.jsonl"
         out.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.path.write_text("".join(f"{x}\n" for x in lines if json.loads(x)["step"] <= start))
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(f"{x}\n" for x in lines if _step_of(x) <= start))
+        os.replace(partial, self.path)
         self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
         self.batch_size = batch_size
         self._restart_clock(start)
@@ -62,3 +67,11 @@ class Progress:
         numbers = {name: float(f"{float(value):.6g}") for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """Give the step of a line of the log; infinity where a crash left the line incomplete."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, TypeError, KeyError):
+        return math.inf
