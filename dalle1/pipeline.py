@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -97,7 +96,6 @@ class DallE:
         self.transformer.save(folder, dtype)
         self.tokenizer.save(folder / VOCABULARY_NAME)
         if self.clip is not None:
-            shutil.rmtree(folder / CLIP_NAME, ignore_errors=True)
             self.clip.save_pretrained(folder / CLIP_NAME, dtype)
 
     def candidates(

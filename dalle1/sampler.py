@@ -49,22 +49,32 @@ def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+def draw(
+    logits: Tensor,
+    uniforms: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Tensor:
     """Draw one token a row from softmax(logits / temperature), by inverting its distribution.
 
     Args:
         logits: [B, V].
-        uniforms: [B], in [0, 1).
+        uniforms: [B], in [0, 1].
         temperature: at least 0; 0 takes the likeliest.
+        top_k, top_p: what it is restricted to; see `restrict`.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, expected at least 0 (0: the likeliest)")
+    logits = restrict(logits.float() / (temperature or 1.0), top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    target = uniforms.to(cumulative)[:, None] * cumulative[:, -1:]
-    # In float32 the largest uniforms are 1, past all tokens; then it is the last that is possible.
-    last = torch.searchsorted(cumulative, cumulative[:, -1:])
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative = logits.softmax(-1, dtype=exact).cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    # A uniform that was rounded to 1 lies past all tokens; then it is the last that is possible.
+    last = torch.searchsorted(cumulative, total)
+    target = uniforms.to(cumulative)[:, None] * total
     return torch.searchsorted(cumulative, target, right=True).minimum(last)[:, 0]
 
 
@@ -84,8 +94,7 @@ def generate(
     Args:
         text: [L], the caption with its padding.
         uniforms: [B, N]: the random number of each candidate at each code.
-        temperature: divides the logits; 1 is the paper's.
-        top_k, top_p: see `restrict`; the paper uses neither.
+        temperature, top_k, top_p: see `draw`; the paper's are 1, 0 and 1.
         on_row: called with the number of rows drawn so far, after each.
 
     Returns: [B, W, W].
@@ -102,8 +111,8 @@ def generate(
     previous = torch.full((batch, 1), config.codebook_size, device=device)
     for place in range(config.image_len):
         x = model.run(model.embed_codes(previous, place), caches, config.text_len + place)
-        logits = restrict(model.image_head(x[:, -1]).float(), top_k, top_p)
-        codes[:, place] = draw(logits, uniforms[:, place], temperature)
+        logits = model.image_head(x[:, -1])
+        codes[:, place] = draw(logits, uniforms[:, place], temperature, top_k, top_p)
         previous = codes[:, place : place + 1]
         if on_row and (place + 1) % config.grid_size == 0:
             on_row((place + 1) // config.grid_size)

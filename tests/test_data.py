@@ -467,7 +467,7 @@ def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
             expected = model.encode(to_float(images))
         assert torch.equal(torch.stack([source.code_grid(i) for i in range(begin, end)]), expected)
     assert source.code_grid(0).dtype == torch.int64
-    assert len(torch.stack([source.code_grid(i) for i in range(10)]).unique()) > 5
+    assert len(torch.stack([source.code_grid(i) for i in range(10)]).unique()) > 2
     captions = {source.caption(6, random.Random(i)) for i in range(40)}
     assert captions == {toybox.caption(6, random.Random(f"0/6/{i}")) for i in range(3)}
     assert len(captions) > 1

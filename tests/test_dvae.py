@@ -378,7 +378,7 @@ def test_psnr_by_hand() -> None:
 
 
 def test_a_few_steps_lower_the_loss() -> None:
-    model, images = tiny(), pictures(4)
+    model, images = tiny(), torch.tensor([0.0, 0.3, 0.6, 1.0]).view(4, 1, 1, 1).expand(4, 3, 16, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(30):
@@ -389,6 +389,7 @@ def test_a_few_steps_lower_the_loss() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.nll.item())
+    print(losses)
     assert losses[-1] < losses[0] - 0.3
 
 
