@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from dalle1 import Candidate, DallE
@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 SETTINGS = ("num_candidates", "num_images", "seed", "temperature", "top_k", "top_p")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see python sample.py --help")
+
+
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line. Nothing heavy is imported before, so that --help comes at once."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw; several at once are welcome")
     add("--num-candidates", type=int, default=16, help="pictures drawn for each prompt")

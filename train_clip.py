@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dalle1.cli import clear_errors, parse_preset, pick_device
+from dalle1.cli import clear_errors, parse_preset
 from dalle1.clip import Clip, ContrastiveLoss, normalise, pair_loss, soften, tiny_clip
 from dalle1.data import PairSource, batches, open_source
 from dalle1.data.images import centre_square, to_float, to_tensor
+from dalle1.device import pick_device
 from dalle1.text import Tokenizer
 from dalle1.training.loop import Batch, RunConfig, fit, step_generator
 

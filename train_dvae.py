@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dalle1.cli import clear_errors, parse_preset, pick_device
+from dalle1.cli import clear_errors, parse_preset
 from dalle1.data import PairSource, batches, open_source
 from dalle1.data.images import centre_square, grid, random_crop, to_float, to_pil, to_tensor
+from dalle1.device import autocast, pick_device
 from dalle1.presets import DVAE_PRESETS, DVAERecipe
-from dalle1.training.loop import Batch, autocast, fit, step_generator
+from dalle1.training.loop import Batch, fit, step_generator
 from dalle1.training.schedules import cosine
 from dvae import DVAE, DVAELoss, elbo_loss, evaluate
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dalle1.cli import clear_errors, parse_preset, pick_device
+from dalle1.cli import clear_errors, parse_preset
 from dalle1.data import PairSource, batches, open_source
 from dalle1.data.codes import CodeSource, open_codes
 from dalle1.data.images import centre_square, grid, to_float, to_tensor
+from dalle1.device import autocast, pick_device
 from dalle1.pipeline import DallE
 from dalle1.presets import TRANSFORMER_PRESETS, TransformerRecipe
 from dalle1.text import Tokenizer
-from dalle1.training.checkpoint import resolve
-from dalle1.training.loop import Batch, autocast, fit
+from dalle1.training.loop import Batch, fit
 from dalle1.transformer import Transformer, TransformerLoss
 from dvae import DVAE
 
@@ -36,7 +36,7 @@ class TransformerTraining:
     def __init__(self, config: TransformerRecipe) -> None:
         self.config = config
         self.device = pick_device(config.device)
-        self.dvae = DVAE.load(resolve(config.dvae), self.device)
+        self.dvae = DVAE.load(config.dvae, self.device)
         self.source, self.held = self.open("train"), self.open("validation")
         count = min(config.vocab_captions, len(self.source))
         captions = (self.source.caption(i, random.Random(i)) for i in range(count))
@@ -47,7 +47,7 @@ class TransformerTraining:
 
     def open(self, split: str) -> Source:
         config = self.config
-        return open_codes(config.data, split, resolve(config.dvae)) or open_source(
+        return open_codes(config.data, split, config.dvae) or open_source(
             config.data, split, self.dvae.config.image_size, config.seed
         )
 

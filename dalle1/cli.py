@@ -1,13 +1,14 @@
-"""What every command shares: a preset first, clear errors, the device."""
+"""What every command shares: a preset first, clear errors, a progress bar."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Config = TypeVar("Config")
 
@@ -44,15 +45,9 @@ def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, abou
     return tyro.cli(type(default), default=default, args=words, description=about)
 
 
-def pick_device(name: str) -> torch.device:
-    """Give the device of that name; auto is cuda, else mps, else cpu."""
-    if name != "auto":
-        try:
-            device = torch.device(name)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {name!r} is not to be had here; try auto or cpu") from error
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def bar(**options: Any) -> tqdm:
+    """Make a progress bar; in a file it moves every half minute only."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(dynamic_ncols=True, mininterval=interval, maxinterval=interval, **options)

@@ -31,6 +31,7 @@ from tokenizers import processors
 from torch import Tensor
 
 from dalle1.text import Tokenizer
+from dvae.weights import model_folder
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is imported where it is used
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -124,7 +125,7 @@ class Clip:
         A name is looked up in the local cache first, then on the network. Weights are loaded as
         float32 whatever their stored type. ValueError when that gives no complete model.
         """
-        name = str(name_or_dir)
+        name = str(model_folder(name_or_dir))
         is_folder = os.path.isdir(name)
         if not is_folder and (isinstance(name_or_dir, Path) or not _is_hub_name(name)):
             raise ValueError(f"no CLIP at {name}: there is no such folder")

@@ -14,7 +14,6 @@ import torch
 
 from dalle1.cli import clear_errors
 from dalle1.pipeline import DallE
-from dalle1.training.checkpoint import resolve
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -38,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     with clear_errors():
         config = tyro.cli(JoinConfig, args=args, description=__doc__.splitlines()[0])
-        model = DallE.from_pretrained(config.model, clip=resolve(config.clip), device="cpu")
+        model = DallE.from_pretrained(config.model, clip=config.clip, device="cpu")
         model.save_pretrained(config.out, DTYPES[config.dtype])
         size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())
         print(f"The model is in {config.out}: {size / 1e6:.1f} MB")

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dalle1.cli import pick_device
 from dalle1.clip import Clip
 from dalle1.data.images import to_pil
+from dalle1.device import pick_device
 from dalle1.sampler import candidate_uniforms, generate
 from dalle1.text import Tokenizer
-from dalle1.training.checkpoint import resolve
 from dalle1.transformer import Transformer
 from dvae import DVAE
+from dvae.weights import model_folder
 
 BUNDLED = Path(__file__).parent / "bundled"
 VOCABULARY_NAME = "vocab.json"
@@ -75,7 +75,7 @@ class DallE:
 
         Raises: ValueError where something is missing, damaged or does not fit the rest.
         """
-        folder = BUNDLED if directory is None else resolve(directory)
+        folder = BUNDLED if directory is None else model_folder(directory)
         if not folder.is_dir():
             raise ValueError(f"no model at {directory}: there is no such folder")
         if clip is None and (folder / CLIP_NAME).is_dir():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dalle1.attention import Attention, Cache, Mask, init_linear
 from dalle1.masks import layer_masks
-from dvae.weights import load_weights, save_weights
+from dvae.weights import load_weights, model_folder, save_weights
 
 FILE_NAME = "transformer.safetensors"
 
@@ -198,8 +198,8 @@ class Transformer(nn.Module):
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> Transformer:
-        """Read what `save` wrote, for use; ValueError where there is none or it is damaged."""
-        return load_weights(cls, TransformerConfig, Path(directory) / FILE_NAME, device)
+        """Read what `save` or a training wrote; ValueError where there is none or it is damaged."""
+        return load_weights(cls, TransformerConfig, model_folder(directory) / FILE_NAME, device)
 
 
 def _embedding(rows: int, width: int, summed: int = 0) -> nn.Embedding:

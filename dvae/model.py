@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from dvae.gumbel import gumbel_softmax
 from dvae.losses import squeeze_pixels, unsqueeze_pixels
-from dvae.weights import load_weights, save_weights
+from dvae.weights import load_weights, model_folder, save_weights
 
 DOWNSAMPLING = 8
 FILE_NAME = "dvae.safetensors"
@@ -240,8 +240,8 @@ class DVAE(nn.Module):
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> DVAE:
-        """Read what `save` wrote, for use; ValueError where there is none or it is damaged."""
-        return load_weights(cls, DVAEConfig, Path(directory) / FILE_NAME, device)
+        """Read what `save` or a training wrote; ValueError where there is none or it is damaged."""
+        return load_weights(cls, DVAEConfig, model_folder(directory) / FILE_NAME, device)
 
 
 def reconstruction(stats: Tensor) -> Tensor:

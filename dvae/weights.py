@@ -16,6 +16,12 @@ from torch import nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def model_folder(directory: str | Path) -> Path:
+    """Give the folder with the model: `directory`, or its latest checkpoint if it has any."""
+    latest = Path(directory) / "latest"
+    return latest.resolve() if latest.exists() else Path(directory)
+
+
 def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> Path:
     """Write `model` and `model.config`, a dataclass, to `path`; whole or not at all.
 

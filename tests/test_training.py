@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle1.training.checkpoint import load_checkpoint, resolve, save_checkpoint
-from dalle1.training.loop import RunConfig, Trainer, fit, keep_freed_memory, step_generator
+from dalle1.device import keep_freed_memory
+from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
+from dalle1.training.loop import RunConfig, Trainer, fit, step_generator
 from dalle1.training.progress import Progress
 from dalle1.training.schedules import cosine, warmup_cosine
+from dvae.weights import model_folder
 
 CPU = torch.device("cpu")
 
@@ -349,10 +351,10 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None
         assert state is not None
         assert state["step"] == 10
         assert state["x"].tolist() == [1, 1]
-        assert (resolve(tmp_path) / "model.txt").read_text() == "ten"
+        assert (model_folder(tmp_path) / "model.txt").read_text() == "ten"
         assert [f.name for f in tmp_path.glob("step-*")] == ["step-10"]
     save_checkpoint(tmp_path, 20, {"x": torch.zeros(2)}, write_name("twenty"))
-    assert (resolve(tmp_path) / "model.txt").read_text() == "twenty"
+    assert (model_folder(tmp_path) / "model.txt").read_text() == "twenty"
     assert {f.name for f in tmp_path.iterdir()} - {".step-10.partial"} == {"latest", "step-20"}
 
 
@@ -363,18 +365,18 @@ def test_keep(tmp_path: Path, keep: int, kept: list[int]) -> None:
     for step in (5, 10, 15, 20, 25):
         folder = save_checkpoint(tmp_path, step, {}, write_name("x"), keep=keep)
         assert folder == tmp_path / f"step-{step}"
-        assert resolve(tmp_path) == folder.resolve()
+        assert model_folder(tmp_path) == folder.model_folder()
     assert sorted(int(f.name[5:]) for f in tmp_path.glob("step-*")) == kept
 
 
-def test_resolve(tmp_path: Path) -> None:
+def test_model_folder(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
-    assert resolve(tmp_path) == tmp_path
-    assert resolve(str(tmp_path / "nothing")) == tmp_path / "nothing"
+    assert model_folder(tmp_path) == tmp_path
+    assert model_folder(str(tmp_path / "nothing")) == tmp_path / "nothing"
     (tmp_path / "latest").symlink_to("step-3")  # points to nothing
-    assert resolve(tmp_path) == tmp_path
+    assert model_folder(tmp_path) == tmp_path
     (tmp_path / "step-3").mkdir()
-    assert resolve(tmp_path) == (tmp_path / "step-3").resolve()
+    assert model_folder(tmp_path) == (tmp_path / "step-3").model_folder()
 
 
 # Settings

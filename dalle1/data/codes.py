@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.cli import clear_errors, pick_device
+from dalle1.cli import bar, clear_errors
 from dalle1.data.batches import in_order
 from dalle1.data.images import centre_square, to_float, to_tensor
 from dalle1.data.sources import PairSource, index_shard, open_source, part, read_member
-from dalle1.training.checkpoint import resolve
-from dalle1.training.loop import autocast, keep_freed_memory
+from dalle1.device import autocast, keep_freed_memory, pick_device
 from dvae import DVAE
 from dvae.model import FILE_NAME as DVAE_FILE
+from dvae.weights import model_folder
 
 INDEX_NAME = "codes.json"
 
@@ -61,7 +61,7 @@ class EncodeConfig:
 
 def fingerprint(dvae_dir: Path) -> str:
     """Name a dVAE by its file's content, so that codes of another one are told apart."""
-    return hashlib.sha256((dvae_dir / DVAE_FILE).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((model_folder(dvae_dir) / DVAE_FILE).read_bytes()).hexdigest()[:16]
 
 
 class CodeSource:
@@ -113,7 +113,7 @@ def encode(config: EncodeConfig) -> None:
     """Encode all of `config.data`, shard by shard; whole shards that are there are left alone."""
     device = pick_device(config.device)
     keep_freed_memory()
-    model = DVAE.load(resolve(config.dvae), device)
+    model = DVAE.load(config.dvae, device)
     size = model.config.image_size
     source = open_source(config.data, "train", size, config.seed)
     if len(source) > 1 << 30:
@@ -121,15 +121,15 @@ def encode(config: EncodeConfig) -> None:
     _claim(config, model)
 
     prepare = partial(_prepare, size)  # no closure: workers that are spawned must unpickle it
-    with tqdm(total=len(source), unit="picture", dynamic_ncols=True) as bar:
+    with bar(total=len(source), unit="picture") as progress:
         for begin in range(0, len(source), config.shard_size):
             indices = range(begin, min(begin + config.shard_size, len(source)))
             path = config.out / f"{begin // config.shard_size:05d}.tar"
             if not path.exists():
                 batches = in_order(source, prepare, indices, config.batch_size, config.num_workers)
-                _write_shard(path, _encoded(model, batches, bar), source, indices, config)
+                _write_shard(path, _encoded(model, batches, progress), source, indices, config)
             else:
-                bar.update(len(indices))
+                progress.update(len(indices))
 
 
 def _prepare(size: int, source: PairSource, index: int, _: random.Random) -> Mapping[str, Tensor]:
@@ -139,7 +139,7 @@ def _prepare(size: int, source: PairSource, index: int, _: random.Random) -> Map
 def _claim(config: EncodeConfig, model: DVAE) -> None:
     """Write the index; refuse a folder with codes of another dVAE or other data."""
     index = {
-        "dvae": fingerprint(resolve(config.dvae)),
+        "dvae": fingerprint(config.dvae),
         "codebook_size": model.vocab_size,
         "grid_size": model.grid_size,
         "data": config.data,
@@ -157,14 +157,14 @@ def _claim(config: EncodeConfig, model: DVAE) -> None:
 
 
 def _encoded(
-    model: DVAE, batches: Iterator[Mapping[str, Tensor]], bar: tqdm
+    model: DVAE, batches: Iterator[Mapping[str, Tensor]], progress: tqdm
 ) -> Iterator[np.ndarray]:
     kind = np.uint16 if model.vocab_size <= 1 << 16 else np.uint32
     device = next(model.parameters()).device
     for batch in batches:
         with autocast(device, "bf16"):
             codes = model.encode(to_float(batch["images"].to(device)))
-        bar.update(len(codes))
+        progress.update(len(codes))
         yield from codes.cpu().numpy().astype(kind)
 
 

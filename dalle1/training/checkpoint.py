@@ -17,12 +17,6 @@ import torch
 STATE_NAME = "state.pt"
 
 
-def resolve(directory: str | Path) -> Path:
-    """Give the folder with the model: `directory`, or its latest checkpoint if it has any."""
-    latest = Path(directory) / "latest"
-    return latest.resolve() if latest.exists() else Path(directory)
-
-
 def save_checkpoint(
     out: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None], keep: int = 1
 ) -> Path:

@@ -7,12 +7,10 @@ a run that was interrupted goes on as if nothing had happened.
 from __future__ import annotations
 
 import copy
-import ctypes
 import dataclasses
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -20,11 +18,10 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dalle1.device import autocast, keep_freed_memory
 from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
 from dalle1.training.progress import Progress
 from dalle1.training.schedules import warmup_cosine
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,24 +167,6 @@ class Trainer(Generic[Model]):
         averages: list[Tensor] = [*self.ema.parameters()]
         weights: list[Tensor] = [*self.model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, for the next step, which needs just as much again.
-
-    By default every large tensor is mapped and faulted in anew: a third of a CPU training's time.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-                mallopt(parameter, 2**31 - 1)
-            mallopt(_M_TOP_PAD, 2**28)
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Compute matrix products and convolutions in bf16 where `precision` says so."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
-from tqdm import tqdm
+
+from dalle1.cli import bar
 
 
 class Progress:
@@ -28,7 +29,7 @@ class Progress:
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(f"{x}\n" for x in lines if _step_of(x) <= start))
         os.replace(partial, self.path)
-        self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        self.bar = bar(total=steps, initial=start, unit="step")
         self.batch_size = batch_size
         self._restart_clock(start)
 
