@@ -14,7 +14,7 @@ from PIL import Image
 from dalle1.clip import Clip
 from dalle1.data.images import to_pil
 from dalle1.device import pick_device
-from dalle1.sampler import candidate_uniforms, generate
+from dalle1.sampler import candidate_uniforms, check_settings, generate
 from dalle1.text import Tokenizer
 from dalle1.transformer import Transformer
 from dvae import DVAE
@@ -122,6 +122,7 @@ class DallE:
             raise ValueError(f"num_candidates is {num_candidates}, expected at least 1")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        check_settings(temperature, top_k, top_p)
         text = self.encode_prompt(prompt)
         images: list[Image.Image] = []
         width = self.dvae.grid_size

@@ -25,6 +25,17 @@ def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Ten
     return torch.tensor([[s.random() for _ in range(length)] for s in streams])
 
 
+def check_settings(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ValueError for a temperature, top_k or top_p that nothing can be drawn with."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected at least 0 (0: the likeliest)")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_k is {top_k} and top_p is {top_p}; expected top_k at least 0 (0: all) and "
+            "top_p above 0 and at most 1"
+        )
+
+
 def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Set to −∞ all but the `top_k` likeliest, and all past the likeliest that make up `top_p`.
 
@@ -33,11 +44,7 @@ def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         top_k: how many stay, and those that tie with the last of them; 0 keeps all.
         top_p: the share of probability that stays, in (0, 1]; the likeliest always stays.
     """
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"top_k is {top_k} and top_p is {top_p}; expected top_k at least 0 (0: all) and "
-            "top_p above 0 and at most 1"
-        )
+    check_settings(1.0, top_k, top_p)
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -64,8 +71,7 @@ def draw(
         temperature: at least 0; 0 takes the likeliest.
         top_k, top_p: what it is restricted to; see `restrict`.
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected at least 0 (0: the likeliest)")
+    check_settings(temperature, top_k, top_p)
     logits = restrict(logits.float() / (temperature or 1.0), top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)

@@ -365,7 +365,7 @@ def test_keep(tmp_path: Path, keep: int, kept: list[int]) -> None:
     for step in (5, 10, 15, 20, 25):
         folder = save_checkpoint(tmp_path, step, {}, write_name("x"), keep=keep)
         assert folder == tmp_path / f"step-{step}"
-        assert model_folder(tmp_path) == folder.model_folder()
+        assert model_folder(tmp_path) == folder.resolve()
     assert sorted(int(f.name[5:]) for f in tmp_path.glob("step-*")) == kept
 
 
@@ -376,7 +376,7 @@ def test_model_folder(tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to("step-3")  # points to nothing
     assert model_folder(tmp_path) == tmp_path
     (tmp_path / "step-3").mkdir()
-    assert model_folder(tmp_path) == (tmp_path / "step-3").model_folder()
+    assert model_folder(tmp_path) == (tmp_path / "step-3").resolve()
 
 
 # Settings
