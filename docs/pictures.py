@@ -1,0 +1,77 @@
+"""Draw the README's pictures: python docs/pictures.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from dalle1 import DallE
+from dalle1.data.images import grid, to_float, to_pil, to_tensor
+from dalle1.data.toybox import FILLS, NOUNS, Toybox, is_held_out
+
+PROMPTS = (
+    "an avocado armchair",
+    "a galaxy mug",
+    "a zebra handbag",
+    "a gold car",
+    "a watermelon teapot",
+    "a strawberry house",
+    "a tiger mushroom",
+    "two blue hearts",
+)
+
+
+def never_seen(prompt: str) -> bool:
+    """Say whether the prompt names a fill and a noun that training never joined."""
+    words = prompt.split()
+    fills = [f for f in FILLS if f in prompt]
+    nouns = [n for n in NOUNS if n in words]
+    return any(is_held_out(f, n) for f in fills for n in nouns)
+
+
+def titled(image: Image.Image, title: str) -> Image.Image:
+    """Put a title under a picture."""
+    font = ImageFont.load_default(15)
+    sheet = Image.new("RGB", (image.width, image.height + 24), "white")
+    sheet.paste(image, (0, 0))
+    ImageDraw.Draw(sheet).text(
+        (image.width / 2, image.height + 8), title, "#333", font, anchor="mm"
+    )
+    return sheet
+
+
+def samples(model: DallE) -> Image.Image:
+    """Draw the best four of 16 candidates for each prompt, by the bundled CLIP, seed 0."""
+    cells = []
+    for prompt in PROMPTS:
+        best = grid(model.generate(prompt, num_images=4, num_candidates=16, seed=0), 2)
+        cells.append(titled(best, prompt + (" *" if never_seen(prompt) else "")))
+    return grid(cells, 4)
+
+
+def reconstructions(model: DallE) -> Image.Image:
+    """Draw validation pictures of Toybox over what is left of them after encoding."""
+    world = Toybox("validation", size=model.dvae.config.image_size)
+    originals = [world.image(i) for i in range(8)]
+    images = to_float(torch.stack([to_tensor(x) for x in originals]))
+    return grid(originals + to_pil(model.dvae.decode(model.dvae.encode(images))), 8)
+
+
+def main() -> None:
+    model = DallE.from_pretrained(device="cpu")
+    world = Toybox("train")
+    pictures = {
+        "samples": samples(model),
+        "reconstructions": reconstructions(model),
+        "toybox": grid([world.image(i) for i in range(24)], 8),
+    }
+    for name, picture in pictures.items():
+        path = Path(__file__).with_name(f"{name}.png")
+        picture.save(path, optimize=True)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
