@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from dalle1 import Candidate, DallE
 
-SETTINGS = ("num_candidates", "num_images", "seed", "temperature", "top_k", "top_p")
+SETTINGS = (
+    "model",
+    "clip",
+    "num_candidates",
+    "num_images",
+    "seed",
+    "temperature",
+    "top_k",
+    "top_p",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +53,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="draw from the likeliest codes of this share")
     add("--batch-size", type=int, default=64, help="candidates drawn at once")
     add("--out", type=Path, help="folder to write to; outputs/PROMPT-AS-SLUG if not given")
-    add("--model", help="folder of a trained model; the bundled one if not given")
+    add("--model", default="bundled", help="folder of a trained model, or bundled")
     add("--clip", help="CLIP that reranks: a folder, a Hugging Face name, or none; "
         "the model's own if not given")  # fmt: skip
     add("--device", default="auto", help="auto is cuda, else mps, else cpu")
@@ -93,6 +102,8 @@ def write(folder: Path, prompt: str, kept: list[Candidate], options: argparse.Na
 
     from dalle1.data.images import grid
 
+    for old in folder.glob("[0-9][0-9]*.png"):  # of an earlier draw of more pictures
+        old.unlink()
     settings = {name: getattr(options, name) for name in SETTINGS}
     scores = []
     for rank, candidate in enumerate(kept):

@@ -9,37 +9,33 @@ interruption. Any other CLIPModel or SiglipModel serves for reranking, too.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dalle1.cli import clear_errors, parse_preset
 from dalle1.clip import Clip, ContrastiveLoss, normalise, pair_loss, soften, tiny_clip
-from dalle1.data import PairSource, batches, open_source
+from dalle1.data import PairSource, open_source
 from dalle1.data.images import centre_square, to_float, to_tensor
 from dalle1.device import pick_device
+from dalle1.presets import CLIP_PRESETS, ClipRecipe
 from dalle1.text import Tokenizer
-from dalle1.training.loop import Batch, RunConfig, fit, step_generator
+from dalle1.training.loop import Batch, fit, step_generator, stream_from
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipRecipe(RunConfig):
-    """How a small CLIP is trained."""
-
-    image_size: int = 128
-    """Side in pixels of the pictures that it reads."""
-    vocab_size: int = 1024
-    """BPE tokens at most."""
-    vocab_captions: int = 20_000
-    """Captions that they are learned from: the first of the data."""
-    validation_pairs: int = 256  # among which retrieval is measured
-
-
-_toy = ClipRecipe(out=Path("runs/clip"), steps=1_800, batch_size=128, ema_decay=0.99)
-CLIP_PRESETS = {"toy": _toy}
+def tokenized(
+    tokenizer: Any, text_len: int, size: int, source: PairSource, index: int, rng: random.Random
+) -> Mapping[str, Tensor]:
+    """Prepare one example: a picture, and the tokens of a caption, cut or padded to `text_len`."""
+    ids = tokenizer(
+        source.caption(index, rng), truncation=True, max_length=text_len, padding="max_length"
+    )["input_ids"]
+    picture = to_tensor(centre_square(source.image(index), size))
+    return {"images": picture, "input_ids": torch.tensor(ids)}
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -59,27 +55,16 @@ def train(config: ClipRecipe) -> nn.Module:
     torch.manual_seed(config.seed)
     clip = tiny_clip(tokenizer, image_size=size)
 
-    def prepare(source: PairSource, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-        picture = to_tensor(centre_square(source.image(index), size))
-        text = clip.tokenize([source.caption(index, rng)], full_length=True)
-        return {"images": picture, "input_ids": text["input_ids"][0]}
-
-    def stream(start: int) -> Iterator[Batch]:
-        return batches(
-            source,
-            prepare,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start=start,
-            num_workers=config.num_workers,
-        )
+    prepare = partial(tokenized, clip.tokenizer, clip.text_len, size)
+    stream = stream_from(source, prepare, config)
 
     def loss_fn(model: nn.Module, batch: Batch, step: int) -> ContrastiveLoss:
         images = to_float(batch["images"])
         softened = soften(images, step_generator(config.seed, step, images.device))
         return pair_loss(model, normalise(softened), batch["input_ids"])
 
-    pairs = [prepare(held, i, random.Random(i)) for i in range(config.validation_pairs)]
+    pairs_held = min(config.validation_pairs, len(held))
+    pairs = [prepare(held, i, random.Random(i)) for i in range(pairs_held)]
     validation = {name: torch.stack([pair[name] for pair in pairs]).to(device) for name in pairs[0]}
 
     @torch.inference_mode()

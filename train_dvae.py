@@ -9,20 +9,29 @@ after an interruption. Presets are in dalle1/presets.py.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dalle1.cli import clear_errors, parse_preset
-from dalle1.data import PairSource, batches, open_source
+from dalle1.data import PairSource, open_source
 from dalle1.data.images import centre_square, grid, random_crop, to_float, to_pil, to_tensor
 from dalle1.device import autocast, pick_device
 from dalle1.presets import DVAE_PRESETS, DVAERecipe
-from dalle1.training.loop import Batch, fit, step_generator
+from dalle1.training.loop import Batch, fit, step_generator, stream_from
 from dalle1.training.schedules import cosine
 from dvae import DVAE, DVAELoss, elbo_loss, evaluate
+
+
+def cropped(
+    size: int, crop_size: int, source: PairSource, index: int, rng: random.Random
+) -> Mapping[str, Tensor]:
+    """Prepare one example: a random crop of a picture."""
+    picture = centre_square(source.image(index), size)
+    return {"images": to_tensor(random_crop(picture, crop_size, rng))}
 
 
 class DVAETraining:
@@ -33,26 +42,13 @@ class DVAETraining:
         self.device = pick_device(config.device)
         torch.manual_seed(config.seed)
         self.model = DVAE(config.model).to(self.device)
-        self.source = open_source(config.data, "train", self.size, config.seed)
+        source = open_source(config.data, "train", self.size, config.seed)
+        prepare = partial(cropped, self.size, config.crop_size)
+        self.stream = stream_from(source, prepare, config)
         held = open_source(config.data, "validation", self.size, config.seed)
         count = min(config.validation_pictures, len(held))
         pictures = [to_tensor(centre_square(held.image(i), self.size)) for i in range(count)]
         self.held = to_float(torch.stack(pictures)).to(self.device)
-
-    def prepare(self, source: PairSource, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-        picture = centre_square(source.image(index), self.size)
-        return {"images": to_tensor(random_crop(picture, self.config.crop_size, rng))}
-
-    def stream(self, start: int) -> Iterator[Batch]:
-        config = self.config
-        return batches(
-            self.source,
-            self.prepare,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start=start,
-            num_workers=config.num_workers,
-        )
 
     def loss(self, model: DVAE, batch: Batch, step: int) -> DVAELoss:
         config = self.config

@@ -9,7 +9,8 @@ same command goes on after an interruption. Data may be pre-encoded (`python -m 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +21,31 @@ from dalle1.data import PairSource, batches, open_source
 from dalle1.data.codes import CodeSource, open_codes
 from dalle1.data.images import centre_square, grid, to_float, to_tensor
 from dalle1.device import autocast, pick_device
-from dalle1.pipeline import DallE
+from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.presets import TRANSFORMER_PRESETS, TransformerRecipe
 from dalle1.text import Tokenizer
-from dalle1.training.loop import Batch, fit
+from dalle1.training.loop import Batch, fit, stream_from
 from dalle1.transformer import Transformer, TransformerLoss
 from dvae import DVAE
+from dvae.weights import model_folder
 
 Source = CodeSource | PairSource
+
+
+def tokenized(
+    size: int,
+    tokenizer: Tokenizer,
+    text_len: int,
+    source: Source,
+    index: int,
+    rng: random.Random,
+    dropout: float = 0.0,
+) -> Mapping[str, Tensor]:
+    """Prepare one example: a caption's tokens, and the picture or its codes."""
+    text = tokenizer.encode([source.caption(index, rng)], text_len, dropout=dropout, rng=rng)[0]
+    if isinstance(source, CodeSource):
+        return {"text": text, "codes": source.code_grid(index)}
+    return {"text": text, "images": to_tensor(centre_square(source.image(index), size))}
 
 
 class TransformerTraining:
@@ -38,37 +56,28 @@ class TransformerTraining:
         self.device = pick_device(config.device)
         self.dvae = DVAE.load(config.dvae, self.device)
         self.source, self.held = self.open("train"), self.open("validation")
-        count = min(config.vocab_captions, len(self.source))
-        captions = (self.source.caption(i, random.Random(i)) for i in range(count))
-        self.tokenizer = Tokenizer.train(captions, config.text_vocab)
+        self.tokenizer = self.vocabulary()
+        size = self.dvae.config.image_size
+        self.prepare = partial(tokenized, size, self.tokenizer, config.text_len)
+        prepare = partial(self.prepare, dropout=config.bpe_dropout)
+        self.stream = stream_from(self.source, prepare, config)
         torch.manual_seed(config.seed)
-        size = config.size(self.dvae.vocab_size, self.dvae.grid_size, self.tokenizer.vocab_size)
-        self.model = Transformer(size).to(self.device)
+        sizes = self.dvae.vocab_size, self.dvae.grid_size, self.tokenizer.vocab_size
+        self.model = Transformer(config.size(*sizes)).to(self.device)
+
+    def vocabulary(self) -> Tokenizer:
+        """Learn the BPE from the data; a training that goes on keeps the one that it has."""
+        kept = model_folder(self.config.out) / VOCABULARY_NAME
+        if kept.is_file():
+            return Tokenizer.load(kept)
+        count = min(self.config.vocab_captions, len(self.source))
+        captions = (self.source.caption(i, random.Random(i)) for i in range(count))
+        return Tokenizer.train(captions, self.config.text_vocab)
 
     def open(self, split: str) -> Source:
         config = self.config
         return open_codes(config.data, split, config.dvae) or open_source(
             config.data, split, self.dvae.config.image_size, config.seed
-        )
-
-    def prepare(self, source: Source, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-        caption = source.caption(index, rng)
-        dropout = self.config.bpe_dropout if source is self.source else 0.0
-        text = self.tokenizer.encode([caption], self.config.text_len, dropout=dropout, rng=rng)[0]
-        if isinstance(source, CodeSource):
-            return {"text": text, "codes": source.code_grid(index)}
-        picture = centre_square(source.image(index), self.dvae.config.image_size)
-        return {"text": text, "images": to_tensor(picture)}
-
-    def stream(self, start: int) -> Iterator[Batch]:
-        config = self.config
-        return batches(
-            self.source,
-            self.prepare,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start=start,
-            num_workers=config.num_workers,
         )
 
     def loss(self, model: Transformer, batch: Batch, step: int = 0) -> TransformerLoss:

@@ -19,7 +19,11 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # An error in a worker process comes wrapped in its traceback; its last line is the error.
+        text = str(error).strip()
+        if text.startswith("Caught "):
+            text = text.splitlines()[-1].partition(": ")[2]
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -125,7 +125,8 @@ class Clip:
         A name is looked up in the local cache first, then on the network. Weights are loaded as
         float32 whatever their stored type. ValueError when that gives no complete model.
         """
-        name = str(model_folder(name_or_dir))
+        folder = model_folder(name_or_dir)
+        name = str(folder if folder.is_dir() else name_or_dir)
         is_folder = os.path.isdir(name)
         if not is_folder and (isinstance(name_or_dir, Path) or not _is_hub_name(name)):
             raise ValueError(f"no CLIP at {name}: there is no such folder")

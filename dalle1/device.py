@@ -16,6 +16,8 @@ def pick_device(name: str) -> torch.device:
     if name != "auto":
         try:
             device = torch.device(name)
+            if device.type not in ("cpu", "cuda", "mps"):
+                raise RuntimeError
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {name!r} is not to be had here; try auto or cpu") from error

@@ -68,14 +68,16 @@ class DallE:
         """Load a folder that `save_pretrained` or train_transformer.py wrote.
 
         Args:
-            directory: None is the bundled model.
+            directory: None or "bundled" is the model that ships with the project.
             clip: a CLIP's folder or Hugging Face name; "none" for no reranking; None is the
                 folder's own, if it has one.
             device: auto is cuda, else mps, else cpu.
 
         Raises: ValueError where something is missing, damaged or does not fit the rest.
         """
-        folder = BUNDLED if directory is None else model_folder(directory)
+        if directory is None or directory == "bundled":
+            directory = BUNDLED
+        folder = model_folder(directory)
         if not folder.is_dir():
             raise ValueError(f"no model at {directory}: there is no such folder")
         if clip is None and (folder / CLIP_NAME).is_dir():

@@ -15,6 +15,9 @@ from torch import Tensor
 from dalle1.attention import Cache
 from dalle1.transformer import Transformer
 
+COLDEST = 1e-20
+"""Below this temperature, which float32 could not divide by, the likeliest is taken."""
+
 
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
     """Give each candidate its own random numbers in [0, 1): [B, length].
@@ -72,9 +75,10 @@ def draw(
         top_k, top_p: what it is restricted to; see `restrict`.
     """
     check_settings(temperature, top_k, top_p)
-    logits = restrict(logits.float() / (temperature or 1.0), top_k, top_p)
-    if temperature == 0:
+    logits = logits.float()
+    if temperature < COLDEST:
         return logits.argmax(-1)
+    logits = restrict((logits - logits.amax(-1, keepdim=True)) / temperature, top_k, top_p)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     cumulative = logits.softmax(-1, dtype=exact).cumsum(-1)
     total = cumulative[:, -1:].contiguous()

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle1.cli import bar, clear_errors
-from dalle1.data.batches import in_order
+from dalle1.data.batches import ENDLESS, in_order
 from dalle1.data.images import centre_square, to_float, to_tensor
 from dalle1.data.sources import PairSource, index_shard, open_source, part, read_member
 from dalle1.device import autocast, keep_freed_memory, pick_device
@@ -58,6 +58,11 @@ class EncodeConfig:
     num_workers: int = 1
     """Processes that read pictures."""
 
+    def __post_init__(self) -> None:
+        for name in ("captions", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
 
 def fingerprint(dvae_dir: Path) -> str:
     """Name a dVAE by its file's content, so that codes of another one are told apart."""
@@ -78,8 +83,11 @@ class CodeSource:
             ) from error
         shards = sorted(folder.glob("*.tar"))
         entries = [(shard, files) for shard in shards for files in index_shard(shard)]
-        if not entries:
-            raise ValueError(f"no codes in {folder}: encoding stopped before the first shard")
+        if len(entries) != index.get("pictures"):
+            raise ValueError(
+                f"{folder} holds {len(entries)} of {index.get('pictures')} pictures: its encoding "
+                "was stopped; the same command goes on"
+            )
         self.codes: list[np.ndarray] = []
         self.captions: list[list[str]] = []
         for shard, files in part(entries, split):
@@ -115,10 +123,10 @@ def encode(config: EncodeConfig) -> None:
     keep_freed_memory()
     model = DVAE.load(config.dvae, device)
     size = model.config.image_size
-    source = open_source(config.data, "train", size, config.seed)
-    if len(source) > 1 << 30:
+    source = open_source(config.data, "encode", size, config.seed)
+    if len(source) >= ENDLESS:
         raise ValueError(f"data {config.data!r} has no end; name how many, such as toybox:40000")
-    _claim(config, model)
+    _claim(config, model, len(source))
 
     prepare = partial(_prepare, size)  # no closure: workers that are spawned must unpickle it
     with bar(total=len(source), unit="picture") as progress:
@@ -136,13 +144,14 @@ def _prepare(size: int, source: PairSource, index: int, _: random.Random) -> Map
     return {"images": to_tensor(centre_square(source.image(index), size))}
 
 
-def _claim(config: EncodeConfig, model: DVAE) -> None:
+def _claim(config: EncodeConfig, model: DVAE, pictures: int) -> None:
     """Write the index; refuse a folder with codes of another dVAE or other data."""
     index = {
         "dvae": fingerprint(config.dvae),
         "codebook_size": model.vocab_size,
         "grid_size": model.grid_size,
         "data": config.data,
+        "pictures": pictures,
         "shard_size": config.shard_size,
         "captions": config.captions,
         "seed": config.seed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 import random
 import tarfile
 from pathlib import Path
@@ -42,7 +41,8 @@ def open_source(data: str, split: str = "train", size: int = 128, seed: int = 0)
     Args:
         data: `toybox`, `toybox:N`, a folder of pictures and captions, or a folder, glob or
             {000..123} pattern of .tar shards.
-        split: train or validation: other scenes of Toybox, or the end of a user's data.
+        split: train or validation: other scenes of Toybox, or the end of a user's data. What is
+            to be encoded is all of a user's data; the codes are split as the pictures are.
         size: side in pixels that Toybox draws at.
         seed: of Toybox's scenes.
 
@@ -54,7 +54,8 @@ def open_source(data: str, split: str = "train", size: int = 128, seed: int = 0)
 
         if count and not count.isdecimal():
             raise ValueError(f"data is {data!r}, expected toybox or toybox:N with a number N")
-        return Toybox(split, size=size, seed=seed, num_scenes=int(count) if count else None)
+        world = "train" if split == "encode" else split
+        return Toybox(world, size=size, seed=seed, num_scenes=int(count) if count else None)
     path = Path(data)
     shards = sorted(path.glob("*.tar")) if path.is_dir() else _expand(data)
     if shards:
@@ -73,6 +74,8 @@ Item = TypeVar("Item")
 def part(items: list[Item], split: str) -> list[Item]:
     """Give the training part of a user's data, or its end, at most 512 pairs, to validate on."""
     held = min(512, len(items) // 20)
+    if split == "encode":
+        return items
     if split == "train" or held == 0:  # too few to spare any
         return items[: len(items) - held]
     return items[len(items) - held :]
@@ -102,6 +105,13 @@ def _read_picture(content: bytes, where: str) -> Image.Image:
         raise ValueError(f"{where} is no readable picture ({error}); mend or remove it") from error
 
 
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 ({error}); convert it") from error
+
+
 class Folder:
     """Pictures with their captions beside them: `name.jpg` and `name.txt`, one caption a line."""
 
@@ -118,7 +128,8 @@ class Folder:
         return len(self.pictures)
 
     def caption(self, index: int, rng: random.Random) -> str:
-        text = self.pictures[index].with_suffix(".txt").read_text(encoding="utf-8")
+        path = self.pictures[index].with_suffix(".txt")
+        text = _decode(path.read_bytes(), str(path))
         return rng.choice([line.strip() for line in text.splitlines() if line.strip()] or [""])
 
     def image(self, index: int) -> Image.Image:
@@ -145,15 +156,12 @@ class Shards:
         return read_member(shard, next(files[s] for s in suffixes if s in files))
 
     def caption(self, index: int, rng: random.Random) -> str:
-        return self._read(index, ".txt").decode("utf-8").strip()
+        where = f"the caption of pair {index}, in {self.entries[index][0]},"
+        return _decode(self._read(index, ".txt"), where).strip()
 
     def image(self, index: int) -> Image.Image:
         where = f"pair {index}, in {self.entries[index][0]},"
         return _read_picture(self._read(index, *PICTURES), where)
-
-    def record(self, index: int) -> dict:
-        """Give the .json of pair `index`; empty where it has none."""
-        return json.loads(self._read(index, ".json")) if ".json" in self.entries[index][1] else {}
 
 
 def _is_pair(files: dict[str, Place]) -> bool:

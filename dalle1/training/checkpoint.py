@@ -7,6 +7,7 @@ same), with `state.pt` beside the model to resume from.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,10 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     save_model(partial)
     torch.save({"step": step, **state}, partial / STATE_NAME)
+    for file in partial.rglob("*"):  # on the disk before the old one goes: the power may fail
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     link = out / ".latest.partial"
@@ -50,4 +55,9 @@ def load_checkpoint(out: Path) -> dict[str, Any] | None:
     path = out / "latest" / STATE_NAME
     if not path.exists():
         return None
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is damaged and cannot be resumed from ({error}); give another --out"
+        ) from error

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dalle1.data.batches import Prepare, batches
+from dalle1.data.sources import CaptionSource
 from dalle1.device import autocast, keep_freed_memory
 from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
 from dalle1.training.progress import Progress
 from dalle1.training.schedules import warmup_cosine
+from dvae.weights import model_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,8 @@ class RunConfig:
         for name in ("steps", "batch_size", "log_every", "validate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed is {self.seed}, expected 0 to {(1 << 32) - 1}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}, expected a number in [0, 1)")
         if self.precision not in ("bf16", "fp32"):
@@ -87,9 +94,42 @@ Batch = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
 
+FREE = ("out", "device", "steps", "num_workers", "log_every", "validate_every", "save_every")
+"""What may change when a run is resumed: none of it changes what was learned so far."""
+
+
+def recipe(config: RunConfig) -> dict[str, str]:
+    """Give the settings that a resumed run must share, by name."""
+    fields = (f.name for f in dataclasses.fields(config) if f.name not in FREE)
+    return {name: str(getattr(config, name)) for name in fields}
+
+
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Make the source of one step's noise, the same however the run came to this step."""
     return torch.Generator(device).manual_seed(seed * 1_000_000_007 + step)
+
+
+def stream_from(
+    source: CaptionSource, prepare: Prepare, config: RunConfig
+) -> Callable[[int], Iterator[Batch]]:
+    """Give what `fit` reads from: step → the batches from there on.
+
+    Args:
+        prepare: (source, index, rng) → the tensors of one example. Workers that are spawned
+            unpickle it, so it should hold no more than it needs, and no model.
+    """
+    return partial(
+        _stream,
+        source,
+        prepare,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_workers=config.num_workers,
+    )
+
+
+def _stream(source: CaptionSource, prepare: Prepare, start: int, **options: int) -> Iterator[Batch]:
+    return batches(source, prepare, start=start, **options)
 
 
 class Trainer(Generic[Model]):
@@ -117,13 +157,21 @@ class Trainer(Generic[Model]):
     def state(self) -> dict[str, Any]:
         """Everything that resuming needs."""
         return {
+            "recipe": recipe(self.config),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Go on from what `state` gave; ValueError where that was of another recipe."""
+        then, now = state["recipe"], recipe(self.config)
+        changed = [f"{k} was {then.get(k)} and is {now[k]}" for k in now if then.get(k) != now[k]]
+        if changed:
+            raise ValueError(
+                f"{self.config.out} holds a training with other settings: {'; '.join(changed)}. "
+                "Give the same ones to resume it, or another --out"
+            )
         try:
             self.model.load_state_dict(state["model"])
             self.ema.load_state_dict(state["ema"])
@@ -182,6 +230,15 @@ def stop_on_signal() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
+def refuse_divergence(out: Path, step: int, loss: float) -> None:
+    """Stop a run whose loss is no number any more, before its checkpoint is written over."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at step {step}; lower --learning-rate or --clip-norm. The last "
+            f"checkpoint is {model_folder(out)}"
+        )
+
+
 def fit(
     model: Model,
     loss_fn: Callable[[Model, Batch, int], Loss],
@@ -212,7 +269,8 @@ def fit(
             values = trainer.update(loss_fn, {k: v.to(device) for k, v in batch.items()})
             progress.advance()
             step, last = trainer.step, trainer.step == config.steps or bool(stopped)
-            if step % config.log_every == 0 or last:
+            if step % config.log_every == 0 or step % config.save_every == 0 or last:
+                refuse_divergence(config.out, step, float(values["total"]))
                 progress.log(step, values)
             if validate and not stopped and (step % config.validate_every == 0 or last):
                 progress.report(step, validate(trainer.ema, step))
