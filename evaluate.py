@@ -1,6 +1,6 @@
 """Measure what a model draws: the right noun, the right fill, and both at once.
 
-    python evaluate.py toybox --num-prompts 100 --num-candidates 16 --out runs/evaluation
+    python evaluate.py toybox --num-prompts 93 --num-candidates 16 --out runs/evaluation
     python evaluate.py judge --out dalle1/bundled/judge.safetensors --minutes 8
 
 `toybox` asks the question of the paper's figure 2 (can the model join words it never saw
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dalle1.cli import clear_errors
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -41,8 +43,8 @@ class ToyboxOptions:
 
     model: str | None = None
     """Name or folder of the model; the bundled one if not given."""
-    num_prompts: int = 100
-    """Prompts from held-out pairs, and as many again from training pairs."""
+    num_prompts: int = 93
+    """Prompts from held-out pairs, each of another pair, and as many from training pairs."""
     num_candidates: int = 16
     """Pictures drawn for each prompt."""
     seed: int = 0
@@ -116,7 +118,7 @@ class Answer:
 
 
 def choose_prompts(split: str, count: int, seed: int) -> list[Prompt]:
-    """Choose `count` plain prompts of one split, evenly over its pairs."""
+    """Choose `count` plain prompts of one split, each of another pair."""
     from dalle1.data.toybox import FILLS, NOUNS, is_held_out
     from dalle1.data.toybox.captions import article
 
@@ -125,8 +127,11 @@ def choose_prompts(split: str, count: int, seed: int) -> list[Prompt]:
     rng = random.Random(f"evaluate {split} {seed}")
     rng.shuffle(pairs)
     prompts = []
-    for index in range(count):
-        noun, fill = pairs[index % len(pairs)]
+    if count > len(pairs):
+        raise ValueError(
+            f"num_prompts is {count}, expected at most {len(pairs)}: the {split} pairs"
+        )
+    for noun, fill in pairs[:count]:
         prompts.append(
             Prompt(
                 text=f"{article(fill)} {noun}",
@@ -323,11 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Annotated[ToyboxOptions, tyro.conf.subcommand("toybox")]
         | Annotated[JudgeOptions, tyro.conf.subcommand("judge")]
     )
-    options = tyro.cli(command, args=arguments, description=__doc__)
-
-    from dalle1.cli import clear_errors  # brings torch, which --help can do without
-
     with clear_errors():
+        options = tyro.cli(command, args=arguments, description=__doc__)
         if isinstance(options, JudgeOptions):
             run_judge(options)
         else:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from dalle1 import Candidate, DallE
 
+SCORES = "scores.json"
 SETTINGS = (
     "model",
     "clip",
@@ -96,14 +97,24 @@ def writable(folder: Path) -> Path:
     return folder
 
 
+def forget_earlier(folder: Path) -> None:
+    """Remove the pictures of an earlier draw into the same folder, and nothing else."""
+    try:
+        earlier = [str(entry["file"]) for entry in json.loads((folder / SCORES).read_text())]
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    for name in earlier:
+        if re.fullmatch(r"\d{2,}\.png", name):
+            (folder / name).unlink(missing_ok=True)
+
+
 def write(folder: Path, prompt: str, kept: list[Candidate], options: argparse.Namespace) -> None:
     """Write the pictures, best first, with prompt and settings in each, a grid and the scores."""
     from PIL.PngImagePlugin import PngInfo
 
     from dalle1.data.images import grid
 
-    for old in folder.glob("[0-9][0-9]*.png"):  # of an earlier draw of more pictures
-        old.unlink()
+    forget_earlier(folder)
     settings = {name: getattr(options, name) for name in SETTINGS}
     scores = []
     for rank, candidate in enumerate(kept):
@@ -120,7 +131,7 @@ def write(folder: Path, prompt: str, kept: list[Candidate], options: argparse.Na
                 "seed": candidate.seed,
             }
         )
-    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    (folder / SCORES).write_text(json.dumps(scores, indent=1) + "\n")
     info = PngInfo()
     info.add_itxt("prompt", prompt)
     info.add_itxt("settings", json.dumps(settings))

@@ -151,8 +151,8 @@ TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
         beta2=0.99,
         ema_decay=0.998,
     ),
-    # Paper: the step size halves at plateaus, Adam's variance is clipped at 5, and the average takes
-    # 0.99 every 25 updates. Here: a cosine between the same ends, and that decay for each update.
+    # Paper: the step size halves at plateaus, Adam's variance is clipped at 5, and the average
+    # takes 0.99 every 25 updates. Here: a cosine between the same ends, and as much per update.
     "paper": TransformerRecipe(
         out=Path("runs/transformer"),
         steps=430_000,

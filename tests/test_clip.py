@@ -340,3 +340,16 @@ def test_training_from_the_command_line(tmp_path: Path) -> None:
     loaded = Clip.from_pretrained(out / "latest")
     assert loaded.image_size == 32
     assert loaded.score("a red cube", pictures()).shape == (4,)
+
+
+@pytest.mark.slow
+def test_training_on_a_single_pair(tmp_path: Path) -> None:
+    import train_clip
+
+    pictures()[0].save(tmp_path / "one.png")
+    (tmp_path / "one.txt").write_text("a red cube")
+    flags = "--steps 1 --batch-size 2 --num-workers 0 --device cpu --image-size 32"
+    train_clip.main(
+        ["toy", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *flags.split()]
+    )
+    assert (tmp_path / "out" / "latest" / "model.safetensors").is_file()

@@ -118,8 +118,10 @@ def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no codes"):
         CodeSource(tmp_path / "codes")
     (tmp_path / "codes").mkdir(exist_ok=True)
-    (tmp_path / "codes" / "codes.json").write_text(json.dumps({"dvae": "x", "grid_size": 4}))
-    with pytest.raises(ValueError, match="stopped before the first shard"):
+    (tmp_path / "codes" / "codes.json").write_text(
+        json.dumps({"dvae": "x", "grid_size": 4, "pictures": 9})
+    )
+    with pytest.raises(ValueError, match="0 of 9 pictures: its encoding was stopped"):
         CodeSource(tmp_path / "codes")
 
 

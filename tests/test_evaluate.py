@@ -136,13 +136,15 @@ def test_toybox_runs_from_the_command_line(
 
 def test_prompts_are_plain_even_and_repeatable() -> None:
     pairs = [(f, n) for f in FILLS for n in NOUNS if is_held_out(f, n)]
-    prompts = evaluate.choose_prompts("heldout", 2 * len(pairs), seed=3)
-    assert prompts == evaluate.choose_prompts("heldout", 2 * len(pairs), seed=3)
-    assert prompts != evaluate.choose_prompts("heldout", 2 * len(pairs), seed=4)
+    prompts = evaluate.choose_prompts("heldout", len(pairs), seed=3)
+    assert prompts == evaluate.choose_prompts("heldout", len(pairs), seed=3)
+    assert prompts != evaluate.choose_prompts("heldout", len(pairs), seed=4)
     drawn = [(prompt.fill, prompt.noun) for prompt in prompts]
-    assert all(drawn.count(pair) == 2 for pair in pairs)
+    assert all(drawn.count(pair) == 1 for pair in pairs)
     assert "an avocado armchair" in [prompt.text for prompt in prompts]
     assert len({prompt.seed for prompt in prompts}) == len(prompts)
+    with pytest.raises(ValueError, match="expected at most"):
+        evaluate.choose_prompts("heldout", len(pairs) + 1, seed=3)
     training = evaluate.choose_prompts("train", 50, seed=3)
     assert not any(is_held_out(prompt.fill, prompt.noun) for prompt in training)
     assert all(pair_of(prompt.text) == (prompt.fill, prompt.noun) for prompt in prompts)

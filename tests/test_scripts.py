@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import train_dvae
 import train_transformer
 from dalle1.clip import tiny_clip
 from dalle1.data import codes
+from dalle1.presets import TRANSFORMER_PRESETS
 from dalle1.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw(runs: Path, out: Path, *args: str) -> None:
     model = ["--model", str(runs / "model"), "--device", "cpu"]
     counts = ["--num-candidates", "3", "--num-images", "2"]
-    sample.main([*(args or (PROMPT,)), *model, *counts, "--out", str(out)])
+    sample.main([*model, *counts, *(args or (PROMPT,)), "--out", str(out)])
 
 
 def test_every_training_leaves_what_the_next_one_reads(runs: Path) -> None:
@@ -75,6 +78,8 @@ def test_pictures_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> Non
     draw(runs, tmp_path, PROMPT, "--seed", "7", "--temperature", "0.9", "--top-k", "8")
     assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "00.png", "01.png", "scores.json"}
     settings = {
+        "model": str(runs / "model"),
+        "clip": None,
         "num_candidates": 3,
         "num_images": 2,
         "seed": 7,
@@ -256,3 +261,31 @@ def test_help_of_sampling_names_the_flags_without_torch() -> None:
     assert run.returncode == 0, run.stderr
     flags = "num-candidates num-images seed temperature top-k top-p out model clip device"
     assert [f for f in flags.split() if f"--{f}" not in run.stdout] == []
+
+
+def test_an_earlier_draw_leaves_and_other_files_stay(runs: Path, tmp_path: Path) -> None:
+    draw(runs, tmp_path, PROMPT)
+    (tmp_path / "02.png").write_bytes(b"not of a draw")
+    (tmp_path / "2024.png").write_bytes(b"a holiday")
+    draw(runs, tmp_path, PROMPT, "--num-images", "1")
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"grid.png", "00.png", "02.png", "2024.png", "scores.json"}
+
+
+def test_resuming_with_another_recipe_is_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["toy", "--dvae", str(runs / "dvae"), "--data", "toybox:4", "--out", str(tmp_path)]
+    train_transformer.main([*train, *TINY_TRANSFORMER, *RUN])
+    vocabulary = (tmp_path / "latest" / "vocab.json").read_bytes()
+    again = [*train, *TINY_TRANSFORMER, *RUN, "--seed", "5"]
+    assert "seed was 0 and is 5" in refused(train_transformer.main, again, capsys)
+    assert (tmp_path / "latest" / "vocab.json").read_bytes() == vocabulary
+
+
+def test_workers_are_sent_no_model(runs: Path, tmp_path: Path) -> None:
+    config = replace(
+        TRANSFORMER_PRESETS["toy"], dvae=runs / "dvae", data="toybox:4", out=tmp_path, device="cpu"
+    )
+    training = train_transformer.TransformerTraining(config)
+    assert len(pickle.dumps(training.stream)) < 200_000

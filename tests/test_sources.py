@@ -193,7 +193,6 @@ def test_shards_of_toybox(shards: Path) -> None:
     for source, index, scene in ((train, 0, 0), (train, 23, 23), (held, 0, 40), (held, 1, 41)):
         assert source.caption(index, RNG) == toybox.caption(scene)
         assert source.image(index).tobytes() == toybox.image(scene).tobytes()
-        assert source.record(index)["caption"] == toybox.caption(scene)
 
 
 def test_shards_by_pattern(shards: Path) -> None:
@@ -237,7 +236,6 @@ def test_shards_in_folders_and_with_more_files(tmp_path: Path) -> None:
     assert isinstance(source, Shards)
     assert [source.caption(i, RNG) for i in range(len(source))] == ["red", "grün"]
     assert [source.image(i).getpixel((0, 0)) for i in range(2)] == [RED, GREEN]
-    assert source.record(0) == {}
 
 
 def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -407,3 +407,23 @@ def test_keeping_freed_memory_may_be_asked_for_anywhere(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("ctypes.CDLL", missing)
     keep_freed_memory()
+
+
+def test_a_loss_that_is_no_number_stops_before_the_checkpoint(tmp_path: Path) -> None:
+    class Diverging(Noisy):
+        def __call__(self, model: nn.Module, batch: Any, step: int) -> SquaredError:
+            loss = super().__call__(model, batch, step)
+            return replace(loss, total=loss.total * math.nan) if step >= 4 else loss
+
+    how = run_config(tmp_path)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 5.*step-3"):
+        fit(fresh(), Diverging(), stream, how, save_model=save_plain)
+    assert load_checkpoint(tmp_path)["step"] == 3
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, {}, lambda folder: None)
+    state = tmp_path / "latest" / "state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
+        load_checkpoint(tmp_path)
