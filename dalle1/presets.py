@@ -180,6 +180,11 @@ class ClipRecipe(RunConfig):
     validation_pairs: int = 256
     """Pairs among which retrieval is measured, at most."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_pairs < 1:
+            raise ValueError(f"validation_pairs is {self.validation_pairs}, expected at least 1")
+
 
 CLIP_PRESETS: dict[str, ClipRecipe] = {
     "toy": ClipRecipe(out=Path("runs/clip"), steps=1_800, batch_size=128, ema_decay=0.99),

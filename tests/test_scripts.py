@@ -289,3 +289,24 @@ def test_workers_are_sent_no_model(runs: Path, tmp_path: Path) -> None:
     )
     training = train_transformer.TransformerTraining(config)
     assert len(pickle.dumps(training.stream)) < 200_000
+
+
+def test_a_damaged_picture_ends_a_training_and_its_workers(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "bad.png").write_bytes(b"no picture")
+    (data / "bad.txt").write_text("a red star")
+    for name in "ab":
+        Image.new("RGB", (64, 64)).save(data / f"{name}.png")
+        (data / f"{name}.txt").write_text("a black square")
+    code = "import sys, train_clip; train_clip.main(sys.argv[1:])"
+    flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--num-workers", "1"]
+    flags += ["--validation-pairs", "1"]
+    root = Path(sample.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", code, "toy", *flags], cwd=root, timeout=120, capture_output=True
+    )
+    last = done.stderr.decode().splitlines()[-1]
+    assert done.returncode == 2
+    assert last.startswith("error: ")
+    assert "bad.png is no readable picture" in last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -78,7 +78,7 @@ def batches(
     seed: int = 0,
     start: int = 0,
     num_workers: int = 0,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor]]:
     """Yield batches for ever, from step `start` on, the same for any number of workers."""
     loader: DataLoader = DataLoader(
         _Prepared(source, prepare, seed),
@@ -88,7 +88,7 @@ def batches(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
-    return iter(loader)
+    yield from _run(loader)
 
 
 def in_order(
@@ -97,7 +97,7 @@ def in_order(
     indices: Sequence[int],
     batch_size: int,
     num_workers: int = 0,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor]]:
     """Yield the examples at `indices` once each, in batches of at most `batch_size`."""
     examples = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     loader: DataLoader = DataLoader(
@@ -106,7 +106,19 @@ def in_order(
         num_workers=num_workers,
         worker_init_fn=_quiet_worker,
     )
-    return iter(loader)
+    yield from _run(loader)
+
+
+def _run(loader: DataLoader) -> Generator[dict[str, Tensor]]:
+    """Yield what `loader` loads; its workers end with this, even where an error ends it."""
+    stream = iter(loader)
+    try:
+        yield from stream
+    finally:
+        if loader.num_workers:
+            # By itself it waits until nobody refers to it any more, which an error's traceback
+            # does to the last: the process would hang on workers that take no signal.
+            stream._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _quiet_worker(_: int) -> None:

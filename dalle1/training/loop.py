@@ -10,8 +10,8 @@ import copy
 import dataclasses
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
 
 def stream_from(
     source: CaptionSource, prepare: Prepare, config: RunConfig
-) -> Callable[[int], Iterator[Batch]]:
+) -> Callable[[int], Generator[Batch]]:
     """Give what `fit` reads from: step → the batches from there on.
 
     Args:
@@ -128,7 +128,9 @@ def stream_from(
     )
 
 
-def _stream(source: CaptionSource, prepare: Prepare, start: int, **options: int) -> Iterator[Batch]:
+def _stream(
+    source: CaptionSource, prepare: Prepare, start: int, **options: int
+) -> Generator[Batch]:
     return batches(source, prepare, start=start, **options)
 
 
@@ -242,7 +244,7 @@ def refuse_divergence(out: Path, step: int, loss: float) -> None:
 def fit(
     model: Model,
     loss_fn: Callable[[Model, Batch, int], Loss],
-    batches: Callable[[int], Iterable[Batch]],
+    batches: Callable[[int], Generator[Batch]],
     config: RunConfig,
     *,
     save_model: Callable[[Model, Path], None],
@@ -263,8 +265,9 @@ def fit(
         trainer.load(state)
         print(f"Going on at step {trainer.step} of {config.steps} in {config.out}")
     progress = Progress(config.out, trainer.step, config.steps, config.batch_size)
-    stream = batches(trainer.step) if trainer.step < config.steps else ()
-    with stop_on_signal() as stopped, progress:
+    if trainer.step >= config.steps:
+        return trainer.ema
+    with stop_on_signal() as stopped, progress, closing(batches(trainer.step)) as stream:
         for batch in stream:
             values = trainer.update(loss_fn, {k: v.to(device) for k, v in batch.items()})
             progress.advance()
