@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dalle1.cli import bar, clear_errors
+
 if TYPE_CHECKING:
     from dalle1 import Candidate, DallE
 
@@ -141,11 +143,9 @@ def write(folder: Path, prompt: str, kept: list[Candidate], options: argparse.Na
 
 def draw(model: DallE, prompt: str, folder: Path, options: argparse.Namespace) -> None:
     """Draw, rank and write one prompt's pictures."""
-    from tqdm import tqdm
-
     codes = options.num_candidates * model.dvae.grid_size**2
     # The delay keeps the bar away where a setting is refused before the first row.
-    with tqdm(total=codes, desc=prompt[:40], unit="code", unit_scale=True, delay=0.1) as bar:
+    with bar(total=codes, desc=prompt[:40], unit="code", unit_scale=True, delay=0.1) as progress:
         candidates = model.candidates(
             prompt,
             num_candidates=options.num_candidates,
@@ -154,14 +154,14 @@ def draw(model: DallE, prompt: str, folder: Path, options: argparse.Namespace) -
             top_k=options.top_k,
             top_p=options.top_p,
             batch_size=options.batch_size,
-            on_row=bar.update,
+            on_row=progress.update,
         )
     write(folder, prompt, candidates[: options.num_images], options)
     print(f"{prompt!r}: {folder / 'grid.png'}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    try:
+    with clear_errors(), warnings.catch_warnings():
         options = parse(args)
         folders = folder_names(options.prompts)
         root = options.out or Path("outputs")
@@ -174,9 +174,6 @@ def main(args: Sequence[str] | None = None) -> None:
         model = DallE.from_pretrained(options.model, clip=options.clip, device=options.device)
         for prompt, folder in zip(options.prompts, outs, strict=True):
             draw(model, prompt, folder, options)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP: embed captions and pictures in one space, score and rerank (paper §2.6).
+"""CLIP and SigLIP: embed captions and pictures in one space, score (paper §2.6).
 
 The paper draws 512 candidates and keeps those that a contrastive model (Radford et al. 2021,
 arXiv 2103.00020) finds nearest to the caption. Any `CLIPModel` or `SiglipModel` that transformers
@@ -236,13 +236,6 @@ class Clip:
     def score(self, caption: str, images: Sequence[Image.Image]) -> Tensor:
         """Compare pictures with a caption: cosine similarities `[N]` in [-1, 1]."""
         return self.embed_images(images) @ self.embed_text([caption])[0]
-
-    def rerank(
-        self, caption: str, images: Sequence[Image.Image], keep: int | None = None
-    ) -> list[int]:
-        """Give the places in `images` of the best `keep` pictures (default: all), best first."""
-        order = self.score(caption, images).argsort(descending=True, stable=True)
-        return order[:keep].tolist()
 
     def _check_image_size(self, name: str) -> None:
         prepared = tuple(self.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])

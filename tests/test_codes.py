@@ -58,7 +58,7 @@ def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
     assert [f.name for f in sorted(config.out.glob("*.tar"))] == [f"0000{i}.tar" for i in range(3)]
     source = open_codes(str(config.out), "train", config.dvae)
     assert source is not None
-    assert (len(source), source.grid_size) == (10, 4)
+    assert (len(source), source.code_grid(0).shape) == (10, (4, 4))
     toybox = Toybox(size=32, num_scenes=10)
     for begin, end in ((0, 3), (3, 4), (4, 7), (7, 8), (8, 10)):  # as batches and shards fall
         images = torch.stack([to_tensor(toybox.image(i)) for i in range(begin, end)])

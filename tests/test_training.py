@@ -402,11 +402,15 @@ def test_keeping_freed_memory_may_be_asked_for_anywhere(monkeypatch: pytest.Monk
     keep_freed_memory()
     monkeypatch.setattr("sys.platform", "linux")  # one without glibc
 
+    tried = []
+
     def missing(name: str) -> None:
+        tried.append(name)
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr("ctypes.CDLL", missing)
     keep_freed_memory()
+    assert tried == ["libc.so.6"]
 
 
 def test_a_loss_that_is_no_number_stops_before_the_checkpoint(tmp_path: Path) -> None:

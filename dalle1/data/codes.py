@@ -75,7 +75,7 @@ class CodeSource:
     def __init__(self, folder: Path, split: str = "train") -> None:
         try:
             index = json.loads((folder / INDEX_NAME).read_text())
-            self.dvae, self.grid_size = index["dvae"], index["grid_size"]
+            self.dvae = index["dvae"]
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(
                 f"{folder} holds no codes: expected {INDEX_NAME} and shards, as "

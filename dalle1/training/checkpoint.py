@@ -36,7 +36,7 @@ def save_checkpoint(
     torch.save({"step": step, **state}, partial / STATE_NAME)
     for file in partial.rglob("*"):  # on the disk before the old one goes: the power may fail
         if file.is_file():
-            with file.open("rb") as written:
+            with file.open("r+b") as written:
                 os.fsync(written.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

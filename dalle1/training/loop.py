@@ -264,9 +264,9 @@ def fit(
     if (state := load_checkpoint(config.out)) is not None:
         trainer.load(state)
         print(f"Going on at step {trainer.step} of {config.steps} in {config.out}")
-    progress = Progress(config.out, trainer.step, config.steps, config.batch_size)
     if trainer.step >= config.steps:
         return trainer.ema
+    progress = Progress(config.out, trainer.step, config.steps, config.batch_size)
     with stop_on_signal() as stopped, progress, closing(batches(trainer.step)) as stream:
         for batch in stream:
             values = trainer.update(loss_fn, {k: v.to(device) for k, v in batch.items()})
