@@ -12,7 +12,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test lint format train-toy bench evaluate clean
+.PHONY: help sample test lint format train-toy bench bench-peers evaluate clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,10 @@ train-toy: .venv/runtime.stamp ## Train the bundled model anew under RUNS=runs/t
 bench: .venv/runtime.stamp ## Measure the speed of sampling
 	$(PY) benchmarks/sample.py $(ARGS)
 
+bench-peers: .venv/dev.stamp ## Install the projects that benchmarks/train_*.py measure beside ours
+	$(PY) -m pip install --no-deps dalle-pytorch axial-positional-embedding \
+		rotary-embedding-torch -c constraints.txt
+
 evaluate: .venv/runtime.stamp ## Score the bundled model on Toybox
 	$(PY) evaluate.py toybox $(ARGS)
 
@@ -61,4 +65,6 @@ clean: ## Remove .venv, caches and builds; trained models in runs/ stay
 
 .venv/dev.stamp: .venv/runtime.stamp
 	$(PY) -m pip install -e '.[dev]' -c constraints.txt
+	@# It asks for torchvision, which what is tested here never imports.
+	$(PY) -m pip install --no-deps DALL-E -c constraints.txt
 	@touch $@

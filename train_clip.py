@@ -20,21 +20,28 @@ from torch import Tensor, nn
 from dalle1.cli import clear_errors, parse_preset
 from dalle1.clip import Clip, ContrastiveLoss, normalise, pair_loss, soften, tiny_clip
 from dalle1.data import PairSource, open_source
+from dalle1.data.batches import first_examples
 from dalle1.data.images import centre_square, to_float, to_tensor
 from dalle1.device import pick_device
 from dalle1.presets import CLIP_PRESETS, ClipRecipe
 from dalle1.text import Tokenizer
-from dalle1.training.loop import Batch, fit, step_generator, stream_from
+from dalle1.training.loop import Batch, fit, stream_from
 
 
 def tokenized(
-    tokenizer: Any, text_len: int, size: int, source: PairSource, index: int, rng: random.Random
+    tokenizer: Any,
+    text_len: int,
+    size: int,
+    allow_upscale: bool,
+    source: PairSource,
+    index: int,
+    rng: random.Random,
 ) -> Mapping[str, Tensor]:
     """Prepare one example: a picture, and the tokens of a caption, cut or padded to `text_len`."""
     ids = tokenizer(
         source.caption(index, rng), truncation=True, max_length=text_len, padding="max_length"
     )["input_ids"]
-    picture = to_tensor(centre_square(source.image(index), size))
+    picture = to_tensor(centre_square(source.image(index), size, allow_upscale))
     return {"images": picture, "input_ids": torch.tensor(ids)}
 
 
@@ -55,17 +62,17 @@ def train(config: ClipRecipe) -> nn.Module:
     torch.manual_seed(config.seed)
     clip = tiny_clip(tokenizer, image_size=size)
 
-    prepare = partial(tokenized, clip.tokenizer, clip.text_len, size)
+    prepare = partial(tokenized, clip.tokenizer, clip.text_len, size, config.allow_upscale)
     stream = stream_from(source, prepare, config)
 
-    def loss_fn(model: nn.Module, batch: Batch, step: int) -> ContrastiveLoss:
-        images = to_float(batch["images"])
-        softened = soften(images, step_generator(config.seed, step, images.device))
+    def loss_fn(
+        model: nn.Module, batch: Batch, step: int, generator: torch.Generator
+    ) -> ContrastiveLoss:
+        softened = soften(to_float(batch["images"]), generator)
         return pair_loss(model, normalise(softened), batch["input_ids"])
 
-    pairs_held = min(config.validation_pairs, len(held))
-    pairs = [prepare(held, i, random.Random(i)) for i in range(pairs_held)]
-    validation = {name: torch.stack([pair[name] for pair in pairs]).to(device) for name in pairs[0]}
+    pairs = first_examples(held, prepare, config.validation_pairs)
+    validation = {name: tensor.to(device) for name, tensor in pairs.items()}
 
     @torch.inference_mode()
     def validate(model: nn.Module, step: int) -> Mapping[str, float]:

@@ -10,58 +10,96 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dalle1.cli import clear_errors, parse_preset
 from dalle1.data import PairSource, open_source
-from dalle1.data.images import centre_square, grid, random_crop, to_float, to_pil, to_tensor
+from dalle1.data.batches import Example, first_examples
+from dalle1.data.images import (
+    augmented,
+    centre_square,
+    grid,
+    to_float,
+    to_pil,
+    to_tensor,
+)
 from dalle1.device import autocast, pick_device
 from dalle1.presets import DVAE_PRESETS, DVAERecipe
-from dalle1.training.loop import Batch, fit, step_generator, stream_from
-from dalle1.training.schedules import cosine
-from dvae import DVAE, DVAELoss, elbo_loss, evaluate
+from dalle1.training.loop import Batch, fit, stream_from
+from dvae import DVAE, DVAELoss, dvae_loss, evaluate
 
 
-def cropped(
-    size: int, crop_size: int, source: PairSource, index: int, rng: random.Random
-) -> Mapping[str, Tensor]:
-    """Prepare one example: a random crop of a picture."""
-    picture = centre_square(source.image(index), size)
-    return {"images": to_tensor(random_crop(picture, crop_size, rng))}
+def crops(config: DVAERecipe, source: PairSource, index: int, rng: random.Random) -> Example:
+    """Prepare one example: random crops of one picture, [crops_per_picture, 3, size, size]."""
+    picture, size = source.image(index), config.crop_size
+    cut = [
+        augmented(picture, size, rng, config.augmentation, config.allow_upscale)
+        for _ in range(config.crops_per_picture)
+    ]
+    return {"images": torch.stack([to_tensor(crop) for crop in cut])}
+
+
+def centred(config: DVAERecipe, source: PairSource, index: int, _: random.Random) -> Example:
+    """Prepare one example to validate on: the centre of a picture, [3, size, size]."""
+    size = config.model.image_size
+    return {"images": to_tensor(centre_square(source.image(index), size, config.allow_upscale))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoss(DVAELoss):
+    """A step's loss with the schedules that it was made under, for the log."""
+
+    temperature: float
+    beta: float
 
 
 class DVAETraining:
     """What `fit` needs to know of stage 1."""
 
     def __init__(self, config: DVAERecipe) -> None:
-        self.config, self.size = config, config.model.image_size
+        self.config = config
         self.device = pick_device(config.device)
         torch.manual_seed(config.seed)
-        self.model = DVAE(config.model).to(self.device)
-        source = open_source(config.data, "train", self.size, config.seed)
-        prepare = partial(cropped, self.size, config.crop_size)
-        self.stream = stream_from(source, prepare, config)
-        held = open_source(config.data, "validation", self.size, config.seed)
-        count = min(config.validation_pictures, len(held))
-        pictures = [to_tensor(centre_square(held.image(i), self.size)) for i in range(count)]
-        self.held = to_float(torch.stack(pictures)).to(self.device)
+        self.model = self.initial().to(self.device)
+        size = config.model.image_size
+        source = open_source(config.data, "train", size, config.seed, captions=False)
+        self.stream = stream_from(source, partial(crops, config), config)
+        held = open_source(config.data, "validation", size, config.seed, captions=False)
+        whole = partial(centred, config)
+        pictures = first_examples(held, whole, config.validation_pictures)["images"]
+        self.held = to_float(pictures).to(self.device)
 
-    def loss(self, model: DVAE, batch: Batch, step: int) -> DVAELoss:
+    def initial(self) -> DVAE:
+        """Make a new dVAE, or take the one that --init names."""
         config = self.config
-        temperature = cosine(
-            step,
-            start=config.temperature,
-            end=config.final_temperature,
-            duration=config.temperature_steps,
+        if config.init is None:
+            return DVAE(config.model)
+        model = DVAE.load(config.init)
+        given, wanted = asdict(model.config), asdict(config.model)
+        if given != wanted:
+            changed = (k for k in given if given[k] != wanted[k])
+            flags = " ".join(f"--model.{k.replace('_', '-')} {given[k]}" for k in changed)
+            raise ValueError(f"the dVAE in {config.init} is of another size; add {flags}")
+        return model.train()
+
+    def loss(self, model: DVAE, batch: Batch, step: int, generator: torch.Generator) -> StepLoss:
+        config = self.config
+        temperature, beta = config.temperature_at(step), config.beta_at(step)
+        images = to_float(batch["images"].flatten(0, 1))
+        stats, logits = model(images, temperature, generator)
+        loss = dvae_loss(
+            images,
+            stats,
+            logits,
+            beta=beta,
+            usage_weight=config.usage_weight,
+            distortion=config.distortion,
         )
-        beta = cosine(step, start=0.0, end=config.beta, duration=config.beta_steps)
-        images = to_float(batch["images"])
-        stats, logits = model(images, temperature, step_generator(config.seed, step, self.device))
-        return elbo_loss(images, stats, logits, beta=beta, usage_weight=config.usage_weight)
+        return StepLoss(**vars(loss), temperature=temperature, beta=beta)
 
     def validate(self, model: DVAE, step: int) -> Mapping[str, float]:
         shown = self.held[:16]

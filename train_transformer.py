@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dalle1.cli import clear_errors, parse_preset
-from dalle1.data import PairSource, batches, open_source
+from dalle1.data import PairSource, open_source
+from dalle1.data.batches import first_examples
 from dalle1.data.codes import CodeSource, open_codes
-from dalle1.data.images import centre_square, grid, to_float, to_tensor
+from dalle1.data.images import Augmentation, augmented, centre_square, grid, to_float, to_tensor
 from dalle1.device import autocast, pick_device
 from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.presets import TRANSFORMER_PRESETS, TransformerRecipe
@@ -32,20 +33,28 @@ from dvae.weights import model_folder
 Source = CodeSource | PairSource
 
 
-def tokenized(
-    size: int,
-    tokenizer: Tokenizer,
-    text_len: int,
-    source: Source,
-    index: int,
-    rng: random.Random,
-    dropout: float = 0.0,
-) -> Mapping[str, Tensor]:
-    """Prepare one example: a caption's tokens, and the picture or its codes."""
-    text = tokenizer.encode([source.caption(index, rng)], text_len, dropout=dropout, rng=rng)[0]
-    if isinstance(source, CodeSource):
-        return {"text": text, "codes": source.code_grid(index)}
-    return {"text": text, "images": to_tensor(centre_square(source.image(index), size))}
+@dataclass(frozen=True)
+class Tokenized:
+    """Prepares one example: a caption's tokens, and the picture or its codes."""
+
+    size: int
+    tokenizer: Tokenizer
+    text_len: int
+    dropout: float
+    augmentation: Augmentation | None
+    allow_upscale: bool
+
+    def __call__(self, source: Source, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+        caption = source.caption(index, rng)
+        text = self.tokenizer.encode([caption], self.text_len, dropout=self.dropout, rng=rng)[0]
+        if isinstance(source, CodeSource):
+            return {"text": text, "codes": source.code_grid(index, rng)}
+        if self.augmentation is None:
+            picture = centre_square(source.image(index), self.size, self.allow_upscale)
+        else:
+            how = self.augmentation, self.allow_upscale
+            picture = augmented(source.image(index), self.size, rng, *how)
+        return {"text": text, "images": to_tensor(picture)}
 
 
 class TransformerTraining:
@@ -55,11 +64,13 @@ class TransformerTraining:
         self.config = config
         self.device = pick_device(config.device)
         self.dvae = DVAE.load(config.dvae, self.device)
-        self.source, self.held = self.open("train"), self.open("validation")
+        self.source = self.open("train")
         self.tokenizer = self.vocabulary()
         size = self.dvae.config.image_size
-        self.prepare = partial(tokenized, size, self.tokenizer, config.text_len)
-        prepare = partial(self.prepare, dropout=config.bpe_dropout)
+        prepare = Tokenized(size, self.tokenizer, config.text_len, 0.0, None, config.allow_upscale)
+        held = first_examples(self.open("validation"), prepare, 256)
+        self.held = {name: tensor.to(self.device) for name, tensor in held.items()}
+        prepare = replace(prepare, dropout=config.bpe_dropout, augmentation=config.augmentation)
         self.stream = stream_from(self.source, prepare, config)
         torch.manual_seed(config.seed)
         sizes = self.dvae.vocab_size, self.dvae.grid_size, self.tokenizer.vocab_size
@@ -80,20 +91,24 @@ class TransformerTraining:
             config.data, split, self.dvae.config.image_size, config.seed
         )
 
-    def loss(self, model: Transformer, batch: Batch, step: int = 0) -> TransformerLoss:
+    def loss(
+        self,
+        model: Transformer,
+        batch: Batch,
+        step: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> TransformerLoss:
         codes = batch["codes"] if "codes" in batch else self.dvae.encode(to_float(batch["images"]))
         return model.loss(batch["text"], codes, self.config.text_weight)
 
     @torch.no_grad()
     def validate(self, model: Transformer, step: int) -> Mapping[str, float]:
         config = self.config
-        count = min(256, len(self.held))
         losses = []
         with autocast(self.device, config.precision):
-            for batch in batches(self.held, self.prepare, batch_size=min(32, count), seed=0):
-                losses.append(self.loss(model, {k: v.to(self.device) for k, v in batch.items()}))
-                if len(losses) * 32 >= count:
-                    break
+            for start in range(0, len(self.held["text"]), 32):
+                batch = {k: v[start : start + 32] for k, v in self.held.items()}
+                losses.append(self.loss(model, batch))
         drawn = DallE(self.dvae, model, self.tokenizer)
         rows = [drawn.candidates(p, num_candidates=8, seed=0) for p in config.prompts]
         folder = config.out / "samples"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dalle1.data.images import FOR_TRANSFORMER, Augmentation
 from dalle1.training.loop import RunConfig
+from dalle1.training.schedules import cosine
 from dalle1.transformer import TransformerConfig
-from dvae import DVAEConfig
+from dvae import Distortion, DVAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +18,16 @@ class DVAERecipe(RunConfig):
 
     model: DVAEConfig = field(default_factory=DVAEConfig)
     """Its size."""
+    init: Path | None = None
+    """Folder of a dVAE to begin with, of the same size: fine-tuning."""
     crop_size: int = 256
     """Side in pixels of the random crops that it is trained on; a multiple of 8."""
+    crops_per_picture: int = 1
+    """Crops of each picture that is read. Paper: 1. Reading may cost more than cutting."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """How they are cut."""
+    distortion: Distortion = "logit-laplace"
+    """How far reconstructions are from pictures. Paper: logit-laplace; or mse, or l1."""
     beta: float = 6.6
     """Weight of the KL at the end of its ramp."""
     beta_steps: int = 5_000
@@ -40,45 +50,72 @@ class DVAERecipe(RunConfig):
                 f"crop_size is {self.crop_size}, expected a multiple of 8 from 8 to "
                 f"model.image_size, {self.model.image_size}"
             )
-        if self.validation_pictures < 1:
-            raise ValueError(
-                f"validation_pictures is {self.validation_pictures}, expected 1 or more"
-            )
+        for name in ("validation_pictures", "crops_per_picture"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+
+    def temperature_at(self, step: int) -> float:
+        """τ of the relaxation."""
+        return cosine(
+            step,
+            start=self.temperature,
+            end=self.final_temperature,
+            duration=self.temperature_steps,
+        )
+
+    def beta_at(self, step: int) -> float:
+        """β, the weight of the KL."""
+        return cosine(step, start=0.0, end=self.beta, duration=self.beta_steps)
 
 
-# Paper: crops of pictures resized at random (Listing 1), no clipping named. Here: centre squares, a
-# loose clip, since a training on other data than the paper's should not die of one bad batch.
+# Paper: no clipping is named. Here a loose one, since a training on other data than the paper's
+# should not die of one bad batch.
 _dvae_paper = DVAERecipe(
     out=Path("runs/dvae"),
     steps=3_000_000,
     batch_size=512,
     learning_rate=1e-4,
     final_learning_rate=1.25e-6,
+    schedule_steps=1_200_000,
     warmup_steps=0,
 )
 
+_dvae_toy = replace(
+    _dvae_paper,
+    model=DVAEConfig(
+        image_size=128,
+        width=32,
+        codebook_size=512,
+        code_width=64,
+        logit_gain=4.0,
+        residual_gain=0.25,
+        min_log_scale=-2.0,
+    ),
+    crop_size=64,
+    augmentation=Augmentation(resize=(2.0, 2.0)),
+    schedule_steps=None,
+    steps=6_000,
+    batch_size=32,
+    learning_rate=3e-3,
+    final_learning_rate=1e-4,
+    warmup_steps=100,
+    beta=1.0,
+    beta_steps=1_000,
+    temperature_steps=5_000,
+    usage_weight=40.0,
+)
+
 DVAE_PRESETS: dict[str, DVAERecipe] = {
-    "toy": replace(
-        _dvae_paper,
-        model=DVAEConfig(
-            image_size=128,
-            width=32,
-            codebook_size=512,
-            code_width=64,
-            logit_gain=4.0,
-            residual_gain=0.25,
-            min_log_scale=-2.0,
-        ),
-        crop_size=64,
-        steps=6_000,
-        batch_size=32,
-        learning_rate=3e-3,
-        final_learning_rate=1e-4,
-        warmup_steps=100,
-        beta=1.0,
-        beta_steps=1_000,
-        temperature_steps=5_000,
-        usage_weight=40.0,
+    "toy": _dvae_toy,
+    # Small budgets: 40 minutes of two CPU cores.
+    "small": replace(
+        _dvae_toy,
+        steps=6_400,
+        batch_size=8,
+        crops_per_picture=4,
+        temperature_steps=5_400,
+        validation_pictures=1_000,
+        validate_every=3_200,
     ),
     "paper": _dvae_paper,
 }
@@ -104,6 +141,8 @@ class TransformerRecipe(RunConfig):
     """Captions that the BPE is learned from: the first of the data."""
     bpe_dropout: float = 0.1
     """Chance that a merge of the BPE is skipped, in training only."""
+    augmentation: Augmentation = FOR_TRANSFORMER
+    """How pictures are cut; codes that were made before are as they are."""
     text_weight: float = 1 / 8
     """Weight of the text's loss; the picture's has the rest."""
     prompts: tuple[str, ...] = (

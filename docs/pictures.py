@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dalle1 import DallE
 from dalle1.data.images import grid, to_float, to_pil, to_tensor
 from dalle1.data.toybox import FILLS, NOUNS, Toybox, is_held_out
+from dalle1.presets import DVAE_PRESETS
 
 PROMPTS = (
     "an avocado armchair",
@@ -59,6 +60,27 @@ def reconstructions(model: DallE) -> Image.Image:
     return grid(originals + to_pil(model.dvae.decode(model.dvae.encode(images))), 8)
 
 
+def schedules(path: Path) -> None:
+    """Plot what changes in the course of stage 1, as its presets have it."""
+    import matplotlib.pyplot as plt
+
+    figure, rows = plt.subplots(2, 3, figsize=(11, 5), layout="constrained")
+    for row, name in zip(rows, ("paper", "small")):
+        recipe = DVAE_PRESETS[name]
+        last = recipe.schedule_steps or recipe.steps
+        curves = (
+            ("τ, the temperature", recipe.temperature_at, recipe.temperature_steps),
+            ("β, the weight of the KL", recipe.beta_at, recipe.beta_steps),
+            ("step size", recipe.learning_rate_at, last),
+        )
+        for axes, (title, value_at, duration) in zip(row, curves):
+            steps = [duration * i // 400 for i in range(501)]  # and a quarter more, where it stays
+            axes.plot(steps, [value_at(step) for step in steps], color="#c2410c")
+            axes.set(title=f"{name}: {title}", xlabel="update", ylim=(0, None))
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     model = DallE.from_pretrained(device="cpu")
     world = Toybox("train")
@@ -67,6 +89,7 @@ def main() -> None:
         "reconstructions": reconstructions(model),
         "toybox": grid([world.image(i) for i in range(24)], 8),
     }
+    schedules(Path(__file__).with_name("schedules.png"))
     for name, picture in pictures.items():
         path = Path(__file__).with_name(f"{name}.png")
         picture.save(path, optimize=True)

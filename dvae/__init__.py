@@ -1,7 +1,16 @@
 """Stage 1 of DALL·E: a discrete VAE between pictures and grids of codes (paper §2.1, A)."""
 
 from dvae.evaluation import evaluate
-from dvae.losses import DVAELoss, elbo_loss
+from dvae.losses import Distortion, DVAELoss, dvae_loss
 from dvae.model import DVAE, Decoder, DVAEConfig, Encoder
 
-__all__ = ["DVAE", "DVAEConfig", "DVAELoss", "Decoder", "Encoder", "elbo_loss", "evaluate"]
+__all__ = [
+    "DVAE",
+    "DVAEConfig",
+    "DVAELoss",
+    "Decoder",
+    "Distortion",
+    "Encoder",
+    "dvae_loss",
+    "evaluate",
+]

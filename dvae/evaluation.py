@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from dvae.gumbel import gumbel_softmax
-from dvae.losses import elbo_loss, psnr
+from dvae.losses import dvae_loss, kl_to_uniform, psnr
 from dvae.model import DVAE, reconstruction
 
 
@@ -19,8 +21,8 @@ def evaluate(
     Args:
         temperature: of the relaxed codes; the hard ones are the argmax, as stage 2 uses them.
 
-    Returns: PSNR in dB and −ELBO (β = 1) in nats per colour value, hard and relaxed; KL in nats
-    per code; how many codes occur, and the perplexity of their use.
+    Returns: PSNR in dB and the ELBO (β = 1) in nats per colour value, hard and relaxed; KL per code
+    in nats and in bits; how many codes occur, and the perplexity of their use.
     """
     counts = torch.zeros(model.vocab_size, device=images.device)
     sums: dict[str, float] = {}
@@ -29,23 +31,22 @@ def evaluate(
         logits = model.logits(batch)
         codes = logits.argmax(-1)
         counts += codes.flatten().bincount(minlength=model.vocab_size)
+        values = {"kl_nats": kl_to_uniform(logits).mean()}
         for name, z in (
             ("hard", codes),
             ("relaxed", gumbel_softmax(logits, temperature, generator)),
         ):
             stats = model.decoder(z)
-            loss = elbo_loss(batch, stats, logits, beta=1.0)
-            values = {
-                f"psnr_{name}": psnr(batch, reconstruction(stats)).mean(),
-                f"loss_{name}": loss.total,
-                "kl": loss.kl / 2,  # met once a way
-            }
-            for key, value in values.items():
-                sums[key] = sums.get(key, 0.0) + float(value) * len(batch)
+            values[f"psnr_{name}"] = psnr(batch, reconstruction(stats)).mean()
+            values[f"elbo_{name}"] = -dvae_loss(batch, stats, logits, beta=1.0).total
+        for key, value in values.items():
+            sums[key] = sums.get(key, 0.0) + float(value) * len(batch)
     use = counts / counts.sum()
     perplexity = torch.exp(-(use * use.clamp_min(1e-12).log()).sum())
+    means = {key: value / len(images) for key, value in sums.items()}
     return {
-        **{key: value / len(images) for key, value in sums.items()},
+        **means,
+        "kl_bits": means["kl_nats"] / math.log(2),
         "codes_used": float((counts > 0).sum()),
         "perplexity": float(perplexity),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,10 +42,29 @@ def logit_laplace_nll(squeezed: Tensor, mean: Tensor, log_scale: Tensor) -> Tens
     return distance * torch.exp(-log_scale) + log_scale + math.log(2) + jacobian
 
 
+class _Negentropy(torch.autograd.Function):
+    """Σ q ln q of q = softmax(logits), over the last axis.
+
+    Its gradient, q (ln q − Σ q ln q), takes a third of the passes over [B, h, w, V] numbers that
+    differentiating each operation takes, and holds one such tensor rather than four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        log_q = logits.log_softmax(-1)
+        negentropy = log_q.exp().mul_(log_q).sum(-1, keepdim=True)
+        ctx.save_for_backward(log_q, negentropy)
+        return negentropy.squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        log_q, negentropy = ctx.saved_tensors
+        return log_q.exp().mul_(log_q - negentropy).mul_(gradients[0].unsqueeze(-1))
+
+
 def kl_to_uniform(logits: Tensor) -> Tensor:
     """KL(softmax(logits) ‖ uniform) over the last axis, in nats per position: Σ q ln q + ln V."""
-    log_q = logits.float().log_softmax(-1)
-    return (log_q.exp() * log_q).sum(-1) + math.log(logits.shape[-1])
+    return _Negentropy.apply(logits.float()) + math.log(logits.shape[-1])
 
 
 def usage_gap(logits: Tensor) -> Tensor:
@@ -55,22 +75,51 @@ def usage_gap(logits: Tensor) -> Tensor:
     return kl_to_uniform(logits.float().softmax(-1).flatten(0, -2).mean(0).clamp_min(1e-12).log())
 
 
+Distortion = Literal["logit-laplace", "mse", "l1"]
+"""How far a reconstruction is from its picture; the paper's is the first."""
+
+
+def distortion_of(images: Tensor, stats: Tensor, kind: Distortion = "logit-laplace") -> Tensor:
+    """Give the mean over all colour values of −ln f in nats, or of the squared or absolute error.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1].
+        stats: [B, 6, H, W]: μ and ln b of each colour. The errors are those of φ⁻¹(sigmoid(μ)),
+            not clamped so that gradients stay; b has no part in them.
+    """
+    mean, log_scale = stats.float().chunk(2, dim=1)
+    if kind == "logit-laplace":
+        return logit_laplace_nll(squeeze_pixels(images), mean, log_scale).mean()
+    error = (mean.sigmoid() - squeeze_pixels(images)) / (1 - 2 * PIXEL_MARGIN)
+    if kind == "mse":
+        return error.square().mean()
+    if kind == "l1":
+        return error.abs().mean()
+    raise ValueError(f"distortion is {kind!r}, expected logit-laplace, mse or l1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DVAELoss:
-    """What `elbo_loss` returns; every field is a scalar tensor, a mean over the batch."""
+    """What `dvae_loss` returns; every field is a scalar tensor, a mean over the batch."""
 
     total: Tensor
-    """What is minimised, in nats per colour value."""
-    nll: Tensor
-    """−ln f, in nats per colour value."""
+    """What is minimised, per colour value; with logit-Laplace and β = 1 the negative ELBO."""
+    distortion: Tensor
+    """−ln f in nats per colour value; with mse or l1, the mean error."""
     kl: Tensor
     """KL(q ‖ uniform), in nats per code."""
     usage_gap: Tensor
     """ln V − H(q̄), in nats; see `usage_gap`."""
 
 
-def elbo_loss(
-    images: Tensor, stats: Tensor, logits: Tensor, *, beta: float, usage_weight: float = 0.0
+def dvae_loss(
+    images: Tensor,
+    stats: Tensor,
+    logits: Tensor,
+    *,
+    beta: float,
+    usage_weight: float = 0.0,
+    distortion: Distortion = "logit-laplace",
 ) -> DVAELoss:
     """Give the negative ELBO per colour value (paper A.2): mean NLL + β·KL·(codes / values).
 
@@ -83,14 +132,15 @@ def elbo_loss(
         logits: [B, h, w, V], raw, without noise or temperature.
         beta: the weight of the KL; the paper's goes from 0 to 6.6.
         usage_weight: the weight of `usage_gap`, taken like one code's KL; the paper's is 0.
+        distortion: what stands for the NLL; the paper's is logit-laplace.
     """
-    mean, log_scale = stats.float().chunk(2, dim=1)
-    nll = logit_laplace_nll(squeeze_pixels(images), mean, log_scale).mean()
+    far = distortion_of(images, stats, distortion)
     kl = kl_to_uniform(logits).mean()
-    gap = usage_gap(logits)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and usage_weight != 0):
+        gap = usage_gap(logits)
     codes_per_value = logits[..., 0].numel() / images.numel()
-    total = nll + codes_per_value * (beta * kl + usage_weight * gap)
-    return DVAELoss(total=total, nll=nll, kl=kl, usage_gap=gap)
+    total = far + codes_per_value * (beta * kl + usage_weight * gap)
+    return DVAELoss(total=total, distortion=far, kl=kl, usage_gap=gap)
 
 
 def psnr(images: Tensor, drawn: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dvae import openai
 from dvae.gumbel import gumbel_softmax
 from dvae.losses import squeeze_pixels, unsqueeze_pixels
 from dvae.weights import load_weights, model_folder, save_weights
@@ -138,10 +139,12 @@ class Encoder(nn.Module):
         x = self.input(squeezed.contiguous(memory_format=torch.channels_last))
         for i, group in enumerate(self.groups):
             x = group(x) if i == 0 else group(F.max_pool2d(x, 2))
-        # The released code keeps this convolution in fp32 under mixed precision.
+        # The released code keeps this convolution in fp32 under mixed precision. The gain goes on
+        # the weights, of which there are fewer than logits.
+        weight, bias = self.output.weight * self.logit_gain, self.output.bias * self.logit_gain
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.output(F.relu(x).float())
-        return rearrange(logits, "b v h w -> b h w v") * self.logit_gain
+            logits = F.conv2d(F.relu(x).float(), weight, bias)
+        return rearrange(logits, "b v h w -> b h w v")
 
 
 class Decoder(nn.Module):
@@ -242,6 +245,22 @@ class DVAE(nn.Module):
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> DVAE:
         """Read what `save` or a training wrote; ValueError where there is none or it is damaged."""
         return load_weights(cls, DVAEConfig, model_folder(directory) / FILE_NAME, device)
+
+    @classmethod
+    def from_openai(cls, encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
+        """Read OpenAI's released pickles, running nothing of them; ValueError for any other."""
+        encoder, decoder = openai.read_module(encoder_pkl), openai.read_module(decoder_pkl)
+        model = cls(DVAEConfig(**openai.sizes(encoder, decoder)))
+        for what, part, weights in (
+            (encoder_pkl, model.encoder, encoder),
+            (decoder_pkl, model.decoder, decoder),
+        ):
+            try:
+                part.load_state_dict(weights, strict=True)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"{what} is no dVAE of the paper's form ({reason})") from error
+        return model.eval()
 
 
 def reconstruction(stats: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dalle1.data import codes
 from dalle1.data.batches import in_order
 from dalle1.data.codes import CodeSource, EncodeConfig, encode, fingerprint, open_codes
-from dalle1.data.images import to_float, to_tensor
+from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
 from dalle1.data.toybox import Toybox
 from dalle1.device import autocast
 from dvae import DVAE, DVAEConfig
@@ -58,15 +60,17 @@ def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
     assert [f.name for f in sorted(config.out.glob("*.tar"))] == [f"0000{i}.tar" for i in range(3)]
     source = open_codes(str(config.out), "train", config.dvae)
     assert source is not None
-    assert (len(source), source.code_grid(0).shape) == (10, (4, 4))
+    assert (len(source), source.code_grid(0, RNG).shape) == (10, (4, 4))
     toybox = Toybox(size=32, num_scenes=10)
     for begin, end in ((0, 3), (3, 4), (4, 7), (7, 8), (8, 10)):  # as batches and shards fall
         images = torch.stack([to_tensor(toybox.image(i)) for i in range(begin, end)])
         with autocast(torch.device("cpu"), "bf16"):
             expected = model.encode(to_float(images))
-        assert torch.equal(torch.stack([source.code_grid(i) for i in range(begin, end)]), expected)
-    assert source.code_grid(0).dtype == torch.int64
-    assert len(torch.stack([source.code_grid(i) for i in range(10)]).unique()) > 2
+        assert torch.equal(
+            torch.stack([source.code_grid(i, RNG) for i in range(begin, end)]), expected
+        )
+    assert source.code_grid(0, RNG).dtype == torch.int64
+    assert len(torch.stack([source.code_grid(i, RNG) for i in range(10)]).unique()) > 2
     captions = {source.caption(6, random.Random(i)) for i in range(40)}
     assert captions == {toybox.caption(6, random.Random(f"0/6/{i}")) for i in range(3)}
     assert len(captions) > 1
@@ -76,7 +80,7 @@ def test_encoding_goes_on_where_it_stopped(
     encoded: tuple[EncodeConfig, DVAE], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = encoded
-    before = [source_of(config).code_grid(i) for i in range(10)]
+    before = [source_of(config).code_grid(i, RNG) for i in range(10)]
     times = {f.name: f.stat().st_mtime_ns for f in config.out.glob("*.tar")}
     (config.out / "00001.tar").unlink()
     (config.out / "00001.partial").write_text("a shard that was never finished")
@@ -88,7 +92,7 @@ def test_encoding_goes_on_where_it_stopped(
     after = {f.name: f.stat().st_mtime_ns for f in config.out.glob("*.tar")}
     assert {name for name in after if times[name] != after[name]} == {"00001.tar"}
     assert not list(config.out.glob("*.partial"))
-    again = [source_of(config).code_grid(i) for i in range(10)]
+    again = [source_of(config).code_grid(i, RNG) for i in range(10)]
     assert all(torch.equal(a, b) for a, b in zip(before, again))
 
 
@@ -119,10 +123,49 @@ def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:
         CodeSource(tmp_path / "codes")
     (tmp_path / "codes").mkdir(exist_ok=True)
     (tmp_path / "codes" / "codes.json").write_text(
-        json.dumps({"dvae": "x", "grid_size": 4, "pictures": 9})
+        json.dumps({"dvae": "x", "grid_size": 4, "pictures": 9, "shard_size": 4})
     )
-    with pytest.raises(ValueError, match="0 of 9 pictures: its encoding was stopped"):
+    with pytest.raises(ValueError, match="0 of 3 shards: its encoding was stopped"):
         CodeSource(tmp_path / "codes")
+
+
+def test_several_crops_of_each_picture(tmp_path: Path) -> None:
+    model = save_dvae(tmp_path / "dvae")
+    (tmp_path / "pictures").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), dtype=np.uint8)
+    for i, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture {i}")
+    config = encoding(tmp_path, data=str(tmp_path / "pictures"), crops=3, batch_size=2)
+    encode(config)
+    source, how = source_of(config), (FOR_TRANSFORMER, False)
+    assert len(source) == 3
+    for i in range(3):
+        rng = random.Random(f"0/{i}/crops")
+        cut = [augmented(Image.fromarray(noise[i]), 32, rng, *how) for _ in range(3)]
+        with autocast(torch.device("cpu"), "bf16"):
+            expected = model.encode(to_float(torch.stack([to_tensor(c) for c in cut])))
+        drawn = {source.code_grid(i, random.Random(n)).numpy().tobytes() for n in range(40)}
+        assert drawn == {grid.numpy().tobytes() for grid in expected}
+        assert len(drawn) > 1
+
+
+def test_small_pictures_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dvae(tmp_path / "dvae")
+    (tmp_path / "pictures").mkdir()
+    for name, side in (("a", 32), ("b", 31), ("c", 40), ("d", 8)):
+        Image.new("RGB", (side, 50), "red").save(tmp_path / "pictures" / f"{name}.png")
+        (tmp_path / "pictures" / f"{name}.txt").write_text(name)
+    config = encoding(tmp_path, data=str(tmp_path / "pictures"))
+    encode(config)
+    assert "Left out 2 pictures smaller than 32 × 32" in capsys.readouterr().out
+    assert [source_of(config).caption(i, RNG) for i in range(2)] == ["a", "c"]
+    assert len(source_of(config)) == 2
+    enlarged = encoding(tmp_path, data=config.data, allow_upscale=True, out=tmp_path / "all")
+    encode(enlarged)
+    assert len(source_of(enlarged)) == 4
 
 
 def test_workers_that_are_spawned_can_encode(
@@ -138,4 +181,4 @@ def test_workers_that_are_spawned_can_encode(
     save_dvae(tmp_path / "dvae")
     monkeypatch.setattr(codes, "in_order", watched)
     encode(encoding(tmp_path, data="toybox:1"))
-    assert given == [(3, 32, 32)]
+    assert given == [(1, 3, 32, 32)]

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from dalle1.data import batches
 from dalle1.data.batches import ENDLESS, in_order, index_at
-from dalle1.data.images import centre_square, grid, random_crop, to_float, to_pil, to_tensor
+from dalle1.data.images import (
+    FOR_TRANSFORMER,
+    Augmentation,
+    TooSmall,
+    augmented,
+    centre_square,
+    grid,
+    to_float,
+    to_pil,
+    to_tensor,
+)
 from dalle1.data.sources import part
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -124,7 +134,7 @@ def test_tensors_and_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "left", "top"), [(9, 5, 2, 0), (5, 9, 0, 2), (6, 6, 0, 0), (8, 5, 1, 0)]
+    ("width", "height", "left", "top"), [(9, 5, 2, 0), (5, 9, 0, 2), (6, 6, 0, 0), (8, 5, 2, 0)]
 )
 def test_centre_square(width: int, height: int, left: int, top: int) -> None:
     side = min(width, height)
@@ -134,19 +144,33 @@ def test_centre_square(width: int, height: int, left: int, top: int) -> None:
     assert cut.getpixel((side - 1, side - 1)) == (left + side - 1, top + side - 1, 77)
 
 
-@pytest.mark.parametrize(("width", "height"), [(100, 60), (3, 200), (1, 1)])
-def test_centre_square_resizes_whole(width: int, height: int) -> None:
+@pytest.mark.parametrize(("width", "height"), [(100, 60), (16, 200), (37, 37)])
+def test_centre_square_is_that_of_the_released_code(width: int, height: int) -> None:
+    image = gradient(width, height)
+    scale = 16 / min(width, height)  # as its notebook does: LANCZOS, then the centre
+    whole = image.resize((round(scale * width), round(scale * height)), Image.Resampling.LANCZOS)
+    left, top = round((whole.width - 16) / 2), round((whole.height - 16) / 2)
+    expected = whole.crop((left, top, left + 16, top + 16))
+    assert centre_square(image, 16).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("width", "height"), [(15, 60), (3, 200), (1, 1)])
+def test_a_small_picture_is_enlarged_only_where_that_is_allowed(width: int, height: int) -> None:
     image = Image.new("RGB", (width, height), (10, 200, 30))
-    square = centre_square(image, 16)
-    assert square.size == (16, 16)
-    assert square.getcolors() == [(256, (10, 200, 30))]
+    for cut in (
+        lambda **upscale: centre_square(image, 16, **upscale),
+        lambda **upscale: augmented(image, 16, random.Random(0), Augmentation(), **upscale),
+    ):
+        with pytest.raises(TooSmall, match=rf"{width} × {height} is smaller than 16 × 16; --allow"):
+            cut()
+        assert cut(allow_upscale=True).getcolors() == [(256, (10, 200, 30))]
 
 
-def test_random_crop() -> None:
+def test_crops_without_resizing() -> None:
     image, rng = gradient(12, 9), random.Random(0)
     corners, mirrored = set(), 0
-    for _ in range(400):
-        crop = to_tensor(random_crop(image, 8, rng)).int()
+    for _ in range(1000):  # the largest square, 9 × 9, lies at 0 to 3; then 8 × 8 in it
+        crop = to_tensor(augmented(image, 8, rng, Augmentation(resize=(2.0, 2.0)))).int()
         assert crop.shape == (3, 8, 8)
         flip = bool(crop[0, 0, 0] > crop[0, 0, 7])
         crop = crop.flip(2) if flip else crop
@@ -155,15 +179,74 @@ def test_random_crop() -> None:
         corners.add((left, top))
         mirrored += flip
     assert corners == {(x, y) for x in range(5) for y in range(2)}
-    assert 150 < mirrored < 250
-    same = [random_crop(image, 8, random.Random(3)).tobytes() for _ in range(2)]
+    assert 420 < mirrored < 580
+    same = [augmented(image, 8, random.Random(3), Augmentation()).tobytes() for _ in range(2)]
     assert same[0] == same[1]
 
 
-def test_a_picture_too_small_to_crop_is_refused() -> None:
-    with pytest.raises(ValueError, match="12 × 7 is too small to cut 8 × 8"):
-        random_crop(gradient(12, 7), 8, RNG)
-    assert random_crop(gradient(8, 8), 8, RNG).size == (8, 8)
+def test_the_paper_s_augmentations(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = gradient(250, 140)
+    sides: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], kind: Image.Resampling) -> Image.Image:
+        assert kind == Image.Resampling.BOX
+        assert self.size == (140, 140)  # the largest square
+        sides.append(size[0])
+        return resize(self, size, kind)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    rng = random.Random(0)
+    for _ in range(300):
+        assert augmented(image, 64, rng, Augmentation()).size == (64, 64)
+    # Listing 1: 1.125 to 1.5 crops, that is 288 to 384 for crops of 256.
+    assert (min(sides), max(sides)) == (72, 96)
+    sides.clear()
+    lefts, mirrored = [], 0
+    for _ in range(300):
+        crop = np.asarray(augmented(image, 64, rng, FOR_TRANSFORMER)).astype(int)
+        mirrored += crop[0, 0, 0] > crop[0, 63, 0]
+        lefts.append(crop[0, 0, 0])
+    # Listing 2: 1 to 1.125 crops, not mirrored, of a square between 3/8 and 5/8 of the play.
+    assert (min(sides), max(sides), mirrored) == (64, 72, 0)
+    assert 110 * 3 / 8 - 1 <= min(lefts) < 50
+    assert 60 < max(lefts) <= 110 * 5 / 8 + 140 * 8 / 72
+
+
+@pytest.mark.parametrize("wrong", [{"band": (0.5, 0.2)}, {"band": (0, 1.5)}, {"resize": (0.5, 1)}])
+def test_impossible_augmentations_are_refused(wrong: dict[str, tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="expected two rising numbers"):
+        Augmentation(**wrong)
+
+
+def test_small_pictures_are_left_out_of_batches_and_counted() -> None:
+    class Mixed:
+        """Every second picture is too small."""
+
+        def __len__(self) -> int:
+            return 20
+
+        def caption(self, index: int, rng: random.Random) -> str:
+            return ""
+
+    def prepare(source: Mixed, index: int, rng: random.Random) -> dict[str, torch.Tensor]:
+        if index % 2:
+            raise TooSmall("a picture is too small")
+        return {"index": torch.tensor(index)}
+
+    stream = batches(Mixed(), prepare, batch_size=20)
+    first = next(stream)
+    assert not (first["index"] % 2).any()
+    assert first["skipped"].sum() >= 10
+    other = next(batches(Mixed(), prepare, batch_size=20, num_workers=2))
+    assert all(torch.equal(first[name], other[name]) for name in first)
+    stream.close()
+
+    def none(source: Mixed, index: int, rng: random.Random) -> dict[str, torch.Tensor]:
+        raise TooSmall("a picture of 3 × 3 is too small")
+
+    with pytest.raises(ValueError, match=r"100 pictures in a row were left out.* of 3 × 3"):
+        next(batches(Mixed(), none, batch_size=1))
 
 
 def test_grid() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dvae import DVAE, DVAEConfig, elbo_loss, evaluate
+from dvae import DVAE, DVAEConfig, dvae_loss, evaluate
 from dvae.gumbel import gumbel_noise, gumbel_softmax
 from dvae.losses import (
+    distortion_of,
     kl_to_uniform,
     logit_laplace_nll,
     psnr,
@@ -149,18 +151,36 @@ def test_loss_by_hand() -> None:
     images, stats = torch.full((1, 3, 8, 8), 0.5), torch.zeros(1, 6, 8, 8)
     stats[:, :3], stats[:, 3:] = 1.0, math.log(2)
     logits = torch.tensor([0.5, 0.25, 0.25]).log().view(1, 1, 1, 3)
-    loss = elbo_loss(images, stats, logits, beta=6.6, usage_weight=2.0)
+    loss = dvae_loss(images, stats, logits, beta=6.6, usage_weight=2.0)
     kl = math.log(3) - 1.5 * math.log(2)
-    assert loss.nll.item() == pytest.approx(0.5, abs=1e-6)
+    assert loss.distortion.item() == pytest.approx(0.5, abs=1e-6)
     assert loss.kl.item() == pytest.approx(kl, abs=1e-6)
     assert loss.usage_gap.item() == pytest.approx(kl, abs=1e-6)  # one place is its own mean
     assert loss.total.item() == pytest.approx(0.5 + 8.6 * kl / 192, abs=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("mse", 0.04), ("l1", 0.2)])
+def test_other_distortions_by_hand(kind: Any, expected: float) -> None:
+    images = torch.full((2, 3, 16, 16), 0.5)
+    stats = torch.cat([torch.logit(squeeze_pixels(images + 0.2)), torch.randn(2, 3, 16, 16)], 1)
+    assert distortion_of(images, stats, kind).item() == pytest.approx(expected, rel=1e-4)
+    farther = torch.cat([torch.logit(squeeze_pixels(images + 0.3)), stats[:, 3:]], 1)
+    assert distortion_of(images, farther, kind) > distortion_of(images, stats, kind)
+    twice = [torch.cat([x, x]) for x in (images, stats)]
+    torch.testing.assert_close(distortion_of(*twice, kind), distortion_of(images, stats, kind))
+    loss = dvae_loss(images, stats, torch.zeros(2, 2, 2, 7), beta=1.0, distortion=kind)
+    assert loss.total.item() == pytest.approx(expected, rel=1e-4)  # the KL of uniform is 0
+
+
+def test_an_unknown_distortion_is_refused() -> None:
+    with pytest.raises(ValueError, match="distortion is 'psnr', expected logit-laplace, mse or l1"):
+        distortion_of(pictures(), torch.zeros(2, 6, 16, 16), "psnr")  # type: ignore[arg-type]
+
+
 def test_loss_does_not_depend_on_the_size_of_the_batch() -> None:
     parts = objective(3)
-    once = elbo_loss(*parts, beta=6.6, usage_weight=1.0)
-    twice = elbo_loss(*(torch.cat([x, x]) for x in parts), beta=6.6, usage_weight=1.0)
+    once = dvae_loss(*parts, beta=6.6, usage_weight=1.0)
+    twice = dvae_loss(*(torch.cat([x, x]) for x in parts), beta=6.6, usage_weight=1.0)
     for name, value in vars(once).items():
         assert getattr(twice, name).item() == pytest.approx(value.item(), rel=1e-5), name
 
@@ -168,22 +188,22 @@ def test_loss_does_not_depend_on_the_size_of_the_batch() -> None:
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (8, 8), (16, 40)])
 def test_beta_weighs_one_code_by_a_192nd_at_any_size(height: int, width: int) -> None:
     parts = objective(2, height, width)
-    without = elbo_loss(*parts, beta=0.0)
-    loss = elbo_loss(*parts, beta=192.0)
+    without = dvae_loss(*parts, beta=0.0)
+    loss = dvae_loss(*parts, beta=192.0)
     assert loss.kl.item() > 0.5
     assert (loss.total - without.total).item() == pytest.approx(loss.kl.item(), rel=1e-4)
-    used = elbo_loss(*parts, beta=0.0, usage_weight=192.0)
+    used = dvae_loss(*parts, beta=0.0, usage_weight=192.0)
     assert (used.total - without.total).item() == pytest.approx(used.usage_gap.item(), rel=1e-3)
 
 
 def test_each_part_of_the_loss_has_its_sign() -> None:
     images, stats, logits = objective()
-    loss = elbo_loss(images, stats, logits, beta=1.0)
+    loss = dvae_loss(images, stats, logits, beta=1.0)
     nearer = stats.clone()
     nearer[:, :3] = torch.logit(squeeze_pixels(images))
-    assert elbo_loss(images, nearer, logits, beta=1.0).nll < loss.nll
+    assert dvae_loss(images, nearer, logits, beta=1.0).distortion < loss.distortion
     assert 0 < loss.usage_gap < loss.kl  # the mean posterior is nearer to uniform than each is
-    surer = elbo_loss(images, stats, 3 * logits, beta=1.0)
+    surer = dvae_loss(images, stats, 3 * logits, beta=1.0)
     assert surer.kl > loss.kl
     assert surer.total > loss.total
 
@@ -201,12 +221,12 @@ def test_a_few_steps_lower_the_loss() -> None:
     losses = []
     for step in range(30):
         stats, logits = model(images, 1.0, seeded(step))
-        loss = elbo_loss(images, stats, logits, beta=0.1)
+        loss = dvae_loss(images, stats, logits, beta=0.1)
         loss.total.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.nll.item())
+        losses.append(loss.distortion.item())
     assert sum(losses[-5:]) / 5 < losses[0] - 0.05
 
 
@@ -214,17 +234,18 @@ def test_evaluation() -> None:
     model, images = tiny(), pictures(5)
     numbers = evaluate(model, images, 1 / 16, batch_size=2)
     assert set(numbers) == {
-        *("psnr_hard", "psnr_relaxed", "loss_hard", "loss_relaxed"),
-        *("kl", "codes_used", "perplexity"),
+        *("psnr_hard", "psnr_relaxed", "elbo_hard", "elbo_relaxed"),
+        *("kl_nats", "kl_bits", "codes_used", "perplexity"),
     }
     codes = model.encode(images)
-    loss = elbo_loss(images, model.decoder(codes), model.logits(images), beta=1.0)
-    assert numbers["loss_hard"] == pytest.approx(loss.total.item(), rel=1e-5)
-    assert numbers["kl"] == pytest.approx(loss.kl.item(), rel=1e-5)
+    loss = dvae_loss(images, model.decoder(codes), model.logits(images), beta=1.0)
+    assert numbers["elbo_hard"] == pytest.approx(-loss.total.item(), rel=1e-5)
+    assert numbers["kl_nats"] == pytest.approx(loss.kl.item(), rel=1e-5)
+    assert numbers["kl_bits"] == pytest.approx(numbers["kl_nats"] / math.log(2))
     hard = psnr(images, model.decode(codes)).mean().item()
     assert numbers["psnr_hard"] == pytest.approx(hard, rel=1e-5)
     assert 3 < numbers["psnr_relaxed"] < 30
-    assert math.isfinite(numbers["loss_relaxed"])
+    assert math.isfinite(numbers["elbo_relaxed"])
     shares = codes.flatten().bincount().double() / codes.numel()
     shares = shares[shares > 0]
     assert numbers["codes_used"] == len(shares) > 1

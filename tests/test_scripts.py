@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from dalle1.clip import tiny_clip
 from dalle1.data import codes
 from dalle1.presets import TRANSFORMER_PRESETS
 from dalle1.text import Tokenizer
+from dvae import DVAE
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ["--steps", "2", "--batch-size", "2", "--num-workers", "0", "--device", "cpu"]
@@ -61,11 +63,50 @@ def test_every_training_leaves_what_the_next_one_reads(runs: Path) -> None:
     assert (index["grid_size"], index["codebook_size"]) == (8, 16)
     source = codes.CodeSource(runs / "codes")
     assert len(source) == 4
-    assert source.code_grid(0).shape == (8, 8)
+    assert source.code_grid(0, random.Random(0)).shape == (8, 8)
     latest = runs / "model" / "latest"
     for name in ("dvae.safetensors", "transformer.safetensors", "vocab.json", "state.pt"):
         assert (latest / name).is_file()
     assert (runs / "model" / "samples" / "step-2.png").is_file()
+
+
+def test_a_dvae_is_fine_tuned(runs: Path, tmp_path: Path) -> None:
+    train = ["toy", *TINY_DVAE, *RUN, "--init", str(runs / "dvae"), "--learning-rate", "0"]
+    train_dvae.main([*train, "--final-learning-rate", "0", "--out", str(tmp_path / "tuned")])
+    given, tuned = DVAE.load(runs / "dvae"), DVAE.load(tmp_path / "tuned")
+    for a, b in zip(given.parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(a, b)  # it began there, and the step size was 0
+
+
+def test_fine_tuning_names_the_size_that_it_needs(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train_dvae.main(["toy", "--init", str(runs / "dvae"), "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "add --model.image-size 64 --model.width 8 --model.codebook-size 16" in said
+
+
+@pytest.mark.parametrize("distortion", ["mse", "l1"])
+def test_a_dvae_trains_on_pictures_without_captions(
+    tmp_path: Path, distortion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        side = 20 if i == 3 else 70 + i
+        picture = Image.effect_noise((side, 90), 100)
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+    flags = [*TINY_DVAE, *RUN, "--crops-per-picture", "2", "--distortion", distortion]
+    flags += ["--data", str(tmp_path / "pictures"), "--steps", "8", "--log-every", "1"]
+    train_dvae.main(["toy", *flags, "--out", str(tmp_path / "run")])
+    lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert lines[7]["skipped"] > 0
+    assert "leaving out pictures that are too small" in capsys.readouterr().err
+    assert lines[0]["temperature"] == 1
+    assert lines[0]["beta"] == 0
+    assert {"kl_nats", "kl_bits", "elbo_hard", "elbo_relaxed"} <= {
+        name.removeprefix("validation/") for name in lines[-1]
+    }
 
 
 def test_a_transformer_trains_from_pictures(runs: Path, tmp_path: Path) -> None:
@@ -221,9 +262,9 @@ def test_mistakes_in_training_are_told_in_a_line(
 ) -> None:
     toy = ["toy", "--out", str(tmp_path / "out")]
     dvae, transformer = train_dvae.main, train_transformer.main
-    for main in (dvae, transformer):
+    for main, presets in ((dvae, "toy, small, paper"), (transformer, "toy, paper")):
         line = refused(main, ["huge", *toy[1:]], capsys)
-        assert "no preset 'huge'; there are: toy, paper" in line
+        assert f"no preset 'huge'; there are: {presets}" in line
     line = refused(transformer, [*toy, "--dvae", "nowhere", "--device", "cpu"], capsys)
     assert "no DVAE in nowhere" in line
     line = refused(dvae, [*toy, *TINY_DVAE[:-2], "--data", "nowhere", "--device", "cpu"], capsys)
@@ -297,7 +338,7 @@ def test_a_damaged_picture_ends_a_training_and_its_workers(tmp_path: Path) -> No
     (data / "bad.png").write_bytes(b"no picture")
     (data / "bad.txt").write_text("a red star")
     for name in "ab":
-        Image.new("RGB", (64, 64)).save(data / f"{name}.png")
+        Image.new("RGB", (128, 128)).save(data / f"{name}.png")
         (data / f"{name}.txt").write_text("a black square")
     code = "import sys, train_clip; train_clip.main(sys.argv[1:])"
     flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--num-workers", "1"]

@@ -67,6 +67,14 @@ def test_folder_keeps_its_end_for_validation(tmp_path: Path) -> None:
     assert captions == {"train": [str(i) for i in range(20)], "validation": ["20"]}
 
 
+def test_stage_1_needs_no_captions(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("a red square")
+    assert len(open_source(str(tmp_path))) == 1
+    assert len(open_source(str(tmp_path), captions=False)) == 2
+
+
 def test_transparent_places_are_white(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (2, 1), (*RED, 255))
     clear.putpixel((1, 0), (0, 0, 0, 0))

@@ -32,7 +32,9 @@ class SquaredError:
     largest: Tensor
 
 
-def squared_error(model: nn.Module, batch: Any, step: int) -> SquaredError:
+def squared_error(
+    model: nn.Module, batch: Any, step: int, generator: torch.Generator
+) -> SquaredError:
     error = (model(batch["x"]) - batch["y"]).square()
     return SquaredError(total=error.mean(), largest=error.max())
 
@@ -82,11 +84,13 @@ class Noisy:
         self.accident = accident
         self.given: dict[int, float] = {}
 
-    def __call__(self, model: nn.Module, batch: Any, step: int) -> SquaredError:
+    def __call__(
+        self, model: nn.Module, batch: Any, step: int, generator: torch.Generator
+    ) -> SquaredError:
         if self.accident:
             self.accident(step)
-        noise = torch.randn(batch["x"].shape, generator=step_generator(3, step, CPU))
-        loss = squared_error(model, {**batch, "x": batch["x"] + 0.1 * noise}, step)
+        noise = torch.randn(batch["x"].shape, generator=generator)
+        loss = squared_error(model, {**batch, "x": batch["x"] + 0.1 * noise}, step, generator)
         assert step not in self.given
         self.given[step] = loss.total.item()
         return loss
@@ -210,6 +214,39 @@ def test_frozen_weights_stay(tmp_path: Path) -> None:
     trainer.update(squared_error, batch_at(0))
     moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert moved == [False, False, True, True]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_is_the_batch(tmp_path: Path, parts: int) -> None:
+    whole = Trainer(fresh(), run_config(tmp_path))
+    in_parts = Trainer(fresh(), run_config(tmp_path, accumulate=parts))
+    for step in range(5):
+        one = whole.update(squared_error, batch_at(step))
+        other = in_parts.update(squared_error, batch_at(step))
+        for name in ("total", "gradient_norm", "learning_rate"):
+            assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-5)
+    for a, b in zip(whole.model.parameters(), in_parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_parts_of_a_batch_have_noise_of_their_own(tmp_path: Path) -> None:
+    drawn = []
+
+    def loss(model: nn.Module, batch: Any, step: int, generator: torch.Generator) -> SquaredError:
+        drawn.append(torch.rand(1, generator=generator).item())
+        return squared_error(model, batch, step, generator)
+
+    trainer = Trainer(fresh(), run_config(tmp_path, accumulate=2))
+    for step in range(2):
+        trainer.update(loss, batch_at(step))
+    assert len(set(drawn)) == 4
+
+
+def test_the_step_size_stays_at_its_end(tmp_path: Path) -> None:
+    trainer = Trainer(fresh(), run_config(tmp_path, steps=20, schedule_steps=8))
+    rates = [trainer.update(squared_error, batch_at(s))["learning_rate"] for s in range(12)]
+    assert rates[7] > 0.001
+    assert rates[8:] == [pytest.approx(0.001)] * 4
 
 
 def test_noise_is_a_function_of_seed_and_step() -> None:
@@ -389,6 +426,7 @@ def test_model_folder(tmp_path: Path) -> None:
         *((name, -1) for name in ("validate_every", "save_every")),
         *(("ema_decay", value) for value in (-0.1, 1.0)),
         ("precision", "fp16"),
+        *(("accumulate", value) for value in (0, 3)),  # of a batch of 32
     ],
 )
 def test_impossible_settings_are_refused(name: str, value: Any) -> None:
@@ -415,8 +453,10 @@ def test_keeping_freed_memory_may_be_asked_for_anywhere(monkeypatch: pytest.Monk
 
 def test_a_loss_that_is_no_number_stops_before_the_checkpoint(tmp_path: Path) -> None:
     class Diverging(Noisy):
-        def __call__(self, model: nn.Module, batch: Any, step: int) -> SquaredError:
-            loss = super().__call__(model, batch, step)
+        def __call__(
+            self, model: nn.Module, batch: Any, step: int, generator: torch.Generator
+        ) -> SquaredError:
+            loss = super().__call__(model, batch, step, generator)
             return replace(loss, total=loss.total * math.nan) if step >= 4 else loss
 
     how = run_config(tmp_path)

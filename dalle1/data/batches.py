@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dalle1.data.images import TooSmall
 from dalle1.data.sources import CaptionSource
 
 Example = Mapping[str, Tensor]
 Prepare = Callable[[Any, int, random.Random], Example]
 """(source, index, rng) → the tensors of one example."""
+
+SKIPPED = "skipped"
+"""In every example of `batches`: how many pairs were left out before it as too small."""
+
+ATTEMPTS = 100
+"""So many unusable pairs in a row are no accident."""
 
 ENDLESS = 1 << 30
 """From this length on a source has fresh pairs for ever: read in order, shuffled by nature."""
@@ -29,8 +36,18 @@ class _Prepared(Dataset):
         self.source, self.prepare, self.seed = source, prepare, seed
 
     def __getitem__(self, place: int) -> Example:
-        index = index_at(place, len(self.source), self.seed)
-        return self.prepare(self.source, index, random.Random(f"{self.seed}/{place}"))
+        index, rng = (
+            index_at(place, len(self.source), self.seed),
+            random.Random(f"{self.seed}/{place}"),
+        )
+        for skipped in range(ATTEMPTS):
+            try:
+                example = self.prepare(self.source, index, rng)
+                return {**example, SKIPPED: torch.tensor(skipped)}
+            except TooSmall as error:
+                reason = error
+                index = rng.randrange(len(self.source))
+        raise ValueError(f"{ATTEMPTS} pictures in a row were left out, the last because: {reason}")
 
 
 class _Listed(Dataset):
@@ -79,7 +96,11 @@ def batches(
     start: int = 0,
     num_workers: int = 0,
 ) -> Generator[dict[str, Tensor]]:
-    """Yield batches for ever, from step `start` on, the same for any number of workers."""
+    """Yield batches for ever, from step `start` on, the same for any number of workers.
+
+    A pair whose picture is too small (`TooSmall`) is left out and another one taken, at random;
+    the batch says under `SKIPPED` how many were.
+    """
     loader: DataLoader = DataLoader(
         _Prepared(source, prepare, seed),
         batch_sampler=_Places(batch_size, start),
@@ -107,6 +128,22 @@ def in_order(
         worker_init_fn=_quiet_worker,
     )
     yield from _run(loader)
+
+
+def first_examples(source: CaptionSource, prepare: Prepare, count: int) -> dict[str, Tensor]:
+    """Stack the first `count` examples, or as many as there are, leaving out what is `TooSmall`."""
+    found: list[Example] = []
+    reason = TooSmall("there is nothing to validate on")
+    for index in range(len(source)):
+        try:
+            found.append(prepare(source, index, random.Random(index)))
+        except TooSmall as error:
+            reason = error
+        if len(found) == count:
+            break
+    if not found:
+        raise ValueError(f"nothing to validate on is usable; the last was not because: {reason}")
+    return {name: torch.stack([example[name] for example in found]) for name in found[0]}
 
 
 def _run(loader: DataLoader) -> Generator[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,28 +28,97 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """Cut the largest centred square and bring it to `size`, as the released code evaluates."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square if side == size else square.resize((size, size), Image.Resampling.LANCZOS)
+class TooSmall(ValueError):
+    """A picture is smaller than a model's input, and may not be enlarged."""
 
 
-def random_crop(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
-    """Cut a square of `size` anywhere, and mirror every second one.
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How training pictures are cut at random: a square, resized, and a crop of that.
 
-    Raises: ValueError where the picture is smaller than that.
+    The defaults are those of the dVAE (paper A.2, Listing 1); see also `FOR_TRANSFORMER`.
     """
-    if min(image.size) < size:
-        raise ValueError(
-            f"a picture of {image.width} × {image.height} is too small to cut {size} × {size} "
-            "from; resize it first, or cut less"
+
+    band: tuple[float, float] = (0.0, 1.0)
+    """Part of the free play in which the largest square may lie; 0 is left and top."""
+    resize: tuple[float, float] = (1.125, 1.5)
+    """Sides, in crops, between which the square is brought; it is made smaller, never larger."""
+    flip: bool = True
+    """Mirror every second one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.band[0] <= self.band[1] <= 1:
+            raise ValueError(f"band is {self.band}, expected two rising numbers in [0, 1]")
+        if not 1 <= self.resize[0] <= self.resize[1]:
+            raise ValueError(f"resize is {self.resize}, expected two rising numbers, 1 or more")
+
+
+FOR_TRANSFORMER = Augmentation(band=(3 / 8, 5 / 8), resize=(1.0, 1.125), flip=False)
+"""The paper's Listing 2: nearer to the whole picture, and not mirrored, as there may be text."""
+
+
+def augmented(
+    image: Image.Image,
+    size: int,
+    rng: random.Random,
+    how: Augmentation,
+    allow_upscale: bool = False,
+) -> Image.Image:
+    """Cut a square of `size` at random, as the paper's Listings 1 and 2 do at 256.
+
+    Raises: TooSmall where the picture is smaller than that, unless `allow_upscale`.
+    """
+    _refuse_small(image, size, allow_upscale)
+    side = min(image.size)
+    left, top = (_within(how.band, length - side, rng) for length in image.size)
+    image = _square(image, left, top, side)
+    low, high = (max(size, min(side, round(factor * size))) for factor in how.resize)
+    image = _resized(image, rng.randint(low, high))
+    left, top = (rng.randint(0, length - size) for length in image.size)
+    image = _square(image, left, top, size)
+    mirrored = how.flip and rng.random() < 0.5
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def centre_square(image: Image.Image, size: int, allow_upscale: bool = False) -> Image.Image:
+    """Bring the short side to `size` and cut the centre, as the released code evaluates.
+
+    Raises: TooSmall where the picture is smaller than that, unless `allow_upscale`.
+    """
+    _refuse_small(image, size, allow_upscale)
+    scale = size / min(image.size)
+    if scale != 1:
+        width, height = (round(scale * length) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (round((length - size) / 2) for length in image.size)
+    return _square(image, left, top, size)
+
+
+def _refuse_small(image: Image.Image, size: int, allow_upscale: bool) -> None:
+    if min(image.size) < size and not allow_upscale:
+        raise TooSmall(
+            f"a picture of {image.width} × {image.height} is smaller than {size} × {size}; "
+            "--allow-upscale enlarges such ones"
         )
-    left = rng.randint(0, image.width - size)
-    top = rng.randint(0, image.height - size)
-    crop = image.crop((left, top, left + size, top + size))
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+def _within(band: tuple[float, float], play: int, rng: random.Random) -> int:
+    first, end = int(band[0] * play), int(band[1] * (play + 1))
+    return rng.randrange(first, max(first + 1, end))
+
+
+def _square(image: Image.Image, left: int, top: int, side: int) -> Image.Image:
+    if image.size == (side, side):
+        return image
+    return image.crop((left, top, left + side, top + side))
+
+
+def _resized(image: Image.Image, side: int) -> Image.Image:
+    if image.width == side:
+        return image
+    # The paper's AREA; to enlarge with it would only repeat pixels.
+    kind = Image.Resampling.BOX if side < image.width else Image.Resampling.LANCZOS
+    return image.resize((side, side), kind)
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:

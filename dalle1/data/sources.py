@@ -35,7 +35,9 @@ class PairSource(CaptionSource, Protocol):
         """Give the picture of pair `index`, in RGB."""
 
 
-def open_source(data: str, split: str = "train", size: int = 128, seed: int = 0) -> PairSource:
+def open_source(
+    data: str, split: str = "train", size: int = 128, seed: int = 0, captions: bool = True
+) -> PairSource:
     """Open what --data names.
 
     Args:
@@ -45,6 +47,7 @@ def open_source(data: str, split: str = "train", size: int = 128, seed: int = 0)
             to be encoded is all of a user's data; the codes are split as the pictures are.
         size: side in pixels that Toybox draws at.
         seed: of Toybox's scenes.
+        captions: leave out pictures that have none; stage 1 needs none.
 
     Raises: ValueError where there is nothing of the kind.
     """
@@ -59,9 +62,9 @@ def open_source(data: str, split: str = "train", size: int = 128, seed: int = 0)
     path = Path(data)
     shards = sorted(path.glob("*.tar")) if path.is_dir() else _expand(data)
     if shards:
-        return Shards(shards, split)
+        return Shards(shards, split, captions)
     if path.is_dir():
-        return Folder(path, split)
+        return Folder(path, split, captions)
     raise ValueError(
         f"no data at {data!r}: expected toybox, a folder of pictures beside .txt captions, or "
         "WebDataset shards (.tar)"
@@ -115,9 +118,10 @@ def _decode(content: bytes, where: str) -> str:
 class Folder:
     """Pictures with their captions beside them: `name.jpg` and `name.txt`, one caption a line."""
 
-    def __init__(self, path: Path, split: str = "train") -> None:
+    def __init__(self, path: Path, split: str = "train", captions: bool = True) -> None:
         pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
-        self.pictures = part([p for p in pictures if p.with_suffix(".txt").is_file()], split)
+        found = [p for p in pictures if not captions or p.with_suffix(".txt").is_file()]
+        self.pictures = part(found, split)
         if not self.pictures:
             raise ValueError(
                 f"no pairs in {path}: {len(pictures)} pictures there, none with a caption beside "
@@ -139,9 +143,9 @@ class Folder:
 class Shards:
     """Local WebDataset shards in img2dataset's layout, read at random through an index of each."""
 
-    def __init__(self, shards: list[Path], split: str = "train") -> None:
+    def __init__(self, shards: list[Path], split: str = "train", captions: bool = True) -> None:
         samples = [(shard, files) for shard in shards for files in index_shard(shard)]
-        self.entries = part([s for s in samples if _is_pair(s[1])], split)
+        self.entries = part([s for s in samples if _is_wanted(s[1], captions)], split)
         if not self.entries:
             raise ValueError(
                 f"no pairs in {len(shards)} shards, {shards[0]} the first: expected a picture and "
@@ -164,8 +168,8 @@ class Shards:
         return _read_picture(self._read(index, *PICTURES), where)
 
 
-def _is_pair(files: dict[str, Place]) -> bool:
-    return ".txt" in files and any(suffix in files for suffix in PICTURES)
+def _is_wanted(files: dict[str, Place], captions: bool) -> bool:
+    return any(s in files for s in PICTURES) and (".txt" in files or not captions)
 
 
 def index_shard(shard: Path) -> list[dict[str, Place]]:

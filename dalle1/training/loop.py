@@ -20,11 +20,12 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dalle1.data.batches import Prepare, batches
+from dalle1.data.batches import SKIPPED, Prepare, batches
 from dalle1.data.sources import CaptionSource
 from dalle1.device import autocast, keep_freed_memory
 from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
 from dalle1.training.progress import Progress
+from dalle1.training.recorders import Recorder, TensorBoard, WeightsAndBiases
 from dalle1.training.schedules import warmup_cosine
 from dvae.weights import model_folder
 
@@ -40,12 +41,18 @@ class RunConfig:
     pictures beside .txt captions, or a folder, glob or {000..123} pattern of WebDataset shards."""
     steps: int = 10_000
     """Updates in all."""
+    allow_upscale: bool = False
+    """Enlarge pictures that are smaller than the model's input; else they are left out, counted."""
     batch_size: int = 32
     """Pictures (or pairs) an update."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after another, to fit a small memory; a divisor of it."""
     learning_rate: float = 1e-3
     """AdamW's highest step size, reached after the warm-up."""
     final_learning_rate: float = 1e-5
-    """Step size at the end of the cosine."""
+    """Step size at the end of the cosine, and from there on."""
+    schedule_steps: int | None = None
+    """Updates, warm-up included, at which the cosine ends. None: at `steps`."""
     warmup_steps: int = 100
     """Updates over which the step size rises linearly."""
     weight_decay: float = 1e-4
@@ -70,17 +77,37 @@ class RunConfig:
     """Steps between validations and sample pictures."""
     save_every: int = 500
     """Steps between checkpoints."""
+    tensorboard: bool = False
+    """Log to OUT/tensorboard, too (`pip install tensorboard`)."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases, too (`pip install wandb`)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "validate_every", "save_every"):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "save_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, expected a divisor of batch_size, "
+                f"{self.batch_size}"
+            )
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed is {self.seed}, expected 0 to {(1 << 32) - 1}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}, expected a number in [0, 1)")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision is {self.precision!r}, expected bf16 or fp32")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Give the step size of an update."""
+        return warmup_cosine(
+            step,
+            peak=self.learning_rate,
+            end=self.final_learning_rate,
+            warmup=self.warmup_steps,
+            duration=self.schedule_steps or self.steps,
+        )
 
 
 class Loss(Protocol):
@@ -92,9 +119,14 @@ class Loss(Protocol):
 
 Batch = Mapping[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
+LossFunction = Callable[[Model, Batch, int, torch.Generator], Loss]
+"""(model, batch, step, source of noise) → a dataclass of scalars with `total`."""
 
 
-FREE = ("out", "device", "steps", "num_workers", "log_every", "validate_every", "save_every")
+FREE = (
+    *("out", "device", "steps", "num_workers", "tensorboard", "wandb"),
+    *("log_every", "validate_every", "save_every"),
+)
 """What may change when a run is resumed: none of it changes what was learned so far."""
 
 
@@ -111,7 +143,7 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
 
 def stream_from(
     source: CaptionSource, prepare: Prepare, config: RunConfig
-) -> Callable[[int], Generator[Batch]]:
+) -> Callable[[int], Generator[dict[str, Tensor]]]:
     """Give what `fit` reads from: step → the batches from there on.
 
     Args:
@@ -130,7 +162,7 @@ def stream_from(
 
 def _stream(
     source: CaptionSource, prepare: Prepare, start: int, **options: int
-) -> Generator[Batch]:
+) -> Generator[dict[str, Tensor]]:
     return batches(source, prepare, start=start, **options)
 
 
@@ -185,30 +217,36 @@ class Trainer(Generic[Model]):
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
-    def update(
-        self, loss_fn: Callable[[Model, Batch, int], Loss], batch: Batch
-    ) -> dict[str, float | Tensor]:
+    def update(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
         """Make one update; give the loss's fields, the gradient's norm and the step size."""
         config = self.config
-        rate = warmup_cosine(
-            self.step,
-            peak=config.learning_rate,
-            end=config.final_learning_rate,
-            warmup=config.warmup_steps,
-            duration=config.steps,
-        )
+        rate = config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with autocast(next(self.model.parameters()).device, config.precision):
-            loss = loss_fn(self.model, batch, self.step)
-        loss.total.backward()
+        fields = self._backward(loss_fn, batch)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._average()
-        fields = {f.name: getattr(loss, f.name).detach() for f in dataclasses.fields(loss)}  # type: ignore[arg-type]
         return {**fields, "gradient_norm": norm, "learning_rate": rate}
+
+    def _backward(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
+        """Add up the gradients of a batch's parts; give the means of their losses' fields."""
+        parts = self.config.accumulate
+        device = next(self.model.parameters()).device
+        generator = step_generator(self.config.seed, self.step, device)
+        cut = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+        means: dict[str, float | Tensor] = {}
+        for i in range(parts):
+            part = {name: chunks[i] for name, chunks in cut.items()}
+            with autocast(device, self.config.precision):
+                loss = loss_fn(self.model, part, self.step, generator)
+            (loss.total / parts).backward()
+            for field in dataclasses.fields(loss):  # type: ignore[arg-type]
+                value = torch.as_tensor(getattr(loss, field.name)).detach() / parts
+                means[field.name] = means.get(field.name, 0.0) + value
+        return means
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -232,6 +270,17 @@ def stop_on_signal() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
+def recorders(config: RunConfig, start: int) -> list[Recorder]:
+    """Open what `config` asks for beside log.jsonl."""
+    found: list[Recorder] = []
+    if config.tensorboard:
+        found.append(TensorBoard(config.out, start))
+    if config.wandb:
+        config.out.mkdir(parents=True, exist_ok=True)
+        found.append(WeightsAndBiases(config.wandb, config.out, recipe(config)))
+    return found
+
+
 def refuse_divergence(out: Path, step: int, loss: float) -> None:
     """Stop a run whose loss is no number any more, before its checkpoint is written over."""
     if not math.isfinite(loss):
@@ -243,8 +292,8 @@ def refuse_divergence(out: Path, step: int, loss: float) -> None:
 
 def fit(
     model: Model,
-    loss_fn: Callable[[Model, Batch, int], Loss],
-    batches: Callable[[int], Generator[Batch]],
+    loss_fn: LossFunction[Model],
+    batches: Callable[[int], Generator[dict[str, Tensor]]],
     config: RunConfig,
     *,
     save_model: Callable[[Model, Path], None],
@@ -253,7 +302,7 @@ def fit(
     """Train `model` to `config.steps` and give the average of its weights.
 
     Args:
-        loss_fn: (model, batch, step) → a dataclass of scalars with `total`.
+        loss_fn: see `LossFunction`; its mean over equal parts of a batch is the batch's.
         batches: step → the batches from there on, on any device.
         save_model: writes the averaged model's files into a folder.
         validate: (averaged model, step) → numbers for the log.
@@ -266,11 +315,13 @@ def fit(
         print(f"Going on at step {trainer.step} of {config.steps} in {config.out}")
     if trainer.step >= config.steps:
         return trainer.ema
-    progress = Progress(config.out, trainer.step, config.steps, config.batch_size)
+    progress = Progress(
+        config.out, trainer.step, config.steps, config.batch_size, recorders(config, trainer.step)
+    )
     with stop_on_signal() as stopped, progress, closing(batches(trainer.step)) as stream:
         for batch in stream:
+            progress.advance(skipped=int(batch.pop(SKIPPED, torch.tensor(0)).sum()))
             values = trainer.update(loss_fn, {k: v.to(device) for k, v in batch.items()})
-            progress.advance()
             step, last = trainer.step, trainer.step == config.steps or bool(stopped)
             if step % config.log_every == 0 or step % config.save_every == 0 or last:
                 refuse_divergence(config.out, step, float(values["total"]))

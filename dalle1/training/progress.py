@@ -6,13 +6,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 
 from dalle1.cli import bar
+from dalle1.training.recorders import Recorder
 
 
 class Progress:
@@ -22,7 +23,15 @@ class Progress:
     one that it left half written.
     """
 
-    def __init__(self, out: Path, start: int, steps: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        out: Path,
+        start: int,
+        steps: int,
+        batch_size: int,
+        recorders: Sequence[Recorder] = (),
+    ) -> None:
+        self.out, self.recorders = out, recorders
         self.path = out / "log.jsonl"
         out.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -30,7 +39,7 @@ class Progress:
         partial.write_text("".join(f"{x}\n" for x in lines if _step_of(x) <= start))
         os.replace(partial, self.path)
         self.bar = bar(total=steps, initial=start, unit="step")
-        self.batch_size = batch_size
+        self.batch_size, self.skipped = batch_size, 0
         self._restart_clock(start)
 
     def __enter__(self) -> Progress:
@@ -43,24 +52,33 @@ class Progress:
         at: TracebackType | None,
     ) -> None:
         self.bar.close()
+        for recorder in self.recorders:
+            recorder.close()
 
     def _restart_clock(self, step: int) -> None:
         self.since, self.seen = time.perf_counter(), step
 
-    def advance(self) -> None:
-        """Move the bar by one step."""
+    def advance(self, skipped: int = 0) -> None:
+        """Move the bar by one step, in which so many pairs were left out as too small."""
+        if skipped and not self.skipped:
+            self.bar.write("leaving out pictures that are too small; --allow-upscale enlarges them")
+        self.skipped += skipped
         self.bar.update()
 
     def log(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Log the numbers of an update, and how many samples a second went through since."""
         rate = (step - self.seen) * self.batch_size / (time.perf_counter() - self.since)
-        self._write(step, {**values, "samples_per_second": rate})
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        self._write(step, {**values, "samples_per_second": rate, **skipped})
         self.bar.set_postfix_str(f"loss {float(values['total']):.4f}")
         self._restart_clock(step)
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log and print the numbers of a validation; the time it took is no training time."""
         self._write(step, {f"validation/{k}": v for k, v in numbers.items()})
+        if (picture := self.out / "samples" / f"step-{step}.png").exists():
+            for recorder in self.recorders:
+                recorder.picture(step, picture)
         self.bar.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
         self._restart_clock(step)
 
@@ -68,6 +86,8 @@ class Progress:
         numbers = {name: float(f"{float(value):.6g}") for name, value in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
+        for recorder in self.recorders:
+            recorder.numbers(step, numbers)
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,46 @@
+"""The peers that ours is measured beside: `make bench-peers` installs them, without what they pull.
+
+DALLE-pytorch imports much that is not needed to build and train its models: torchvision, taming
+transformers, tokenizers of its own. Empty modules stand in for those.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+
+UNUSED = {
+    "omegaconf": ("OmegaConf",),
+    "taming.models.vqgan": ("VQModel", "GumbelVQ"),
+    "youtokentome": (),
+    "pkg_resources": ("get_distribution",),
+    "ftfy": (),
+    "torchvision": ("transforms",),
+    "requests": (),
+}
+
+
+def _stand_in(name: str, attributes: tuple[str, ...] = ()) -> None:
+    module = ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    module.__path__ = []
+    for attribute in attributes:
+        setattr(module, attribute, lambda *_: SimpleNamespace(version="1.6.6"))
+    sys.modules[name] = module
+
+
+def dalle_pytorch() -> ModuleType:
+    """Import DALLE-pytorch 1.6.6; its version is the last on PyPI."""
+    for name, attributes in UNUSED.items():
+        parts = name.split(".")
+        if importlib.util.find_spec(parts[0]) is None:
+            for i in range(1, len(parts)):
+                _stand_in(".".join(parts[:i]))
+            _stand_in(name, attributes)
+    try:
+        import dalle_pytorch
+    except ImportError as error:
+        raise SystemExit(f"{error}: run `make bench-peers`, or leave the peers out") from error
+    return dalle_pytorch
