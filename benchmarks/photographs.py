@@ -1,8 +1,8 @@
 """Cut the photographs inside scikit-image's wheel into tiles, to see a dVAE train on real pictures.
 
-    pip install scikit-image
-    python benchmarks/photographs.py --out runs/photographs
-    python train_dvae.py small --data runs/photographs --steps 1500 --out runs/photographs-dvae
+pip install scikit-image
+python benchmarks/photographs.py --out runs/photographs
+python train_dvae.py small --data runs/photographs --steps 1500 --out runs/photographs-dvae
 """
 
 from __future__ import annotations

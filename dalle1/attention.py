@@ -11,6 +11,8 @@ hidden inside the blocks is read off the specification in `dalle1.masks`.
 from __future__ import annotations
 
 import math
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +23,24 @@ from dalle1.masks import CONV_REACH, MaskKind, image_mask, joint_mask
 
 
 class Mask(nn.Module):
-    """A mask in the two forms in which it is used; made once for all layers of its kind."""
+    """A mask in the forms in which it is used; made once for all layers of its kind."""
 
     whole: Tensor
     """[T, T]: who sees whom."""
     blocked: Tensor
     """[W, W, (back + 1)·W]: what place i of block r sees, of blocks r − back … r."""
 
-    def __init__(self, kind: MaskKind, text_len: int, grid_size: int) -> None:
+    def __init__(
+        self, kind: MaskKind, text_len: int, grid_size: int, conv_wrap: bool = True
+    ) -> None:
         super().__init__()
         self.text_len, self.grid_size = text_len, grid_size
         self.by_column = kind == "column"
-        backs = {"row": 1, "column": 0, "conv": CONV_REACH + 1, "full": grid_size - 1}
+        backs = {"row": 1, "column": 0, "conv": CONV_REACH + conv_wrap, "full": grid_size - 1}
         self.back = min(backs[kind], grid_size - 1)
-        self.register_buffer("whole", joint_mask(kind, text_len, grid_size), persistent=False)
-        mask = image_mask(kind, grid_size)[None, None]
+        whole = joint_mask(kind, text_len, grid_size, conv_wrap)
+        self.register_buffer("whole", whole, persistent=False)
+        mask = image_mask(kind, grid_size, conv_wrap)[None, None]
         mask = self.arrange(self.arrange(mask).transpose(-1, -2)).transpose(-1, -2)[0, 0]
         padded = F.pad(mask, (self.back * grid_size, 0))
         span = (self.back + 1) * grid_size
@@ -58,9 +63,49 @@ class Mask(nn.Module):
         shifted = [padded[:, :, i : i + self.grid_size] for i in range(self.back + 1)]
         return torch.cat(shifted, dim=-2)
 
+    def joint(self, x: Tensor) -> Tensor:
+        """Bring the codes of whole streams [B, H, T, d] to the order of the blocks, or back."""
+        text, image = x.split([self.text_len, self.grid_size**2], dim=2)
+        return torch.cat([text, self.arrange(image)], dim=2) if self.by_column else x
+
+    @cached_property
+    def tiles(self) -> Any:
+        """The mask as FlexAttention takes it, codes in the order of the blocks."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        whole = self.joint(self.whole[None, None].transpose(2, 3)).transpose(2, 3)
+        whole = self.joint(whole)[0, 0].contiguous()
+
+        def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return whole[i, j]
+
+        return create_block_mask(sees, None, None, len(whole), len(whole), str(whole.device))
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attend over whole streams, skipping what the mask hides: [B, H, T, d] each → [B, H, T, d]."""
+    return attend_in_tiles(q, k, v, mask) if q.is_cuda else attend_in_blocks(q, k, v, mask)
+
+
+def attend_in_tiles(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attend by FlexAttention, which skips the tiles that the mask hides whole."""
+    arranged = (mask.joint(x) for x in (q, k, v))
+    return mask.joint(_flex_attention()(*arranged, block_mask=mask.tiles))
+
+
+@cache
+def _flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return (
+        torch.compile(flex_attention, dynamic=False)
+        if torch.cuda.is_available()
+        else flex_attention
+    )
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Attend by plain matrix products over each block and the few before it."""
     length, w = mask.text_len, mask.grid_size
     q = q / math.sqrt(q.shape[-1])
     (text_q, q), (text_k, k), (text_v, v) = (
@@ -76,6 +121,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     of_text, seen = weights.split([length, seen.shape[-1]], dim=-1)
     image = of_text.flatten(2, 3) @ text_v + (seen @ mask.windows(v)).flatten(2, 3)
     return torch.cat([text, mask.arrange(image)], dim=2)
+
+
+class Rotary(nn.Module):
+    """Rotary positions in two dimensions: half of a head turns with the row, half with the column.
+
+    A text place stands on the diagonal (i, i), row r and column c of the picture at (L + r, L + c).
+    """
+
+    turns: Tensor
+    """[T, d/2]: by how much each pair of channels is turned, in radians."""
+
+    def __init__(self, text_len: int, grid_size: int, head_width: int) -> None:
+        super().__init__()
+        text, codes = torch.arange(text_len), torch.arange(grid_size**2)
+        rows = torch.cat([text, text_len + codes.div(grid_size, rounding_mode="floor")])
+        columns = torch.cat([text, text_len + codes % grid_size])
+        pairs = head_width // 4
+        speeds = 10_000 ** (-torch.arange(pairs) / pairs)
+        turns = torch.cat([rows[:, None] * speeds, columns[:, None] * speeds], dim=-1)
+        self.register_buffer("turns", turns, persistent=False)
+
+    def forward(self, x: Tensor, start: int) -> Tensor:
+        """Turn queries or keys [B, H, n, d] of places from `start` on."""
+        turns = self.turns[start : start + x.shape[2]]
+        (a, b), cos, sin = x.float().chunk(2, dim=-1), turns.cos(), turns.sin()
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Cache:
@@ -102,23 +173,38 @@ class Cache:
 class Attention(nn.Module):
     """Multi-head attention; the mask is given from outside, so that it is made only once."""
 
-    def __init__(self, width: int, heads: int, depth: int) -> None:
+    def __init__(self, width: int, heads: int, depth: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2)
+        )
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         init_linear(self.qkv)
         init_linear(self.out, scale=1 / math.sqrt(2 * depth))
 
-    def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, start: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask,
+        cache: Cache | None = None,
+        start: int = 0,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
         """Attend: x [B, n, D] → [B, n, D].
 
         Args:
             x: whole streams; with a cache, any piece of them.
             cache: what the pieces before have left.
             start: the place in the stream where the piece begins.
+            rotary: turns queries and keys by their places, if given.
         """
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        q, k = self.query_norm(q), self.key_norm(k)
+        if rotary is not None:
+            q, k = rotary(q, start), rotary(k, start)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is None:
             y = attend(q, k, v, mask)
         else:

@@ -39,35 +39,42 @@ def column(grid_size: int) -> Tensor:
     return (behind >= 0) & (behind % grid_size == 0)
 
 
-def conv(grid_size: int, reach: int = CONV_REACH) -> Tensor:
+def conv(grid_size: int, reach: int = CONV_REACH, wrap: bool = True) -> Tensor:
     """See a kernel of 2·reach + 1 columns over one's own and the `reach` rows above, up to oneself.
 
-    It wraps around: at the right edge the kernel goes on at the left, one row further down, as
-    the places do in raster order.
+    Args:
+        wrap: at the right edge the kernel goes on at the left, one row further down, as the places
+            do in raster order; else it ends at the edge.
     """
     behind = _behind(grid_size**2)
     rows, columns = torch.arange(reach + 1), torch.arange(-reach, reach + 1)
     kernel = (grid_size * rows[:, None] + columns).flatten()
-    return (behind >= 0) & torch.isin(behind, kernel)
+    mask = (behind >= 0) & torch.isin(behind, kernel)
+    if wrap:
+        return mask
+    at = torch.arange(grid_size**2) % grid_size
+    return mask & ((at[:, None] - at[None, :]).abs() <= reach)
 
 
-def image_mask(kind: MaskKind, grid_size: int) -> Tensor:
+def image_mask(kind: MaskKind, grid_size: int, conv_wrap: bool = True) -> Tensor:
     """Give the mask of that kind among the codes of a picture: [W², W²]."""
     if kind not in get_args(MaskKind):
         raise ValueError(f"mask is {kind!r}, expected one of {', '.join(get_args(MaskKind))}")
     if kind == "full":
         return full(grid_size**2)
-    return {"row": row, "column": column, "conv": conv}[kind](grid_size)
+    if kind == "conv":
+        return conv(grid_size, wrap=conv_wrap)
+    return {"row": row, "column": column}[kind](grid_size)
 
 
-def joint_mask(kind: MaskKind, text_len: int, grid_size: int) -> Tensor:
+def joint_mask(kind: MaskKind, text_len: int, grid_size: int, conv_wrap: bool = True) -> Tensor:
     """Give the mask of the whole stream, text then picture: [T, T], T = text_len + W².
 
     Text sees the text before it, every code sees all of the text, and codes see one another as
     `kind` has it.
     """
     mask = full(text_len + grid_size**2)
-    mask[text_len:, text_len:] = image_mask(kind, grid_size)
+    mask[text_len:, text_len:] = image_mask(kind, grid_size, conv_wrap)
     return mask
 
 

@@ -112,18 +112,19 @@ def generate(
     config = model.config
     batch, device = len(uniforms), text.device
     caches = [
-        Cache(batch, config.heads, config.length, config.width // config.heads, model.norm.weight)
+        Cache(batch, config.heads, config.length, config.head_width, model.image_head.weight)
         for _ in model.layers
     ]
     model.run(model.embed_text(text[None]), caches)
     codes = torch.empty(batch, config.image_len, dtype=torch.long, device=device)
     uniforms = uniforms.to(device)
-    previous = torch.full((batch, 1), config.codebook_size, device=device)
+    x = model.embed_start(text[None]).expand(batch, -1, -1)
     for place in range(config.image_len):
-        x = model.run(model.embed_codes(previous, place), caches, config.text_len + place)
+        if place:
+            x = model.embed_codes(codes[:, place - 1 : place], place)
+        x = model.run(x, caches, config.text_len + place)
         logits = model.image_head(x[:, -1])
         codes[:, place] = draw(logits, uniforms[:, place], temperature, top_k, top_p)
-        previous = codes[:, place : place + 1]
         if on_row and (place + 1) % config.grid_size == 0:
             on_row((place + 1) // config.grid_size)
     return codes.unflatten(1, (config.grid_size, config.grid_size))

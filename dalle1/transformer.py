@@ -14,15 +14,17 @@ A text place without a token holds a padding token of its own: id text_vocab + p
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle1.attention import Attention, Cache, Mask, init_linear
-from dalle1.masks import layer_masks
+from dalle1.attention import Attention, Cache, Mask, Rotary, init_linear
+from dalle1.masks import MaskKind, layer_masks
 from dvae.weights import load_weights, model_folder, save_weights
 
 FILE_NAME = "transformer.safetensors"
@@ -47,7 +49,34 @@ class TransformerConfig:
     heads: int = 62
     """Attention heads; they divide the width."""
 
+    # What the paper leaves open.
+    image_start: Literal["token", "text"] = "token"
+    """What the first image state reads: a start token of its own, or the last text token."""
+    pad_targets: bool = True
+    """Whether padding is predicted, too. If not, the text's loss is that of its tokens alone."""
+    shared_softmax: bool = False
+    """Normalise each state's scores over both vocabularies, rather than over its own."""
+    conv_wrap: bool = True
+    """Whether the kernel of the convolutional mask goes on at the other edge of the picture."""
+
+    # What came later. Paper: the first of each.
+    attention: Literal["sparse", "full"] = "sparse"
+    """The paper's row, column and conv masks, or every layer sees all that is before."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """Embeddings that are added, or queries and keys that are turned by text place, row, column."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Four times as wide with GELU, or 8/3 times with SwiGLU: as many weights."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head."""
+
     def __post_init__(self) -> None:
+        for field in fields(self):
+            choices = get_args(get_type_hints(TransformerConfig)[field.name])
+            if choices and getattr(self, field.name) not in choices:
+                given = getattr(self, field.name)
+                raise ValueError(f"{field.name} is {given!r}, expected {' or '.join(choices)}")
         for name in ("text_vocab", "codebook_size", "grid_size", "width", "depth", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -55,6 +84,15 @@ class TransformerConfig:
             raise ValueError(f"text_len is {self.text_len}, expected at least 2")
         if self.width % self.heads:
             raise ValueError(f"width is {self.width}, expected a multiple of heads, {self.heads}")
+        if self.positions == "rotary" and self.head_width % 4:
+            raise ValueError(
+                f"heads are {self.head_width} wide, expected a multiple of 4 for rotary positions"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Channels of a head."""
+        return self.width // self.heads
 
     @property
     def image_len(self) -> int:
@@ -82,30 +120,65 @@ class TransformerLoss:
 class MLP(nn.Module):
     """Four times as wide inside, with the GELU of Sparse Transformers: x·σ(1.702x)."""
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.gated = config.mlp == "swiglu"
+        d, hidden = config.width, 4 * config.width
+        if self.gated:
+            hidden = 8 * math.ceil(config.width / 3)
+        self.up = nn.Linear(d, 2 * hidden if self.gated else hidden)
+        self.down = nn.Linear(hidden, d)
         init_linear(self.up)
-        init_linear(self.down, scale=1 / math.sqrt(2 * depth))
+        init_linear(self.down, scale=1 / math.sqrt(2 * config.depth))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(1.702 * self.up(x)) / 1.702)
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.silu(1.702 * x) / 1.702)
+
+
+def _norm(config: TransformerConfig) -> nn.Module:
+    return nn.RMSNorm(config.width) if config.norm == "rms" else nn.LayerNorm(config.width)
 
 
 class Layer(nn.Module):
-    """x += attention(norm(x)); x += MLP(norm(x))."""
+    """Two resblocks: x += attention(norm(x)); x += MLP(norm(x))."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = Attention(config.width, config.heads, config.depth)
-        self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp = MLP(config.width, config.depth)
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config.width, config.heads, config.depth, qk_norm=config.qk_norm)
+        self.mlp_norm = _norm(config)
+        self.mlp = MLP(config)
+        self.around: Around | None = None
 
-    def forward(self, x: Tensor, mask: Mask, cache: Cache | None = None, start: int = 0) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask, cache, start)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Mask,
+        cache: Cache | None = None,
+        start: int = 0,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        def attention(h: Tensor) -> Tensor:
+            return self.attention(self.attention_norm(h), mask, cache, start, rotary)
+
+        def mlp(h: Tensor) -> Tensor:
+            return self.mlp(self.mlp_norm(h))
+
+        for which, branch in enumerate((attention, mlp)):
+            x = x + (self.around(which, branch, x) if self.around else branch(x))
+        return x
+
+    def branches(self) -> list[list[nn.Module]]:
+        """Give the modules of each resblock's branch."""
+        return [[self.attention_norm, self.attention], [self.mlp_norm, self.mlp]]
+
+
+Around = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+"""(0 or 1, branch, x) → branch(x), computed in some other way: see `dalle1.training.resblocks`."""
 
 
 class Transformer(nn.Module):
@@ -115,30 +188,36 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         d = config.width
+        learned = config.positions == "learned"
         self.text_tokens = config.text_vocab + config.text_len
         # The last row of each table is the start token.
         self.text_embedding = _embedding(self.text_tokens + 1, d)
         self.image_embedding = _embedding(config.codebook_size + 1, d)
-        self.text_position = _embedding(config.text_len, d, summed=2)
-        self.row = _embedding(config.grid_size, d, summed=3)
-        self.column = _embedding(config.grid_size, d, summed=3)
+        self.text_position = _embedding(config.text_len, d, summed=2) if learned else None
+        self.row = _embedding(config.grid_size, d, summed=3) if learned else None
+        self.column = _embedding(config.grid_size, d, summed=3) if learned else None
+        self.rotary = (
+            None if learned else Rotary(config.text_len, config.grid_size, config.head_width)
+        )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(d)
+        self.norm = _norm(config)
         self.text_head = nn.Linear(d, self.text_tokens)
         self.image_head = nn.Linear(d, config.codebook_size)
         for head in (self.text_head, self.image_head):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.kinds = layer_masks(config.depth)
-        self.masks = nn.ModuleDict(
-            {k: Mask(k, config.text_len, config.grid_size) for k in sorted(set(self.kinds))}
+        sparse = config.attention == "sparse"
+        self.kinds: list[MaskKind] = (
+            layer_masks(config.depth) if sparse else ["full"] * config.depth
         )
+        sizes = config.text_len, config.grid_size, config.conv_wrap
+        self.masks = nn.ModuleDict({k: Mask(k, *sizes) for k in sorted(set(self.kinds))})
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Embed the start token and all but the last of text [B, L] → [B, L, D]."""
         start = text.new_full((len(text), 1), self.text_tokens)
-        inputs = torch.cat([start, text[:, :-1]], dim=1)
-        return self.text_embedding(inputs) + self.text_position.weight
+        x = self.text_embedding(torch.cat([start, text[:, :-1]], dim=1))
+        return x if self.text_position is None else x + self.text_position.weight
 
     def embed_codes(self, inputs: Tensor, start: int = 0) -> Tensor:
         """Embed what image states from `start` on read, [B, n] → [B, n, D].
@@ -146,32 +225,48 @@ class Transformer(nn.Module):
         Args:
             inputs: codes, or codebook_size for the start token.
         """
-        places = torch.arange(start, start + inputs.shape[1], device=inputs.device)
+        return self._placed(self.image_embedding(inputs), start)
+
+    def embed_start(self, text: Tensor) -> Tensor:
+        """Embed what the first image state reads, [B, L] → [B, 1, D]; see `image_start`."""
+        if self.config.image_start == "text":
+            return self._placed(self.text_embedding(text[:, -1:]), 0)
+        return self.embed_codes(text.new_full((len(text), 1), self.config.codebook_size))
+
+    def _placed(self, x: Tensor, start: int) -> Tensor:
+        if self.row is None or self.column is None:
+            return x
+        places = torch.arange(start, start + x.shape[1], device=x.device)
         rows = places.div(self.config.grid_size, rounding_mode="floor")
-        columns = places % self.config.grid_size
-        return self.image_embedding(inputs) + self.row(rows) + self.column(columns)
+        return x + self.row(rows) + self.column(places % self.config.grid_size)
 
     def run(self, x: Tensor, caches: list[Cache] | None = None, start: int = 0) -> Tensor:
         """Run embedded states [B, n, D], the first at place `start`, through all layers."""
         for i, layer in enumerate(self.layers):
-            x = layer(x, self.masks[self.kinds[i]], caches[i] if caches else None, start)
+            cache = caches[i] if caches else None
+            x = layer(x, self.masks[self.kinds[i]], cache, start, self.rotary)
         return self.norm(x)
 
-    def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Score every token of whole streams.
+    def states(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the last states of whole streams: [B, L, D] of the text, [B, N, D] of the image.
 
         Args:
             text: [B, L], ids in [0, text_vocab + L).
             codes: [B, N] or [B, W, W], in raster order.
-
-        Returns: text logits [B, L, text_vocab + L] and image logits [B, N, V].
         """
         self._check(text, codes)
         codes = codes.flatten(1)
-        start = codes.new_full((len(codes), 1), self.config.codebook_size)
-        inputs = torch.cat([start, codes[:, :-1]], dim=1)
-        x = self.run(torch.cat([self.embed_text(text), self.embed_codes(inputs)], dim=1))
+        parts = [self.embed_text(text), self.embed_start(text), self.embed_codes(codes[:, :-1], 1)]
+        x = self.run(torch.cat(parts, dim=1))
         text_states, image_states = x.split([self.config.text_len, self.config.image_len], dim=1)
+        return text_states, image_states
+
+    def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Score every token of whole streams; see `states`.
+
+        Returns: text logits [B, L, text_vocab + L] and image logits [B, N, V].
+        """
+        text_states, image_states = self.states(text, codes)
         return self.text_head(text_states), self.image_head(image_states)
 
     def _check(self, text: Tensor, codes: Tensor) -> None:
@@ -186,11 +281,27 @@ class Transformer(nn.Module):
 
     def loss(self, text: Tensor, codes: Tensor, text_weight: float = 1 / 8) -> TransformerLoss:
         """Give the two-part loss: each cross-entropy a mean over its own tokens (§2.2)."""
-        text_logits, image_logits = self(text, codes)
-        text_loss = F.cross_entropy(text_logits.flatten(0, 1).float(), text.flatten())
-        image_loss = F.cross_entropy(image_logits.flatten(0, 1).float(), codes.flatten())
+        text_states, image_states = self.states(text, codes)
+        text_losses = self._losses(self.text_head, self.image_head, text_states, text)
+        image_losses = self._losses(self.image_head, self.text_head, image_states, codes.flatten(1))
+        if self.config.pad_targets:
+            text_loss = text_losses.mean()
+        else:
+            real = text < self.config.text_vocab
+            text_loss = (text_losses * real).sum() / real.sum().clamp_min(1)
+        image_loss = image_losses.mean()
         total = text_weight * text_loss + (1 - text_weight) * image_loss
         return TransformerLoss(total=total, text=text_loss, image=image_loss)
+
+    def _losses(self, own: nn.Linear, other: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+        """Give −ln p of each target [B, n], under the softmax of its own vocabulary or of both."""
+        logits = own(states).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses = losses.view(targets.shape)
+        if not self.config.shared_softmax:
+            return losses
+        mine, theirs = logits.logsumexp(-1), other(states).float().logsumexp(-1)
+        return losses - mine + torch.logaddexp(mine, theirs)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write weights and config to `directory`/transformer.safetensors, rounded to `dtype`."""

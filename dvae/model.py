@@ -108,7 +108,8 @@ class Block(nn.Module):
         self.identity = Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, kernel in enumerate(kernels):
-            layers[f"relu_{i + 1}"] = nn.ReLU()
+            # In place but for the first, which `identity` needs, too.
+            layers[f"relu_{i + 1}"] = nn.ReLU(inplace=i > 0)
             layers[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kernel)
         self.residual = nn.Sequential(layers)
 
