@@ -75,7 +75,7 @@ def train(config: ClipRecipe) -> nn.Module:
     validation = {name: tensor.to(device) for name, tensor in pairs.items()}
 
     @torch.inference_mode()
-    def validate(model: nn.Module, step: int) -> Mapping[str, float]:
+    def validate(model: nn.Module, raw: nn.Module, step: int) -> Mapping[str, float]:
         images = normalise(to_float(validation["images"]))
         loss = pair_loss(model, images, validation["input_ids"])
         return {"retrieval": float(loss.accuracy), "loss": float(loss.total)}

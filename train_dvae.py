@@ -101,7 +101,7 @@ class DVAETraining:
         )
         return StepLoss(**vars(loss), temperature=temperature, beta=beta)
 
-    def validate(self, model: DVAE, step: int) -> Mapping[str, float]:
+    def validate(self, model: DVAE, raw: DVAE, step: int) -> Mapping[str, float]:
         shown = self.held[:16]
         with autocast(self.device, self.config.precision):
             pictures = to_pil(torch.cat([shown, model.decode(model.encode(shown))]))

@@ -8,9 +8,10 @@ same command goes on after an interruption. Data may be pre-encoded (`python -m 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ from dalle1.device import autocast, pick_device
 from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.presets import TRANSFORMER_PRESETS, TransformerRecipe
 from dalle1.text import Tokenizer
-from dalle1.training.loop import Batch, fit, stream_from
-from dalle1.transformer import Transformer, TransformerLoss
+from dalle1.training import resblocks
+from dalle1.training.loop import Batch, Work, fit, stream_from
+from dalle1.transformer import Transformer, TransformerConfig, TransformerLoss
 from dvae import DVAE
 from dvae.weights import model_folder
 
@@ -40,13 +42,16 @@ class Tokenized:
     size: int
     tokenizer: Tokenizer
     text_len: int
-    dropout: float
+    bpe_dropout: float
+    caption_dropout: float
     augmentation: Augmentation | None
     allow_upscale: bool
 
     def __call__(self, source: Source, index: int, rng: random.Random) -> Mapping[str, Tensor]:
         caption = source.caption(index, rng)
-        text = self.tokenizer.encode([caption], self.text_len, dropout=self.dropout, rng=rng)[0]
+        if rng.random() < self.caption_dropout:
+            caption = ""
+        text = self.tokenizer.encode([caption], self.text_len, dropout=self.bpe_dropout, rng=rng)[0]
         if isinstance(source, CodeSource):
             return {"text": text, "codes": source.code_grid(index, rng)}
         if self.augmentation is None:
@@ -66,24 +71,53 @@ class TransformerTraining:
         self.dvae = DVAE.load(config.dvae, self.device)
         self.source = self.open("train")
         self.tokenizer = self.vocabulary()
-        size = self.dvae.config.image_size
-        prepare = Tokenized(size, self.tokenizer, config.text_len, 0.0, None, config.allow_upscale)
+        size, text_len = self.dvae.config.image_size, config.model.text_len
+        prepare = Tokenized(size, self.tokenizer, text_len, 0.0, 0.0, None, config.allow_upscale)
         held = first_examples(self.open("validation"), prepare, 256)
         self.held = {name: tensor.to(self.device) for name, tensor in held.items()}
-        prepare = replace(prepare, dropout=config.bpe_dropout, augmentation=config.augmentation)
+        prepare = replace(
+            prepare,
+            bpe_dropout=config.bpe_dropout,
+            caption_dropout=config.caption_dropout,
+            augmentation=config.augmentation,
+        )
         self.stream = stream_from(self.source, prepare, config)
         torch.manual_seed(config.seed)
-        sizes = self.dvae.vocab_size, self.dvae.grid_size, self.tokenizer.vocab_size
-        self.model = Transformer(config.size(*sizes)).to(self.device)
+        self.model = self.initial().to(self.device)
+        in_fp16 = config.precision == "fp16"
+        self.scales = resblocks.prepare(
+            self.model, checkpointing=config.checkpointing, scaling=in_fp16
+        )
+        if config.compile:
+            for layer in self.model.layers:
+                layer.compile()
+
+    def initial(self) -> Transformer:
+        """Make a new transformer, or take the one that --init names."""
+        sizes = {
+            **asdict(self.config.model),
+            "text_vocab": self.tokenizer.vocab_size,
+            "codebook_size": self.dvae.vocab_size,
+            "grid_size": self.dvae.grid_size,
+        }
+        wanted = TransformerConfig(**sizes)
+        if self.config.init is None:
+            return Transformer(wanted)
+        model = Transformer.load(self.config.init)
+        if model.config != wanted:
+            given, named = asdict(model.config), asdict(wanted)
+            other = (f"{k} is {given[k]}, not {named[k]}" for k in given if given[k] != named[k])
+            raise ValueError(f"the transformer in {self.config.init} differs: {'; '.join(other)}")
+        return model.train().requires_grad_()
 
     def vocabulary(self) -> Tokenizer:
         """Learn the BPE from the data; a training that goes on keeps the one that it has."""
-        kept = model_folder(self.config.out) / VOCABULARY_NAME
-        if kept.is_file():
-            return Tokenizer.load(kept)
+        for folder in (self.config.out, self.config.init):
+            if folder and (kept := model_folder(folder) / VOCABULARY_NAME).is_file():
+                return Tokenizer.load(kept)
         count = min(self.config.vocab_captions, len(self.source))
         captions = (self.source.caption(i, random.Random(i)) for i in range(count))
-        return Tokenizer.train(captions, self.config.text_vocab)
+        return Tokenizer.train(captions, self.config.model.text_vocab)
 
     def open(self, split: str) -> Source:
         config = self.config
@@ -101,21 +135,30 @@ class TransformerTraining:
         codes = batch["codes"] if "codes" in batch else self.dvae.encode(to_float(batch["images"]))
         return model.loss(batch["text"], codes, self.config.text_weight)
 
+    def measure(self, model: Transformer) -> dict[str, float]:
+        """Give the losses on the pairs that are set apart, in nats and in bits."""
+        sums = {"text": 0.0, "image": 0.0}
+        count = len(self.held["text"])
+        for start in range(0, count, 32):
+            batch = {name: tensor[start : start + 32] for name, tensor in self.held.items()}
+            loss = self.loss(model, batch)
+            for name in sums:
+                sums[name] += float(getattr(loss, name)) * len(batch["text"]) / count
+        bits = {f"{name}_bits": value / math.log(2) for name, value in sums.items()}
+        return {**sums, **bits, "bits_per_image": bits["image_bits"] * model.config.image_len}
+
     @torch.no_grad()
-    def validate(self, model: Transformer, step: int) -> Mapping[str, float]:
+    def validate(self, model: Transformer, raw: Transformer, step: int) -> Mapping[str, float]:
         config = self.config
-        losses = []
         with autocast(self.device, config.precision):
-            for start in range(0, len(self.held["text"]), 32):
-                batch = {k: v[start : start + 32] for k, v in self.held.items()}
-                losses.append(self.loss(model, batch))
+            numbers = self.measure(model)
+            unaveraged = self.measure(raw)
         drawn = DallE(self.dvae, model, self.tokenizer)
         rows = [drawn.candidates(p, num_candidates=8, seed=0) for p in config.prompts]
         folder = config.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         grid([c.image for row in rows for c in row], 8).save(folder / f"step-{step}.png")
-        fields = ("text", "image")
-        return {f: float(torch.stack([getattr(x, f) for x in losses]).mean()) for f in fields}
+        return {**numbers, **{f"raw_{name}": unaveraged[name] for name in ("text", "image")}}
 
     def save(self, model: Transformer, folder: Path) -> None:
         DallE(self.dvae, model, self.tokenizer).save_pretrained(folder)
@@ -125,7 +168,17 @@ def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
         config = parse_preset(TRANSFORMER_PRESETS, args, __doc__.splitlines()[0])
         run = TransformerTraining(config)
-        fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
+        model = run.model
+        fit(
+            model,
+            run.loss,
+            run.stream,
+            config,
+            save_model=run.save,
+            validate=run.validate,
+            scales=run.scales,
+            work=Work(tokens=model.config.length, operations=3 * model.operations()),
+        )
         print(
             f"The model is in {config.out}; draw with: python sample.py PROMPT --model {config.out}"
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dalle1.data.images import FOR_TRANSFORMER, Augmentation
 from dalle1.training.loop import RunConfig
 from dalle1.training.schedules import cosine
-from dalle1.transformer import TransformerConfig
+from dalle1.transformer import TransformerSize
 from dvae import Distortion, DVAEConfig
 
 
@@ -107,15 +108,18 @@ _dvae_toy = replace(
 
 DVAE_PRESETS: dict[str, DVAERecipe] = {
     "toy": _dvae_toy,
-    # Small budgets: 40 minutes of two CPU cores.
+    # Small budgets: 40 minutes of two CPU cores. Half the blocks, so twice the updates.
     "small": replace(
         _dvae_toy,
-        steps=6_400,
+        model=replace(_dvae_toy.model, blocks_per_group=1, logit_gain=12.0),
+        steps=9_200,
         batch_size=8,
         crops_per_picture=4,
-        temperature_steps=5_400,
+        beta=0.1,
+        beta2=0.98,
+        temperature_steps=7_800,
         validation_pictures=1_000,
-        validate_every=3_200,
+        validate_every=4_600,
     ),
     "paper": _dvae_paper,
 }
@@ -127,24 +131,24 @@ class TransformerRecipe(RunConfig):
 
     dvae: Path = Path("runs/dvae")
     """Folder of the dVAE whose codes it models."""
-    width: int = 3968
-    """D: channels of the residual stream."""
-    depth: int = 64
-    """Layers, each of attention and MLP."""
-    heads: int = 62
-    """Attention heads; they divide the width."""
-    text_len: int = 256
-    """Text places; a caption takes at most one less."""
-    text_vocab: int = 16_384
-    """BPE tokens at most; they are learned from the data."""
+    model: TransformerSize = field(default_factory=TransformerSize)
+    """Its size, but for what dVAE and vocabulary say."""
+    init: Path | None = None
+    """Folder of a model to begin with, of the same size, with its vocabulary: fine-tuning."""
     vocab_captions: int = 20_000
     """Captions that the BPE is learned from: the first of the data."""
     bpe_dropout: float = 0.1
     """Chance that a merge of the BPE is skipped, in training only."""
+    caption_dropout: float = 0.0
+    """Chance that a caption is left out, all padding: what guidance needs. Paper: 0."""
     augmentation: Augmentation = FOR_TRANSFORMER
     """How pictures are cut; codes that were made before are as they are."""
     text_weight: float = 1 / 8
     """Weight of the text's loss; the picture's has the rest."""
+    checkpointing: bool = False
+    """Compute each resblock again going back: less memory for a third more work."""
+    compile: bool = False
+    """Compile the layers by torch.compile: slow to start, then faster."""
     prompts: tuple[str, ...] = (
         "an avocado armchair",
         "a zebra mug",
@@ -159,28 +163,51 @@ class TransformerRecipe(RunConfig):
         super().__post_init__()
         if not self.prompts:
             raise ValueError("prompts is empty, expected at least one to draw samples of")
+        for name in ("bpe_dropout", "caption_dropout", "text_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
 
-    def size(self, codebook_size: int, grid_size: int, text_vocab: int) -> TransformerConfig:
-        """Give the model's config, once dVAE and vocabulary are known."""
-        return TransformerConfig(
-            text_vocab=text_vocab,
-            text_len=self.text_len,
-            codebook_size=codebook_size,
-            grid_size=grid_size,
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-        )
 
+# Paper (B.2), but for the average, which it moves every 25 updates by 0.99 in a copy on the CPU.
+_transformer_12b = TransformerRecipe(
+    out=Path("runs/transformer"),
+    steps=430_000,
+    batch_size=1024,
+    learning_rate=4.5e-4,
+    schedule="plateau",
+    warmup_steps=5_000,
+    weight_decay=4.5e-2,
+    beta2=0.96,
+    variance_clip=5.0,
+    ema_decay=0.99,
+    ema_every=25,
+    checkpointing=True,
+)
+
+
+def _sized(width: int, depth: int, heads: int, **changes: Any) -> TransformerRecipe:
+    size = replace(_transformer_12b.model, width=width, depth=depth, heads=heads)
+    return replace(_transformer_12b, model=size, **changes)
+
+
+# One GPU: a cosine, smaller batches, and captions left out now and then, for guidance.
+_ONE_GPU: dict[str, Any] = {
+    "schedule": "cosine",
+    "steps": 200_000,
+    "warmup_steps": 2_000,
+    "batch_size": 64,
+    "final_learning_rate": 1.4e-5,
+    "variance_clip": None,
+    "ema_decay": 0.999,
+    "ema_every": 1,
+    "caption_dropout": 0.1,
+    "checkpointing": False,
+}
 
 TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
     "toy": TransformerRecipe(
         out=Path("runs/transformer"),
-        width=256,
-        depth=8,
-        heads=8,
-        text_len=24,
-        text_vocab=1024,
+        model=TransformerSize(text_vocab=1024, text_len=24, width=256, depth=8, heads=8),
         steps=3_400,
         batch_size=32,
         learning_rate=1.5e-3,
@@ -190,19 +217,12 @@ TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
         beta2=0.99,
         ema_decay=0.998,
     ),
-    # Paper: the step size halves at plateaus, Adam's variance is clipped at 5, and the average
-    # takes 0.99 every 25 updates. Here: a cosine between the same ends, and as much per update.
-    "paper": TransformerRecipe(
-        out=Path("runs/transformer"),
-        steps=430_000,
-        batch_size=1024,
-        learning_rate=4.5e-4,
-        final_learning_rate=1.4e-5,
-        warmup_steps=5_000,
-        weight_decay=4.5e-2,
-        beta2=0.96,
-        ema_decay=0.99 ** (1 / 25),
-    ),
+    "small": _sized(512, 8, 8, **_ONE_GPU),
+    "base": _sized(1024, 16, 16, **_ONE_GPU),
+    "1b": _sized(2048, 24, 32),
+    "2.8b": _sized(1920, 64, 30),
+    "5.6b": _sized(2688, 64, 42),
+    "12b": _transformer_12b,
 }
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -31,19 +32,15 @@ FILE_NAME = "transformer.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """The size of a transformer. The defaults are the paper's 12 billion parameters."""
+class TransformerSize:
+    """What one may choose of a transformer. The defaults are the paper's 12 billion parameters."""
 
     text_vocab: int = 16_384
-    """BPE tokens, padding not counted."""
+    """BPE tokens, padding not counted; fewer, where the data do not give so many."""
     text_len: int = 256
     """L: text places. A caption takes at most L − 1 of them."""
-    codebook_size: int = 8192
-    """V: the dVAE's codes."""
-    grid_size: int = 32
-    """W: codes along each side of a picture."""
     width: int = 3968
-    """D."""
+    """D: channels of the residual stream."""
     depth: int = 64
     """Layers, each of attention and MLP."""
     heads: int = 62
@@ -73,13 +70,13 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            choices = get_args(get_type_hints(TransformerConfig)[field.name])
+            choices = get_args(get_type_hints(type(self))[field.name])
             if choices and getattr(self, field.name) not in choices:
                 given = getattr(self, field.name)
                 raise ValueError(f"{field.name} is {given!r}, expected {' or '.join(choices)}")
-        for name in ("text_vocab", "codebook_size", "grid_size", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            if field.type == "int" and getattr(self, field.name) < 1:
+                given = getattr(self, field.name)
+                raise ValueError(f"{field.name} is {given}, expected at least 1")
         if self.text_len < 2:
             raise ValueError(f"text_len is {self.text_len}, expected at least 2")
         if self.width % self.heads:
@@ -93,6 +90,16 @@ class TransformerConfig:
     def head_width(self) -> int:
         """Channels of a head."""
         return self.width // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(TransformerSize):
+    """The size of a transformer, with what the dVAE says of it."""
+
+    codebook_size: int = 8192
+    """V: the dVAE's codes."""
+    grid_size: int = 32
+    """W: codes along each side of a picture."""
 
     @property
     def image_len(self) -> int:
@@ -269,6 +276,19 @@ class Transformer(nn.Module):
         text_states, image_states = self.states(text, codes)
         return self.text_head(text_states), self.image_head(image_states)
 
+    def operations(self) -> float:
+        """Count the multiplications and additions that one sample's forward pass needs.
+
+        Those of matrix products and of what the masks show, not of what is skipped or recomputed.
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.layers.parameters() if p.ndim > 1)
+        seen = {kind: int(mask.get_buffer("whole").sum()) for kind, mask in self.masks.items()}
+        pairs = sum(seen[kind] for kind in self.kinds)
+        heads = c.text_len * self.text_head.weight.numel()
+        heads += c.image_len * self.image_head.weight.numel()
+        return 2 * (c.length * weights + heads + 2 * c.width * pairs)
+
     def _check(self, text: Tensor, codes: Tensor) -> None:
         c = self.config
         shapes = ((c.image_len,), (c.grid_size, c.grid_size))
@@ -295,12 +315,12 @@ class Transformer(nn.Module):
 
     def _losses(self, own: nn.Linear, other: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
         """Give −ln p of each target [B, n], under the softmax of its own vocabulary or of both."""
-        logits = own(states).float()
+        logits = _score(own, states)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         losses = losses.view(targets.shape)
         if not self.config.shared_softmax:
             return losses
-        mine, theirs = logits.logsumexp(-1), other(states).float().logsumexp(-1)
+        mine, theirs = logits.logsumexp(-1), _score(other, states).logsumexp(-1)
         return losses - mine + torch.logaddexp(mine, theirs)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -311,6 +331,14 @@ class Transformer(nn.Module):
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> Transformer:
         """Read what `save` or a training wrote; ValueError where there is none or it is damaged."""
         return load_weights(cls, TransformerConfig, model_folder(directory) / FILE_NAME, device)
+
+
+def _score(head: nn.Linear, states: Tensor) -> Tensor:
+    """Give logits in fp32; where fp16 is used, computed in fp32, too (paper §D)."""
+    kind = states.device.type
+    in_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    with torch.autocast(kind, enabled=False) if in_fp16 else nullcontext():
+        return head(states).float()
 
 
 def _embedding(rows: int, width: int, summed: int = 0) -> nn.Embedding:

@@ -32,7 +32,8 @@ TINY_DVAE = [
     *("--crop-size", "32", "--validation-pictures", "2", "--data", "toybox:4"),
 ]
 TINY_TRANSFORMER = [
-    *("--width", "16", "--depth", "2", "--heads", "2", "--text-len", "8", "--text-vocab", "260"),
+    *("--model.width", "16", "--model.depth", "2", "--model.heads", "2"),
+    *("--model.text-len", "8", "--model.text-vocab", "260"),
     *("--vocab-captions", "4", "--prompts", "a red star"),
 ]
 PROMPT = "A red star!"
@@ -262,7 +263,7 @@ def test_mistakes_in_training_are_told_in_a_line(
 ) -> None:
     toy = ["toy", "--out", str(tmp_path / "out")]
     dvae, transformer = train_dvae.main, train_transformer.main
-    for main, presets in ((dvae, "toy, small, paper"), (transformer, "toy, paper")):
+    for main, presets in ((dvae, "toy, small, paper"), (transformer, "toy, small, base, 1b")):
         line = refused(main, ["huge", *toy[1:]], capsys)
         assert f"no preset 'huge'; there are: {presets}" in line
     line = refused(transformer, [*toy, "--dvae", "nowhere", "--device", "cpu"], capsys)

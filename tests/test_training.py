@@ -103,7 +103,7 @@ def train(out: Path, loss: Any, **changes: Any) -> nn.Module:
         stream,
         run_config(out, **changes),
         save_model=save_plain,
-        validate=lambda model, step: {"norm": float(sum(p.sum() for p in model.parameters()))},
+        validate=lambda model, raw, step: {"norm": float(sum(p.sum() for p in model.parameters()))},
     )
 
 

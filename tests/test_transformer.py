@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle1.attention import Mask
+from dalle1.attention import Cache, Mask
 from dalle1.masks import MaskKind
 from dalle1.presets import TRANSFORMER_PRESETS
 from dalle1.transformer import Transformer, TransformerConfig
@@ -315,13 +317,126 @@ def test_impossible_sizes_are_refused(field: str, value: int, message: str) -> N
         TransformerConfig(**{field: value})
 
 
-def test_the_papers_preset_has_twelve_billion_parameters() -> None:
-    config = TRANSFORMER_PRESETS["paper"].size(8192, 32, 16_384)
-    assert config == TransformerConfig()
+BILLIONS = {"small": 0.051, "base": 0.25, "1b": 1.3, "2.8b": 2.8, "5.6b": 5.6, "12b": 12.1}
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_PRESETS)
+def test_every_preset_builds(name: str) -> None:
+    size = TRANSFORMER_PRESETS[name].model
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(TransformerConfig(**vars(size)))
+    count = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
-    assert matrices == 12 * 3968**2 * 64
-    assert 12.0e9 < matrices < 12.2e9
-    assert config.length == 1280
-    assert config.width // config.heads == 64
+    assert matrices == 12 * size.width**2 * size.depth
+    if name in ("2.8b", "5.6b", "12b"):  # the paper counts its resblocks
+        count = matrices
+    if name in BILLIONS:
+        assert count / 1e9 == pytest.approx(BILLIONS[name], rel=0.05)
+        assert size.width // size.heads == 64
+
+
+def test_the_paper_s_preset_is_the_paper_s() -> None:
+    config = TransformerConfig(**vars(TRANSFORMER_PRESETS["12b"].model))
+    assert config == TransformerConfig()
+    assert (config.length, config.head_width) == (1280, 64)
+    recipe = TRANSFORMER_PRESETS["12b"]
+    assert (recipe.beta2, recipe.weight_decay, recipe.variance_clip) == (0.96, 4.5e-2, 5.0)
+    assert (recipe.ema_decay, recipe.ema_every, recipe.clip_norm) == (0.99, 25, 4.0)
+
+
+# What the paper leaves open, and what came later
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_start": "text"},
+        {"pad_targets": False},
+        {"shared_softmax": True},
+        {"conv_wrap": False},
+        {"attention": "full"},
+        {"positions": "rotary"},
+        {"norm": "rms"},
+        {"mlp": "swiglu"},
+        {"qk_norm": True},
+        {"positions": "rotary", "norm": "rms", "mlp": "swiglu", "qk_norm": True},
+    ],
+    ids=str,
+)
+def test_every_option_learns_never_sees_ahead_and_goes_stepwise(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(SIZE, **changes))
+    text, codes = example()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model.loss(text, codes)
+        loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.total.item())
+    assert losses[-1] < 0.7 * losses[0]
+    with torch.no_grad():
+        model.eval()
+        for place in (0, N // 2, N - 1):
+            moved = changed(model, place=place)
+            assert all(state > L + place for state in moved)
+            assert place == N - 1 or L + place + 1 in moved
+        last_word = changed(model, token=L - 1)  # read by the first image state, or by none
+        assert (L in last_word) == (changes.get("image_start") == "text")
+        heads, width = model.config.heads, model.config.head_width
+        caches = [Cache(len(text), heads, L + N, width, text.float()) for _ in model.layers]
+        states = model.run(model.embed_text(text), caches)
+        torch.testing.assert_close(model.text_head(states), model(text, codes)[0])
+        x = model.embed_start(text)
+        for place in range(N):
+            logits = model.image_head(model.run(x, caches, L + place))[:, 0]
+            torch.testing.assert_close(
+                logits, model(text, codes)[1][:, place], rtol=1e-4, atol=1e-4
+            )
+            x = (
+                model.embed_codes(codes.flatten(1)[:, place : place + 1], place + 1)
+                if (place + 1 < N)
+                else x
+            )
+
+
+def test_pads_that_are_no_targets_count_for_nothing() -> None:
+    model, (text, codes) = loud(), example()
+    text[:, :2] %= TEXT
+    text[:, 2:] = TEXT + torch.arange(2, L)
+    only = Transformer(dataclasses.replace(SIZE, pad_targets=False))
+    only.load_state_dict(model.state_dict())
+    logits = model(text, codes)[0]
+    by_hand = F.cross_entropy(logits[:, :2].flatten(0, 1), text[:, :2].flatten())
+    assert only.loss(text, codes).text.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert only.loss(text, codes).image.item() == pytest.approx(
+        model.loss(text, codes).image.item()
+    )
+
+
+def test_a_shared_softmax_is_over_both_vocabularies() -> None:
+    model, (text, codes) = loud(), example()
+    shared = Transformer(dataclasses.replace(SIZE, shared_softmax=True))
+    shared.load_state_dict(model.state_dict())
+    joint = reference(model, text, codes)
+    loss = shared.loss(text, codes)
+    of_text = F.cross_entropy(joint[:, :L].flatten(0, 1), text.flatten())
+    of_image = F.cross_entropy(joint[:, L:].flatten(0, 1), TEXT + L + codes.flatten())
+    assert loss.text.item() == pytest.approx(of_text.item(), rel=1e-4)
+    assert loss.image.item() == pytest.approx(of_image.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"norm": "batch"}, {"mlp": "relu"}, {"attention": "dense"}])
+def test_an_unknown_option_is_refused(wrong: dict[str, Any]) -> None:
+    (name, value) = next(iter(wrong.items()))
+    with pytest.raises(ValueError, match=f"{name} is '{value}', expected"):
+        TransformerConfig(**wrong)
+
+
+def test_operations_by_hand() -> None:
+    model = one_layer("row")
+    d, t = model.config.width, L + N
+    pairs = sum(allowed("row", i, j) for i in range(t) for j in range(t))
+    products = t * 12 * d * d + L * d * (TEXT + L) + N * d * V
+    assert model.operations() == 2 * (products + 2 * d * pairs)

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from dalle1.data.batches import SKIPPED, Prepare, batches
 from dalle1.data.sources import CaptionSource
-from dalle1.device import autocast, keep_freed_memory
+from dalle1.device import autocast, keep_freed_memory, matrix_rate, peak_memory
 from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
 from dalle1.training.progress import Progress
 from dalle1.training.recorders import Recorder, TensorBoard, WeightsAndBiases
-from dalle1.training.schedules import warmup_cosine
+from dalle1.training.scaling import LossScale
+from dalle1.training.schedules import Plateau, warmup_cosine
 from dvae.weights import model_folder
 
 
@@ -53,22 +54,33 @@ class RunConfig:
     """Step size at the end of the cosine, and from there on."""
     schedule_steps: int | None = None
     """Updates, warm-up included, at which the cosine ends. None: at `steps`."""
+    schedule: Literal["cosine", "plateau"] = "cosine"
+    """After the warm-up, the cosine; or constant, and halved at plateaus of the training loss."""
+    plateau_window: int = 5_000
+    """Updates whose mean losses are compared to find a plateau."""
     warmup_steps: int = 100
     """Updates over which the step size rises linearly."""
     weight_decay: float = 1e-4
-    """Decoupled decay of matrices and embeddings; gains and biases do not decay."""
+    """Decoupled decay of the weights that `decays` names."""
+    decays: Literal["matrices", "weights", "all"] = "weights"
+    """matrices; or weights, which are embeddings, too; or all, which is gains and biases, too."""
     beta2: float = 0.999
     """AdamW's second β; the first is 0.9."""
+    variance_clip: float | None = None
+    """Upper limit of AdamW's estimate of each weight's variance."""
     clip_norm: float = 4.0
     """Largest global norm of the gradient."""
     ema_decay: float = 0.999
-    """Decay per update of the averaged weights, which are those that are saved for use."""
+    """Decay of the averaged weights, which are those that are saved for use."""
+    ema_every: int = 1
+    """Updates between two steps of that average."""
     seed: int = 0
     """Of the initial weights, the batches and all noise."""
     device: str = "auto"
     """auto is cuda, else mps, else cpu."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """What matrix products and convolutions are computed in; weights stay fp32."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """What matrix products and convolutions are computed in; weights stay fp32. fp16, for cards
+    without bf16, scales gradients."""
     num_workers: int = 1
     """Processes that prepare batches; 0 prepares them in the main one."""
     log_every: int = 50
@@ -96,15 +108,22 @@ class RunConfig:
             raise ValueError(f"seed is {self.seed}, expected 0 to {(1 << 32) - 1}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}, expected a number in [0, 1)")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision is {self.precision!r}, expected bf16 or fp32")
+        choices = {
+            "precision": ("bf16", "fp16", "fp32"),
+            "schedule": ("cosine", "plateau"),
+            "decays": ("matrices", "weights", "all"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                expected = " or ".join(allowed)
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
     def learning_rate_at(self, step: int) -> float:
-        """Give the step size of an update."""
+        """Give the step size of an update, before it is halved at any plateau."""
         return warmup_cosine(
             step,
             peak=self.learning_rate,
-            end=self.final_learning_rate,
+            end=self.final_learning_rate if self.schedule == "cosine" else self.learning_rate,
             warmup=self.warmup_steps,
             duration=self.schedule_steps or self.steps,
         )
@@ -166,17 +185,52 @@ def _stream(
     return batches(source, prepare, start=start, **options)
 
 
+class Scales(Protocol):
+    """What keeps fp16's gradients in range; see `dalle1.training.scaling`."""
+
+    def scale_loss(self, loss: Tensor) -> Tensor: ...
+    def unscale(self) -> bool: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def split_by_decay(model: nn.Module, decays: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Give the parameters that decay, and the others; frozen ones are in neither."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for p in model.parameters():
+        is_matrix = p.ndim > 1 and id(p) not in tables
+        chosen = is_matrix or decays == "all" or (decays == "weights" and p.ndim > 1)
+        if p.requires_grad:
+            (decaying if chosen else others).append(p)
+    return decaying, others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one sample costs, so that a training can say how well it uses the machine."""
+
+    tokens: int
+    """Places of its stream."""
+    operations: float
+    """Multiplications and additions of its forward and backward pass."""
+
+
 class Trainer(Generic[Model]):
     """A model, its optimizer and the running average of its weights, at some step."""
 
-    def __init__(self, model: Model, config: RunConfig) -> None:
+    def __init__(self, model: Model, config: RunConfig, scales: Scales | None = None) -> None:
         self.config = config
         self.model = model
+        self.scales = scales
+        if scales is None and config.precision == "fp16":
+            self.scales = LossScale(model)
+        self.plateau = Plateau(config.plateau_window) if config.schedule == "plateau" else None
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        decays = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        decaying, others = split_by_decay(model, config.decays)
         groups: list[dict[str, Any]] = [
-            {"params": decays},
+            {"params": decaying},
             {"params": others, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
@@ -195,7 +249,12 @@ class Trainer(Generic[Model]):
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            **{name: part.state_dict() for name, part in self._more().items()},
         }
+
+    def _more(self) -> dict[str, Scales | Plateau]:
+        parts = {"scales": self.scales, "plateau": self.plateau}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave; ValueError where that was of another recipe."""
@@ -215,21 +274,39 @@ class Trainer(Generic[Model]):
                 "sizes to resume it, or another --out"
             ) from error
         self.optimizer.load_state_dict(state["optimizer"])
+        for name, part in self._more().items():
+            part.load_state_dict(state[name])
         self.step = state["step"]
 
     def update(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
         """Make one update; give the loss's fields, the gradient's norm and the step size."""
         config = self.config
         rate = config.learning_rate_at(self.step)
+        if self.plateau:
+            rate /= 2**self.plateau.halvings
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         fields = self._backward(loss_fn, batch)
+        finite = self.scales.unscale() if self.scales else True
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        self.optimizer.step()
+        if finite:
+            self.optimizer.step()
+            self._clip_variance()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._average()
+        if self.step % config.ema_every == 0:
+            self._average()
+        if self.plateau:
+            self.plateau.update(torch.as_tensor(fields["total"]))
+        if self.scales:
+            fields["applied"] = float(finite)
         return {**fields, "gradient_norm": norm, "learning_rate": rate}
+
+    @torch.no_grad()
+    def _clip_variance(self) -> None:
+        if self.config.variance_clip is not None:
+            variances = [state["exp_avg_sq"] for state in self.optimizer.state.values()]
+            torch._foreach_clamp_max_(variances, self.config.variance_clip)
 
     def _backward(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
         """Add up the gradients of a batch's parts; give the means of their losses' fields."""
@@ -242,7 +319,8 @@ class Trainer(Generic[Model]):
             part = {name: chunks[i] for name, chunks in cut.items()}
             with autocast(device, self.config.precision):
                 loss = loss_fn(self.model, part, self.step, generator)
-            (loss.total / parts).backward()
+            total = loss.total / parts
+            (self.scales.scale_loss(total) if self.scales else total).backward()
             for field in dataclasses.fields(loss):  # type: ignore[arg-type]
                 value = torch.as_tensor(getattr(loss, field.name)).detach() / parts
                 means[field.name] = means.get(field.name, 0.0) + value
@@ -251,7 +329,8 @@ class Trainer(Generic[Model]):
     @torch.no_grad()
     def _average(self) -> None:
         # Young averages follow quickly, so that the initial weights are soon forgotten.
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        count = self.step // self.config.ema_every
+        decay = min(self.config.ema_decay, (1 + count) / (10 + count))
         averages: list[Tensor] = [*self.ema.parameters()]
         weights: list[Tensor] = [*self.model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
@@ -281,6 +360,20 @@ def recorders(config: RunConfig, start: int) -> list[Recorder]:
     return found
 
 
+def efficiency(
+    config: RunConfig, device: torch.device, work: Work | None, rate: float
+) -> dict[str, float]:
+    """Tell what `rate` samples a second mean for the machine."""
+    numbers = {"memory_gib": peak_memory(device)}
+    if work is not None:
+        numbers["tokens_per_second"] = rate * work.tokens
+        numbers["utilisation"] = rate * work.operations / _matrix_rate(device, config.precision)
+    return numbers
+
+
+_matrix_rate = cache(matrix_rate)
+
+
 def refuse_divergence(out: Path, step: int, loss: float) -> None:
     """Stop a run whose loss is no number any more, before its checkpoint is written over."""
     if not math.isfinite(loss):
@@ -297,7 +390,9 @@ def fit(
     config: RunConfig,
     *,
     save_model: Callable[[Model, Path], None],
-    validate: Callable[[Model, int], Mapping[str, float]] | None = None,
+    validate: Callable[[Model, Model, int], Mapping[str, float]] | None = None,
+    scales: Scales | None = None,
+    work: Work | None = None,
 ) -> Model:
     """Train `model` to `config.steps` and give the average of its weights.
 
@@ -305,11 +400,13 @@ def fit(
         loss_fn: see `LossFunction`; its mean over equal parts of a batch is the batch's.
         batches: step → the batches from there on, on any device.
         save_model: writes the averaged model's files into a folder.
-        validate: (averaged model, step) → numbers for the log.
+        validate: (averaged model, model, step) → numbers for the log.
+        scales: of the gradients, for fp16; one for the whole loss if not given.
+        work: what a sample costs, to be told in the log as a share of the machine's speed.
     """
     device = next(model.parameters()).device
     keep_freed_memory()
-    trainer = Trainer(model.train(), config)
+    trainer = Trainer(model.train(), config, scales)
     if (state := load_checkpoint(config.out)) is not None:
         trainer.load(state)
         print(f"Going on at step {trainer.step} of {config.steps} in {config.out}")
@@ -325,9 +422,9 @@ def fit(
             step, last = trainer.step, trainer.step == config.steps or bool(stopped)
             if step % config.log_every == 0 or step % config.save_every == 0 or last:
                 refuse_divergence(config.out, step, float(values["total"]))
-                progress.log(step, values)
+                progress.log(step, values, lambda rate: efficiency(config, device, work, rate))
             if validate and not stopped and (step % config.validate_every == 0 or last):
-                progress.report(step, validate(trainer.ema, step))
+                progress.report(step, validate(trainer.ema, trainer.model, step))
             if step % config.save_every == 0 or last:
                 state = trainer.state()
                 save_checkpoint(config.out, step, state, lambda f: save_model(trainer.ema, f))

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -65,11 +65,21 @@ class Progress:
         self.skipped += skipped
         self.bar.update()
 
-    def log(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Log the numbers of an update, and how many samples a second went through since."""
+    def log(
+        self,
+        step: int,
+        values: Mapping[str, float | Tensor],
+        efficiency: Callable[[float], Mapping[str, float]] = lambda rate: {},
+    ) -> None:
+        """Log the numbers of an update, and how many samples a second went through since.
+
+        Args:
+            efficiency: samples a second → more numbers.
+        """
         rate = (step - self.seen) * self.batch_size / (time.perf_counter() - self.since)
         skipped = {"skipped": self.skipped} if self.skipped else {}
-        self._write(step, {**values, "samples_per_second": rate, **skipped})
+        more = {"samples_per_second": rate, **efficiency(rate), **skipped}
+        self._write(step, {**values, **more})
         self.bar.set_postfix_str(f"loss {float(values['total']):.4f}")
         self._restart_clock(step)
 

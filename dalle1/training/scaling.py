@@ -58,6 +58,37 @@ def scaled(branch: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor) -> Tens
     return _ScaleGradient.apply(branch(_UnscaleGradient.apply(x, scale)), scale)
 
 
+class LossScale:
+    """One scale for the whole loss: the ordinary way, which is enough for stage 1 (paper A.2)."""
+
+    def __init__(self, model: nn.Module, first: float = 2.0**16, patience: int = 2000) -> None:
+        self.model, self.scale, self.patience, self.good = model, first, patience, 0
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Give what to differentiate."""
+        return loss * self.scale
+
+    def unscale(self) -> bool:
+        """Divide the gradients by the scale and move it; say whether they are all finite."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / self.scale)
+        finite = bool(torch.stack([g.isfinite().all() for g in gradients]).all())
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good % self.patience == 0:
+            self.scale *= 2
+        return finite
+
+    def state_dict(self) -> dict[str, float]:
+        """Give what resuming needs."""
+        return {"scale": self.scale, "good": self.good}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take back what `state_dict` gave."""
+        self.scale, self.good = state["scale"], int(state["good"])
+
+
 class GradientScales:
     """The scales of all resblocks, and what is known of them; state for a checkpoint.
 
@@ -71,6 +102,10 @@ class GradientScales:
         self.machines = machines
         self.scales = torch.full((len(branches),), FIRST * machines)
         self.since_fall = torch.full((len(branches),), PATIENCE)
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Give what to differentiate: the loss as it is, since each resblock scales for itself."""
+        return loss
 
     def unscale(self) -> bool:
         """Divide the gradients by their scales and move the scales.
