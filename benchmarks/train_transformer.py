@@ -1,0 +1,163 @@
+"""Measure the transformer's training beside DALLE-pytorch's and a plain, dense GPT.
+
+    make bench-peers && python benchmarks/train_transformer.py
+
+`small`: 512 wide, 8 layers, 8 heads, 256 + 1024 places, vocabularies of 16,384 and 8,192. A step is
+forward, loss, backward, AdamW; given are samples a second and the most memory that training took
+beyond the model and its data. DALLE-pytorch has row, column, row, row attention; the GPT the same
+width and depth, causal attention by torch's SDPA, one vocabulary. All run in processes of their
+own, with the same threads, and with the memory that they free kept for the next step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from measuring import in_fresh_process, peak_memory, seconds
+from peers import dalle_pytorch
+from torch import Tensor, nn
+
+from dalle1.device import autocast, keep_freed_memory, matrix_rate, pick_device
+from dalle1.presets import TRANSFORMER_PRESETS
+from dalle1.transformer import Transformer, TransformerConfig
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Text [B, L] and codes [B, N] to a loss."""
+
+CONFIG = TransformerConfig(**vars(TRANSFORMER_PRESETS["small"].model))
+
+
+def ours() -> tuple[nn.Module, Loss]:
+    model = Transformer(CONFIG)
+    return model, lambda text, codes: model.loss(text, codes).total
+
+
+def peer() -> tuple[nn.Module, Loss]:
+    package = dalle_pytorch()
+    vae = package.DiscreteVAE(
+        image_size=256, num_layers=3, num_tokens=CONFIG.codebook_size, hidden_dim=8, codebook_dim=8
+    )
+    model = package.DALLE(
+        dim=CONFIG.width,
+        vae=vae,
+        num_text_tokens=CONFIG.text_vocab,
+        text_seq_len=CONFIG.text_len,
+        depth=CONFIG.depth,
+        heads=CONFIG.heads,
+        dim_head=CONFIG.head_width,
+        attn_types=("axial_row", "axial_col", "axial_row", "axial_row"),
+    )
+    return model, lambda text, codes: model(text, codes, return_loss=True)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        d = CONFIG.width
+        self.first, self.second = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = "b t (three h d) -> three b h t d"
+        q, k, v = rearrange(self.qkv(self.first(x)), split, three=3, h=CONFIG.heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(rearrange(y, "b h t d -> b t (h d)"))
+        return x + self.mlp(self.second(x))
+
+
+class GPT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.vocabulary = CONFIG.text_vocab + CONFIG.codebook_size
+        self.tokens = nn.Embedding(self.vocabulary, CONFIG.width)
+        self.places = nn.Embedding(CONFIG.length, CONFIG.width)
+        self.blocks = nn.Sequential(*(Block() for _ in range(CONFIG.depth)))
+        self.norm = nn.LayerNorm(CONFIG.width)
+        self.head = nn.Linear(CONFIG.width, self.vocabulary)
+
+    def forward(self, text: Tensor, codes: Tensor) -> Tensor:
+        stream = torch.cat([text, codes + CONFIG.text_vocab], dim=1)
+        x = self.tokens(stream[:, :-1]) + self.places.weight[:-1]
+        logits = self.head(self.norm(self.blocks(x))).float()
+        return F.cross_entropy(logits.flatten(0, 1), stream[:, 1:].flatten())
+
+
+def gpt() -> tuple[nn.Module, Loss]:
+    model = GPT()
+    return model, model.forward
+
+
+CONTENDERS = {"dalle1": ours, "DALLE-pytorch": peer, "dense GPT": gpt}
+
+
+def measure(name: str, batch_size: int, precision: str, repeats: int) -> dict[str, float]:
+    """Measure one contender, in this process."""
+    torch.manual_seed(0)
+    keep_freed_memory()
+    device = pick_device("auto")
+    model, loss = CONTENDERS[name]()
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    text = torch.randint(1, CONFIG.text_vocab, (batch_size, CONFIG.text_len), device=device)
+    codes = torch.randint(CONFIG.codebook_size, (batch_size, CONFIG.image_len), device=device)
+    before = peak_memory()
+
+    def step() -> None:
+        with autocast(device, precision):
+            value = loss(text, codes)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    result = {
+        "samples": batch_size / seconds(step, repeats),
+        "memory": peak_memory() - before,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "utilisation": 0.0,
+    }
+    if isinstance(model, Transformer):
+        rate = matrix_rate(device, precision)
+        result["utilisation"] = 3 * model.operations() * result["samples"] / rate
+    return result
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--repeats", type=int, default=3, help="the median of so many is taken")
+    parser.add_argument("--only", choices=CONTENDERS, help="measure this one, in this process")
+    options = parser.parse_args(args)
+    if options.only:
+        size, precision = options.batch_size[0], options.precision[0]
+        print(json.dumps(measure(options.only, size, precision, options.repeats)))
+        return
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{'':14} {'':5} {'batch':>5} {'million weights':>15} {'samples/s':>9} {'MiB':>7} "
+        f"{'utilisation':>11}"
+    )
+    for precision in options.precision:
+        for size in options.batch_size:
+            for name in CONTENDERS:
+                flags = ["--only", name, "--batch-size", str(size), "--precision", precision]
+                flags += ["--repeats", str(options.repeats)]
+                row = in_fresh_process([str(Path(__file__)), *flags])
+                used = f"{row['utilisation']:.0%}" if row["utilisation"] else ""
+                print(
+                    f"{name:14} {precision:5} {size:>5} {row['parameters'] / 1e6:>15.1f} "
+                    f"{row['samples']:>9.3f} {row['memory']:>7.0f} {used:>11}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
