@@ -111,16 +111,56 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     (text_q, q), (text_k, k), (text_v, v) = (
         (x[:, :, :length], mask.arrange(x[:, :, length:])) for x in (q, k, v)
     )
-    hidden = ~mask.whole[:length, :length]
-    scores = (text_q @ text_k.transpose(-1, -2)).masked_fill(hidden, -torch.inf)
-    text = scores.softmax(-1).to(v.dtype) @ text_v
-    seen = rearrange(q, "b h (n w) d -> b h n w d", w=w) @ mask.windows(k).transpose(-1, -2)
-    seen = seen.masked_fill(~mask.blocked, -torch.inf)
-    of_text = rearrange(q @ text_k.transpose(-1, -2), "b h (n w) l -> b h n w l", w=w)
-    weights = torch.cat([of_text, seen], dim=-1).softmax(-1).to(v.dtype)
-    of_text, seen = weights.split([length, seen.shape[-1]], dim=-1)
-    image = of_text.flatten(2, 3) @ text_v + (seen @ mask.windows(v)).flatten(2, 3)
-    return torch.cat([text, mask.arrange(image)], dim=2)
+    scores = text_q @ text_k.transpose(-1, -2)
+    ahead = ~mask.whole[:length, :length]
+    text = scores.masked_fill(ahead, -torch.inf).softmax(-1).to(v.dtype) @ text_v
+    q = rearrange(q, "b h (n w) d -> b h n w d", w=w)
+    image = _Blocks.apply(q, text_k, text_v, mask.windows(k), mask.windows(v), ~mask.blocked)
+    return torch.cat([text, mask.arrange(image.flatten(2, 3))], dim=2)
+
+
+class _Blocks(torch.autograd.Function):
+    """Attention of blocks of codes to the text and to their windows, under one softmax.
+
+    Its gradient is written out to work in place and to keep only e^(s − max), with Z its sum over a
+    row: for the output o = e·v / Z and its gradient g, the scores' is e·(g·v − g·o) / Z.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, text_k: Tensor, text_v: Tensor, k: Tensor, v: Tensor, hidden: Tensor
+    ) -> Tensor:
+        """Attend: q [B, H, n, W, d], text [B, H, L, d], windows [B, H, n, S, d] → as q."""
+        blocks = q.shape[2:4]
+        of_text = (q.flatten(2, 3) @ text_k.transpose(-1, -2)).unflatten(2, blocks)
+        seen = (q @ k.transpose(-1, -2)).masked_fill_(hidden, -torch.inf)
+        top = torch.maximum(of_text.amax(-1, keepdim=True), seen.amax(-1, keepdim=True))
+        total = torch.zeros_like(top, dtype=torch.float32)
+        for scores in (of_text, seen):
+            scores.sub_(top).exp_()
+            total += scores.sum(-1, keepdim=True, dtype=torch.float32)
+        out = (of_text.flatten(2, 3) @ text_v).unflatten(2, blocks) + seen @ v
+        out = (out / total).to(q.dtype)
+        ctx.save_for_backward(q, text_k, text_v, k, v, of_text, seen, total, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, text_k, text_v, k, v, of_text, seen, total, out = ctx.saved_tensors
+        (g,) = gradients
+        along = ((g * out).sum(-1, keepdim=True, dtype=torch.float32) / total).to(q.dtype)
+        g = (g / total).to(q.dtype)
+        flat_q, flat_g, e = q.flatten(2, 3), g.flatten(2, 3), of_text.flatten(2, 3)
+        d_text = (flat_g @ text_v.transpose(-1, -2)).sub_(along.flatten(2, 3)).mul_(e)
+        d_seen = (g @ v.transpose(-1, -2)).sub_(along).mul_(seen)
+        return (
+            (d_text @ text_k).view_as(q) + d_seen @ k,
+            d_text.transpose(-1, -2) @ flat_q,
+            e.transpose(-1, -2) @ flat_g,
+            d_seen.transpose(-1, -2) @ q,
+            seen.transpose(-1, -2) @ g,
+            None,
+        )
 
 
 class Rotary(nn.Module):

@@ -47,13 +47,12 @@ def conv(grid_size: int, reach: int = CONV_REACH, wrap: bool = True) -> Tensor:
             do in raster order; else it ends at the edge.
     """
     behind = _behind(grid_size**2)
-    rows, columns = torch.arange(reach + 1), torch.arange(-reach, reach + 1)
-    kernel = (grid_size * rows[:, None] + columns).flatten()
-    mask = (behind >= 0) & torch.isin(behind, kernel)
     if wrap:
-        return mask
-    at = torch.arange(grid_size**2) % grid_size
-    return mask & ((at[:, None] - at[None, :]).abs() <= reach)
+        rows, columns = torch.arange(reach + 1), torch.arange(-reach, reach + 1)
+        return (behind >= 0) & torch.isin(behind, (grid_size * rows[:, None] + columns).flatten())
+    places = torch.arange(grid_size**2)
+    above, beside = (at[:, None] - at[None, :] for at in (places // grid_size, places % grid_size))
+    return (behind >= 0) & (above <= reach) & (beside.abs() <= reach)
 
 
 def image_mask(kind: MaskKind, grid_size: int, conv_wrap: bool = True) -> Tensor:

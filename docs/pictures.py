@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dalle1 import DallE
 from dalle1.data.images import grid, to_float, to_pil, to_tensor
 from dalle1.data.toybox import FILLS, NOUNS, Toybox, is_held_out
+from dalle1.masks import MaskKind, image_mask, joint_mask
 from dalle1.presets import DVAE_PRESETS
 
 PROMPTS = (
@@ -60,6 +61,27 @@ def reconstructions(model: DallE) -> Image.Image:
     return grid(originals + to_pil(model.dvae.decode(model.dvae.encode(images))), 8)
 
 
+def masks(path: Path) -> None:
+    """Draw the masks: whole at 4 × 4 codes and 3 of text, and what one code sees at 32 × 32."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+
+    kinds: tuple[MaskKind, ...] = ("row", "column", "conv", "full")
+    colours = ListedColormap(["#f1f5f9", "#60a5fa", "#f97316", "#0f172a"])
+    figure, axes = plt.subplots(2, 4, figsize=(12, 6.4), layout="constrained")
+    row, column = 16, 12
+    for above, below, kind in zip(*axes, kinds):
+        whole = joint_mask(kind, 3, 4).int()
+        whole[:, :3] *= 2  # text
+        above.imshow(whole, cmap=colours, vmin=0, vmax=3)
+        above.set(title=f"{kind}: who sees whom", xticks=[], yticks=[])
+        seen = image_mask(kind, 32)[row * 32 + column].view(32, 32).int()
+        seen[row, column] = 3
+        below.imshow(seen, cmap=colours, vmin=0, vmax=3)
+        below.set(title=f"what a code sees: {int((seen > 0).sum())}", xticks=[], yticks=[])
+    figure.savefig(path, dpi=70)
+
+
 def schedules(path: Path) -> None:
     """Plot what changes in the course of stage 1, as its presets have it."""
     import matplotlib.pyplot as plt
@@ -89,6 +111,7 @@ def main() -> None:
         "reconstructions": reconstructions(model),
         "toybox": grid([world.image(i) for i in range(24)], 8),
     }
+    masks(Path(__file__).with_name("masks.png"))
     schedules(Path(__file__).with_name("schedules.png"))
     for name, picture in pictures.items():
         path = Path(__file__).with_name(f"{name}.png")

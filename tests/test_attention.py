@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle1.attention import Attention, Cache, Mask, attend
+from dalle1.attention import Attention, Cache, Mask, attend, attend_in_blocks, attend_in_tiles
 from dalle1.masks import MaskKind, joint_mask
 
 KINDS: list[MaskKind] = ["full", "row", "column", "conv"]
@@ -41,13 +41,40 @@ def test_skipping_is_dense_forward_and_backward(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_skipping_is_dense_in_bf16(kind: MaskKind) -> None:
-    q, k, v = streams(7, 13, torch.bfloat16)
-    got = attend(q, k, v, Mask(kind, 7, 13))
-    mask = joint_mask(kind, 7, 13)
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    low = [(x / 2).requires_grad_() for x in streams(7, 13, torch.bfloat16)]  # of unit size
+    high = [x.detach().float().requires_grad_() for x in low]
+    got = attend(*low, Mask(kind, 7, 13))
+    expected = F.scaled_dot_product_attention(*high, attn_mask=joint_mask(kind, 7, 13))
     assert got.dtype == torch.bfloat16
-    error = (got.float() - expected).norm() / expected.norm()
-    assert error < 1e-2
+    assert (got.float() - expected).norm() / expected.norm() < 1e-2
+    got.sum().backward()
+    expected.sum().backward()
+    for x, y in zip(low, high, strict=True):
+        assert (x.grad.float() - y.grad).norm() / y.grad.norm() < 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("text_len", "grid_size"), SIZES)
+def test_tiles_are_the_blocks(kind: MaskKind, text_len: int, grid_size: int) -> None:
+    x, mask = streams(text_len, grid_size), Mask(kind, text_len, grid_size)
+    torch.testing.assert_close(attend_in_tiles(*x, mask), attend_in_blocks(*x, mask))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_are_dense_forward_and_backward_on_a_gpu(kind: MaskKind) -> None:
+    x = streams(256, 32, torch.bfloat16).cuda()
+    low = [t.clone().requires_grad_() for t in x]
+    high = [t.float().requires_grad_() for t in x]
+    got = attend(*low, Mask(kind, 256, 32).cuda())
+    whole = joint_mask(kind, 256, 32).cuda()
+    expected = F.scaled_dot_product_attention(*high, attn_mask=whole)
+    got.sum().backward()
+    expected.sum().backward()
+    for a, b in [(got, expected), *((a.grad, b.grad) for a, b in zip(low, high, strict=True))]:
+        assert (a.float() - b).norm() / b.norm() < 2e-2
 
 
 @pytest.mark.parametrize(("kind", "blocks"), [("row", 2), ("column", 1), ("conv", 7), ("full", 16)])

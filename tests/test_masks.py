@@ -85,3 +85,12 @@ def test_layers_of_the_paper() -> None:
 def test_an_unknown_kind_is_named_beside_those_there_are() -> None:
     with pytest.raises(ValueError, match="'diagonal', expected one of full, row, column, conv"):
         image_mask("diagonal", 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid_size", [4, 7, 13])
+def test_a_kernel_that_does_not_wrap_stays_on_its_side(grid_size: int) -> None:
+    mask = conv(grid_size, wrap=False)
+    for i in range(grid_size**2):
+        for j in range(grid_size**2):
+            down, across = i // grid_size - j // grid_size, abs(i % grid_size - j % grid_size)
+            assert mask[i, j] == (j <= i and down <= 5 and across <= 5)
