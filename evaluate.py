@@ -1,12 +1,14 @@
-"""Measure what a model draws: the right noun, the right fill, and both at once.
+"""Measure what a model draws, and what a dVAE leaves of pictures.
 
     python evaluate.py toybox --num-prompts 93 --num-candidates 16 --out runs/evaluation
+    python evaluate.py dvae --model runs/dvae --data toybox --pictures 1000
     python evaluate.py judge --out dalle1/bundled/judge.safetensors --minutes 8
 
 `toybox` asks the question of the paper's figure 2 (can the model join words it never saw
 together?) with a count for an answer: prompts from held-out pairs beside as many from training
 pairs, the best of N candidates by CLIP (section 2.6) beside the first candidate alone, looked at
-by a small classifier that never reads the prompt. `judge` trains that classifier afresh.
+by a small classifier that never reads the prompt. `judge` trains that classifier afresh. `dvae`
+measures stage 1 on pictures that were set apart: likelihood, PSNR, its use of codes.
 """
 
 from __future__ import annotations
@@ -64,6 +66,26 @@ class ToyboxOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.judge_pictures < 2:
             raise ValueError(f"judge_pictures must be at least 2, got {self.judge_pictures}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEOptions:
+    """Measure a dVAE on pictures that were set apart, and draw what is left of some."""
+
+    model: Path
+    """Folder of the dVAE."""
+    data: str = "toybox"
+    """Where the pictures come from, as in the trainings."""
+    pictures: int = 1000
+    """How many, at most."""
+    temperature: float = 1 / 16
+    """Of the relaxed codes."""
+    allow_upscale: bool = False
+    """Enlarge pictures that are too small; else they are left out."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    out: Path = Path("runs/dvae-evaluation")
+    """Folder for dvae.json and reconstructions.png."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +324,41 @@ def write_report(
     (options.out / "toybox.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
+def run_dvae(options: DVAEOptions) -> dict[str, float]:
+    """Measure a dVAE, print and write the numbers and a picture, and return the numbers."""
+    import torch
+
+    from dalle1.data import open_source
+    from dalle1.data.batches import first_examples
+    from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
+    from dalle1.data.images import grid as sheet
+    from dalle1.device import autocast, keep_freed_memory, pick_device
+    from dvae import DVAE, evaluate
+
+    device = pick_device(options.device)
+    keep_freed_memory()
+    model = DVAE.load(options.model, device)
+    size = model.config.image_size
+
+    def prepare(source: Any, index: int, _: random.Random) -> dict[str, torch.Tensor]:
+        square = centre_square(source.image(index), size, options.allow_upscale)
+        return {"images": to_tensor(square)}
+
+    source = open_source(options.data, "validation", size, captions=False)
+    images = to_float(first_examples(source, prepare, options.pictures)["images"]).to(device)
+    with autocast(device, "bf16"):
+        scores = evaluate(model, images, options.temperature)
+        drawn = model.decode(model.encode(images[:16]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    sheet(to_pil(torch.cat([images[:16], drawn])), 16).save(options.out / "reconstructions.png")
+    (options.out / "dvae.json").write_text(json.dumps(scores, indent=1) + "\n")
+    print(f"{len(images)} pictures of {size} × {size}, a codebook of {model.vocab_size}")
+    for name, value in scores.items():
+        print(f"{name:14} {value:.4g}")
+    print(f"wrote {options.out}")
+    return scores
+
+
 def run_judge(options: JudgeOptions) -> dict[str, float]:
     """Train a judge, measure it, write it and return its accuracy by name."""
     from dalle1.data.toybox import FILLS, NOUNS
@@ -326,12 +383,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run one evaluator."""
     command = (
         Annotated[ToyboxOptions, tyro.conf.subcommand("toybox")]
+        | Annotated[DVAEOptions, tyro.conf.subcommand("dvae")]
         | Annotated[JudgeOptions, tyro.conf.subcommand("judge")]
     )
     with clear_errors():
         options = tyro.cli(command, args=arguments, description=__doc__)
         if isinstance(options, JudgeOptions):
             run_judge(options)
+        elif isinstance(options, DVAEOptions):
+            run_dvae(options)
         else:
             run_toybox(options)
 

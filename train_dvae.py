@@ -96,7 +96,8 @@ class DVAETraining:
             stats,
             logits,
             beta=beta,
-            usage_weight=config.usage_weight,
+            usage_weight=config.usage_weight_at(step),
+            mse_weight=config.mse_weight_at(step),
             distortion=config.distortion,
         )
         return StepLoss(**vars(loss), temperature=temperature, beta=beta)

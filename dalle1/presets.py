@@ -42,7 +42,13 @@ class DVAERecipe(RunConfig):
     validation_pictures: int = 64
     """Pictures that are set apart to measure it on."""
     usage_weight: float = 0.0
-    """Weight of a term that keeps all codes in use. Paper: 0; small budgets collapse without."""
+    """Weight of a term that keeps all codes in use, at the start. Paper: 0; small budgets collapse
+    without."""
+    final_usage_weight: float = 0.0
+    """That weight once τ has fallen."""
+    mse_weight: float = 0.0
+    """Weight of the mean squared error beside the distortion, once τ has fallen; before, it rises
+    from 0. Paper: 0. It brings what is drawn from the median of what may be there to its mean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +69,15 @@ class DVAERecipe(RunConfig):
             end=self.final_temperature,
             duration=self.temperature_steps,
         )
+
+    def usage_weight_at(self, step: int) -> float:
+        """Weight of the term that keeps all codes in use."""
+        ends = {"start": self.usage_weight, "end": self.final_usage_weight}
+        return cosine(step, **ends, duration=self.temperature_steps)
+
+    def mse_weight_at(self, step: int) -> float:
+        """Weight of the mean squared error."""
+        return cosine(step, start=0.0, end=self.mse_weight, duration=self.temperature_steps)
 
     def beta_at(self, step: int) -> float:
         """β, the weight of the KL."""
@@ -104,6 +119,7 @@ _dvae_toy = replace(
     beta_steps=1_000,
     temperature_steps=5_000,
     usage_weight=40.0,
+    final_usage_weight=40.0,
 )
 
 DVAE_PRESETS: dict[str, DVAERecipe] = {
@@ -112,14 +128,14 @@ DVAE_PRESETS: dict[str, DVAERecipe] = {
     "small": replace(
         _dvae_toy,
         model=replace(_dvae_toy.model, blocks_per_group=1, logit_gain=12.0),
-        steps=9_200,
-        batch_size=8,
-        crops_per_picture=4,
+        steps=10_600,
         beta=0.1,
         beta2=0.98,
-        temperature_steps=7_800,
+        temperature_steps=8_800,
+        final_usage_weight=4.0,
+        mse_weight=300.0,
         validation_pictures=1_000,
-        validate_every=4_600,
+        validate_every=5_300,
     ),
     "paper": _dvae_paper,
 }

@@ -119,6 +119,7 @@ def dvae_loss(
     *,
     beta: float,
     usage_weight: float = 0.0,
+    mse_weight: float = 0.0,
     distortion: Distortion = "logit-laplace",
 ) -> DVAELoss:
     """Give the negative ELBO per colour value (paper A.2): mean NLL + β·KL·(codes / values).
@@ -132,6 +133,7 @@ def dvae_loss(
         logits: [B, h, w, V], raw, without noise or temperature.
         beta: the weight of the KL; the paper's goes from 0 to 6.6.
         usage_weight: the weight of `usage_gap`, taken like one code's KL; the paper's is 0.
+        mse_weight: the weight of the mean squared error beside the distortion; the paper's is 0.
         distortion: what stands for the NLL; the paper's is logit-laplace.
     """
     far = distortion_of(images, stats, distortion)
@@ -140,6 +142,8 @@ def dvae_loss(
         gap = usage_gap(logits)
     codes_per_value = logits[..., 0].numel() / images.numel()
     total = far + codes_per_value * (beta * kl + usage_weight * gap)
+    if mse_weight:
+        total = total + mse_weight * distortion_of(images, stats, "mse")
     return DVAELoss(total=total, distortion=far, kl=kl, usage_gap=gap)
 
 

@@ -172,6 +172,16 @@ def test_other_distortions_by_hand(kind: Any, expected: float) -> None:
     assert loss.total.item() == pytest.approx(expected, rel=1e-4)  # the KL of uniform is 0
 
 
+def test_a_squared_error_beside_the_likelihood() -> None:
+    images = pictures()
+    stats, logits = torch.zeros(2, 6, 16, 16), torch.zeros(2, 2, 2, 7)
+    plain = dvae_loss(images, stats, logits, beta=1.0)
+    beside = dvae_loss(images, stats, logits, beta=1.0, mse_weight=3.0)
+    extra = 3 * distortion_of(images, stats, "mse")
+    assert beside.total.item() == pytest.approx((plain.total + extra).item())
+    assert beside.distortion == plain.distortion
+
+
 def test_an_unknown_distortion_is_refused() -> None:
     with pytest.raises(ValueError, match="distortion is 'psnr', expected logit-laplace, mse or l1"):
         distortion_of(pictures(), torch.zeros(2, 6, 16, 16), "psnr")  # type: ignore[arg-type]

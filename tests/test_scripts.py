@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import sample
 import train_clip
 import train_dvae
@@ -77,6 +78,17 @@ def test_a_dvae_is_fine_tuned(runs: Path, tmp_path: Path) -> None:
     given, tuned = DVAE.load(runs / "dvae"), DVAE.load(tmp_path / "tuned")
     for a, b in zip(given.parameters(), tuned.parameters(), strict=True):
         torch.testing.assert_close(a, b)  # it began there, and the step size was 0
+
+
+def test_a_dvae_is_measured(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(runs / "dvae"), "--pictures", "20", "--out", str(tmp_path)]
+    evaluate.main(["dvae", *flags, "--device", "cpu"])
+    scores = json.loads((tmp_path / "dvae.json").read_text())
+    assert "20 pictures of 64 × 64, a codebook of 16" in capsys.readouterr().out
+    assert 5 < scores["psnr_hard"] < 30
+    assert 1 <= scores["codes_used"] <= 16
+    with Image.open(tmp_path / "reconstructions.png") as picture:
+        assert picture.width > 16 * 64
 
 
 def test_fine_tuning_names_the_size_that_it_needs(
