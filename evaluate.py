@@ -335,6 +335,8 @@ def run_dvae(options: DVAEOptions) -> dict[str, float]:
     from dalle1.device import autocast, keep_freed_memory, pick_device
     from dvae import DVAE, evaluate
 
+    if options.pictures < 1:
+        raise ValueError(f"pictures is {options.pictures}, expected at least 1")
     device = pick_device(options.device)
     keep_freed_memory()
     model = DVAE.load(options.model, device)

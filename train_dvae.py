@@ -106,7 +106,9 @@ class DVAETraining:
         shown = self.held[:16]
         with autocast(self.device, self.config.precision):
             pictures = to_pil(torch.cat([shown, model.decode(model.encode(shown))]))
-            numbers = evaluate(model, self.held, self.config.final_temperature)
+            likelihood = self.config.distortion == "logit-laplace"
+            temperature = self.config.final_temperature
+            numbers = evaluate(model, self.held, temperature, likelihood=likelihood)
         folder = self.config.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         grid(pictures, len(shown)).save(folder / f"step-{step}.png")

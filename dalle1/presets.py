@@ -61,6 +61,10 @@ class DVAERecipe(RunConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
 
+        for name in ("temperature", "final_temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+
     def temperature_at(self, step: int) -> float:
         """τ of the relaxation."""
         return cosine(

@@ -14,12 +14,17 @@ from dvae.model import DVAE, reconstruction
 
 @torch.no_grad()
 def evaluate(
-    model: DVAE, images: Tensor, temperature: float, batch_size: int = 32
+    model: DVAE,
+    images: Tensor,
+    temperature: float,
+    batch_size: int = 32,
+    likelihood: bool = True,
 ) -> dict[str, float]:
     """Measure `model` on `images`, [N, 3, H, W] in [0, 1].
 
     Args:
         temperature: of the relaxed codes; the hard ones are the argmax, as stage 2 uses them.
+        likelihood: give the ELBO, which means something only where b was trained.
 
     Returns: PSNR in dB and the ELBO (β = 1) in nats per colour value, hard and relaxed; KL per code
     in nats and in bits; how many codes occur, and the perplexity of their use.
@@ -38,7 +43,8 @@ def evaluate(
         ):
             stats = model.decoder(z)
             values[f"psnr_{name}"] = psnr(batch, reconstruction(stats)).mean()
-            values[f"elbo_{name}"] = -dvae_loss(batch, stats, logits, beta=1.0).total
+            if likelihood:
+                values[f"elbo_{name}"] = -dvae_loss(batch, stats, logits, beta=1.0).total
         for key, value in values.items():
             sums[key] = sums.get(key, 0.0) + float(value) * len(batch)
     use = counts / counts.sum()

@@ -1,20 +1,16 @@
 """OpenAI's released dVAE, read without its package and without running what is in the pickle.
 
 `encoder.pkl` and `decoder.pkl` are pickles of whole modules of the `dall_e` package. Unpickling one
-as it is would import and call whatever it names. Here only tensors, plain containers and the few
-classes below get through, the classes as empty boxes that hold attributes; any other name is
-refused.
+as it is would import and call whatever it names. Here torch's weights-only unpickler reads them,
+which builds tensors and plain containers; the few classes below become empty boxes that hold
+attributes, and any other name is refused.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
-import warnings
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,52 +41,8 @@ _NAMES = (  # theirs → ours
 )
 
 
-_BEFORE_TORCH_1_6 = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
-"""How files of the older format begin. torch's weights-only unpickler takes no modules of it."""
-
-_REBUILDERS = {
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-    "torch.FloatStorage": torch.FloatStorage,
-    "torch.HalfStorage": torch.HalfStorage,
-    "torch.device": torch.device,
-    "collections.OrderedDict": OrderedDict,
-    "builtins.set": set,
-    "__builtin__.set": set,
-}
-
-
 class _Box:
     """Stands for any of `CLASSES`: it keeps the attributes, and does nothing."""
-
-    dump_patches = False  # torch asks for it where a file has the source of its classes
-
-
-class _Unpickler(pickle.Unpickler):
-    """Finds `CLASSES` and what tensors are made of, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        if full in CLASSES:
-            return _Box
-        if full not in _REBUILDERS:
-            raise pickle.UnpicklingError(f"GLOBAL {full} is not allowed")
-        return _REBUILDERS[full]
-
-
-def _unpickled(path: Path, head: bytes) -> Any:
-    if head.startswith(b"PK"):
-        allowed: list[Any] = [(_Box, name) for name in CLASSES] + [set]
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    if head != _BEFORE_TORCH_1_6:
-        raise pickle.UnpicklingError("it was not written by torch.save")
-    restricted = SimpleNamespace(
-        __name__="restricted", Unpickler=_Unpickler, load=lambda file, **_: _Unpickler(file).load()
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a box is not the source that was pickled
-        return torch.load(path, "cpu", pickle_module=restricted, weights_only=False)
 
 
 def read_module(path: str | Path) -> dict[str, Tensor]:
@@ -99,9 +51,16 @@ def read_module(path: str | Path) -> dict[str, Tensor]:
     Raises: ValueError where the file is no such pickle, or names anything beyond `CLASSES`.
     """
     with Path(path).open("rb") as file:
-        head = file.read(len(_BEFORE_TORCH_1_6))
+        zipped = file.read(2) == b"PK"
+    if not zipped:  # torch reads other formats, too, by less careful ways
+        raise ValueError(
+            f"{path} is no file that torch 1.6 or later has written; expected encoder.pkl or "
+            "decoder.pkl as released"
+        )
+    allowed: list[Any] = [(_Box, name) for name in CLASSES] + [set]
     try:
-        module = _unpickled(Path(path), head)
+        with torch.serialization.safe_globals(allowed):
+            module = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may fail in any way
         named = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         why = f"it names {named[1]}" if named else " ".join(str(error).split())[:200]

@@ -245,7 +245,7 @@ def test_small_pictures_are_left_out_of_batches_and_counted() -> None:
     def none(source: Mixed, index: int, rng: random.Random) -> dict[str, torch.Tensor]:
         raise TooSmall("a picture of 3 × 3 is too small")
 
-    with pytest.raises(ValueError, match=r"100 pictures in a row were left out.* of 3 × 3"):
+    with pytest.raises(ValueError, match=r"1000 pictures in a row were left out.* of 3 × 3"):
         next(batches(Mixed(), none, batch_size=1))
 
 

@@ -92,15 +92,13 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
     )
     fake = ModuleType("wandb")
-    fake.util = SimpleNamespace(generate_id=lambda: "abc")  # type: ignore[attr-defined]
     fake.init = lambda **given: calls.append(given) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train(tmp_path, steps=2, wandb="dalle1")
     train(tmp_path, steps=3, wandb="dalle1")  # the same run goes on
     started = [call for call in calls if isinstance(call, dict)]
-    assert [(s["project"], s["id"], s["resume"]) for s in started] == [
-        ("dalle1", "abc", "allow")
-    ] * 2
+    assert [(s["project"], s["resume"]) for s in started] == [("dalle1", "allow")] * 2
+    assert started[0]["id"] == started[1]["id"] == (tmp_path / "wandb-id.txt").read_text()
     assert started[0]["config"]["learning_rate"] == "0.001"
     steps = [call[0] for call in calls if isinstance(call, tuple)]
     assert steps == [1, 2, 2, 3, 3]

@@ -22,7 +22,7 @@ Prepare = Callable[[Any, int, random.Random], Example]
 SKIPPED = "skipped"
 """In every example of `batches`: how many pairs were left out before it as too small."""
 
-ATTEMPTS = 100
+ATTEMPTS = 1000
 """So many unusable pairs in a row are no accident."""
 
 ENDLESS = 1 << 30

@@ -152,6 +152,10 @@ def encode(config: EncodeConfig) -> None:
                 small += _write_shard(path, _encoded(model, batches, progress), source, config)
             else:
                 progress.update(len(indices))
+    if small == len(source):
+        raise ValueError(
+            f"all {small} pictures are smaller than {size} × {size}; --allow-upscale takes them"
+        )
     if small:
         print(f"Left out {small} pictures smaller than {size} × {size}; --allow-upscale takes them")
 
@@ -189,11 +193,15 @@ def _claim(config: EncodeConfig, model: DVAE, pictures: int) -> None:
     }
     path = config.out / INDEX_NAME
     config.out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and json.loads(path.read_text()) != index:
+    if path.exists() and (given := json.loads(path.read_text())) != index:
+        changed = ", ".join(k for k in index if given.get(k) != index[k])
         raise ValueError(
-            f"{config.out} holds codes of another dVAE or other data; give another --out"
+            f"{config.out} holds codes of another dVAE or other data or settings ({changed} "
+            "differ); give another --out"
         )
-    path.write_text(json.dumps(index, indent=1))
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(index, indent=1))
+    os.replace(partial_path, path)
 
 
 def _encoded(

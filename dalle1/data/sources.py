@@ -104,7 +104,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _read_picture(content: bytes, where: str) -> Image.Image:
     try:
         return to_rgb(Image.open(io.BytesIO(content)))
-    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except Exception as error:  # a damaged file may fail in any way, down to its EXIF
         raise ValueError(f"{where} is no readable picture ({error}); mend or remove it") from error
 
 
@@ -124,8 +124,11 @@ class Folder:
         self.pictures = part(found, split)
         if not self.pictures:
             raise ValueError(
-                f"no pairs in {path}: {len(pictures)} pictures there, none with a caption beside "
-                "it; expected name.jpg (png, webp, gif) and name.txt"
+                f"no pairs in {path}: {len(pictures)} pictures "
+                "there, none with a caption beside it; expected name.jpg (png, webp, gif) and "
+                "name.txt"
+                if captions
+                else f"no pictures in {path}; expected .jpg, .png, .webp or .gif files"
             )
 
     def __len__(self) -> int:

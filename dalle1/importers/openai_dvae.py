@@ -33,6 +33,8 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
         config = tyro.cli(ImportConfig, args=args, description=__doc__.splitlines()[0])
+        if (config.out / "latest").exists():
+            raise ValueError(f"{config.out} holds a training; give another --out")
         print(f"The dVAE is {DVAE.from_openai(config.encoder, config.decoder).save(config.out)}")
 
 

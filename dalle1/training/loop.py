@@ -47,7 +47,9 @@ class RunConfig:
     batch_size: int = 32
     """Pictures (or pairs) an update."""
     accumulate: int = 1
-    """Parts that a batch is cut into, one after another, to fit a small memory; a divisor of it."""
+    """Parts that a batch is cut into, one after another, to fit a small memory; a divisor of it.
+    What compares the samples of a batch (the dVAE's usage weight, the contrastive loss) then
+    compares those of a part."""
     learning_rate: float = 1e-3
     """AdamW's highest step size, reached after the warm-up."""
     final_learning_rate: float = 1e-5
@@ -289,7 +291,7 @@ class Trainer(Generic[Model]):
         fields = self._backward(loss_fn, batch)
         finite = self.scales.unscale() if self.scales else True
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        if finite:
+        if finite and norm.isfinite():  # an infinite gradient would spoil every weight
             self.optimizer.step()
             self._clip_variance()
         self.optimizer.zero_grad(set_to_none=True)
@@ -374,13 +376,17 @@ def efficiency(
 _matrix_rate = cache(matrix_rate)
 
 
-def refuse_divergence(out: Path, step: int, loss: float) -> None:
-    """Stop a run whose loss is no number any more, before its checkpoint is written over."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss} at step {step}; lower --learning-rate or --clip-norm. The last "
-            f"checkpoint is {model_folder(out)}"
-        )
+def refuse_divergence(out: Path, step: int, values: Mapping[str, float | Tensor]) -> None:
+    """Stop a run that yields no numbers any more, before its checkpoint is written over."""
+    # Where fp16 overflows, the update was skipped, and the gradient says nothing.
+    names = ("total", "gradient_norm") if float(values.get("applied", 1.0)) else ("total",)
+    for name in names:
+        if not math.isfinite(float(values[name])):
+            raise ValueError(
+                f"{'the loss' if name == 'total' else name} is {float(values[name])} at step "
+                f"{step}; lower --learning-rate or --clip-norm. The last checkpoint is "
+                f"{model_folder(out)}"
+            )
 
 
 def fit(
@@ -421,13 +427,13 @@ def fit(
             values = trainer.update(loss_fn, {k: v.to(device) for k, v in batch.items()})
             step, last = trainer.step, trainer.step == config.steps or bool(stopped)
             if step % config.log_every == 0 or step % config.save_every == 0 or last:
-                refuse_divergence(config.out, step, float(values["total"]))
+                refuse_divergence(config.out, step, values)
                 progress.log(step, values, lambda rate: efficiency(config, device, work, rate))
-            if validate and not stopped and (step % config.validate_every == 0 or last):
-                progress.report(step, validate(trainer.ema, trainer.model, step))
             if step % config.save_every == 0 or last:
                 state = trainer.state()
                 save_checkpoint(config.out, step, state, lambda f: save_model(trainer.ema, f))
+            if validate and not stopped and (step % config.validate_every == 0 or last):
+                progress.report(step, validate(trainer.ema, trainer.model, step))
             if last:
                 break
     if stopped:

@@ -15,6 +15,9 @@ from torch import Tensor
 from dalle1.cli import bar
 from dalle1.training.recorders import Recorder
 
+SHOWN = ("temperature", "beta")
+"""What the bar shows beside the loss, where there is such a thing."""
+
 
 class Progress:
     """The bar and the log of a run of `steps` steps, from step `start` on.
@@ -80,7 +83,9 @@ class Progress:
         skipped = {"skipped": self.skipped} if self.skipped else {}
         more = {"samples_per_second": rate, **efficiency(rate), **skipped}
         self._write(step, {**values, **more})
-        self.bar.set_postfix_str(f"loss {float(values['total']):.4f}")
+        shown = {"loss": values["total"], **{k: values[k] for k in SHOWN if k in values}}
+        text = "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
+        self.bar.set_postfix_str(f"{text}  {rate:.3g} samples/s")
         self._restart_clock(step)
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import numpy as np
 from PIL import Image
@@ -56,7 +57,7 @@ class WeightsAndBiases:
             raise ValueError("--wandb needs the package: pip install wandb") from error
         name = out / "wandb-id.txt"
         if not name.exists():
-            name.write_text(wandb.util.generate_id())
+            name.write_text(uuid4().hex)
         self.wandb = wandb
         self.run = wandb.init(
             project=project,

@@ -113,17 +113,18 @@ class GradientScales:
         Returns: whether all gradients are finite; if not, the update is to be skipped.
         """
         finite = torch.ones(len(self.scales), dtype=torch.bool)
+        factors = (1 / self.scales).tolist()
         for i, parameters in enumerate(self.parameters):
             gradients = [p.grad for p in parameters if p.grad is not None]
             if gradients:
-                torch._foreach_mul_(gradients, 1 / float(self.scales[i]))
+                torch._foreach_mul_(gradients, factors[i])
                 finite[i] = bool(torch.stack([g.isfinite().all() for g in gradients]).all())
         falls = ~finite & (self.since_fall >= PATIENCE)
         self.since_fall = torch.where(falls, 0, self.since_fall + 1)
         factor = torch.where(finite, GROWTH, torch.where(falls, BACKOFF, 1.0))
         limits = LEAST * self.machines, MOST * self.machines
         # In place: the branches hold views of it.
-        self.scales.mul_(factor).clamp_(*limits)
+        self.scales.mul_(factor.to(self.scales.device)).clamp_(*limits)
         return bool(finite.all())
 
     def state_dict(self) -> dict[str, Tensor]:
