@@ -74,7 +74,6 @@ def test_recorders_are_given_what_the_log_is(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="the logging extra is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tmp_path, tensorboard=True)

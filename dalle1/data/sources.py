@@ -43,8 +43,8 @@ def open_source(
     Args:
         data: `toybox`, `toybox:N`, a folder of pictures and captions, or a folder, glob or
             {000..123} pattern of .tar shards.
-        split: train or validation: other scenes of Toybox, or the end of a user's data. What is
-            to be encoded is all of a user's data; the codes are split as the pictures are.
+        split: train or validation: other scenes of Toybox, or the end of a user's data. encode is
+            all of it; the codes are split in their turn, without the pictures that were left out.
         size: side in pixels that Toybox draws at.
         seed: of Toybox's scenes.
         captions: leave out pictures that have none; stage 1 needs none.
