@@ -87,7 +87,7 @@ class Cache:
         """Read one code of every candidate, at `spot`: [P, H, C, d] each → [P, H, C, d]."""
         slot, group, unseen = self.spot
         for codes, x in zip(self.codes, (k, v), strict=True):
-            codes.flatten(3, 4).index_copy_(3, slot, x.unsqueeze(3))
+            _put(codes.flatten(3, 4), slot, x)
         keys, values = (
             self.codes.index_select(4, group).squeeze(4)
             if self.window.groups > 1
@@ -97,16 +97,27 @@ class Cache:
         q = q / math.sqrt(q.shape[-1])
         of_text, of_codes = self.scores.split([length, self.window.size], dim=-1)
         of_text.copy_(q @ text_keys.transpose(-1, -2))
-        torch.add((keys @ q.unsqueeze(-1)).squeeze(-1), unseen, out=of_codes)
+        torch.add((q.unsqueeze(-2) @ keys.transpose(-1, -2)).squeeze(-2), unseen, out=of_codes)
         of_text, of_codes = self.scores.softmax(-1).split([length, self.window.size], dim=-1)
         return of_text @ text_values + (of_codes.unsqueeze(-2) @ values).squeeze(-2)
+
+
+def _put(store: Tensor, slot: Tensor, x: Tensor) -> None:
+    """Write x [P, H, C, d] to a slot [1] of [P, H, C, S, d].
+
+    A GPU reads the number itself, so that it need not wait; elsewhere a plain copy is faster.
+    """
+    if store.is_cuda:
+        store.index_copy_(3, slot, x.unsqueeze(3))
+    else:
+        store.select(3, int(slot)).copy_(x)
 
 
 class Caches:
     """The caches of all layers of a model, for P prompts with C candidates each."""
 
     def __init__(self, model: Transformer, prompts: int, candidates: int) -> None:
-        config, like = model.config, model.image_head.weight
+        config, like = model.config, model.text_embedding.weight
         self.kinds = model.kinds
         self.windows = {
             kind: Window(kind, config.grid_size, config.conv_wrap, like) for kind in set(self.kinds)
@@ -128,7 +139,7 @@ class Caches:
 
 def candidate_bytes(model: Transformer) -> int:
     """Count the bytes that one more candidate takes: its caches, and its scores while it draws."""
-    config, like = model.config, model.image_head.weight
+    config, like = model.config, model.text_embedding.weight
     slots = {k: Window(k, config.grid_size, config.conv_wrap, like) for k in set(model.kinds)}
     numbers = sum(
         2 * config.width * slots[kind].groups * slots[kind].size

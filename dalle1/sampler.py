@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dalle1.cache import Caches
 from dalle1.device import recorded
+from dalle1.packed import packed
 from dalle1.transformer import Transformer
 
 COLDEST = 1e-20
@@ -128,8 +129,9 @@ class _Drawing:
         self, model: Transformer, text: Tensor, uniforms: Tensor, sampling: Sampling, given: Tensor
     ) -> None:
         """Read the captions and what is given before the first free code, and draw that one."""
-        self.model, self.sampling, self.given = model, sampling, given
+        self.sampling, self.given = sampling, given
         self.prompts, self.candidates = len(text), len(uniforms)
+        self.model = model = packed(model, self.prompts * self.candidates)
         self.uniforms = uniforms.to(text.device)
         self.codes = given.repeat(self.prompts, self.candidates, 1)
         self.place = (given == FREE).nonzero()[:1, 0]

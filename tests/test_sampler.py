@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle1.packed import PackedLinear, packed
 from dalle1.sampler import (
     FREE,
     Sampling,
@@ -96,6 +97,26 @@ def test_what_is_given_whole_comes_back_and_nonsense_is_refused() -> None:
     for wrong in (codes[1:], codes + 1, codes - 2):
         with pytest.raises(ValueError, match=rf"expected \[{N}\], each from 0 to {V - 1}"):
             generate(loud(), TEXT, candidate_uniforms(0, [0], N), given=wrong)
+
+
+def test_packed_weights_give_the_same_scores_and_leave_the_model_alone() -> None:
+    model = loud()
+    assert packed(model, 3) is model  # fp32
+    model = model.to(torch.bfloat16)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    twin = packed(model, 3)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("needs a CPU with bf16")
+    assert isinstance(twin.layers[0].mlp.up, PackedLinear)
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for layer, packed_layer in zip(model.layers, twin.layers, strict=True):
+        torch.testing.assert_close(packed_layer.mlp(x), layer.mlp(x))
+    torch.testing.assert_close(twin.image_head(x), model.image_head(x))
+    assert twin.text_embedding.weight is model.text_embedding.weight
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+    codes = generate(model, TEXT, candidate_uniforms(0, range(3), N))
+    assert codes.unique().numel() > 3
 
 
 def test_guidance_changes_the_scores_at_every_step() -> None:

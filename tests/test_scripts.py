@@ -320,7 +320,7 @@ def test_help_of_sampling_names_the_flags_without_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    flags = "num-candidates num-images seed temperature top-k top-p typical guidance out model clip device"
+    flags = "num-candidates num-images seed temperature top-k top-p typical guidance out model clip"
     assert [f for f in flags.split() if f"--{f}" not in run.stdout] == []
 
 
