@@ -128,8 +128,8 @@ _dvae_toy = replace(
 
 DVAE_PRESETS: dict[str, DVAERecipe] = {
     "toy": _dvae_toy,
-    # Small budgets, half the blocks of toy and so twice the updates: after 37 minutes of two CPU
-    # cores, 25.96 dB on 1,000 scenes of Toybox, with 511 of 512 codes.
+    # Small budgets, half the blocks of toy and so twice the updates: after 56 minutes of one CPU
+    # core, 25.90 dB on 1,000 scenes of Toybox, with all of 512 codes.
     "small": replace(
         _dvae_toy,
         model=replace(_dvae_toy.model, blocks_per_group=1, logit_gain=12.0),
