@@ -109,7 +109,7 @@ def batch_size(text: str) -> int | None:
 def read_prompts(path: Path) -> list[str]:
     """Read one prompt a line; empty lines are no prompts."""
     try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from error
 
@@ -128,7 +128,7 @@ def folder_names(prompts: Sequence[str]) -> list[str]:
     return names
 
 
-def writable(folder: Path) -> Path:
+def writable(folder: Path) -> None:
     """Make sure, before anything is drawn, that pictures can be written to `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,6 @@ def writable(folder: Path) -> Path:
         raise ValueError(
             f"cannot write to {folder} ({error.strerror}); give another --out"
         ) from error
-    return folder
 
 
 def forget_earlier(folder: Path) -> None:
@@ -196,7 +195,7 @@ def given_codes(model: DallE, options: argparse.Namespace) -> Tensor | None:
     from PIL import Image
 
     mask = Image.open(options.mask) if options.mask else None
-    return model.given_codes(Image.open(options.image), keep_rows=options.keep_rows or 0, mask=mask)
+    return model.given_codes(Image.open(options.image), keep_rows=options.keep_rows, mask=mask)
 
 
 def previews(model: DallE, path: Path) -> Callable[[Tensor, int], None]:
@@ -285,7 +284,10 @@ def main(args: Sequence[str] | None = None) -> None:
         folders = folder_names(options.prompts)
         root = options.out or Path("outputs")
         several = len(options.prompts) > 1 or options.out is None
-        outs = [writable(root / f if several else root) for f in folders]
+        outs = [root / f if several else root for f in folders]
+        if os.environ.get("RANK", "0") == "0":
+            for out in outs:
+                writable(out)
 
         from dalle1 import DallE
 

@@ -96,7 +96,7 @@ class DVAETraining:
             stats,
             logits,
             beta=beta,
-            usage_weight=config.usage_weight_at(step),
+            usage_weight=config.usage_weight,
             mse_weight=config.mse_weight_at(step),
             distortion=config.distortion,
         )

@@ -41,14 +41,21 @@ Result = dict[str, float]
 """`step`: seconds for a code of every candidate; `draw`: for all codes of all of them."""
 
 
+def now() -> float:
+    """Give the time when all that was begun is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def ours(candidates: int, precision: str) -> Result:
     device = pick_device("auto")
     model = Transformer(CONFIG).eval().to(device, PRECISIONS[precision])
     nn.init.normal_(model.image_head.weight, std=0.02)
     text = torch.randint(CONFIG.text_vocab, (1, CONFIG.text_len), device=device)
     uniforms = candidate_uniforms(0, range(candidates), CONFIG.image_len)
-    marks = [time.perf_counter()]
-    generate(model, text, uniforms, on_row=lambda *_: marks.append(time.perf_counter()))
+    marks = [now()]
+    generate(model, text, uniforms, on_row=lambda *_: marks.append(now()))
     rows = [(b - a) / CONFIG.grid_size for a, b in pairwise(marks)]
     before, after = rows[1:9], rows[-8:]  # the first row has the caption's time in it
     step = sum(rows[1:]) / len(rows[1:])
@@ -96,7 +103,7 @@ def hugging_face(candidates: int, precision: str) -> Result:
 
     def draw(tokens: int) -> float:
         cache = StaticCache(config=config, max_cache_len=CONFIG.length)
-        start = time.perf_counter()
+        start = now()
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -105,7 +112,7 @@ def hugging_face(candidates: int, precision: str) -> Result:
             min_new_tokens=tokens,
             max_new_tokens=tokens,
         )
-        return time.perf_counter() - start
+        return now() - start
 
     draw(4)
     short, long = draw(32), draw(96)
@@ -138,18 +145,18 @@ def _peer_step(
     """Time a step of its `generate_images` after as many codes, one that is not counted before."""
     times = []
     for ahead in (2, 1):
-        start = time.perf_counter()
+        start = now()
         logits = model(text, codes[:, : codes.shape[1] - ahead], cache=cache)[:, -1]
         package.gumbel_sample(package.top_k(logits, thres=0.9))  # type: ignore[attr-defined]
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return times[-1]
 
 
 def bundled(candidates: int, precision: str) -> Result:
     model = DallE.from_pretrained(precision=precision)
-    start = time.perf_counter()
+    start = now()
     model.candidates("an avocado armchair", num_candidates=candidates)
-    draw = time.perf_counter() - start
+    draw = now() - start
     return {"step": draw / model.dvae.grid_size**2, "draw": draw}
 
 

@@ -175,22 +175,24 @@ class Rotary(nn.Module):
     A text place stands on the diagonal (i, i), row r and column c of the picture at (L + r, L + c).
     """
 
-    turns: Tensor
-    """[T, d/2]: by how much each pair of channels is turned, in radians."""
+    rows: Tensor
+    columns: Tensor
+    """[T] each, whole numbers, which a model in fp16 keeps as they are."""
 
     def __init__(self, text_len: int, grid_size: int, head_width: int) -> None:
         super().__init__()
         text, codes = torch.arange(text_len), torch.arange(grid_size**2)
         rows = torch.cat([text, text_len + codes.div(grid_size, rounding_mode="floor")])
         columns = torch.cat([text, text_len + codes % grid_size])
-        pairs = head_width // 4
-        speeds = 10_000 ** (-torch.arange(pairs) / pairs)
-        turns = torch.cat([rows[:, None] * speeds, columns[:, None] * speeds], dim=-1)
-        self.register_buffer("turns", turns, persistent=False)
+        self.pairs = head_width // 4
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
 
     def forward(self, places: Tensor) -> Tensor:
-        """Give the turns of places [n]: [n, d/2]."""
-        return self.turns.index_select(0, places)
+        """Give by how much each pair of channels is turned at places [n]: [n, d/2], in radians."""
+        speeds = 10_000 ** (-torch.arange(self.pairs, device=places.device) / self.pairs)
+        axes = (axis.index_select(0, places) for axis in (self.rows, self.columns))
+        return torch.cat([axis[:, None] * speeds for axis in axes], dim=-1)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:

@@ -107,10 +107,10 @@ def _put(store: Tensor, slot: Tensor, x: Tensor) -> None:
 
     A GPU reads the number itself, so that it need not wait; elsewhere a plain copy is faster.
     """
-    if store.is_cuda:
-        store.index_copy_(3, slot, x.unsqueeze(3))
-    else:
+    if store.device.type == "cpu":
         store.select(3, int(slot)).copy_(x)
+    else:
+        store.index_copy_(3, slot, x.unsqueeze(3))
 
 
 class Caches:
@@ -137,14 +137,22 @@ class Caches:
             layer.spot = spots[kind]
 
 
-def candidate_bytes(model: Transformer) -> int:
-    """Count the bytes that one more candidate takes: its caches, and its scores while it draws."""
+def drawing_bytes(model: Transformer) -> tuple[int, int]:
+    """Count what drawing takes: the bytes of one more prompt, and of one more candidate of it.
+
+    A prompt's are its keys, its values, and what reading it takes at the most; a candidate's are
+    its caches, and its scores while it draws.
+    """
     config, like = model.config, model.text_embedding.weight
-    slots = {k: Window(k, config.grid_size, config.conv_wrap, like) for k in set(model.kinds)}
+    windows = {k: Window(k, config.grid_size, config.conv_wrap, like) for k in set(model.kinds)}
     numbers = sum(
-        2 * config.width * slots[kind].groups * slots[kind].size
-        + config.heads * (config.text_len + slots[kind].size)
+        2 * config.width * windows[kind].groups * windows[kind].size
+        + config.heads * (config.text_len + windows[kind].size)
         for kind in model.kinds
     )
     # Logits as they are, in fp32, divided, restricted, and their sums in fp64; with some to spare.
-    return numbers * like.element_size() + 64 * config.codebook_size
+    candidate = numbers * like.element_size() + 64 * config.codebook_size
+    # Completing a picture reads up to T places: 16 widths of each are in use at once.
+    reading = 16 * config.length * config.width + config.heads * config.length**2
+    text = 2 * config.depth * config.text_len * config.width
+    return (text + reading) * like.element_size(), candidate

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -61,10 +62,17 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 def free_memory(device: torch.device) -> int:
     """Give how many bytes may still be taken on `device`, as far as one can tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 * 2**30
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    if device.type != "cpu" or "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return 4 * 2**30
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # in a container, its limit, if it has one
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
+        free = min(free, limit - used)
+    return free
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -112,7 +120,8 @@ def recorded(step: Callable[[], None], warm_up: int = 2) -> Callable[[], None]:
             step()
             return
         if calls == warm_up + 1:
-            with torch.cuda.graph(graph):
+            # A stream of this device's own: the default one belongs to the first that recorded.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                 step()
         graph.replay()
 

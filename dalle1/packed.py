@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
 def packed(model: Model, rows: int) -> Model:
     """Give a copy of `model` that shares all weights but those of linear layers, which are packed.
 
-    Where nothing can be packed, that is but for fp32 and bf16 on a CPU with oneDNN, it is `model`
+    Where nothing can be packed, that is but for fp32 and bf16 on a CPU that has them, it is `model`
     itself.
 
     Args:
@@ -40,7 +40,8 @@ def packed(model: Model, rows: int) -> Model:
     """
     parameter = next(model.parameters())
     here = parameter.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if here and parameter.dtype in (torch.float32, torch.bfloat16):
+    in_bf16 = parameter.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if here and (in_bf16 or parameter.dtype == torch.float32):
         return _twin(model, rows)
     return model
 

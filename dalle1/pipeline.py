@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from dalle1.cache import candidate_bytes
+from dalle1.cache import drawing_bytes
 from dalle1.clip import Clip
 from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
 from dalle1.data.sources import to_rgb
@@ -36,6 +36,8 @@ BUNDLED = Path(__file__).parent / "bundled"
 VOCABULARY_NAME = "vocab.json"
 CLIP_NAME = "clip"
 NOTHING = ""
+MOST_AT_ONCE = 128
+"""Candidates; more gain little."""
 Rerank = Literal["clip", "likelihood", "none"]
 OnRow = Callable[[Tensor, int], None]
 
@@ -87,7 +89,7 @@ class DallE:
         *,
         clip: str | Path | None = None,
         device: str = "auto",
-        precision: str = "auto",
+        precision: str = "fp32",
     ) -> DallE:
         """Load a folder that `save_pretrained` or train_transformer.py wrote.
 
@@ -96,7 +98,8 @@ class DallE:
             clip: a CLIP's folder or Hugging Face name; "none" for no reranking; None is the
                 folder's own, if it has one.
             device: auto is cuda, else mps, else cpu.
-            precision: of the transformer: fp32, bf16, fp16; auto is bf16 where there is such.
+            precision: of the transformer: fp32, bf16, fp16; auto is bf16 where the processor has
+                it: faster, but then pictures differ a little from one machine to another.
 
         Raises: ValueError where something is missing, damaged or does not fit the rest.
         """
@@ -155,14 +158,17 @@ class DallE:
                 many of their rows are there.
             sampling: temperature, top_k, top_p, typical, guidance; see `dalle1.sampler.Sampling`.
         """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts is {prompts!r}, expected a list of at least one")
+        if not 0 <= share[0] < share[1]:
+            raise ValueError(f"share is {share}, expected (r, n) with r from 0 to n − 1")
         how = Sampling(**sampling)
         rerank = self._check_rerank(rerank)
         if num_candidates < 1:
             raise ValueError(f"num_candidates is {num_candidates}, expected at least 1")
-        if batch_size is None:
-            batch_size = fitting(self.transformer, guided=how.guidance != 1)
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        fits = room(self.transformer, batch_size, guided=how.guidance != 1, processes=share[1])
         text = torch.stack([self.encode_prompt(prompt) for prompt in prompts])
         own = range(num_candidates)[share[0] :: share[1]]
         if not own:
@@ -176,11 +182,11 @@ class DallE:
             return generate(self.transformer, which, uniforms, how, given=given, on_row=each)
 
         drawn: list[Candidate] = []
-        for rows, columns, codes in in_batches(batch, range(len(prompts)), own, batch_size):
+        for rows, columns, codes in in_batches(batch, range(len(prompts)), own, fits):
             for row, of_prompt in zip(rows, codes, strict=True):
                 images = self.decode(of_prompt)
                 drawn += [
-                    Candidate(image=image, codes=code, index=i, seed=seed)
+                    Candidate(image=image, codes=code.cpu().clone(), index=i, seed=seed)
                     for i, image, code in zip(columns, images, of_prompt, strict=True)
                 ]
                 if len(drawn) == len(own):
@@ -200,31 +206,37 @@ class DallE:
         return self.dvae.encode(pixels.to(self.device))[0]
 
     def given_codes(
-        self, image: Image.Image, *, keep_rows: int = 0, mask: Image.Image | None = None
+        self, image: Image.Image, *, keep_rows: int | None = None, mask: Image.Image | None = None
     ) -> Tensor:
         """Give the codes of `image` that stay, [N]: the rest is free, to be drawn anew.
 
         Args:
             keep_rows: how many of the W rows of codes stay, from the top (paper, figure 2c: 15 of
-                32), if there is no mask.
-            mask: white where the picture is drawn anew, of the same shape as the picture. A code
-                is free as soon as any of its pixels is.
+                32).
+            mask: instead of it, a picture of the same shape, white where that is drawn anew. A
+                code is free as soon as any of its pixels is.
         """
+        if (keep_rows is None) == (mask is None):
+            raise ValueError("expected either keep_rows or a mask, to say what stays")
         codes, width = self.encode(image).clone(), self.dvae.grid_size
-        if mask is None:
+        if keep_rows is not None:
             if not 0 <= keep_rows < width:
                 raise ValueError(f"keep_rows is {keep_rows}, expected 0 to {width - 1}")
             codes[keep_rows:] = FREE
             return codes.flatten()
-        mask, image = to_rgb(mask), to_rgb(image)
+        assert mask is not None
+        mask, image = ImageOps.exif_transpose(mask), to_rgb(image)
         if mask.size != image.size:
             raise ValueError(
                 f"the mask has {mask.width} × {mask.height} pixels, the picture "
                 f"{image.width} × {image.height}; expected the same"
             )
-        size = self.dvae.config.image_size
-        white = to_float(to_tensor(centre_square(mask, size, allow_upscale=True))[:1])
-        free = F.max_pool2d(white, size // width)[0] >= 0.5
+        mask = mask.convert("RGBA")
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask).convert("RGB")
+        side = min(mask.size)
+        left, top = ((length - side) // 2 for length in mask.size)
+        grey = to_float(to_tensor(mask.crop((left, top, left + side, top + side)))).mean(0)
+        free = F.adaptive_max_pool2d(grey[None], width)[0] >= 0.5
         if not free.any():
             raise ValueError("the mask is black throughout; paint white what is to be drawn anew")
         return codes.masked_fill(free.to(codes.device), FREE).flatten()
@@ -283,7 +295,7 @@ class DallE:
             text_losses, image_losses = self.transformer.losses(text.expand(len(part), -1), part)
             tokens = int((text < self.transformer.config.text_vocab).sum())
             counted = tokens + self.transformer.config.pad_targets
-            of_text = float(text_losses[0, :counted].mean()) / math.log(2)
+            of_text = float(text_losses[0, :counted].sum()) / max(counted, 1) / math.log(2)
             of_codes.append(image_losses.mean(1) / math.log(2))
         return of_text, torch.cat(of_codes)
 
@@ -300,6 +312,8 @@ class DallE:
         self, beginning: str, *, count: int = 4, seed: int = 0, **sampling: Any
     ) -> list[str]:
         """Continue the beginning of a caption in `count` ways, as the model's captions go on."""
+        if count < 1:
+            raise ValueError(f"count is {count}, expected at least 1")
         text = self.encode_prompt(beginning)
         uniforms = candidate_uniforms(seed, range(count), len(text))
         return self.tokenizer.decode(
@@ -322,32 +336,50 @@ class DallE:
         return [c.image for c in drawn[:num_images]]
 
 
-def fitting(model: Transformer, *, guided: bool = False, most: int = 128) -> int:
-    """Estimate how many candidates can be drawn at once in half of the memory that is free."""
-    needed = candidate_bytes(model) * (2 if guided else 1)
-    free = free_memory(next(model.parameters()).device)
-    return max(1, min(most, free // 2 // needed))
+Fits = Callable[[int, int], bool]
+"""(prompts, candidates of each) → whether they can be drawn at once."""
+
+
+def room(
+    model: Transformer, batch_size: int | None, *, guided: bool = False, processes: int = 1
+) -> Fits:
+    """Give what says how much can be drawn at once: `batch_size` candidates, or what fits.
+
+    What fits is at most 128 candidates in half of the memory that is free now; on a CPU, in this
+    process's share of it.
+    """
+    if batch_size is not None:
+        return lambda prompts, candidates: prompts * candidates <= batch_size
+    device = next(model.parameters()).device
+    free = free_memory(device) // (processes if device.type == "cpu" else 1)
+    of_prompt, of_candidate = (n * (2 if guided else 1) for n in drawing_bytes(model))
+
+    def fits(prompts: int, candidates: int) -> bool:
+        needed = prompts * (of_prompt + candidates * of_candidate)
+        return prompts * candidates <= MOST_AT_ONCE and needed <= free / 2
+
+    return fits
 
 
 def in_batches(
-    draw: Callable[[range, range], Tensor], rows: range, columns: range, size: int
+    draw: Callable[[range, range], Tensor], rows: range, columns: range, fits: Fits
 ) -> Iterator[tuple[range, range, Tensor]]:
-    """Draw all of rows × columns, prompts and candidates, in rectangles of at most `size`.
+    """Draw all of rows × columns, prompts and candidates, in rectangles that fit.
 
-    Where memory runs out, the size is halved, and it goes on from there.
+    Where memory runs out nevertheless, half as many are drawn at once from there on.
     """
-    waiting = [(rows, columns)] if columns else []
+    waiting, most = [(rows, columns)], math.inf
     while waiting:
         rows, columns = waiting.pop()
         count = len(rows) * len(columns)
-        if count <= size:
+        if count == 1 or (count <= most and fits(len(rows), len(columns))):
             try:
                 codes = draw(rows, columns)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or count == 1:
                     raise
-                size = count // 2
-                warnings.warn(f"out of memory; going on with {size} at once", stacklevel=2)
+                most = count // 2
+                warnings.warn(f"out of memory; going on with {most} at once", stacklevel=2)
             else:
                 yield rows, columns, codes
                 continue

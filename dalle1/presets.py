@@ -44,8 +44,6 @@ class DVAERecipe(RunConfig):
     usage_weight: float = 0.0
     """Weight of a term that keeps all codes in use, at the start. Paper: 0; small budgets collapse
     without."""
-    final_usage_weight: float = 0.0
-    """That weight once τ has fallen."""
     mse_weight: float = 0.0
     """Weight of the mean squared error beside the distortion, once τ has fallen; before, it rises
     from 0. Paper: 0. It brings what is drawn from the median of what may be there to its mean."""
@@ -73,11 +71,6 @@ class DVAERecipe(RunConfig):
             end=self.final_temperature,
             duration=self.temperature_steps,
         )
-
-    def usage_weight_at(self, step: int) -> float:
-        """Weight of the term that keeps all codes in use."""
-        ends = {"start": self.usage_weight, "end": self.final_usage_weight}
-        return cosine(step, **ends, duration=self.temperature_steps)
 
     def mse_weight_at(self, step: int) -> float:
         """Weight of the mean squared error."""
@@ -123,7 +116,6 @@ _dvae_toy = replace(
     beta_steps=1_000,
     temperature_steps=5_000,
     usage_weight=40.0,
-    final_usage_weight=40.0,
 )
 
 DVAE_PRESETS: dict[str, DVAERecipe] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -192,31 +193,43 @@ def generate(
     Returns: [P, C, W, W].
     """
     config = model.config
+    _check_shapes(model, text, uniforms)
     given = _check_given(given, model).to(text.device)
-    free = (given == FREE).nonzero()
+    free, grid = (given == FREE).nonzero(), (config.grid_size, config.grid_size)
     if not len(free):
-        return given.expand(len(text), len(uniforms), -1).unflatten(2, (config.grid_size,) * 2)
-    drawing = _Drawing(model, text, uniforms, sampling, given)
-    advance = recorded(drawing.advance) if text.is_cuda else drawing.advance
-    first = int(free[0])
-    for place in range(first, config.image_len):
-        if place > first:
-            advance()
-        if on_row and (place + 1) % config.grid_size == 0:
-            on_row(drawing.codes, (place + 1) // config.grid_size)
-    return drawing.codes.unflatten(2, (config.grid_size,) * 2)
+        return given.repeat(len(text), len(uniforms), 1).unflatten(2, grid)
+    with torch.cuda.device(text.device) if text.is_cuda else nullcontext():
+        drawing = _Drawing(model, text, uniforms, sampling, given)
+        advance = recorded(drawing.advance) if text.is_cuda else drawing.advance
+        first = int(free[0])
+        for place in range(first, config.image_len):
+            if place > first:
+                advance()
+            if on_row and (place + 1) % config.grid_size == 0:
+                on_row(drawing.codes, (place + 1) // config.grid_size)
+    return drawing.codes.unflatten(2, grid)
+
+
+def _check_shapes(model: Transformer, text: Tensor, uniforms: Tensor) -> None:
+    length, width = model.config.text_len, model.config.image_len
+    most = model.text_embedding.num_embeddings - 2  # the last is the start token
+    if text.ndim != 2 or text.shape[1] != length or not 0 <= text.min() <= text.max() <= most:
+        raise ValueError(f"got text {tuple(text.shape)}, expected [P, {length}], 0 to {most}")
+    if uniforms.ndim != 2 or uniforms.shape[1] != width:
+        raise ValueError(f"got uniforms {tuple(uniforms.shape)}, expected [C, {width}]")
 
 
 def _check_given(given: Tensor | None, model: Transformer) -> Tensor:
     length, vocab = model.config.image_len, model.config.codebook_size
     if given is None:
         return torch.full((length,), FREE)
-    if given.shape != (length,) or given.min() < FREE or given.max() >= vocab:
+    whole = not given.is_floating_point() and given.shape == (length,)
+    if not whole or given.min() < FREE or given.max() >= vocab:
         raise ValueError(
-            f"the given codes are {tuple(given.shape)}, from {given.min()} to {given.max()}; "
-            f"expected [{length}], each from 0 to {vocab - 1}, or {FREE} where it is to be drawn"
+            f"got given codes {tuple(given.shape)} of {given.dtype}, expected [{length}] whole "
+            f"numbers, each from 0 to {vocab - 1}, or {FREE} where it is to be drawn"
         )
-    return given
+    return given.long()
 
 
 def no_caption(model: Transformer, device: str | torch.device = "cpu") -> Tensor:
@@ -234,9 +247,13 @@ def complete_text(
     Args:
         text: [L], the beginning with its padding.
         uniforms: [C, L], the random number of each candidate at each place.
+        sampling: without guidance.
 
-    Returns: [C, L], each with its padding. Once padding is drawn, the caption is at its end.
+    Returns: [C, L], each with its padding. Once padding is drawn, the caption is at its end; a
+    model that never learned padding (`pad_targets`) finds no end before the last place.
     """
+    if sampling.guidance != 1:
+        raise ValueError(f"guidance is {sampling.guidance}; there is none for captions, expected 1")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -245,7 +262,7 @@ def complete_text(
     text, padding = text.repeat(len(uniforms), 1), no_caption(model, text.device)[0]
     begun = int((text[0] < config.text_vocab).sum())
     ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
-    for place in range(begun, config.text_len):
+    for place in range(begun, config.text_len - 1):  # the last place is padding in any caption
         # Captions are short, and are read anew for each token.
         states = model.run(model.embed_text(text)[:, : place + 1], [attend] * config.depth)
         logits = model.text_head(states[:, -1]).float()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle1.attention import Mask
-from dalle1.cache import Caches, Window, candidate_bytes
+from dalle1.cache import Caches, Window, drawing_bytes
 from dalle1.masks import MaskKind, image_mask
 from dalle1.presets import TRANSFORMER_PRESETS
 from dalle1.transformer import Transformer, TransformerConfig
@@ -128,10 +128,11 @@ def held(model: Transformer, prompts: int, candidates: int) -> int:
 
 def test_memory_is_what_was_estimated() -> None:
     model = loud(None, 13).to(torch.bfloat16)
+    of_prompt, of_candidate = drawing_bytes(model)
     one_more = held(model, 1, 3) - held(model, 1, 2)
-    drawing = candidate_bytes(model) - one_more
-    assert 0 < drawing <= 64 * V
+    assert one_more <= of_candidate <= one_more + 64 * V
     assert held(model, 2, 3) == 2 * held(model, 1, 3)
+    assert held(model, 1, 3) <= of_prompt + 3 * of_candidate
 
 
 def test_the_papers_512_candidates_take_a_quarter_of_a_dense_cache() -> None:
@@ -140,3 +141,12 @@ def test_the_papers_512_candidates_take_a_quarter_of_a_dense_cache() -> None:
         model = Transformer(config).to(torch.bfloat16)
     dense = 512 * config.depth * 2 * config.length * config.width * 2
     assert 0.2 < held(model, 1, 512) / dense < 0.25
+
+
+@torch.no_grad()
+def test_rotary_positions_are_exact_in_low_precision() -> None:
+    model = loud(None, positions="rotary", text_len=256)
+    assert model.rotary is not None
+    places = torch.arange(model.config.length)
+    turns = model.rotary(places)
+    torch.testing.assert_close(model.to(torch.bfloat16).rotary(places), turns, rtol=0, atol=0)

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from dalle1 import DallE, pipeline
-from dalle1.cache import candidate_bytes
+from dalle1.cache import drawing_bytes
 from dalle1.clip import tiny_clip
 from dalle1.device import PRECISIONS
-from dalle1.pipeline import fitting, in_batches
+from dalle1.pipeline import in_batches, room
 from dalle1.sampler import FREE
 from dalle1.text import Tokenizer
 from dalle1.transformer import Transformer, TransformerConfig
@@ -149,6 +149,9 @@ def test_processes_share_the_candidates(plain: DallE) -> None:
 def test_without_memory_the_batches_are_halved() -> None:
     asked: list[int] = []
 
+    def anything(prompts: int, candidates: int) -> bool:
+        return True
+
     def draw(rows: range, columns: range) -> torch.Tensor:
         asked.append(len(rows) * len(columns))
         if asked[-1] > 3:
@@ -156,7 +159,7 @@ def test_without_memory_the_batches_are_halved() -> None:
         return torch.tensor([[10 * r + c for c in columns] for r in rows])
 
     with pytest.warns(UserWarning, match="out of memory; going on with"):
-        drawn = [codes for _, _, codes in in_batches(draw, range(2), range(7), 99)]
+        drawn = [codes for _, _, codes in in_batches(draw, range(2), range(7), anything)]
     assert torch.cat([d.flatten() for d in drawn]).tolist() == [*range(7), *range(10, 17)]
     assert asked == [14, 7, 3, 2, 2, 3, 2, 2]
 
@@ -164,18 +167,26 @@ def test_without_memory_the_batches_are_halved() -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        list(in_batches(broken, range(2), range(7), 99))
+        list(in_batches(broken, range(2), range(7), anything))
 
 
 def test_the_batch_is_what_fits_in_half_of_the_memory(
     plain: DallE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    each = candidate_bytes(plain.transformer)
-    for free, expected in ((0, 1), (2 * each, 1), (21 * each, 10), (10**15, 128)):
-        monkeypatch.setattr(pipeline, "free_memory", lambda _, free=free: free)
-        assert fitting(plain.transformer) == expected
-    monkeypatch.setattr(pipeline, "free_memory", lambda _: 40 * each)
-    assert fitting(plain.transformer, guided=True) == 10
+    prompt, candidate = drawing_bytes(plain.transformer)
+    monkeypatch.setattr(pipeline, "free_memory", lambda _: 2 * (2 * prompt + 20 * candidate))
+    fits = room(plain.transformer, None)
+    assert fits(2, 10)
+    assert not fits(2, 11)
+    assert not fits(20, 1)  # as many candidates, but more captions
+    assert not room(plain.transformer, None, guided=True)(2, 10)
+    assert not room(plain.transformer, None, processes=2)(2, 10)
+    monkeypatch.setattr(pipeline, "free_memory", lambda _: 10**15)
+    fits = room(plain.transformer, None)
+    assert fits(2, 64)
+    assert not fits(2, 65)
+    assert room(plain.transformer, 6)(2, 3)
+    assert not room(plain.transformer, 6)(2, 4)
 
 
 def picture() -> Image.Image:
@@ -210,6 +221,17 @@ def test_what_is_white_in_a_mask_is_drawn_anew(plain: DallE) -> None:
         plain.given_codes(picture(), mask=Image.new("L", (32, 32)))
     with pytest.raises(ValueError, match="the mask has 16 × 32 pixels, the picture 32 × 32"):
         plain.given_codes(picture(), mask=Image.new("L", (16, 32)))
+    for keep in ({}, {"keep_rows": 2, "mask": mask}):
+        with pytest.raises(ValueError, match="expected either keep_rows or a mask"):
+            plain.given_codes(picture(), **keep)
+
+
+def test_a_thin_line_on_a_large_mask_is_not_lost(plain: DallE) -> None:
+    large = picture().resize((600, 512))  # its middle square begins at 44; a code is 128 wide
+    mask = Image.new("RGBA", (600, 512))  # transparent: nothing painted
+    mask.paste("white", (44 + 130, 5, 44 + 131, 200))
+    free = plain.given_codes(large, mask=mask).view(4, 4) == FREE
+    assert free.nonzero().tolist() == [[0, 1], [1, 1]]
 
 
 def test_bits_are_those_of_the_loss(plain: DallE) -> None:
@@ -252,6 +274,12 @@ def test_captions_are_continued(plain: DallE) -> None:
     assert all(text.startswith("a red") for text in done)
     assert done == plain.complete("a red", count=5, seed=1)
     assert done[:2] == plain.complete("a red", count=2, seed=1)
+    with pytest.raises(ValueError, match="count is 0"):
+        plain.complete("a red", count=0)
+    with pytest.raises(ValueError, match="guidance is 3; there is none for captions"):
+        plain.complete("a red", guidance=3)
+    with pytest.raises(ValueError, match="prompts is 'a cube', expected a list"):
+        next(plain.draw("a cube"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -354,6 +382,7 @@ def test_a_long_prompt_says_what_is_kept(plain: DallE) -> None:
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"guidance": -1}, "guidance is -1"),
+        ({"share": (2, 2)}, r"share is \(2, 2\), expected \(r, n\)"),
     ],
 )
 def test_impossible_settings_are_refused(

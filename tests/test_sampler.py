@@ -95,9 +95,15 @@ def test_what_is_given_whole_comes_back_and_nonsense_is_refused() -> None:
     codes = torch.arange(N) % V
     drawn = generate(loud(), TEXT, candidate_uniforms(0, range(3), N), given=codes)
     assert torch.equal(drawn, codes.view(W, W).expand(2, 3, W, W))
-    for wrong in (codes[1:], codes + 1, codes - 2):
-        with pytest.raises(ValueError, match=rf"expected \[{N}\], each from 0 to {V - 1}"):
-            generate(loud(), TEXT, candidate_uniforms(0, [0], N), given=wrong)
+    uniforms = candidate_uniforms(0, [0], N)
+    for wrong in (codes[1:], codes[:0], codes + 1, codes - 2, codes.float()):
+        with pytest.raises(ValueError, match=rf"expected \[{N}\] whole numbers"):
+            generate(loud(), TEXT, uniforms, given=wrong)
+    for text in (TEXT[0], TEXT[:, 1:], TEXT + 1, TEXT - 9):
+        with pytest.raises(ValueError, match=rf"got text .*, expected \[P, {L}\], 0 to 17"):
+            generate(loud(), text, uniforms)
+    with pytest.raises(ValueError, match=rf"got uniforms .*, expected \[C, {N}\]"):
+        generate(loud(), TEXT, uniforms[:, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -179,9 +185,10 @@ def test_captions_are_continued_by_tokens_that_fit() -> None:
     ends = (done == pads).int()
     assert ((done < 13) | (done == pads)).all()
     assert (ends.diff(dim=1) >= 0).all()  # after the end only padding
+    assert ends[:, -1].all()  # of which there is one in every caption
     assert 0 < ends.sum() < ends.numel()
     likeliest = complete_text(model, begun, uniforms[:1], Sampling(temperature=0))[0]
-    for place in range(2, L):
+    for place in range(2, L - 1):
         if likeliest[place] == pads[place]:
             break
         with torch.no_grad():
@@ -292,3 +299,19 @@ def test_restrictions_by_hand(options: dict[str, float], kept: list[int]) -> Non
 def test_impossible_settings_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [None, TOP, SOME], ids=["free", "top", "some"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance": 3.0}, {"guidance": 0.0}, {"top_k": 5, "top_p": 0.9, "typical": 0.9}],
+    ids=str,
+)
+def test_a_recorded_step_draws_what_a_cpu_draws(
+    options: dict[str, float], given: Tensor | None
+) -> None:
+    uniforms, sampling = candidate_uniforms(3, range(4), N), Sampling(**options)
+    expected = generate(loud(), TEXT, uniforms, sampling, given=given)
+    found = generate(loud().cuda(), TEXT.cuda(), uniforms, sampling, given=given)
+    assert torch.equal(found.cpu(), expected)
