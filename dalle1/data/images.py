@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle1.data.left_out import Unusable
+
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Give an RGB picture as [3, H, W], uint8."""
@@ -28,8 +30,14 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-class TooSmall(ValueError):
+class TooSmall(Unusable):
     """A picture is smaller than a model's input, and may not be enlarged."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__("too small", why)
+
+    def __reduce__(self) -> tuple[type[TooSmall], tuple[str]]:  # type: ignore[override]
+        return TooSmall, (self.why,)
 
 
 @dataclass(frozen=True, kw_only=True)
