@@ -71,6 +71,17 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     assert len(set(draws)) == 36  # the same pair in another epoch is drawn anew
 
 
+def test_ranks_share_the_batch_of_one_process() -> None:
+    whole = take(6, seed=5, start=2)
+    for world_size in (1, 2, 4):
+        ranks = [take(6, seed=5, start=2, rank=r, world_size=world_size) for r in range(world_size)]
+        for step, (indices, draws) in enumerate(whole):
+            assert [i for rank in ranks for i in rank[step][0]] == indices
+            assert [draw for rank in ranks for draw in rank[step][1]] == draws
+    with pytest.raises(ValueError, match="batch_size is 4, expected a multiple of the 3 processes"):
+        take(1, world_size=3)
+
+
 def test_workers_change_nothing() -> None:
     assert take(5, start=2, seed=5, num_workers=2) == take(5, start=2, seed=5)
 

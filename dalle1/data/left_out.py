@@ -91,7 +91,7 @@ class Tally:
         fresh = []
         for pair in left_out:
             if not self.counts[pair.cause]:
-                rest = f"; others are named in {self.file}" if self.file else ""
+                rest = f"; all are named in {self.file}" if self.file and not self.counts else ""
                 self.say(f"Leaving out {pair.where} ({pair.cause}: {pair.why}){rest}")
             self.counts[pair.cause] += 1
             if pair.where not in self.named:
