@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import http.server
 import io
+import json
 import random
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from webdataset import TarWriter
 
 from dalle1.data import batches, open_source, streams
@@ -32,6 +34,7 @@ from dalle1.data.batches import (
 from dalle1.data.left_out import Tally
 from dalle1.data.shards import index_shard
 from dalle1.data.streams import Streamed, share
+from dalle1.training.loop import RunConfig, fit, stream_from
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,31 @@ def test_a_stream_goes_on_from_its_place(
         assert before == whole[:at]
         after, _ = take(source, 34 - at, start=at, place=last[PLACE], **how)
         assert after == whole[at:], at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    total: Tensor
+
+
+def test_a_training_goes_on_mid_epoch_from_its_checkpoint(shards: Path, tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Any, step: int, generator: torch.Generator) -> Total:
+        return Total(total=(model(batch["index"][:, None].float() / 75) ** 2).mean())
+
+    def train(out: Path, steps: int) -> list[float]:
+        how: dict[str, Any] = {"schedule_steps": 8, "num_workers": 2, "log_every": 1}
+        how |= {"warmup_steps": 0, "learning_rate": 0.1, "precision": "fp32"}
+        config = RunConfig(out=out, steps=steps, batch_size=5, device="cpu", save_every=4, **how)
+        torch.manual_seed(0)
+        stream = stream_from(piped(shards), number, config)
+        fit(nn.Linear(1, 1), loss, stream, config, save_model=lambda *_: None)
+        lines = (out / "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["total"] for line in lines]
+
+    whole = train(tmp_path / "whole", 8)
+    assert len(set(whole)) == 8
+    train(tmp_path / "cut", 3)
+    assert train(tmp_path / "cut", 8) == whole
 
 
 def test_a_place_is_of_all_ranks(shards: Path) -> None:

@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,7 +15,9 @@ from dalle1.data.left_out import Unusable
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Give an RGB picture as [3, H, W], uint8."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+    # Band by band, since to stack a view of [H, W, 3] takes longer than to cut the picture out.
+    bands = bytearray().join(band.tobytes() for band in image.split())
+    return torch.frombuffer(bands, dtype=torch.uint8).view(3, image.height, image.width)
 
 
 def to_float(images: Tensor) -> Tensor:

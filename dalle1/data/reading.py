@@ -6,7 +6,6 @@ import html
 import io
 import json
 import random
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,9 @@ from dalle1.data.left_out import Unusable
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 CAPTIONS = (".txt", ".json")
+
+MAX_PIXELS = 89_478_485
+"""The largest picture that is decoded: a quarter of a gigabyte, where Pillow begins to warn."""
 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
 """How the files of `PICTURES` begin."""
@@ -66,16 +68,17 @@ def read_picture(content: bytes, where: str, reading: Reading, detail: int = 0) 
     if not content:
         raise Unusable("empty file", "the picture's file is empty", where)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > MAX_PIXELS:
+            why = f"{image.width} × {image.height}, more than {MAX_PIXELS / 1e6:.0f} million"
+            raise Unusable("too many pixels", why, where)
         _refuse_by_shape(image.width, image.height, where, reading)
         if detail:
             image.draft(None, (detail, detail))
         return to_rgb(image)
     except Unusable:
         raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
         raise Unusable("too many pixels", str(error), where) from error
     except UnidentifiedImageError as error:
         if not content.startswith(MAGIC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,20 +84,29 @@ class Shards:
         return f"{header.partition(bytes(1))[0].decode(errors='replace')} in {self.shards[number]}"
 
     def _read(self, index: int, first: int) -> bytes:
-        number, offset, size = (int(self.entries[index][i]) for i in (0, first, first + 1))
+        number, offset, size = self.entries[index, [0, first, first + 1]].tolist()
         try:
             return read_member(self.shards[number], (offset, size))
         except OSError as error:
             raise Unusable("unreadable file", f"{error}", str(self.shards[number])) from error
 
     def caption(self, index: int, rng: random.Random) -> str:
-        suffix, name = CAPTIONS[self.entries[index][5]], self.name(index)
-        return draw_caption(
-            captions_in(self._read(index, 3), suffix, name), name, self.reading, rng
-        )
+        suffix = CAPTIONS[self.entries[index][5]]
+        with self._naming(index):
+            captions = captions_in(self._read(index, 3), suffix, "")
+            return draw_caption(captions, "", self.reading, rng)
 
     def image(self, index: int) -> Image.Image:
-        return read_picture(self._read(index, 1), self.name(index), self.reading, self.detail)
+        with self._naming(index):
+            return read_picture(self._read(index, 1), "", self.reading, self.detail)
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Name the pair in errors alone, since to look its name up is another reading."""
+        try:
+            yield
+        except Unusable as error:
+            raise Unusable(error.cause, error.why, error.where or self.name(index)) from error
 
 
 def lacks(files: Mapping[str, Any], captions: bool) -> Unusable | None:
