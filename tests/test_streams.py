@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -203,6 +204,17 @@ def test_shards_that_are_not_there_end_a_training(tmp_path: Path) -> None:
     source = open_source(f"pipe:cat {tmp_path}/{{0..2}}.tar 2>/dev/null")
     with pytest.raises(ValueError, match=r"no pair in 3 shards, .*unreadable shard"):
         next(batches(source, number, batch_size=1))
+
+
+def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path: Path) -> None:
+    for shard in range(6):
+        shutil.copy(shards / f"0000{shard}.tar", tmp_path / f"{shard}.tar")
+    tally = Tally(0.05, say=lambda _: None)
+    source = open_source(f"pipe:cat {tmp_path}/{{0..59}}.tar 2>/dev/null")
+    stream = batches(source, number, batch_size=1, tally=tally)
+    with pytest.raises(ValueError, match=r"\d+ of \d+ shards cannot be read, more than --max-bad"):
+        deque(islice(stream, 100))
+    assert 20 <= tally.counts["unreadable shard"] < 50  # long before the epoch ended
 
 
 def test_some_of_the_last_shard_is_kept_to_validate_on(

@@ -184,7 +184,8 @@ def batches(
         )
         stream = _with_places(loaded, readers)
     else:
-        tally.open(len(source), left_out_of(source))
+        if rank == 0:  # every rank opened the same
+            tally.open(len(source), left_out_of(source))
         stream = _run(
             _Prepared(source, prepare, seed),
             num_workers,
@@ -313,6 +314,9 @@ def first_examples(source: Source, prepare: Prepare, count: int) -> dict[str, Te
     if not found:
         last = f"{left_out[-1].where}: {left_out[-1].why}" if left_out else "there is nothing"
         raise ValueError(f"nothing to validate on is usable; the last was not because: {last}")
+    if left_out:
+        first = f"{left_out[0].where} ({left_out[0].cause}: {left_out[0].why})"
+        print(f"Validating on {len(found)} pairs; left out {len(left_out)}, first {first}")
     return {name: torch.stack([example[name] for example in found]) for name in found[0]}
 
 

@@ -57,7 +57,7 @@ class CheckConfig(Reading):
     text_len: int = 256
     """Places for a caption and its start; how many captions are longer is told."""
     limit: int | None = None
-    """Read the first so many pairs only."""
+    """Read about the first so many pairs only."""
     shown: int = 48
     """Pairs on the contact sheet."""
     num_workers: int = 1
@@ -116,11 +116,12 @@ def _read(source: PairSource | Streamed, config: CheckConfig, tally: Tally) -> F
 
 def _batches(source: Source, config: CheckConfig) -> Iterator[Batch]:
     prepare, workers = partial(_prepare, config), config.num_workers
+    size = min(32, config.limit or 32)
     if isinstance(source, Streamed):
         urls = chain.from_iterable(source.groups)
-        return chain.from_iterable(of_shard(source, u, prepare, 32, workers) for u in urls)
+        return chain.from_iterable(of_shard(source, u, prepare, size, workers) for u in urls)
     count = min(len(source), config.limit or len(source))
-    return in_order(source, prepare, range(count), 32, workers)
+    return in_order(source, prepare, range(count), size, workers)
 
 
 def _prepare(

@@ -31,6 +31,9 @@ from dalle1.data.shards import lacks, members
 BLOCK = 1_000
 """Pairs that are shuffled at a time; at 30 kB each, 30 MB a reader."""
 
+FEW_SHARDS = 20
+"""Of so many shards or more, too large a part that cannot be read stops a training."""
+
 SCHEMES = ("pipe", "http", "https", "s3", "gs", "hf", "file")
 """What webdataset opens; s3 by the `aws` command."""
 
@@ -169,11 +172,14 @@ class Streamed:
         epoch, first, offset, done = place
         while True:
             found, reason = False, LeftOut("no picture", group[0], "the shards are empty")
+            lost = 0
             for block in self._blocks(group, epoch, reader, readers, seed, first, offset):
                 start, pairs, left_out = block
                 for damaged in left_out:
                     reason = damaged
                     yield damaged, [epoch, *start, done]
+                lost += sum(damaged.cause == "unreadable shard" for damaged in left_out)
+                self._refuse(lost, start[0] + 1 - first, reason)
                 random.Random(f"{seed}/{reader}/{epoch}/{start}").shuffle(pairs)
                 for i, pair in enumerate(pairs[done:], done + 1):
                     yield pair, [epoch, *start, i]
@@ -184,6 +190,14 @@ class Streamed:
                     f"left out: {reason.where} ({reason.cause}: {reason.why})"
                 )
             epoch, first, offset = epoch + 1, 0, 0
+
+    def _refuse(self, lost: int, opened: int, last: LeftOut) -> None:
+        # One that is lost is a thousand pairs, of which a tally would see one.
+        if opened >= FEW_SHARDS and lost > self.reading.max_bad_fraction * opened:
+            raise ValueError(
+                f"{lost} of {opened} shards cannot be read, more than --max-bad-fraction "
+                f"{self.reading.max_bad_fraction:g} allows; the last: {last.where} ({last.why})"
+            )
 
     def _blocks(
         self,
@@ -204,7 +218,7 @@ class Streamed:
                     pairs.append(sample)
                 else:
                     left_out.append(sample)
-                if len(pairs) == BLOCK:
+                if len(pairs) == BLOCK or len(left_out) == FEW_SHARDS:
                     yield start, pairs, left_out
                     start, pairs, left_out = (number, at + 1), [], []
             offset = 0

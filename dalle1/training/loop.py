@@ -264,8 +264,9 @@ class Trainer(Generic[Model]):
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave; ValueError where that was of another recipe."""
-        then, now = state["recipe"], recipe(self.config)
-        changed = [f"{k} was {then.get(k)} and is {now[k]}" for k in now if then.get(k) != now[k]]
+        now = recipe(self.config)
+        then = {**now, **state["recipe"]}  # what there was no setting for may be set now
+        changed = [f"{k} was {then[k]} and is {now[k]}" for k in now if then[k] != now[k]]
         if changed:
             raise ValueError(
                 f"{self.config.out} holds a training with other settings: {'; '.join(changed)}. "
