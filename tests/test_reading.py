@@ -227,6 +227,10 @@ def test_several_sources_are_one(tmp_path: Path) -> None:
     assert isinstance(mixed, Joined)
     assert [mixed.index_at(place, 0) for place in (1, 3, 5)] == [0, 1, 2]  # Toybox, in order
     assert mixed.image(0).size == (32, 32)
+    rng = random.Random(0)
+    assert 15 < sum(mixed.name(mixed.draw(rng)).endswith(".png") for _ in range(50)) < 35
+    with pytest.raises(ValueError, match="one of the sources has no end; give weights"):
+        open_source(f"toybox,{tmp_path / 'a'}")
     with pytest.raises(ValueError, match=r"no data at '.*gone'"):
         open_source(f"{tmp_path / 'a'},{tmp_path / 'gone'}")
 

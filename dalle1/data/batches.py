@@ -29,6 +29,7 @@ from dalle1.data.left_out import LeftOut, Tally, Unusable
 from dalle1.data.pairs import (
     CaptionSource,
     Joined,
+    any_pair,
     left_out_of,
     name_of,
     pair_at,
@@ -76,7 +77,7 @@ class _Prepared(Dataset):
                 return {**self.prepare(self.source, index, rng), LEFT_OUT: left_out}
             except Unusable as error:
                 left_out.append(LeftOut.because(error, name_of(self.source, index)))
-                index = rng.randrange(len(self.source))
+                index = any_pair(self.source, rng)
         raise _hopeless(left_out[-1])
 
 

@@ -107,6 +107,8 @@ class Joined:
 
     def __init__(self, sources: Sequence[Any], weights: Sequence[float] | None = None) -> None:
         self.sources, self.weights = sources, weights
+        if weights is None and any(len(source) >= ENDLESS for source in sources):
+            raise ValueError("one of the sources has no end; give weights, as in toybox::1,b::2")
         self.ends = list(accumulate(len(source) for source in sources))
         self.left_out = list(chain.from_iterable(left_out_of(source) for source in sources))
 
@@ -119,6 +121,13 @@ class Joined:
             return index_at(place, len(self), seed)
         i, count = turn(place, self.weights)
         return self.ends[i] - len(self.sources[i]) + index_at(count, len(self.sources[i]), seed)
+
+    def draw(self, rng: random.Random) -> int:
+        """Give any pair, by the sources' shares."""
+        if self.weights is None:
+            return rng.randrange(len(self))
+        (i,) = rng.choices(range(len(self.sources)), self.weights)
+        return self.ends[i] - 1 - rng.randrange(len(self.sources[i]))
 
     def _find(self, index: int) -> tuple[Any, int]:
         i = bisect_right(self.ends, index)
@@ -141,6 +150,11 @@ def pair_at(source: CaptionSource, place: int, seed: int) -> int:
     if isinstance(source, Joined):
         return source.index_at(place, seed)
     return index_at(place, len(source), seed)
+
+
+def any_pair(source: CaptionSource, rng: random.Random) -> int:
+    """Give the index of any pair of a source, to take the place of an unusable one."""
+    return source.draw(rng) if isinstance(source, Joined) else rng.randrange(len(source))
 
 
 def split_sources(data: str) -> tuple[list[str], list[float] | None]:
