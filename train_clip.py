@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dalle1.cli import clear_errors, parse_preset
 from dalle1.clip import Clip, ContrastiveLoss, normalise, pair_loss, soften, tiny_clip
 from dalle1.data import PairSource, open_source
-from dalle1.data.batches import first_examples
+from dalle1.data.batches import first_captions, first_examples
 from dalle1.data.images import centre_square, to_float, to_tensor
 from dalle1.device import pick_device
 from dalle1.presets import CLIP_PRESETS, ClipRecipe
@@ -54,10 +54,9 @@ def train(config: ClipRecipe) -> nn.Module:
     """Train as `config` says, resuming what is in `config.out`; give the averaged model."""
     device = pick_device(config.device)
     size = config.image_size
-    source = open_source(config.data, "train", size, config.seed)
-    held = open_source(config.data, "validation", size, config.seed)
-    count = min(config.vocab_captions, len(source))
-    captions = (source.caption(i, random.Random(i)) for i in range(count))
+    how: dict[str, Any] = {"size": size, "seed": config.seed, "reading": config, "detail": size}
+    source, held = (open_source(config.data, split, **how) for split in ("train", "validation"))
+    captions = first_captions(source, config.vocab_captions)
     tokenizer = Tokenizer.train(captions, config.vocab_size)
     torch.manual_seed(config.seed)
     clip = tiny_clip(tokenizer, image_size=size)

@@ -346,6 +346,7 @@ def test_training_on_a_single_pair(tmp_path: Path) -> None:
     pictures()[0].save(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("a red cube")
     flags = "--steps 1 --batch-size 2 --num-workers 0 --device cpu --image-size 32 --allow-upscale"
+    flags += " --max-aspect 3"
     train_clip.main(
         ["toy", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *flags.split()]
     )
