@@ -215,7 +215,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query_norm, self.key_norm = (
-            nn.RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2)
+            nn.RMSNorm(width // heads) if qk_norm else None for _ in range(2)
         )
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -229,12 +229,13 @@ class Attention(nn.Module):
             attend: what sees what.
             turns: by how much queries and keys are turned, [n, d/2]; see `Rotary`.
         """
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if turns is not None:
             q, k = rotate(q, turns), rotate(k, turns)
         y = attend(q.to(v.dtype), k.to(v.dtype), v)
-        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 def init_linear(layer: nn.Linear, scale: float = 1.0) -> None:

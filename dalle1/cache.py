@@ -94,7 +94,7 @@ class Cache:
             else self.codes.squeeze(4)
         )
         (text_keys, text_values), length = self.text, self.text.shape[-2]
-        q = q / math.sqrt(q.shape[-1])
+        q = q * (1 / math.sqrt(q.shape[-1]))  # on a CPU, sooner done than a division
         of_text, of_codes = self.scores.split([length, self.window.size], dim=-1)
         of_text.copy_(q @ text_keys.transpose(-1, -2))
         torch.add((q.unsqueeze(-2) @ keys.transpose(-1, -2)).squeeze(-2), unseen, out=of_codes)

@@ -143,7 +143,7 @@ class MLP(nn.Module):
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
             return self.down(F.silu(gate) * x)
-        return self.down(F.silu(1.702 * x) / 1.702)
+        return self.down(F.silu(1.702 * x) * (1 / 1.702))
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
