@@ -336,6 +336,8 @@ class Trainer(Generic[Model]):
         averages: list[Tensor] = [*self.ema.parameters()]
         weights: list[Tensor] = [*self.model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
+        for kept, buffer in zip(self.ema.buffers(), self.model.buffers()):
+            kept.copy_(buffer)  # BatchNorm's statistics are averages already
 
 
 @contextmanager
