@@ -60,8 +60,7 @@ def open_source(
         world = "train" if split == "encode" else split
         return Toybox(world, size=size, seed=seed, num_scenes=int(count) if count else None)
     path = Path(data)
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else _expand(data)
-    if shards:
+    if shards := find_shards(data):
         return Shards(shards, split, captions)
     if path.is_dir():
         return Folder(path, split, captions)
@@ -84,6 +83,11 @@ def part(items: list[Item], split: str) -> list[Item]:
     return items[len(items) - held :]
 
 
+def find_shards(data: str) -> list[Path]:
+    """List the .tar files of a folder, glob or {000..123} pattern, in their order."""
+    return sorted(Path(data).glob("*.tar")) if Path(data).is_dir() else _expand(data)
+
+
 def _expand(pattern: str) -> list[Path]:
     paths = [Path(p) for part in braceexpand(pattern) for p in sorted(glob.glob(part))]
     return [p for p in paths if p.suffix == ".tar"]
@@ -101,7 +105,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read_picture(content: bytes, where: str) -> Image.Image:
+def read_picture(content: bytes, where: str) -> Image.Image:
+    """Decode a picture file to RGB; ValueError, which says `where`, if it cannot be read."""
     try:
         return to_rgb(Image.open(io.BytesIO(content)))
     except Exception as error:  # a damaged file may fail in any way, down to its EXIF
@@ -140,7 +145,7 @@ class Folder:
         return rng.choice([line.strip() for line in text.splitlines() if line.strip()] or [""])
 
     def image(self, index: int) -> Image.Image:
-        return _read_picture(self.pictures[index].read_bytes(), str(self.pictures[index]))
+        return read_picture(self.pictures[index].read_bytes(), str(self.pictures[index]))
 
 
 class Shards:
@@ -168,7 +173,7 @@ class Shards:
 
     def image(self, index: int) -> Image.Image:
         where = f"pair {index}, in {self.entries[index][0]},"
-        return _read_picture(self._read(index, *PICTURES), where)
+        return read_picture(self._read(index, *PICTURES), where)
 
 
 def _is_wanted(files: dict[str, Place], captions: bool) -> bool:
