@@ -129,6 +129,7 @@ def write(folder: Path, prompt: str, kept: list[Candidate], options: argparse.Na
             {
                 "file": name,
                 "score": candidate.score,
+                "probability": candidate.probability,
                 "candidate": candidate.index,
                 "seed": candidate.seed,
             }

@@ -35,6 +35,8 @@ class Candidate:
     seed: int
     score: float | None = None
     """Cosine similarity of picture and prompt in CLIP's eyes; None where there is no CLIP."""
+    probability: float | None = None
+    """CLIP's bet on it among all that were drawn with it; they sum to 1."""
 
 
 class DallE:
@@ -162,8 +164,12 @@ class DallE:
         """Score candidates by CLIP and sort them, best first; leave them as they are without."""
         if self.clip is None:
             return candidates
-        scores = self.clip.score(prompt, [c.image for c in candidates]).tolist()
-        scored = [replace(c, score=s) for c, s in zip(candidates, scores, strict=True)]
+        scores = self.clip.score(prompt, [c.image for c in candidates])
+        pairs = zip(scores.tolist(), self.clip.probabilities(scores).tolist(), strict=True)
+        scored = [
+            replace(c, score=score, probability=probability)
+            for c, (score, probability) in zip(candidates, pairs, strict=True)
+        ]
         return sorted(scored, key=lambda c: (-(c.score or 0.0), c.index))
 
     def generate(

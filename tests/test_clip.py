@@ -181,6 +181,19 @@ def test_a_bad_name_is_one_line(tmp_path: Path) -> None:
     assert str(tmp_path) in one_line(tmp_path)  # an empty folder
 
 
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_one_tower_alone_is_named(family: str, clip: Clip, tmp_path: Path) -> None:
+    import transformers as hf
+
+    whole = write_folder(tmp_path / "whole", family, clip)
+    for part, lacks in (("text", "pictures"), ("vision", "text")):
+        path = tmp_path / part
+        shutil.copytree(whole, path)
+        config = getattr(hf, f"{family}Config").from_pretrained(whole)
+        getattr(config, f"{part}_config").save_pretrained(path)
+        assert f"alone, and none of {lacks}" in one_line(path)
+
+
 def damage(folder: Path, how: str) -> None:
     weights = folder / "model.safetensors"
     if how == "truncated":

@@ -86,6 +86,9 @@ def test_a_clip_sorts_them_best_first(plain: DallE, ranked: DallE) -> None:
         assert candidate.image.tobytes() == unranked[candidate.index].image.tobytes()
     expected = ranked.clip.score(PROMPT, [c.image for c in drawn])
     torch.testing.assert_close(torch.tensor(scores), expected.float(), rtol=1e-4, atol=1e-5)
+    bets = torch.tensor([c.probability for c in drawn])
+    torch.testing.assert_close(bets, ranked.clip.probabilities(expected), rtol=1e-3, atol=1e-5)
+    assert bets.sum() == pytest.approx(1.0)
     best = ranked.generate(PROMPT, num_images=2, num_candidates=6)
     assert same(best, [c.image for c in drawn[:2]])
 
