@@ -313,7 +313,7 @@ CLIP_PRESETS: dict[str, ClipRecipe] = {
     "small": ClipRecipe(
         out=Path("runs/clip"),
         model=ClipSize(image_size=96, patch_size=None, layers=(1, 1, 1, 1), width=16, text_len=24),
-        steps=4_500,
+        steps=3_000,
         batch_size=128,
         learning_rate=3e-3,
         ema_decay=0.99,

@@ -59,7 +59,7 @@ def toybox_probes(clip: Clip, pictures: int = 400, seed: int = 0) -> Scores:
             yield f"{name}/binding/{key}", value
     for key, value in _linear_probes(clip, pictures, seed):
         yield f"linear probe/{key}", value
-    for key, value in _retrieval(clip, seed):
+    for key, value in retrieval_probe(clip, seed):
         yield f"retrieval/{key}", value
 
 
@@ -117,7 +117,7 @@ def _binding(clip: Clip, related: list[Scene]) -> Scores:
             yield f"{name}{key.removeprefix('accuracy')}", value
 
 
-def _retrieval(clip: Clip, seed: int) -> Scores:
+def retrieval_probe(clip: Clip, seed: int) -> Scores:
     """Find partners among 256 scenes of one object, of different pairs; and of all kinds."""
     alone = of_different_pairs(scenes("validation", f"retrieval {seed}", relation=False), 256)
     rng = random.Random(f"retrieval of all {seed}")
