@@ -40,7 +40,7 @@ train-toy: .venv/runtime.stamp ## Train the bundled model anew under RUNS=runs/t
 	$(PY) -m dalle1.join --model $(RUNS)/transformer --clip $(RUNS)/clip --out $(RUNS)/model
 
 bench: .venv/runtime.stamp ## Measure the speed of sampling
-	$(PY) benchmarks/sample.py $(ARGS)
+	$(PY) benchmarks/sample.py --contenders dalle1 bundled $(ARGS)
 
 bench-peers: .venv/dev.stamp ## Install the projects that benchmarks/train_*.py measure beside ours
 	$(PY) -m pip install --no-deps dalle-pytorch axial-positional-embedding \

@@ -11,6 +11,10 @@ import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 
+from torch import nn
+
+from dalle1.transformer import TransformerConfig
+
 UNUSED = {
     "omegaconf": ("OmegaConf",),
     "taming.models.vqgan": ("VQModel", "GumbelVQ"),
@@ -44,3 +48,26 @@ def dalle_pytorch() -> ModuleType:
     except ImportError as error:
         raise SystemExit(f"{error}: run `make bench-peers`, or leave the peers out") from error
     return dalle_pytorch
+
+
+def dalle_pytorch_model(config: TransformerConfig) -> tuple[ModuleType, nn.Module]:
+    """Give DALLE-pytorch's module and its transformer of that size: row, column, row, row."""
+    package = dalle_pytorch()
+    vae = package.DiscreteVAE(
+        image_size=8 * config.grid_size,
+        num_layers=3,
+        num_tokens=config.codebook_size,
+        hidden_dim=8,
+        codebook_dim=8,
+    )
+    model = package.DALLE(
+        dim=config.width,
+        vae=vae,
+        num_text_tokens=config.text_vocab,
+        text_seq_len=config.text_len,
+        depth=config.depth,
+        heads=config.heads,
+        dim_head=config.head_width,
+        attn_types=("axial_row", "axial_col", "axial_row", "axial_row"),
+    )
+    return package.dalle_pytorch, model

@@ -4,8 +4,8 @@
 
 Draws 64 candidates of each Toybox prompt, has the classifier of `evaluate.py toybox` look at all of
 them, and asks how often the one that is ranked first shows the right fill of the right noun: by
-CLIP, and at random. The 64 are cut into as many groups of each size as there are. Interrupted, the
-same command goes on. Writes OUT/rerank.json and OUT/rerank.png.
+CLIP, by the transformer's own likelihood, and at random. The 64 are cut into as many groups of each
+size as there are. Interrupted, the same command goes on. Writes OUT/rerank.json and OUT/rerank.png.
 """
 
 from __future__ import annotations
@@ -13,38 +13,34 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dalle1 import Candidate, DallE
+from dalle1 import DallE
 from dalle1.evaluation.report import wilson
 from dalle1.evaluation.toybox import Prompt, choose_prompts
 from dalle1.judge import BUNDLED, Judge, load_judge
+from dalle1.pipeline import Rerank
 
 SIZES = (1, 4, 16, 64)
 
-Ranker = Callable[[DallE, str, list[Candidate]], list[float]]
-"""(model, prompt, candidates) → the higher, the better."""
-
-
-def by_clip(model: DallE, prompt: str, candidates: list[Candidate]) -> list[float]:
-    assert model.clip is not None
-    return model.clip.score(prompt, [c.image for c in candidates]).tolist()
-
-
-RANKERS: dict[str, Ranker] = {"CLIP": by_clip}
+RANKERS: dict[str, Rerank] = {"CLIP": "clip", "likelihood": "likelihood"}
 
 
 def looked_at(model: DallE, judge: Judge, prompt: Prompt) -> dict[str, list[float]]:
     """Draw a prompt's candidates; say which are right, and what each ranker thinks of them."""
-    drawn = model.candidates(prompt.text, num_candidates=max(SIZES), seed=prompt.seed)
-    drawn = sorted(drawn, key=lambda candidate: candidate.index)
+    drawn = model.candidates(
+        prompt.text, num_candidates=max(SIZES), seed=prompt.seed, rerank="none"
+    )
     seen = judge.verdicts([candidate.image for candidate in drawn])
     right = [float((v.fill, v.noun) == (prompt.fill, prompt.noun)) for v in seen]
-    scores = {name: ranker(model, prompt.text, drawn) for name, ranker in RANKERS.items()}
-    return {"right": right, **scores}
+    found = {"right": right}
+    for name, by in RANKERS.items():
+        ranked = sorted(model.rank(prompt.text, drawn, by), key=lambda candidate: candidate.index)
+        found[name] = [float(candidate.score or 0) for candidate in ranked]
+    return found
 
 
 def best_of(right: Sequence[float], scores: Sequence[float], size: int) -> float:

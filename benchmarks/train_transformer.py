@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from measuring import in_fresh_process, peak_memory, seconds
-from peers import dalle_pytorch
+from peers import dalle_pytorch_model
 from torch import Tensor, nn
 
 from dalle1.device import autocast, keep_freed_memory, matrix_rate, pick_device
@@ -40,20 +40,7 @@ def ours() -> tuple[nn.Module, Loss]:
 
 
 def peer() -> tuple[nn.Module, Loss]:
-    package = dalle_pytorch()
-    vae = package.DiscreteVAE(
-        image_size=256, num_layers=3, num_tokens=CONFIG.codebook_size, hidden_dim=8, codebook_dim=8
-    )
-    model = package.DALLE(
-        dim=CONFIG.width,
-        vae=vae,
-        num_text_tokens=CONFIG.text_vocab,
-        text_seq_len=CONFIG.text_len,
-        depth=CONFIG.depth,
-        heads=CONFIG.heads,
-        dim_head=CONFIG.head_width,
-        attn_types=("axial_row", "axial_col", "axial_row", "axial_row"),
-    )
+    _, model = dalle_pytorch_model(CONFIG)
     return model, lambda text, codes: model(text, codes, return_loss=True)
 
 

@@ -1,4 +1,4 @@
-"""Attention of the joint stream: a form that skips what the mask hides, and one that goes stepwise.
+"""Attention of the joint stream, skipping what the mask hides.
 
 B batch, H heads, T = L + N places: L of text, N = W² of the picture; d width of a head.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class Mask(nn.Module):
         self, kind: MaskKind, text_len: int, grid_size: int, conv_wrap: bool = True
     ) -> None:
         super().__init__()
-        self.text_len, self.grid_size = text_len, grid_size
+        self.kind, self.text_len, self.grid_size = kind, text_len, grid_size
         self.by_column = kind == "column"
         backs = {"row": 1, "column": 0, "conv": CONV_REACH + conv_wrap, "full": grid_size - 1}
         self.back = min(backs[kind], grid_size - 1)
@@ -49,6 +49,10 @@ class Mask(nn.Module):
             for r in range(grid_size)
         ]
         self.register_buffer("blocked", torch.stack(rows), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend over whole streams: [B, H, T, d] each → [B, H, T, d]."""
+        return attend(q, k, v, self)
 
     def arrange(self, x: Tensor) -> Tensor:
         """Bring codes [B, H, N, d] from raster order to that of the blocks, or back again."""
@@ -84,6 +88,8 @@ class Mask(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attend over whole streams, skipping what the mask hides: [B, H, T, d] each → [B, H, T, d]."""
+    if mask.kind == "full":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return attend_in_tiles(q, k, v, mask) if q.is_cuda else attend_in_blocks(q, k, v, mask)
 
 
@@ -182,36 +188,26 @@ class Rotary(nn.Module):
         turns = torch.cat([rows[:, None] * speeds, columns[:, None] * speeds], dim=-1)
         self.register_buffer("turns", turns, persistent=False)
 
-    def forward(self, x: Tensor, start: int) -> Tensor:
-        """Turn queries or keys [B, H, n, d] of places from `start` on."""
-        turns = self.turns[start : start + x.shape[2]]
-        (a, b), cos, sin = x.float().chunk(2, dim=-1), turns.cos(), turns.sin()
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    def forward(self, places: Tensor) -> Tensor:
+        """Give the turns of places [n]: [n, d/2]."""
+        return self.turns.index_select(0, places)
 
 
-class Cache:
-    """The keys and values of one layer for places [0, length) of B streams."""
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn queries or keys [B, H, n, d] by turns [n, d/2], or all alike by [1, d/2]."""
+    (a, b), cos, sin = x.float().chunk(2, dim=-1), turns.cos(), turns.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
-    def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor) -> None:
-        shape = (batch, heads, length, head_width)
-        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.values = torch.zeros_like(self.keys)
 
-    def extend(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store a piece that begins at `start`; give all keys and values up to its end.
+class Attend(Protocol):
+    """What queries see of keys and values: a mask over whole streams, or a cache, step by step."""
 
-        A piece with a batch of 1 is shared by all streams: so a caption is read only once.
-        """
-        end = start + keys.shape[2]
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
-        if start == 0:
-            return keys, values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend: [B, H, n, d] each → [B, H, n, d]."""
 
 
 class Attention(nn.Module):
-    """Multi-head attention; the mask is given from outside, so that it is made only once."""
+    """Multi-head attention; what sees what is given from outside."""
 
     def __init__(self, width: int, heads: int, depth: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -224,33 +220,18 @@ class Attention(nn.Module):
         init_linear(self.qkv)
         init_linear(self.out, scale=1 / math.sqrt(2 * depth))
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Mask,
-        cache: Cache | None = None,
-        start: int = 0,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
         """Attend: x [B, n, D] → [B, n, D].
 
         Args:
-            x: whole streams; with a cache, any piece of them.
-            cache: what the pieces before have left.
-            start: the place in the stream where the piece begins.
-            rotary: turns queries and keys by their places, if given.
+            attend: what sees what.
+            turns: by how much queries and keys are turned, [n, d/2]; see `Rotary`.
         """
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k = self.query_norm(q), self.key_norm(k)
-        if rotary is not None:
-            q, k = rotary(q, start), rotary(k, start)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if cache is None:
-            y = attend(q, k, v, mask)
-        else:
-            k, v = cache.extend(k, v, start)
-            seen = mask.whole[start : start + x.shape[1], : k.shape[2]]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        if turns is not None:
+            q, k = rotate(q, turns), rotate(k, turns)
+        y = attend(q.to(v.dtype), k.to(v.dtype), v)
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
 
 

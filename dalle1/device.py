@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -35,10 +37,46 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """Give the precision of that name; auto is bf16 where the processor computes it, else fp32.
+
+    On a GPU that does not, auto is fp16.
+    """
+    if name != "auto":
+        if name not in PRECISIONS:
+            raise ValueError(f"precision is {name!r}, expected auto or {' or '.join(PRECISIONS)}")
+        return PRECISIONS[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # since torch 2.11
+        can = torch.cpu.get_capabilities()
+        if can.get("avx512_bf16") or can.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Give how many bytes may still be taken on `device`, as far as one can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 4 * 2**30
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether that is what `error` means."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def matrix_rate(device: torch.device, precision: str, size: int = 2048) -> float:
     """Measure how many operations a second matrix products reach here: the best of five."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    a = torch.ones(size, size, dtype=dtype, device=device)
+    a = torch.ones(size, size, dtype=PRECISIONS[precision], device=device)
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -58,6 +96,27 @@ def peak_memory(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def recorded(step: Callable[[], None], warm_up: int = 2) -> Callable[[], None]:
+    """Record `step` as a CUDA graph after a few calls, and replay it from then on.
+
+    One launch then stands for the hundreds that a step of a small batch spends its time on.
+    """
+    calls, graph = 0, torch.cuda.CUDAGraph()
+
+    def call() -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= warm_up:
+            step()
+            return
+        if calls == warm_up + 1:
+            with torch.cuda.graph(graph):
+                step()
+        graph.replay()
+
+    return call
 
 
 def keep_freed_memory() -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
+from dalle1.cache import candidate_bytes
 from dalle1.clip import Clip
-from dalle1.data.images import to_pil
-from dalle1.device import pick_device
-from dalle1.sampler import candidate_uniforms, check_settings, generate
+from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
+from dalle1.data.sources import to_rgb
+from dalle1.device import free_memory, out_of_memory, pick_device, pick_precision
+from dalle1.sampler import (
+    FREE,
+    Sampling,
+    candidate_uniforms,
+    complete_text,
+    generate,
+    no_caption,
+)
 from dalle1.text import Tokenizer
 from dalle1.transformer import Transformer
 from dvae import DVAE
@@ -23,6 +35,9 @@ from dvae.weights import model_folder
 BUNDLED = Path(__file__).parent / "bundled"
 VOCABULARY_NAME = "vocab.json"
 CLIP_NAME = "clip"
+NOTHING = ""
+Rerank = Literal["clip", "likelihood", "none"]
+OnRow = Callable[[Tensor, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +45,16 @@ class Candidate:
     """One picture drawn for a prompt."""
 
     image: Image.Image
+    codes: Tensor = field(repr=False, compare=False)
+    """[W, W]: the codes that it was decoded from."""
     index: int
     """Its place among the candidates as they were drawn; (seed, index) gives it again."""
     seed: int
     score: float | None = None
-    """Cosine similarity of picture and prompt in CLIP's eyes; None where there is no CLIP."""
+    """By CLIP: the cosine similarity of picture and prompt. By likelihood: how many bits per code
+    the caption saves, log₂ p(picture | caption) − log₂ p(picture). None where nothing ranked it."""
     probability: float | None = None
-    """CLIP's bet on it among all that were drawn with it; they sum to 1."""
+    """CLIP's bet on it among all that it ranked with it; they sum to 1. None without CLIP."""
 
 
 class DallE:
@@ -59,6 +77,11 @@ class DallE:
                 f"{config.text_vocab}; use the vocabulary that it was trained with"
             )
 
+    @property
+    def device(self) -> torch.device:
+        """Where it draws."""
+        return self.transformer.image_head.weight.device
+
     @classmethod
     def from_pretrained(
         cls,
@@ -66,6 +89,7 @@ class DallE:
         *,
         clip: str | Path | None = None,
         device: str = "auto",
+        precision: str = "auto",
     ) -> DallE:
         """Load a folder that `save_pretrained` or train_transformer.py wrote.
 
@@ -74,6 +98,7 @@ class DallE:
             clip: a CLIP's folder or Hugging Face name; "none" for no reranking; None is the
                 folder's own, if it has one.
             device: auto is cuda, else mps, else cpu.
+            precision: of the transformer: fp32, bf16, fp16; auto is bf16 where there is such.
 
         Raises: ValueError where something is missing, damaged or does not fit the rest.
         """
@@ -88,7 +113,7 @@ class DallE:
         ranker = None if clip is None or clip == "none" else Clip.from_pretrained(clip, place)
         return cls(
             DVAE.load(folder, place),
-            Transformer.load(folder, place),
+            Transformer.load(folder, place).to(pick_precision(precision, place)),
             Tokenizer.load(folder / VOCABULARY_NAME),
             ranker,
         )
@@ -102,48 +127,109 @@ class DallE:
         if self.clip is not None:
             self.clip.save_pretrained(folder / CLIP_NAME, dtype)
 
-    def candidates(
+    def candidates(self, prompt: str, **options: Any) -> list[Candidate]:
+        """Draw pictures for one prompt, best first; the options are those of `draw`."""
+        return next(self.draw([prompt], **options))
+
+    def draw(
         self,
-        prompt: str,
+        prompts: Sequence[str],
         *,
         num_candidates: int = 16,
         seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        batch_size: int = 64,
-        on_row: Callable[[int], None] | None = None,
-    ) -> list[Candidate]:
-        """Draw pictures for `prompt`, best first; in the order of drawing without a CLIP.
+        given: Tensor | None = None,
+        rerank: Rerank | None = None,
+        batch_size: int | None = None,
+        share: tuple[int, int] = (0, 1),
+        on_row: OnRow | None = None,
+        **sampling: Any,
+    ) -> Iterator[list[Candidate]]:
+        """Yield for each prompt, in their order, its pictures, best first.
 
         Args:
-            num_candidates: how many; candidate i depends on the seed and i alone.
-            temperature, top_k, top_p: see `dalle1.sampler`; the paper's are 1, 0 and 1.
-            batch_size: how many are drawn at once.
-            on_row: called after each row of codes of each batch, with how many codes it drew.
+            num_candidates: how many for each; candidate i depends on the seed and i alone.
+            given: codes that are given; see `given_codes`.
+            rerank: what orders them: clip, likelihood, or none for the order of drawing. By
+                default clip, if there is one.
+            batch_size: how many are drawn at once; None is as many as fit in memory.
+            share: (r, n) draws candidates r, r + n, r + 2n … only: the part of one of n processes.
+            on_row: called after each row of codes of each batch with the codes, [B, N], and how
+                many of their rows are there.
+            sampling: temperature, top_k, top_p, typical, guidance; see `dalle1.sampler.Sampling`.
         """
+        how = Sampling(**sampling)
+        rerank = self._check_rerank(rerank)
         if num_candidates < 1:
             raise ValueError(f"num_candidates is {num_candidates}, expected at least 1")
+        if batch_size is None:
+            batch_size = fitting(self.transformer, guided=how.guidance != 1)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-        check_settings(temperature, top_k, top_p)
-        text = self.encode_prompt(prompt)
-        images: list[Image.Image] = []
-        width = self.dvae.grid_size
-        for start in range(0, num_candidates, batch_size):
-            batch = range(start, min(start + batch_size, num_candidates))
-            codes = generate(
-                self.transformer,
-                text,
-                candidate_uniforms(seed, batch, width**2),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                on_row=on_row and partial(_count_row, on_row, len(batch) * width),
+        text = torch.stack([self.encode_prompt(prompt) for prompt in prompts])
+        own = range(num_candidates)[share[0] :: share[1]]
+        if not own:
+            yield from ([] for _ in prompts)
+            return
+
+        def batch(rows: range, columns: range) -> Tensor:
+            uniforms = candidate_uniforms(seed, columns, self.transformer.config.image_len)
+            each = on_row and (lambda codes, done: on_row(codes.flatten(0, 1), done))
+            which = text[rows.start : rows.stop]
+            return generate(self.transformer, which, uniforms, how, given=given, on_row=each)
+
+        drawn: list[Candidate] = []
+        for rows, columns, codes in in_batches(batch, range(len(prompts)), own, batch_size):
+            for row, of_prompt in zip(rows, codes, strict=True):
+                images = self.decode(of_prompt)
+                drawn += [
+                    Candidate(image=image, codes=code, index=i, seed=seed)
+                    for i, image, code in zip(columns, images, of_prompt, strict=True)
+                ]
+                if len(drawn) == len(own):
+                    yield self.rank(prompts[row], drawn, rerank)
+                    drawn = []
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, batch_size: int = 16) -> list[Image.Image]:
+        """Turn codes [B, W, W] into pictures, so many at a time."""
+        return [x for part in codes.split(batch_size) for x in to_pil(self.dvae.decode(part))]
+
+    @torch.inference_mode()
+    def encode(self, image: Image.Image) -> Tensor:
+        """Turn a picture into codes [W, W]; what is not square is cut to its middle."""
+        square = centre_square(to_rgb(image), self.dvae.config.image_size, allow_upscale=True)
+        pixels = to_float(to_tensor(square)[None])
+        return self.dvae.encode(pixels.to(self.device))[0]
+
+    def given_codes(
+        self, image: Image.Image, *, keep_rows: int = 0, mask: Image.Image | None = None
+    ) -> Tensor:
+        """Give the codes of `image` that stay, [N]: the rest is free, to be drawn anew.
+
+        Args:
+            keep_rows: how many of the W rows of codes stay, from the top (paper, figure 2c: 15 of
+                32), if there is no mask.
+            mask: white where the picture is drawn anew, of the same shape as the picture. A code
+                is free as soon as any of its pixels is.
+        """
+        codes, width = self.encode(image).clone(), self.dvae.grid_size
+        if mask is None:
+            if not 0 <= keep_rows < width:
+                raise ValueError(f"keep_rows is {keep_rows}, expected 0 to {width - 1}")
+            codes[keep_rows:] = FREE
+            return codes.flatten()
+        mask, image = to_rgb(mask), to_rgb(image)
+        if mask.size != image.size:
+            raise ValueError(
+                f"the mask has {mask.width} × {mask.height} pixels, the picture "
+                f"{image.width} × {image.height}; expected the same"
             )
-            images += to_pil(self.dvae.decode(codes))
-        drawn = [Candidate(image=x, index=i, seed=seed) for i, x in enumerate(images)]
-        return self.rank(prompt, drawn)
+        size = self.dvae.config.image_size
+        white = to_float(to_tensor(centre_square(mask, size, allow_upscale=True))[:1])
+        free = F.max_pool2d(white, size // width)[0] >= 0.5
+        if not free.any():
+            raise ValueError("the mask is black throughout; paint white what is to be drawn anew")
+        return codes.masked_fill(free.to(codes.device), FREE).flatten()
 
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """Give the tokens of `prompt` with their padding: [L]. Says so where it must cut it."""
@@ -158,35 +244,126 @@ class DallE:
                 f"{kept}",
                 stacklevel=2,
             )
-        return tokens.to(next(self.transformer.parameters()).device)
+        return tokens.to(self.device)
 
-    def rank(self, prompt: str, candidates: list[Candidate]) -> list[Candidate]:
-        """Score candidates by CLIP and sort them, best first; leave them as they are without."""
-        if self.clip is None:
+    def _check_rerank(self, rerank: Rerank | None) -> Rerank:
+        if rerank is None:
+            return "clip" if self.clip is not None else "none"
+        if rerank not in get_args(Rerank):
+            raise ValueError(f"rerank is {rerank!r}, expected {' or '.join(get_args(Rerank))}")
+        if rerank == "clip" and self.clip is None:
+            raise ValueError("there is no CLIP to rerank with; name one, or rerank by likelihood")
+        return rerank
+
+    def rank(
+        self, prompt: str, candidates: list[Candidate], by: Rerank | None = None
+    ) -> list[Candidate]:
+        """Score candidates and sort them, best first; see `draw`."""
+        by = self._check_rerank(by)
+        if by == "none" or not candidates:
             return candidates
-        scores = self.clip.score(prompt, [c.image for c in candidates])
-        pairs = zip(scores.tolist(), self.clip.probabilities(scores).tolist(), strict=True)
-        scored = [
-            replace(c, score=score, probability=probability)
-            for c, (score, probability) in zip(candidates, pairs, strict=True)
-        ]
+        if by == "clip" and self.clip is not None:
+            scores = self.clip.score(prompt, [c.image for c in candidates])
+        else:
+            codes = torch.stack([c.codes for c in candidates])
+            scores = self.bits(NOTHING, codes)[1] - self.bits(prompt, codes)[1]
+        scored = [replace(c, score=s) for c, s in zip(candidates, scores.tolist(), strict=True)]
+        scored = self.with_bets(scored) if by == "clip" else scored
         return sorted(scored, key=lambda c: (-(c.score or 0.0), c.index))
 
+    def with_bets(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Say of candidates that CLIP has scored how it would bet among them."""
+        if self.clip is None:
+            return candidates
+        bets = self.clip.probabilities(torch.tensor([c.score for c in candidates])).tolist()
+        return [replace(c, probability=bet) for c, bet in zip(candidates, bets, strict=True)]
+
+    @torch.inference_mode()
+    def bits(self, prompt: str, codes: Tensor, batch_size: int = 8) -> tuple[float, Tensor]:
+        """Give −log₂ p of `prompt`, and of each of the pictures given it: a token and a code.
+
+        Args:
+            codes: [B, W, W].
+
+        Returns: bits per text token, its end counted and its padding not; bits per code, [B].
+        """
+        text = self.encode_prompt(prompt) if prompt else no_caption(self.transformer)[0]
+        text, of_text, of_codes = text.to(self.device), 0.0, []
+        for part in codes.to(self.device).split(batch_size):
+            text_losses, image_losses = self.transformer.losses(text.expand(len(part), -1), part)
+            tokens = int((text < self.transformer.config.text_vocab).sum())
+            counted = tokens + self.transformer.config.pad_targets
+            of_text = float(text_losses[0, :counted].mean()) / math.log(2)
+            of_codes.append(image_losses.mean(1) / math.log(2))
+        return of_text, torch.cat(of_codes)
+
+    def log_likelihood(self, prompt: str, image: Image.Image) -> tuple[float, float]:
+        """Give bits per text token of `prompt`, and bits per code of `image` given it.
+
+        Fewer bits are likelier. The picture is encoded by the dVAE first; an empty prompt is no
+        caption.
+        """
+        text, codes = self.bits(prompt, self.encode(image)[None])
+        return text, float(codes)
+
+    def complete(
+        self, beginning: str, *, count: int = 4, seed: int = 0, **sampling: Any
+    ) -> list[str]:
+        """Continue the beginning of a caption in `count` ways, as the model's captions go on."""
+        text = self.encode_prompt(beginning)
+        uniforms = candidate_uniforms(seed, range(count), len(text))
+        return self.tokenizer.decode(
+            complete_text(self.transformer, text, uniforms, Sampling(**sampling))
+        )
+
     def generate(
-        self, prompt: str, *, num_images: int = 4, num_candidates: int = 16, **options: object
+        self, prompt: str, *, num_images: int = 4, num_candidates: int = 16, **options: Any
     ) -> list[Image.Image]:
         """Give the best `num_images` of `num_candidates` pictures, best first.
 
         Args:
-            options: `seed`, `temperature`, `top_k`, `top_p`, `batch_size`; see `candidates`.
+            options: `seed`, `temperature`, `top_k` …; see `draw`.
         """
         if not 1 <= num_images <= num_candidates:
             raise ValueError(
                 f"num_images is {num_images}, expected 1 to num_candidates, {num_candidates}"
             )
-        drawn = self.candidates(prompt, num_candidates=num_candidates, **options)  # type: ignore[arg-type]
+        drawn = self.candidates(prompt, num_candidates=num_candidates, **options)
         return [c.image for c in drawn[:num_images]]
 
 
-def _count_row(on_row: Callable[[int], None], codes: int, _: int) -> None:
-    on_row(codes)
+def fitting(model: Transformer, *, guided: bool = False, most: int = 128) -> int:
+    """Estimate how many candidates can be drawn at once in half of the memory that is free."""
+    needed = candidate_bytes(model) * (2 if guided else 1)
+    free = free_memory(next(model.parameters()).device)
+    return max(1, min(most, free // 2 // needed))
+
+
+def in_batches(
+    draw: Callable[[range, range], Tensor], rows: range, columns: range, size: int
+) -> Iterator[tuple[range, range, Tensor]]:
+    """Draw all of rows × columns, prompts and candidates, in rectangles of at most `size`.
+
+    Where memory runs out, the size is halved, and it goes on from there.
+    """
+    waiting = [(rows, columns)] if columns else []
+    while waiting:
+        rows, columns = waiting.pop()
+        count = len(rows) * len(columns)
+        if count <= size:
+            try:
+                codes = draw(rows, columns)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or count == 1:
+                    raise
+                size = count // 2
+                warnings.warn(f"out of memory; going on with {size} at once", stacklevel=2)
+            else:
+                yield rows, columns, codes
+                continue
+        if len(rows) > 1:
+            half = len(rows) // 2
+            waiting += [(rows[half:], columns), (rows[:half], columns)]
+        else:
+            half = len(columns) // 2
+            waiting += [(rows, columns[half:]), (rows, columns[:half])]

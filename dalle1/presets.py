@@ -139,7 +139,6 @@ DVAE_PRESETS: dict[str, DVAERecipe] = {
         beta=0.1,
         beta2=0.98,
         temperature_steps=8_800,
-        final_usage_weight=4.0,
         mse_weight=300.0,
         validation_pictures=1_000,
         validate_every=5_300,

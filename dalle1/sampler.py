@@ -1,6 +1,8 @@
-"""Drawing codes for a caption: read the caption once, then draw many pictures code by code.
+"""Drawing codes for captions: read each caption once, then draw many pictures of it code by code.
 
-prefill → decode one code → … ; B candidates, L text places, N codes, V codebook size.
+prefill → decode one code of every candidate → …
+
+P prompts, C candidates of each, L text places, N = W² codes, V codebook size.
 """
 
 from __future__ import annotations
@@ -8,19 +10,59 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dalle1.attention import Cache
+from dalle1.cache import Caches
+from dalle1.device import recorded
+from dalle1.packed import packed
 from dalle1.transformer import Transformer
 
 COLDEST = 1e-20
 """Below this temperature, which float32 could not divide by, the likeliest is taken."""
+FREE = -1
+"""Stands among codes that are given for one that is to be drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn from their scores. The paper draws from all of them, as they are."""
+
+    temperature: float = 1.0
+    """Scores are divided by it: below 1 safer, above 1 wilder; 0 takes the likeliest."""
+    top_k: int = 0
+    """Only the k likeliest, and those that tie with the last of them; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest that make up this share of the probability, in (0, 1]."""
+    typical: float = 1.0
+    """Only those whose surprise is nearest to what is expected, up to this share, in (0, 1]."""
+    guidance: float = 1.0
+    """w in ∅ + w·(scores − ∅), where ∅ are the scores without a caption; 1: no guidance."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}, expected at least 0 (0: the likeliest)"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}, expected at least 0 (0: all)")
+        for name in ("top_p", "typical"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected above 0 and at most 1 (1: all)"
+                )
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance is {self.guidance}, expected at least 0 (1: none)")
+
+
+PAPER = Sampling()
 
 
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
-    """Give each candidate its own random numbers in [0, 1): [B, length].
+    """Give each candidate its own random numbers in [0, 1): [C, length].
 
     They depend on (seed, candidate) alone, so candidate 7 is the same picture in any batch.
     """
@@ -28,59 +70,48 @@ def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Ten
     return torch.tensor([[s.random() for _ in range(length)] for s in streams])
 
 
-def check_settings(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError for a temperature, top_k or top_p that nothing can be drawn with."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected at least 0 (0: the likeliest)")
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"top_k is {top_k} and top_p is {top_p}; expected top_k at least 0 (0: all) and "
-            "top_p above 0 and at most 1"
-        )
-
-
-def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set to −∞ all but the `top_k` likeliest, and all past the likeliest that make up `top_p`.
+def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Set to −∞ what `sampling` leaves out: top_k first, of the rest typical, of that top_p.
 
     Args:
-        logits: [B, V].
-        top_k: how many stay, and those that tie with the last of them; 0 keeps all.
-        top_p: the share of probability that stays, in (0, 1]; the likeliest always stays.
+        logits: [B, V]; the likeliest, or the most typical, always stays.
     """
-    check_settings(1.0, top_k, top_p)
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[..., -1:]
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
+    if sampling.typical < 1:
+        log_p = logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1, True)
+        logits = _keep_first(logits, -(log_p + entropy).abs(), sampling.typical)
+    if sampling.top_p < 1:
+        logits = _keep_first(logits, logits, sampling.top_p)
     return logits
 
 
-def draw(
-    logits: Tensor,
-    uniforms: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Tensor:
+def _keep_first(logits: Tensor, preference: Tensor, share: float) -> Tensor:
+    """Keep the most preferred until they make up `share` of the probability."""
+    order = preference.sort(descending=True, stable=True).indices
+    p = logits.gather(-1, order).softmax(-1)
+    drop = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p >= share)
+    return logits.masked_fill(drop, -torch.inf)
+
+
+def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling = PAPER) -> Tensor:
     """Draw one token a row from softmax(logits / temperature), by inverting its distribution.
 
     Args:
         logits: [B, V].
         uniforms: [B], in [0, 1].
-        temperature: at least 0; 0 takes the likeliest.
-        top_k, top_p: what it is restricted to; see `restrict`.
+        sampling: its guidance plays no part here.
+
+    Returns: [B].
     """
-    check_settings(temperature, top_k, top_p)
     logits = logits.float()
-    if temperature < COLDEST:
+    if sampling.temperature < COLDEST:
         return logits.argmax(-1)
-    logits = restrict((logits - logits.amax(-1, keepdim=True)) / temperature, top_k, top_p)
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulative = logits.softmax(-1, dtype=exact).cumsum(-1)
+    cumulative = restrict(logits, sampling).exp().cumsum(-1, dtype=exact)
     total = cumulative[:, -1:].contiguous()
     # A uniform that was rounded to 1 lies past all tokens; then it is the last that is possible.
     last = torch.searchsorted(cumulative, total)
@@ -88,43 +119,141 @@ def draw(
     return torch.searchsorted(cumulative, target, right=True).minimum(last)[:, 0]
 
 
+class _Drawing:
+    """Candidates of some captions, of which each call of `advance` draws the next code.
+
+    Everything that it touches stays where it is, so that a GPU can record it once and replay it.
+    """
+
+    def __init__(
+        self, model: Transformer, text: Tensor, uniforms: Tensor, sampling: Sampling, given: Tensor
+    ) -> None:
+        """Read the captions and what is given before the first free code, and draw that one."""
+        self.sampling, self.given = sampling, given
+        self.prompts, self.candidates = len(text), len(uniforms)
+        self.model = model = packed(model, self.prompts * self.candidates)
+        self.uniforms = uniforms.to(text.device)
+        self.codes = given.repeat(self.prompts, self.candidates, 1)
+        self.place = (given == FREE).nonzero()[:1, 0]
+        if self.guided:
+            text = torch.cat([text, no_caption(model, text.device).expand_as(text)])
+        self.caches = Caches(model, len(text), self.candidates)
+        # The code that is drawn first is among them, and is not read.
+        codes = given[: int(self.place) + 1].expand(len(text), -1)
+        states = model.run(model.embed(text, codes), self.caches.prefill)
+        self._choose(states[:, -1:])
+
+    @property
+    def guided(self) -> bool:
+        return self.sampling.guidance != 1
+
+    def advance(self) -> None:
+        """Read the codes drawn last, and draw the next."""
+        last = self.codes.index_select(2, self.place)[:, :, 0]
+        self.place.add_(1)
+        self.caches.go_to(self.place)
+        x = self.model.embed_codes(last.repeat(2, 1) if self.guided else last, self.place)
+        places = self.model.config.text_len + self.place
+        self._choose(self.model.run(x, self.caches.step, places))
+
+    def _choose(self, states: Tensor) -> None:
+        """Draw from states [P, C, D], or [P, 1, D] that all candidates share, at `place`."""
+        logits = self.model.image_head(states).float()
+        if self.guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + self.sampling.guidance * (conditional - unconditional)
+        logits = logits.expand(-1, self.candidates, -1)
+        uniforms = self.uniforms.index_select(1, self.place)[:, 0].repeat(self.prompts)
+        drawn = draw(logits.flatten(0, 1), uniforms, self.sampling)
+        given = self.given.index_select(0, self.place)
+        drawn = torch.where(given == FREE, drawn, given).view(self.prompts, self.candidates, 1)
+        self.codes.index_copy_(2, self.place, drawn)
+
+
 @torch.inference_mode()
 def generate(
     model: Transformer,
     text: Tensor,
     uniforms: Tensor,
+    sampling: Sampling = PAPER,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    on_row: Callable[[int], None] | None = None,
+    given: Tensor | None = None,
+    on_row: Callable[[Tensor, int], None] | None = None,
 ) -> Tensor:
-    """Draw codes for one caption.
+    """Draw codes for captions.
 
     Args:
-        text: [L], the caption with its padding.
-        uniforms: [B, N]: the random number of each candidate at each code.
-        temperature, top_k, top_p: see `draw`; the paper's are 1, 0 and 1.
-        on_row: called with the number of rows drawn so far, after each.
+        text: [P, L], captions with their padding.
+        uniforms: [C, N]: the random number of each candidate at each code.
+        given: [N], the codes that are given, and `FREE` where they are to be drawn; all are free
+            if not given. Those before the first free one are read at once.
+        on_row: called with the codes [P, C, N] and how many of their rows are there, after each.
 
-    Returns: [B, W, W].
+    Returns: [P, C, W, W].
     """
     config = model.config
-    batch, device = len(uniforms), text.device
-    caches = [
-        Cache(batch, config.heads, config.length, config.head_width, model.image_head.weight)
-        for _ in model.layers
-    ]
-    model.run(model.embed_text(text[None]), caches)
-    codes = torch.empty(batch, config.image_len, dtype=torch.long, device=device)
-    uniforms = uniforms.to(device)
-    x = model.embed_start(text[None]).expand(batch, -1, -1)
-    for place in range(config.image_len):
-        if place:
-            x = model.embed_codes(codes[:, place - 1 : place], place)
-        x = model.run(x, caches, config.text_len + place)
-        logits = model.image_head(x[:, -1])
-        codes[:, place] = draw(logits, uniforms[:, place], temperature, top_k, top_p)
+    given = _check_given(given, model).to(text.device)
+    free = (given == FREE).nonzero()
+    if not len(free):
+        return given.expand(len(text), len(uniforms), -1).unflatten(2, (config.grid_size,) * 2)
+    drawing = _Drawing(model, text, uniforms, sampling, given)
+    advance = recorded(drawing.advance) if text.is_cuda else drawing.advance
+    for place in range(int(free[0]), config.image_len):
+        if place > free[0]:
+            advance()
         if on_row and (place + 1) % config.grid_size == 0:
-            on_row((place + 1) // config.grid_size)
-    return codes.unflatten(1, (config.grid_size, config.grid_size))
+            on_row(drawing.codes, (place + 1) // config.grid_size)
+    return drawing.codes.unflatten(2, (config.grid_size,) * 2)
+
+
+def _check_given(given: Tensor | None, model: Transformer) -> Tensor:
+    length, vocab = model.config.image_len, model.config.codebook_size
+    if given is None:
+        return torch.full((length,), FREE)
+    if given.shape != (length,) or given.min() < FREE or given.max() >= vocab:
+        raise ValueError(
+            f"the given codes are {tuple(given.shape)}, from {given.min()} to {given.max()}; "
+            f"expected [{length}], each from 0 to {vocab - 1}, or {FREE} where it is to be drawn"
+        )
+    return given
+
+
+def no_caption(model: Transformer, device: str | torch.device = "cpu") -> Tensor:
+    """Give the caption that says nothing, [1, L]: padding throughout."""
+    config = model.config
+    return torch.arange(config.text_len, device=device)[None] + config.text_vocab
+
+
+@torch.inference_mode()
+def complete_text(
+    model: Transformer, text: Tensor, uniforms: Tensor, sampling: Sampling = PAPER
+) -> Tensor:
+    """Continue the beginning of a caption: the model is one of captions, too.
+
+    Args:
+        text: [L], the beginning with its padding.
+        uniforms: [C, L], the random number of each candidate at each place.
+
+    Returns: [C, L], each with its padding. Once padding is drawn, the caption is at its end.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    config = model.config
+    text, padding = text.repeat(len(uniforms), 1), no_caption(model, text.device)[0]
+    begun = int((text[0] < config.text_vocab).sum())
+    ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+    for place in range(begun, config.text_len):
+        # Captions are short, and are read anew for each token.
+        states = model.run(model.embed_text(text)[:, : place + 1], [attend] * config.depth)
+        logits = model.text_head(states[:, -1]).float()
+        allowed = torch.zeros_like(logits[0], dtype=torch.bool)
+        allowed[: config.text_vocab] = True
+        allowed[padding[place]] = config.pad_targets  # else it was never learned
+        drawn = draw(
+            logits.masked_fill(~allowed, -torch.inf), uniforms[:, place].to(text.device), sampling
+        )
+        text[:, place] = torch.where(ended, padding[place], drawn)
+        ended |= drawn == padding[place]
+    return text

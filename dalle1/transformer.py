@@ -14,7 +14,7 @@ A text place without a token holds a padding token of its own: id text_vocab + p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle1.attention import Attention, Cache, Mask, Rotary, init_linear
+from dalle1.attention import Attend, Attention, Mask, Rotary, init_linear
 from dalle1.masks import MaskKind, layer_masks
 from dvae.weights import load_weights, model_folder, save_weights
 
@@ -161,16 +161,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.around: Around | None = None
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Mask,
-        cache: Cache | None = None,
-        start: int = 0,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
         def attention(h: Tensor) -> Tensor:
-            return self.attention(self.attention_norm(h), mask, cache, start, rotary)
+            return self.attention(self.attention_norm(h), attend, turns)
 
         def mlp(h: Tensor) -> Tensor:
             return self.mlp(self.mlp_norm(h))
@@ -226,32 +219,56 @@ class Transformer(nn.Module):
         x = self.text_embedding(torch.cat([start, text[:, :-1]], dim=1))
         return x if self.text_position is None else x + self.text_position.weight
 
-    def embed_codes(self, inputs: Tensor, start: int = 0) -> Tensor:
-        """Embed what image states from `start` on read, [B, n] → [B, n, D].
+    def embed_codes(self, inputs: Tensor, places: Tensor | None = None) -> Tensor:
+        """Embed what image states read, [B, n] → [B, n, D].
 
         Args:
             inputs: codes, or codebook_size for the start token.
+            places: which image states, [n], or [1] for all of them; the first n if not given.
         """
-        return self._placed(self.image_embedding(inputs), start)
+        return self._placed(self.image_embedding(inputs), places)
 
     def embed_start(self, text: Tensor) -> Tensor:
         """Embed what the first image state reads, [B, L] → [B, 1, D]; see `image_start`."""
         if self.config.image_start == "text":
-            return self._placed(self.text_embedding(text[:, -1:]), 0)
+            return self._placed(self.text_embedding(text[:, -1:]))
         return self.embed_codes(text.new_full((len(text), 1), self.config.codebook_size))
 
-    def _placed(self, x: Tensor, start: int) -> Tensor:
+    def embed(self, text: Tensor, codes: Tensor) -> Tensor:
+        """Embed all states of text [B, L], and those of the codes [B, n] that they predict.
+
+        Returns: [B, L + n, D]; the last of the codes is not read.
+        """
+        parts = [self.embed_text(text)]
+        if codes.shape[1]:
+            places = torch.arange(1, codes.shape[1], device=codes.device)
+            parts += [self.embed_start(text), self.embed_codes(codes[:, :-1], places)]
+        return torch.cat(parts, dim=1)
+
+    def _placed(self, x: Tensor, places: Tensor | None = None) -> Tensor:
         if self.row is None or self.column is None:
             return x
-        places = torch.arange(start, start + x.shape[1], device=x.device)
+        if places is None:
+            places = torch.arange(x.shape[1], device=x.device)
         rows = places.div(self.config.grid_size, rounding_mode="floor")
         return x + self.row(rows) + self.column(places % self.config.grid_size)
 
-    def run(self, x: Tensor, caches: list[Cache] | None = None, start: int = 0) -> Tensor:
-        """Run embedded states [B, n, D], the first at place `start`, through all layers."""
+    def run(
+        self, x: Tensor, attends: Sequence[Attend] | None = None, places: Tensor | None = None
+    ) -> Tensor:
+        """Run embedded states [B, n, D] through all layers.
+
+        Args:
+            attends: what sees what in each layer; its mask, if not given.
+            places: the states' places in the stream, [n], or [1] where all stand at the same; the
+                first n if not given.
+        """
+        turns = None
+        if self.rotary is not None:
+            here = torch.arange(x.shape[1], device=x.device) if places is None else places
+            turns = self.rotary(here)
         for i, layer in enumerate(self.layers):
-            cache = caches[i] if caches else None
-            x = layer(x, self.masks[self.kinds[i]], cache, start, self.rotary)
+            x = layer(x, attends[i] if attends else self.masks[self.kinds[i]], turns)
         return self.norm(x)
 
     def states(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,9 +279,7 @@ class Transformer(nn.Module):
             codes: [B, N] or [B, W, W], in raster order.
         """
         self._check(text, codes)
-        codes = codes.flatten(1)
-        parts = [self.embed_text(text), self.embed_start(text), self.embed_codes(codes[:, :-1], 1)]
-        x = self.run(torch.cat(parts, dim=1))
+        x = self.run(self.embed(text, codes.flatten(1)))
         text_states, image_states = x.split([self.config.text_len, self.config.image_len], dim=1)
         return text_states, image_states
 
@@ -299,11 +314,17 @@ class Transformer(nn.Module):
                 f"[B, {c.text_len}] and [B, {c.grid_size}, {c.grid_size}]"
             )
 
+    def losses(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Give −ln p of every token: [B, L] of the text, [B, N] of the image."""
+        text_states, image_states = self.states(text, codes)
+        return (
+            self._losses(self.text_head, self.image_head, text_states, text),
+            self._losses(self.image_head, self.text_head, image_states, codes.flatten(1)),
+        )
+
     def loss(self, text: Tensor, codes: Tensor, text_weight: float = 1 / 8) -> TransformerLoss:
         """Give the two-part loss: each cross-entropy a mean over its own tokens (§2.2)."""
-        text_states, image_states = self.states(text, codes)
-        text_losses = self._losses(self.text_head, self.image_head, text_states, text)
-        image_losses = self._losses(self.image_head, self.text_head, image_states, codes.flatten(1))
+        text_losses, image_losses = self.losses(text, codes)
         if self.config.pad_targets:
             text_loss = text_losses.mean()
         else:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle1.attention import Attention, Cache, Mask, attend, attend_in_blocks, attend_in_tiles
+from dalle1.attention import Mask, attend, attend_in_blocks, attend_in_tiles
 from dalle1.masks import MaskKind, joint_mask
 
 KINDS: list[MaskKind] = ["full", "row", "column", "conv"]
@@ -103,16 +103,3 @@ def test_windows_and_arrangement_by_hand() -> None:
         [0, 0, 0, 1, 1, 1],
     ]
     assert rows.blocked[2, 1].tolist() == [False, True, True, True, True, False]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_pieces_with_a_cache_are_the_whole(kind: MaskKind) -> None:
-    torch.manual_seed(0)
-    layer, mask = Attention(16, 2, 1), Mask(kind, 4, 4)
-    torch.nn.init.normal_(layer.qkv.weight)
-    x = torch.randn(2, 20, 16)
-    whole = layer(x, mask)
-    cache = Cache(2, 2, 20, 8, x)
-    ends = [4, 5, 6, 11, 20]
-    pieces = [layer(x[:, a:b], mask, cache, a) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)

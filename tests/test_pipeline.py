@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle1 import DallE
+from dalle1 import DallE, pipeline
+from dalle1.cache import candidate_bytes
 from dalle1.clip import tiny_clip
+from dalle1.device import PRECISIONS
+from dalle1.pipeline import fitting, in_batches
+from dalle1.sampler import FREE
 from dalle1.text import Tokenizer
 from dalle1.transformer import Transformer, TransformerConfig
 from dvae import DVAE, DVAEConfig
@@ -106,18 +111,169 @@ def test_pictures_depend_on_seed_and_number_alone(plain: DallE) -> None:
 
 
 def test_every_code_drawn_is_counted(plain: DallE) -> None:
-    counted: list[int] = []
-    plain.candidates(PROMPT, num_candidates=3, batch_size=2, on_row=counted.append)
-    assert counted == [8, 8, 8, 8, 4, 4, 4, 4]
+    counted: list[tuple[int, int]] = []
+
+    def on_row(codes: torch.Tensor, rows: int) -> None:
+        counted.append((len(codes), rows))
+
+    plain.candidates(PROMPT, num_candidates=3, batch_size=2, on_row=on_row)
+    assert counted == [(1, rows) for rows in range(1, 5)] + [(2, rows) for rows in range(1, 5)]
+
+
+def test_many_prompts_are_one_stream_of_batches(ranked: DallE) -> None:
+    prompts = [PROMPT, "a blue star", PROMPT, "a green cube", "a cube"]
+    alone = [ranked.candidates(p, num_candidates=3, seed=2) for p in prompts]
+    batches: list[int] = []
+    for size, expected in ((6, [3, 6, 6]), (4, [3] * 5), (2, [1, 2] * 5), (99, [15])):
+        batches.clear()
+        drawn = ranked.draw(
+            prompts,
+            num_candidates=3,
+            seed=2,
+            batch_size=size,
+            on_row=lambda codes, rows: rows < 4 or batches.append(len(codes)),
+        )
+        for got, wanted in zip(drawn, alone, strict=True):
+            assert [c.index for c in got] == [c.index for c in wanted]
+            assert same([c.image for c in got], [c.image for c in wanted])
+        assert sorted(batches) == sorted(expected)
+
+
+def test_processes_share_the_candidates(plain: DallE) -> None:
+    whole = list(plain.draw([PROMPT, "a cube"], num_candidates=5))
+    parts = [list(plain.draw([PROMPT, "a cube"], num_candidates=5, share=(r, 3))) for r in range(3)]
+    for i, candidates in enumerate(whole):
+        shared = sorted((c for part in parts for c in part[i]), key=lambda c: c.index)
+        assert [c.index for c in shared] == list(range(5))
+        assert same([c.image for c in shared], [c.image for c in candidates])
+    assert list(plain.draw([PROMPT, "a cube"], num_candidates=2, share=(2, 3))) == [[], []]
+
+
+def test_without_memory_the_batches_are_halved() -> None:
+    asked: list[int] = []
+
+    def draw(rows: range, columns: range) -> torch.Tensor:
+        asked.append(len(rows) * len(columns))
+        if asked[-1] > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return torch.tensor([[10 * r + c for c in columns] for r in rows])
+
+    with pytest.warns(UserWarning, match="out of memory; going on with"):
+        drawn = [codes for _, _, codes in in_batches(draw, range(2), range(7), 99)]
+    assert torch.cat([d.flatten() for d in drawn]).tolist() == [*range(7), *range(10, 17)]
+    assert asked == [14, 7, 3, 2, 2, 3, 2, 2]
+
+    def broken(rows: range, columns: range) -> torch.Tensor:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        list(in_batches(broken, range(2), range(7), 99))
+
+
+def test_the_batch_is_what_fits_in_half_of_the_memory(
+    plain: DallE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = candidate_bytes(plain.transformer)
+    for free, expected in ((0, 1), (2 * each, 1), (21 * each, 10), (10**15, 128)):
+        monkeypatch.setattr(pipeline, "free_memory", lambda _, free=free: free)
+        assert fitting(plain.transformer) == expected
+    monkeypatch.setattr(pipeline, "free_memory", lambda _: 40 * each)
+    assert fitting(plain.transformer, guided=True) == 10
+
+
+def picture() -> Image.Image:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def test_the_top_of_a_picture_is_kept(plain: DallE) -> None:
+    codes = plain.encode(picture())
+    given = plain.given_codes(picture(), keep_rows=3).view(4, 4)
+    assert torch.equal(given[:3], codes[:3])
+    assert (given[3] == FREE).all()
+    drawn = plain.candidates(PROMPT, num_candidates=3, given=given.flatten())
+    for candidate in drawn:
+        assert torch.equal(candidate.codes[:3], codes[:3])
+    assert len({tuple(c.codes[3].tolist()) for c in drawn}) > 1
+    for rows in (-1, 4):
+        with pytest.raises(ValueError, match=f"keep_rows is {rows}, expected 0 to 3"):
+            plain.given_codes(picture(), keep_rows=rows)
+
+
+def test_what_is_white_in_a_mask_is_drawn_anew(plain: DallE) -> None:
+    codes, mask = plain.encode(picture()), Image.new("L", (32, 32))
+    mask.paste(255, (15, 8, 17, 16))  # pixels of the second row, of its second and third code
+    given = plain.given_codes(picture(), mask=mask).view(4, 4)
+    free = torch.zeros(4, 4, dtype=torch.bool)
+    free[1, 1:3] = True
+    assert torch.equal(given == FREE, free)
+    assert torch.equal(given[~free], codes[~free])
+    with pytest.raises(ValueError, match="black throughout"):
+        plain.given_codes(picture(), mask=Image.new("L", (32, 32)))
+    with pytest.raises(ValueError, match="the mask has 16 × 32 pixels, the picture 32 × 32"):
+        plain.given_codes(picture(), mask=Image.new("L", (16, 32)))
+
+
+def test_bits_are_those_of_the_loss(plain: DallE) -> None:
+    codes = plain.encode(picture())[None]
+    text = plain.encode_prompt(PROMPT)[None]
+    with torch.no_grad():
+        text_losses, image_losses = plain.transformer.losses(text, codes)
+    words = plain.tokenizer.count(PROMPT)
+    of_text, of_codes = plain.bits(PROMPT, codes)
+    assert of_text == pytest.approx(text_losses[0, : words + 1].mean().item() / math.log(2))
+    assert of_codes.item() == pytest.approx(image_losses.mean().item() / math.log(2))
+    assert plain.log_likelihood(PROMPT, picture()) == pytest.approx((of_text, of_codes.item()))
+    several = plain.bits(PROMPT, codes.repeat(5, 1, 1), batch_size=2)[1]
+    torch.testing.assert_close(several, of_codes.expand(5))
+
+
+def test_likelihood_orders_by_what_the_caption_explains(plain: DallE) -> None:
+    drawn = plain.candidates(PROMPT, num_candidates=4, rerank="likelihood")
+    saved = [
+        (plain.bits("", c.codes[None])[1] - plain.bits(PROMPT, c.codes[None])[1]).item()
+        for c in drawn
+    ]
+    assert saved == sorted(saved, reverse=True)
+    assert [c.score for c in drawn] == pytest.approx(saved, abs=1e-4)
+    assert len(set(saved)) == 4
+
+
+def test_rerankers_that_are_not_there_are_refused(plain: DallE, ranked: DallE) -> None:
+    with pytest.raises(ValueError, match="there is no CLIP to rerank with"):
+        plain.candidates(PROMPT, rerank="clip")
+    with pytest.raises(ValueError, match="rerank is 'taste', expected clip or likelihood or none"):
+        plain.candidates(PROMPT, rerank="taste")
+    unranked = ranked.candidates(PROMPT, num_candidates=3, rerank="none")
+    assert [(c.index, c.score) for c in unranked] == [(0, None), (1, None), (2, None)]
+
+
+def test_captions_are_continued(plain: DallE) -> None:
+    done = plain.complete("a red", count=5, seed=1)
+    assert len(done) == 5
+    assert all(text.startswith("a red") for text in done)
+    assert done == plain.complete("a red", count=5, seed=1)
+    assert done[:2] == plain.complete("a red", count=2, seed=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_draw_too(folder: Path, precision: str) -> None:
+    model = DallE.from_pretrained(folder, device="cpu", precision=precision)
+    assert model.transformer.image_head.weight.dtype == PRECISIONS[precision]
+    drawn = model.candidates(PROMPT, num_candidates=2)
+    assert len({c.image.tobytes() for c in drawn}) == 2
+    with pytest.raises(ValueError, match="precision is 'fp64', expected auto or fp32"):
+        DallE.from_pretrained(folder, precision="fp64")
 
 
 def test_saved_models_draw_the_same(ranked: DallE, plain: DallE, folder: Path) -> None:
     names = {p.name for p in folder.iterdir()}
     assert names == {"dvae.safetensors", "transformer.safetensors", "vocab.json", "clip"}
-    loaded = DallE.from_pretrained(folder, device="cpu")
+    loaded = DallE.from_pretrained(folder, device="cpu", precision="fp32")
     options = {"num_images": 4, "num_candidates": 4, "seed": 5}
     assert same(loaded.generate(PROMPT, **options), ranked.generate(PROMPT, **options))
-    without = DallE.from_pretrained(folder, clip="none", device="cpu")
+    without = DallE.from_pretrained(folder, clip="none", device="cpu", precision="fp32")
     assert without.clip is None
     assert same(without.generate(PROMPT, **options), plain.generate(PROMPT, **options))
 
@@ -200,6 +356,7 @@ def test_a_long_prompt_says_what_is_kept(plain: DallE) -> None:
         ({"temperature": -1}, "temperature is -1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0}, "top_p is 0"),
+        ({"guidance": -1}, "guidance is -1"),
     ],
 )
 def test_impossible_settings_are_refused(

@@ -140,6 +140,13 @@ def test_pictures_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> Non
         "temperature": 0.9,
         "top_k": 8,
         "top_p": 1.0,
+        "typical": 1.0,
+        "guidance": 1.0,
+        "rerank": None,
+        "precision": "auto",
+        "image": None,
+        "keep_rows": None,
+        "mask": None,
     }
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert [s["file"] for s in scores] == ["00.png", "01.png"]
@@ -313,7 +320,7 @@ def test_help_of_sampling_names_the_flags_without_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    flags = "num-candidates num-images seed temperature top-k top-p out model clip device"
+    flags = "num-candidates num-images seed temperature top-k top-p typical guidance out model clip"
     assert [f for f in flags.split() if f"--{f}" not in run.stdout] == []
 
 

@@ -234,7 +234,7 @@ class Clip:
 
         The softmax of the cosines times the learned scale: they sum to 1.
         """
-        return (self.model.logit_scale.exp().float() * scores).softmax(-1)
+        return (float(self.model.logit_scale.exp()) * scores.float()).softmax(-1)
 
     def _check_image_size(self, name: str) -> None:
         prepared = tuple(self.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])

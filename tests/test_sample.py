@@ -1,0 +1,185 @@
+"""The command that draws: what each flag does to the pictures, alone and in several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from dalle1 import DallE
+from dalle1.text import Tokenizer
+from dalle1.transformer import Transformer, TransformerConfig
+from dvae import DVAE, DVAEConfig
+
+PROMPT = "a red cube"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a model of 4 × 4 codes that draws anything."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([PROMPT, "a blue star"], 262)
+    size = {"width": 4, "blocks_per_group": 1, "code_width": 8}
+    dvae = DVAE(DVAEConfig(image_size=32, codebook_size=16, **size)).eval()
+    model = Transformer(
+        TransformerConfig(
+            text_vocab=tokenizer.vocab_size,
+            text_len=16,
+            codebook_size=16,
+            grid_size=4,
+            width=16,
+            depth=2,
+            heads=2,
+        )
+    )
+    with torch.no_grad():
+        dvae.decoder.input.weight.mul_(10)
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    path = tmp_path_factory.mktemp("model")
+    DallE(dvae, model, tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (48, 32, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def arguments(folder: Path, out: Path, *args: str) -> list[str]:
+    fixed = ["--model", str(folder), "--device", "cpu", "--precision", "fp32"]
+    return [*fixed, "--num-candidates", "5", "--num-images", "5", "--out", str(out), *args]
+
+
+def drawn(folder: Path, out: Path, *args: str) -> list[bytes]:
+    """Run the command; give the pixels of its pictures."""
+    sample.main(arguments(folder, out, *args))
+    entries = json.loads((out / "scores.json").read_text())
+    return [Image.open(out / entry["file"]).tobytes() for entry in entries]
+
+
+def test_each_flag_changes_the_pictures(folder: Path, photo: Path, tmp_path: Path) -> None:
+    plain = drawn(folder, tmp_path / "plain", PROMPT)
+    assert len(set(plain)) == 5
+    mask = Image.new("L", (32, 48))
+    mask.paste(255, (0, 30, 32, 48))
+    mask.save(tmp_path / "mask.png")
+    flags = (
+        *("--guidance 3", "--typical 0.4", "--temperature 0.3", "--seed 1", "--rerank likelihood"),
+        *(f"--image {photo} --keep-rows 2", f"--image {photo} --mask {tmp_path / 'mask.png'}"),
+    )
+    results = [drawn(folder, tmp_path / "other", PROMPT, *flag.split()) for flag in flags]
+    assert all(result != plain for result in results)
+    assert sorted(results[4]) == sorted(plain)  # reranked, the same pictures in another order
+    assert drawn(folder, tmp_path / "again", PROMPT, "--guidance", "1") == plain
+    assert drawn(folder, tmp_path / "again", PROMPT, "--batch-size", "2") == plain
+    settings = json.loads(Image.open(tmp_path / "other" / "00.png").text["settings"])
+    assert settings["mask"] == str(tmp_path / "mask.png")
+
+
+def test_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue star \n")
+    out = tmp_path / "out"
+    sample.main(arguments(folder, out, "a cube", "--prompts-file", str(tmp_path / "prompts.txt")))
+    assert {p.name for p in out.iterdir()} == {"a-cube", "a-red-cube", "a-blue-star"}
+    alone = drawn(folder, tmp_path / "alone", PROMPT)
+    assert [(out / "a-red-cube" / f"0{i}.png").is_file() for i in range(5)] == [True] * 5
+    assert Image.open(out / "a-red-cube" / "00.png").tobytes() == alone[0]
+
+
+def test_a_preview_shows_the_rows_as_they_come(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[int] = []
+    replace = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        picture = Image.open(source).convert("RGB")  # four tiles of 32 pixels, gaps of 4
+        lines = [picture.crop((4, 4 + y, 36, 5 + y)) for y in range(32)]
+        shown.append(sum(line.getcolors() == [(32, (128, 128, 128))] for line in lines))
+        replace(source, target)
+
+    monkeypatch.setattr(sample.os, "replace", watched)
+    drawn(folder, tmp_path, PROMPT, "--preview")
+    assert shown == [24, 16, 8, 0]
+    assert (tmp_path / "preview.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--keep-rows 2", "--image goes with either --keep-rows or --mask"),
+        ("--image PHOTO", "--image goes with either --keep-rows or --mask"),
+        ("--image PHOTO --keep-rows 2 --mask PHOTO", "--image goes with either"),
+        ("--image PHOTO --keep-rows 4", "keep_rows is 4, expected 0 to 3"),
+        ("--image nowhere.png --keep-rows 1", "nowhere.png"),
+        ("--image TEXT --keep-rows 1", "cannot identify image file"),
+        ("--image PHOTO --mask TEXT", "cannot identify image file"),
+        ("--prompts-file nowhere.txt", "nowhere.txt"),
+        ("--prompts-file BINARY", "is not UTF-8"),
+        ("--guidance -1", "guidance is -1"),
+        ("--typical 0", "typical is 0"),
+        ("--rerank clip", "there is no CLIP to rerank with"),
+        ("--batch-size many", "argument --batch-size: invalid"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(
+    folder: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: str,
+    message: str,
+) -> None:
+    (tmp_path / "text").write_text("no picture")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
+    for word, path in (("PHOTO", photo), ("TEXT", tmp_path / "text")):
+        flags = flags.replace(word, str(path))
+    flags = flags.replace("BINARY", str(tmp_path / "binary"))
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(arguments(folder, tmp_path / "out", PROMPT, *flags.split()))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_two_processes_draw_what_one_draws(folder: Path, tmp_path: Path) -> None:
+    alone = drawn(folder, tmp_path / "alone", PROMPT, "--rerank", "likelihood")
+    scores = (tmp_path / "alone" / "scores.json").read_text()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    together = tmp_path / "together"
+    command = [sys.executable, "sample.py", *arguments(folder, together, PROMPT)]
+    ranks = [
+        subprocess.Popen(
+            [*command, "--rerank", "likelihood"],
+            cwd=Path(sample.__file__).parent,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    entries = json.loads((together / "scores.json").read_text())
+    assert [Image.open(together / entry["file"]).tobytes() for entry in entries] == alone
+    for entry, expected in zip(entries, json.loads(scores), strict=True):
+        assert entry["score"] == pytest.approx(expected["score"], abs=1e-4)
