@@ -50,6 +50,11 @@ class ToyboxOptions:
     """The judge's weights; the bundled ones if not given."""
     judge_pictures: int = 500
     """Real renderings on which the judge itself is checked first."""
+    num_scenes: int = 0
+    """Prompts with two or three things alike, and as many with two in a relation; all from training
+    pairs."""
+    scene_judge: Path | None = None
+    """The weights of the judge of those; the bundled ones if not given."""
     out: Path = Path("runs/toybox")
     """Folder for toybox.json and heldout.png."""
 
@@ -93,6 +98,9 @@ class JudgeOptions:
     """Chooses the renderings, the first weights and the augmentation."""
     pictures: int = 9000
     """Renderings held in memory to learn from."""
+    scenes: bool = False
+    """Train the judge of whole scenes, which counts things and says where they are; it needs more
+    pictures and more minutes."""
 
     def __post_init__(self) -> None:
         if self.minutes <= 0 or self.pictures < 1:
@@ -169,7 +177,7 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     """Run the whole evaluation, write its files and return the scores by name."""
     from tqdm import tqdm
 
-    from dalle1.evaluation.report import wilson, write_report
+    from dalle1.evaluation.report import table, wilson, write_report
     from dalle1.evaluation.toybox import (
         SPLITS,
         ask,
@@ -196,6 +204,8 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
         if prompt.split == "heldout":
             shown.append((picture, prompt.text, answer.right(answer.best or 0)["both"]))
     scores.update(toybox_scores(answers))
+    if options.num_scenes:
+        scores.update(run_scenes(options, model))
     intervals = {
         name: wilson(share, options.num_prompts)
         for name, share in scores.items()
@@ -205,9 +215,29 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     write_report(path, options, scores, intervals=intervals, prompts=details(answers))
     grid(shown).save(options.out / "heldout.png")
     print(toybox_table(scores, options.num_prompts, options.num_candidates))
+    print(table((k, v) for k, v in scores.items() if k.startswith(("count", "relation"))))
     if any(answer.best is None for answer in answers):
         print("the model has no CLIP, so there is no best of N", file=sys.stderr)
     print(f"wrote {path} and {options.out / 'heldout.png'}")
+    return scores
+
+
+def run_scenes(options: ToyboxOptions, model: DallE) -> dict[str, float]:
+    """Draw prompts of counts and relations, have them judged, and give the shares by name."""
+    from tqdm import tqdm
+
+    from dalle1.evaluation import scenes
+    from dalle1.scene_judge import BUNDLED, load_scene_judge
+
+    judge = load_scene_judge(options.scene_judge or BUNDLED)
+    scores = dict(scenes.check_scene_judge(judge, options.judge_pictures, options.seed))
+    for kind in scenes.KINDS:
+        asked = scenes.choose_scenes(kind, options.num_scenes, options.seed)
+        answers = [
+            scenes.ask(model, judge, prompt, options.num_candidates)
+            for prompt in tqdm(asked, desc=f"drawing {kind}s", unit="prompt")
+        ]
+        scores.update(scenes.scene_scores(kind, answers))
     return scores
 
 
@@ -327,8 +357,18 @@ def run_judge(options: JudgeOptions) -> dict[str, float]:
 
     options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
     config = JudgeConfig(nouns=tuple(NOUNS), fills=tuple(FILLS))
-    data = render_many(config, options.pictures, "all", f"train {options.seed}")
     steps = max(1, round(options.minutes * STEPS_PER_MINUTE))
+    if options.scenes:
+        from dalle1.evaluation.report import table
+        from dalle1.evaluation.scenes import check_scene_judge
+        from dalle1.scene_judge import train_scene_judge
+
+        seen = train_scene_judge(config, pictures=options.pictures, steps=steps, seed=options.seed)
+        save_judge(seen, options.out)
+        scores = dict(check_scene_judge(seen, CHECK_PICTURES, options.seed))
+        print(f"{table(scores.items())}\nwrote {options.out}")
+        return scores
+    data = render_many(config, options.pictures, "all", f"train {options.seed}")
     judge = train_judge(config, data, steps=steps, seed=options.seed)
     save_judge(judge, options.out)
     scores = dict(check_judge(judge, CHECK_PICTURES, options.seed))

@@ -14,6 +14,7 @@ from dalle1.data.toybox import FILLS, NOUNS, RELATIONS, Scene, describe, render,
 from dalle1.data.toybox.captions import article
 from dalle1.evaluation.clips import Scores, binding, linear_probe, retrieval
 from dalle1.evaluation.report import CHANCE
+from dalle1.evaluation.scenes import plain_caption
 
 SPLITS = {"training": "validation", "held-out": "heldout"}
 """Of pairs: fresh scenes of those that training sees, and of those that it does not."""
@@ -38,12 +39,6 @@ def of_different_pairs(stream: Iterator[Scene], count: int) -> list[Scene]:
         scene = next(stream)
         found.setdefault(scene.items[0].pair, scene)
     return list(found.values())
-
-
-def plain_caption(scene: Scene) -> str:
-    """Say what things there are, and where, in as few words as can be."""
-    things = [f"{article(item.fill)} {item.noun}" for item in scene.items]
-    return f" {scene.relation} ".join(things)
 
 
 def toybox_probes(clip: Clip, pictures: int = 400, seed: int = 0) -> Scores:
