@@ -198,8 +198,9 @@ def generate(
         return given.expand(len(text), len(uniforms), -1).unflatten(2, (config.grid_size,) * 2)
     drawing = _Drawing(model, text, uniforms, sampling, given)
     advance = recorded(drawing.advance) if text.is_cuda else drawing.advance
-    for place in range(int(free[0]), config.image_len):
-        if place > free[0]:
+    first = int(free[0])
+    for place in range(first, config.image_len):
+        if place > first:
             advance()
         if on_row and (place + 1) % config.grid_size == 0:
             on_row(drawing.codes, (place + 1) // config.grid_size)

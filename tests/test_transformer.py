@@ -260,12 +260,12 @@ def test_one_batch_is_learned_by_heart() -> None:
     model, (text, codes) = Transformer(SIZE), example()
     text[:, 0] = torch.tensor([1, 2])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(200):
+    for _ in range(300):
         loss = model.loss(text, codes)
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-    assert loss.image < 0.05
+    assert loss.image < 0.01
     # Which of two captions it is cannot be known before its first token, nor cheaper than this.
     floor = math.log(2) / L
     assert floor - 1e-3 < loss.text < floor + 0.1
