@@ -314,7 +314,9 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
     """Measure drawn pictures, print and write the numbers, and return them."""
     from dalle1.clip import Clip
     from dalle1.data import open_source
-    from dalle1.data.sources import Folder
+    from dalle1.data.folder import Folder
+    from dalle1.data.reading import AS_IT_IS
+    from dalle1.data.streams import Streamed
     from dalle1.device import pick_device
     from dalle1.evaluation.own import prompt_of
     from dalle1.evaluation.report import table, write_report
@@ -322,7 +324,7 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
 
     options.check()
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
-    source = Folder(options.pictures, "encode", captions=False)
+    source = Folder(options.pictures, "encode", captions=False, reading=AS_IT_IS)
     drawn = Pictures(source, options.most)
     scores: dict[str, float] = {"pictures": len(drawn)}
     prompts = [prompt_of(path) for path in source.pictures[: len(drawn)]]
@@ -336,7 +338,12 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
             "nothing to measure them by"
         )
     if options.reference is not None:
-        real = Pictures(open_source(options.reference, "encode", captions=False), options.most)
+        whole = open_source(options.reference, "encode", captions=False, reading=AS_IT_IS)
+        if isinstance(whole, Streamed):
+            raise ValueError(
+                f"{options.reference} can only be read front to back: give fewer shards"
+            )
+        real = Pictures(whole, options.most)
         scores |= {
             "reference pictures": len(real),
             **dict(distances(clip, drawn, real, options.blur)),

@@ -22,7 +22,7 @@ from dalle1.cli import clear_errors, parse_preset
 from dalle1.clip import Clip, ContrastiveLoss, new_clip, pair_loss, soften
 from dalle1.clip.losses import prepare_for
 from dalle1.data import PairSource, open_source
-from dalle1.data.batches import Example, first_examples
+from dalle1.data.batches import Example, Source, first_captions, first_examples
 from dalle1.data.images import augmented, centre_square, to_float, to_tensor
 from dalle1.device import pick_device
 from dalle1.presets import CLIP_PRESETS, ClipRecipe
@@ -61,8 +61,8 @@ class ClipTraining:
         self.config = config
         self.device = pick_device(config.device)
         size = config.model.image_size
-        source = open_source(config.data, "train", size, config.seed)
-        held = open_source(config.data, "validation", size, config.seed)
+        how: dict[str, Any] = {"size": size, "seed": config.seed, "reading": config, "detail": size}
+        source, held = (open_source(config.data, split, **how) for split in ("train", "validation"))
         torch.manual_seed(config.seed)
         self.clip = self.initial(source)
         prepare_for(self.clip.model, config.loss)
@@ -72,12 +72,11 @@ class ClipTraining:
         pairs = first_examples(held, partial(prepare, False), config.validation_pairs)
         self.held = {name: tensor.to(self.device) for name, tensor in pairs.items()}
 
-    def initial(self, source: PairSource) -> Clip:
+    def initial(self, source: Source) -> Clip:
         """Make a new CLIP with a vocabulary of the data's captions, or take --init's."""
         config = self.config
         if config.init is None:
-            count = min(config.vocab_captions, len(source))
-            captions = (source.caption(i, random.Random(i)) for i in range(count))
+            captions = first_captions(source, config.vocab_captions)
             return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
         clip = Clip.from_pretrained(config.init)
         if (changed := clip.size().differences(config.model)) is not None:

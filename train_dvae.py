@@ -8,6 +8,7 @@ after an interruption. Presets are in dalle1/presets.py.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -66,9 +67,12 @@ class DVAETraining:
         torch.manual_seed(config.seed)
         self.model = self.initial().to(self.device)
         size = config.model.image_size
-        source = open_source(config.data, "train", size, config.seed, captions=False)
+        place = config.data, "train", size, config.seed, False
+        detail = math.ceil(config.crop_size * config.augmentation.resize[1])
+        source = open_source(*place, reading=config, detail=detail)
         self.stream = stream_from(source, partial(crops, config), config)
-        held = open_source(config.data, "validation", size, config.seed, captions=False)
+        place = config.data, "validation", size, config.seed, False
+        held = open_source(*place, reading=config, detail=size)
         whole = partial(centred, config)
         pictures = first_examples(held, whole, config.validation_pictures)["images"]
         self.held = to_float(pictures).to(self.device)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dalle1.cli import clear_errors, parse_preset
 from dalle1.data import PairSource, open_source
-from dalle1.data.batches import first_examples
-from dalle1.data.codes import CodeSource, open_codes
+from dalle1.data.batches import Source, first_captions, first_examples
+from dalle1.data.codes import CodeSource, JoinedCodes, open_codes
 from dalle1.data.images import Augmentation, augmented, centre_square, grid, to_float, to_tensor
 from dalle1.device import autocast, pick_device
 from dalle1.pipeline import VOCABULARY_NAME, DallE
@@ -31,8 +31,6 @@ from dalle1.training.loop import Batch, Work, fit, stream_from
 from dalle1.transformer import Transformer, TransformerConfig, TransformerLoss
 from dvae import DVAE
 from dvae.weights import model_folder
-
-Source = CodeSource | PairSource
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,14 @@ class Tokenized:
     augmentation: Augmentation | None
     allow_upscale: bool
 
-    def __call__(self, source: Source, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+    def __call__(
+        self, source: CodeSource | JoinedCodes | PairSource, index: int, rng: random.Random
+    ) -> Mapping[str, Tensor]:
         caption = source.caption(index, rng)
         if rng.random() < self.caption_dropout:
             caption = ""
         text = self.tokenizer.encode([caption], self.text_len, dropout=self.bpe_dropout, rng=rng)[0]
-        if isinstance(source, CodeSource):
+        if isinstance(source, CodeSource | JoinedCodes):
             return {"text": text, "codes": source.code_grid(index, rng)}
         if self.augmentation is None:
             picture = centre_square(source.image(index), self.size, self.allow_upscale)
@@ -115,14 +115,14 @@ class TransformerTraining:
         for folder in (self.config.out, self.config.init):
             if folder and (kept := model_folder(folder) / VOCABULARY_NAME).is_file():
                 return Tokenizer.load(kept)
-        count = min(self.config.vocab_captions, len(self.source))
-        captions = (self.source.caption(i, random.Random(i)) for i in range(count))
+        captions = first_captions(self.source, self.config.vocab_captions)
         return Tokenizer.train(captions, self.config.model.text_vocab)
 
     def open(self, split: str) -> Source:
-        config = self.config
+        config, size = self.config, self.dvae.config.image_size
+        detail = math.ceil(size * config.augmentation.resize[1])
         return open_codes(config.data, split, config.dvae) or open_source(
-            config.data, split, self.dvae.config.image_size, config.seed
+            config.data, split, size, config.seed, reading=config, detail=detail
         )
 
     def loss(

@@ -17,7 +17,7 @@ from torch import Tensor
 from dalle1.cache import candidate_bytes
 from dalle1.clip import Clip
 from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
-from dalle1.data.sources import to_rgb
+from dalle1.data.reading import to_rgb
 from dalle1.device import free_memory, out_of_memory, pick_device, pick_precision
 from dalle1.sampler import (
     FREE,

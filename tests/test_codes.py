@@ -155,12 +155,12 @@ def test_small_pictures_are_left_out_and_counted(
 ) -> None:
     save_dvae(tmp_path / "dvae")
     (tmp_path / "pictures").mkdir()
-    for name, side in (("a", 32), ("b", 31), ("c", 40), ("d", 8)):
+    for name, side in (("a", 32), ("b", 31), ("c", 40), ("d", 25)):
         Image.new("RGB", (side, 50), "red").save(tmp_path / "pictures" / f"{name}.png")
         (tmp_path / "pictures" / f"{name}.txt").write_text(name)
     config = encoding(tmp_path, data=str(tmp_path / "pictures"))
     encode(config)
-    assert "Left out 2 pictures smaller than 32 × 32" in capsys.readouterr().out
+    assert "Left out 2 × too small" in capsys.readouterr().out
     assert [source_of(config).caption(i, RNG) for i in range(2)] == ["a", "c"]
     assert len(source_of(config)) == 2
     enlarged = encoding(tmp_path, data=config.data, allow_upscale=True, out=tmp_path / "all")

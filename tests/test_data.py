@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.data import batches
-from dalle1.data.batches import ENDLESS, in_order, index_at
+from dalle1.data.batches import LEFT_OUT, in_order
 from dalle1.data.images import (
     FOR_TRANSFORMER,
     Augmentation,
@@ -26,7 +26,7 @@ from dalle1.data.images import (
     to_pil,
     to_tensor,
 )
-from dalle1.data.sources import part
+from dalle1.data.pairs import ENDLESS, index_at, part
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 RNG = random.Random(0)
@@ -69,6 +69,17 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     assert take(9, seed=6) != whole
     draws = [draw for _, drawn in whole for draw in drawn]
     assert len(set(draws)) == 36  # the same pair in another epoch is drawn anew
+
+
+def test_ranks_share_the_batch_of_one_process() -> None:
+    whole = take(6, seed=5, start=2)
+    for world_size in (1, 2, 4):
+        ranks = [take(6, seed=5, start=2, rank=r, world_size=world_size) for r in range(world_size)]
+        for step, (indices, draws) in enumerate(whole):
+            assert [i for rank in ranks for i in rank[step][0]] == indices
+            assert [draw for rank in ranks for draw in rank[step][1]] == draws
+    with pytest.raises(ValueError, match="batch_size is 4, expected a multiple of the 3 processes"):
+        take(1, world_size=3)
 
 
 def test_workers_change_nothing() -> None:
@@ -237,15 +248,18 @@ def test_small_pictures_are_left_out_of_batches_and_counted() -> None:
     stream = batches(Mixed(), prepare, batch_size=20)
     first = next(stream)
     assert not (first["index"] % 2).any()
-    assert first["skipped"].sum() >= 10
+    assert len(first[LEFT_OUT]) >= 10
+    assert {pair.cause for pair in first[LEFT_OUT]} == {"too small"}
+    assert {pair.where for pair in first[LEFT_OUT]} <= {f"pair {i}" for i in range(1, 20, 2)}
     other = next(batches(Mixed(), prepare, batch_size=20, num_workers=2))
-    assert all(torch.equal(first[name], other[name]) for name in first)
+    assert torch.equal(first["index"], other["index"])
+    assert first[LEFT_OUT] == other[LEFT_OUT]
     stream.close()
 
     def none(source: Mixed, index: int, rng: random.Random) -> dict[str, torch.Tensor]:
         raise TooSmall("a picture of 3 × 3 is too small")
 
-    with pytest.raises(ValueError, match=r"1000 pictures in a row were left out.* of 3 × 3"):
+    with pytest.raises(ValueError, match=r"1000 pairs in a row were left out.* of 3 × 3"):
         next(batches(Mixed(), none, batch_size=1))
 
 

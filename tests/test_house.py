@@ -31,7 +31,7 @@ LAYERS = [
 SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers
 
 DVAE_MAY_IMPORT = {"dvae", "torch", "einops", "numpy", "safetensors"} | sys.stdlib_module_names
-LAZY = {"deepspeed", "transformers", "webdataset", "gradio", "wandb"}
+LAZY = {"deepspeed", "ftfy", "transformers", "webdataset", "gradio", "wandb"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc"}
 NOT_SOURCE = {"runs", "outputs", "build", "dist", "wandb", "__pycache__"}
 MAX_FUNCTION_LINES = 60

@@ -106,15 +106,14 @@ def test_a_dvae_trains_on_pictures_without_captions(
 ) -> None:
     (tmp_path / "pictures").mkdir()
     for i in range(6):
-        side = 20 if i == 3 else 70 + i
-        picture = Image.effect_noise((side, 90), 100)
+        picture = Image.effect_noise((20, 30) if i == 3 else (70 + i, 90), 100)
         picture.save(tmp_path / "pictures" / f"{i}.png")
     flags = [*TINY_DVAE, *RUN, "--crops-per-picture", "2", "--distortion", distortion]
     flags += ["--data", str(tmp_path / "pictures"), "--steps", "8", "--log-every", "1"]
     train_dvae.main(["toy", *flags, "--out", str(tmp_path / "run")])
     lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[7]["skipped"] > 0
-    assert "leaving out pictures that are too small" in capsys.readouterr().out
+    assert lines[7]["left out/too small"] > 0
+    assert "3.png (too small: a picture of 20 × 30" in capsys.readouterr().out
     assert lines[0]["temperature"] == 1
     assert lines[0]["beta"] == 0
     last = {name.removeprefix("validation/") for name in lines[-1]}
@@ -352,7 +351,7 @@ def test_workers_are_sent_no_model(runs: Path, tmp_path: Path) -> None:
     assert len(pickle.dumps(training.stream)) < 200_000
 
 
-def test_a_damaged_picture_ends_a_training_and_its_workers(tmp_path: Path) -> None:
+def test_damaged_data_ends_a_training_and_its_workers(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "bad.png").write_bytes(b"no picture")
@@ -362,7 +361,7 @@ def test_a_damaged_picture_ends_a_training_and_its_workers(tmp_path: Path) -> No
         (data / f"{name}.txt").write_text("a black square")
     code = "import sys, train_clip; train_clip.main(sys.argv[1:])"
     flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--num-workers", "1"]
-    flags += ["--validation-pairs", "1"]
+    flags += ["--validation-pairs", "1", "--image-size", "32"]
     root = Path(sample.__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", code, "toy", *flags], cwd=root, timeout=120, capture_output=True
@@ -370,4 +369,6 @@ def test_a_damaged_picture_ends_a_training_and_its_workers(tmp_path: Path) -> No
     last = done.stderr.decode().splitlines()[-1]
     assert done.returncode == 2
     assert last.startswith("error: ")
-    assert "bad.png is no readable picture" in last
+    assert "are damaged, more than --max-bad-fraction 0.05 allows" in last
+    assert "× not a picture" in last
+    assert f"Leaving out {data / 'bad.png'} (not a picture" in done.stdout.decode()

@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 
 from dalle1.data import open_source
-from dalle1.data.batches import ENDLESS
-from dalle1.data.sources import PICTURES, Folder, Shards, to_rgb
+from dalle1.data.folder import Folder
+from dalle1.data.left_out import Unusable
+from dalle1.data.pairs import ENDLESS
+from dalle1.data.reading import PICTURES, to_rgb
+from dalle1.data.shards import Shards
 from dalle1.data.toybox import Toybox
 from dalle1.data.toybox.__main__ import main as write_toybox
 
@@ -51,7 +54,10 @@ def test_folder(tmp_path: Path) -> None:
     assert len(source) == 4
     rng = random.Random(0)
     assert {source.caption(1, rng) for _ in range(30)} == {"a blue sea", "die blaue See – Ü"}
-    assert [source.caption(i, rng) for i in (0, 2, 3)] == ["a red wall", "", "grass"]
+    assert [source.caption(i, rng) for i in (0, 3)] == ["a red wall", "grass"]
+    with pytest.raises(Unusable, match=r"d\.txt: there is no text in it"):
+        source.caption(2, rng)
+    assert [pair.where for pair in source.left_out] == [str(tmp_path / "alone.png")]
     assert [source.image(i).getpixel((0, 0)) for i in (0, 1, 2)] == [RED, BLUE, WHITE]
     assert np.abs(np.array(source.image(3), int) - GREEN).max() < 4  # a JPEG
 
@@ -110,7 +116,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
 
 
 def test_grey_of_16_bits_is_scaled(tmp_path: Path) -> None:
-    values = np.array([[0, 257, 0x4040, 30_000, 65_535]], dtype=np.uint16)
+    values = np.array([[0, 257, 0x4040, 30_000, 65_535]] * 3, dtype=np.uint16)
     pair(tmp_path, "x.png", Image.fromarray(values), "deep")
     assert np.array(only(tmp_path))[0].tolist() == [[v] * 3 for v in (0, 1, 64, 117, 255)]
     assert to_rgb(Image.fromarray(values.astype(np.int32))).getpixel((3, 0)) == (117,) * 3
@@ -145,15 +151,22 @@ def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
     pair(tmp_path, "bad.png", Image.linear_gradient("L"), "x")
     whole = (tmp_path / "bad.png").read_bytes()
     bomb = b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x00"
-    for content in (b"", b"not a picture", whole[: len(whole) // 2], bomb):
+    for content, cause in (
+        (b"", "empty file"),
+        (b"not a picture", "not a picture"),
+        (whole[: len(whole) // 2], "damaged picture"),
+        (whole[:20], "damaged picture"),
+        (bomb, "too many pixels"),
+    ):
         (tmp_path / "bad.png").write_bytes(content)
-        with pytest.raises(ValueError, match="is no readable picture") as error:
+        with pytest.raises(Unusable) as error:
             Folder(tmp_path).image(0)
+        assert error.value.cause == cause
         assert str(tmp_path / "bad.png") in str(error.value)
 
 
 def test_folders_without_pairs_say_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no pairs in .* 0 pictures .*expected name.jpg"):
+    with pytest.raises(ValueError, match=r"no pairs in .* 0 pictures .*expected name\.jpg"):
         open_source(str(tmp_path))
     Image.new("RGB", (1, 1)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"1 pictures there, none with a caption"):
@@ -250,15 +263,15 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     pairs = {"a.png": b"no picture", "a.txt": b"a"}
     source = open_source(str(tar(path, pairs)))
-    with pytest.raises(ValueError, match=r"pair 0, in .*x.tar, is no readable picture"):
+    with pytest.raises(Unusable, match=r"a\.png in .*x\.tar: it begins b'no picture'"):
         source.image(0)
-    with pytest.raises(ValueError, match=r"no pairs in 1 shards, .*x.tar the first"):
+    with pytest.raises(ValueError, match=r"no pairs in 1 shards, .*x.tar the first.*no caption"):
         open_source(str(tar(path, {"a.png": png(RED), "b.txt": b"a"})))
     tar(path, pairs, "w:gz")  # its places are of the content, not of the file
-    with pytest.raises(ValueError, match=r"x.tar is no readable tar"):
+    with pytest.raises(ValueError, match=r"no pairs .*x\.tar \(unreadable shard"):
         open_source(str(path))
     path.write_bytes(b"this is no tar" * 100)
-    with pytest.raises(ValueError, match=r"x.tar is no readable tar"):
+    with pytest.raises(ValueError, match=r"no pairs .*x\.tar \(unreadable shard"):
         open_source(str(path))
 
 

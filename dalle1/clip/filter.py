@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dalle1.cli import bar
 from dalle1.clip.model import Clip
-from dalle1.data.sources import PICTURES, find_shards, read_picture
+from dalle1.data.reading import AS_IT_IS, PICTURES, read_picture
+from dalle1.data.sources import is_far, shards_of
 from dalle1.device import pick_device
 
 SETTINGS_NAME = "filter.json"
@@ -74,7 +75,9 @@ class FilterOptions:
 def filter_shards(options: FilterOptions) -> dict[str, Any]:
     """Filter all shards, those already done left alone; give what was counted."""
     options.check()
-    shards = find_shards(options.data)
+    if is_far(options.data):
+        raise ValueError(f"data is {options.data!r}: only local shards can be filtered")
+    shards = [Path(shard) for shard in shards_of(options.data)]
     if not shards:
         raise ValueError(f"no shards at {options.data!r}: expected WebDataset shards (.tar)")
     if len({shard.name for shard in shards}) < len(shards):
@@ -190,7 +193,7 @@ def pixels_of(clip: Clip, sample: Sample) -> Tensor | None:
     if content is None or not caption_of(sample):
         return None
     try:
-        return clip.preprocess([read_picture(content, sample["__key__"])])[0]
+        return clip.preprocess([read_picture(content, sample["__key__"], AS_IT_IS)])[0]
     except ValueError:
         return None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalle1.clip.model import Clip
 from dalle1.data.images import grid
-from dalle1.data.sources import PICTURES, read_picture
+from dalle1.data.reading import AS_IT_IS, PICTURES, read_picture
 from dalle1.device import pick_device
 
 
@@ -102,9 +102,10 @@ def pictures_in(files: Sequence[Path]) -> list[Path]:
 def _readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
     for path in files:
         try:
-            yield path, read_picture(path.read_bytes(), str(path))
+            yield path, read_picture(path.read_bytes(), str(path), AS_IT_IS)
         except (ValueError, OSError) as error:
-            print(f"note: {' '.join(str(error).split())}; it is left out", file=sys.stderr)
+            why = " ".join(str(error).removeprefix(f"{path}: ").split())
+            print(f"note: {path} is no readable picture ({why}): left out", file=sys.stderr)
 
 
 def run(options: RankOptions) -> list[Ranked]:
@@ -120,7 +121,7 @@ def run(options: RankOptions) -> list[Ranked]:
     scores = {"prompt": options.prompt, "clip": options.clip, "pictures": list(map(asdict, ranked))}
     (options.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     best = [entry.file for entry in ranked[: options.num_images]]
-    cells = [thumbnail(read_picture(Path(file).read_bytes(), file)) for file in best]
+    cells = [thumbnail(read_picture(Path(file).read_bytes(), file, AS_IT_IS)) for file in best]
     grid(cells, min(len(cells), 4)).save(options.out / "grid.png")
     print(f"wrote {options.out / 'grid.png'} and {options.out / 'scores.json'}")
     return ranked

@@ -8,15 +8,18 @@ and `codes.json`, which says which dVAE they are of. The same command goes on af
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +27,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle1.cli import bar, clear_errors
-from dalle1.data.batches import ENDLESS, in_order
-from dalle1.data.images import (
-    FOR_TRANSFORMER,
-    TooSmall,
-    augmented,
-    centre_square,
-    to_float,
-    to_tensor,
-)
-from dalle1.data.sources import PairSource, index_shard, open_source, part, read_member
+from dalle1.data.batches import LEFT_OUT, Batch, Prepare, Source, in_order, of_shard
+from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
+from dalle1.data.left_out import Tally
+from dalle1.data.pairs import ENDLESS, Joined, PairSource, part, split_sources
+from dalle1.data.reading import Reading
+from dalle1.data.shards import index_shard, read_member
+from dalle1.data.sources import open_source
+from dalle1.data.streams import Pair, Streamed
 from dalle1.device import autocast, keep_freed_memory, pick_device
 from dvae import DVAE
 from dvae.model import FILE_NAME as DVAE_FILE
@@ -43,7 +44,7 @@ INDEX_NAME = "codes.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class EncodeConfig(Reading):
     """What `python -m dalle1.data.codes` takes."""
 
     dvae: Path
@@ -71,6 +72,7 @@ class EncodeConfig:
     """Processes that read pictures."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("captions", "crops", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -87,7 +89,8 @@ class CodeSource:
     def __init__(self, folder: Path, split: str = "train") -> None:
         try:
             index = json.loads((folder / INDEX_NAME).read_text())
-            self.dvae, expected = index["dvae"], -(-index["pictures"] // index["shard_size"])
+            self.dvae, pictures = index["dvae"], index["pictures"]
+            expected = index.get("shards") or -(-pictures // index["shard_size"])
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(
                 f"{folder} holds no codes: expected {INDEX_NAME} and shards, as "
@@ -99,7 +102,7 @@ class CodeSource:
                 f"{folder} holds {len(shards)} of {expected} shards: its encoding was stopped; the "
                 "same command goes on"
             )
-        entries = [(shard, files) for shard in shards for files in index_shard(shard)]
+        entries = [(shard, files) for shard in shards for files in _whole_samples(shard)]
         self.codes: list[np.ndarray] = []
         self.captions: list[list[str]] = []
         for shard, files in part(entries, split):
@@ -118,16 +121,37 @@ class CodeSource:
         return torch.from_numpy(rng.choice(crops).astype(np.int64))
 
 
-def open_codes(data: str, split: str, dvae_dir: Path) -> CodeSource | None:
-    """Open --data if it is a folder of codes; refuse codes of another dVAE."""
-    if not (Path(data) / INDEX_NAME).is_file():
+def _whole_samples(shard: Path) -> Iterable[dict[str, tuple[int, int]]]:
+    samples, damage = index_shard(shard)
+    if damage:
+        raise ValueError(f"{shard} is damaged ({damage.why}); remove it, and encode it again")
+    return samples.values()
+
+
+class JoinedCodes(Joined):
+    """Several sources of codes as one."""
+
+    def code_grid(self, index: int, rng: random.Random) -> Tensor:
+        """Give the codes of one of the crops of pair `index`; see `CodeSource`."""
+        source, index = self._find(index)
+        return source.code_grid(index, rng)
+
+
+def open_codes(data: str, split: str, dvae_dir: Path) -> CodeSource | JoinedCodes | None:
+    """Open --data if it is a folder of codes, or several; refuse codes of another dVAE."""
+    names, weights = ([data], None) if Path(data).exists() else split_sources(data)
+    coded = [(Path(name) / INDEX_NAME).is_file() for name in names]
+    if not any(coded):
         return None
-    source = CodeSource(Path(data), split)
-    if source.dvae != fingerprint(dvae_dir):
-        raise ValueError(
-            f"the codes in {data} are of another dVAE than {dvae_dir}; encode the data anew"
-        )
-    return source
+    if not all(coded):
+        raise ValueError(f"data is {data!r}: {names[coded.index(False)]} holds no codes; encode it")
+    sources = [CodeSource(Path(name), split) for name in names]
+    for name, source in zip(names, sources, strict=True):
+        if source.dvae != fingerprint(dvae_dir):
+            raise ValueError(
+                f"the codes in {name} are of another dVAE than {dvae_dir}; encode the data anew"
+            )
+    return sources[0] if len(sources) == 1 else JoinedCodes(sources, weights)
 
 
 def encode(config: EncodeConfig) -> None:
@@ -136,65 +160,104 @@ def encode(config: EncodeConfig) -> None:
     keep_freed_memory()
     model = DVAE.load(config.dvae, device)
     size = model.config.image_size
-    source = open_source(config.data, "encode", size, config.seed)
-    if len(source) >= ENDLESS:
-        raise ValueError(f"data {config.data!r} has no end; name how many, such as toybox:40000")
-    _claim(config, model, len(source))
-
+    detail = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
+    source = _open(config, size, detail)
     prepare = partial(_prepare, size, config)  # no closure: spawned workers must unpickle it
-    small = 0
-    with bar(total=len(source), unit="picture") as progress:
-        for begin in range(0, len(source), config.shard_size):
-            indices = range(begin, min(begin + config.shard_size, len(source)))
-            path = config.out / f"{begin // config.shard_size:05d}.tar"
-            if not path.exists():
-                batches = in_order(source, prepare, indices, config.batch_size, config.num_workers)
-                small += _write_shard(path, _encoded(model, batches, progress), source, config)
+    shards = _shards(source, prepare, config)
+    _claim(config, model, source, len(shards))
+    tally = Tally(config.max_bad_fraction, config.out / "left-out.jsonl", say=tqdm.write)
+    total = None if isinstance(source, Streamed) else len(source)
+    tally.open(total or 0, getattr(source, "left_out", ()))
+    written = 0
+    with bar(total=total, unit="picture") as progress:
+        for number, batches in enumerate(shards):
+            path = config.out / f"{number:05d}.tar"
+            if path.exists():
+                written += 1
+                progress.update(config.shard_size)
             else:
-                progress.update(len(indices))
-    if small == len(source):
+                encoded = _encoded(model, batches(), tally, progress)
+                written += _write_shard(path, encoded, number, source)
+    if not written:
+        raise ValueError(f"all pictures were left out: {tally}; see {tally.file}")
+    if tally.counts:
+        print(f"Left out {tally}; each is named in {tally.file}")
+
+
+def _open(config: EncodeConfig, size: int, detail: int) -> PairSource | Streamed:
+    source = open_source(config.data, "encode", size, config.seed, reading=config, detail=detail)
+    if isinstance(source, Streamed):
+        weighted = len(source.groups) > 1
+    else:
+        weighted = isinstance(source, Joined) and source.weights is not None
+        if len(source) >= ENDLESS:
+            raise ValueError(
+                f"data {config.data!r} has no end; name how many, such as toybox:40000"
+            )
+    if weighted:
         raise ValueError(
-            f"all {small} pictures are smaller than {size} × {size}; --allow-upscale takes them"
+            f"data is {config.data!r}: encode each source by itself, and give the weights to the "
+            "training, as in --data codes-a::2,codes-b::1"
         )
-    if small:
-        print(f"Left out {small} pictures smaller than {size} × {size}; --allow-upscale takes them")
+    return source
+
+
+def _shards(
+    source: PairSource | Streamed, prepare: Prepare, config: EncodeConfig
+) -> list[Callable[[], Iterator[Batch]]]:
+    """Give what yields the pictures of each shard of codes: one to a shard of a stream."""
+    size, workers = config.batch_size, config.num_workers
+    if isinstance(source, Streamed):
+        urls = [url for group in source.groups for url in group]
+        return [partial(of_shard, source, url, prepare, size, workers) for url in urls]
+    begins = range(0, len(source), config.shard_size)
+    parts = [range(b, min(b + config.shard_size, len(source))) for b in begins]
+    return [partial(in_order, source, prepare, indices, size, workers) for indices in parts]
 
 
 def _prepare(
     size: int, config: EncodeConfig, source: PairSource, index: int, _: random.Random
-) -> Mapping[str, Tensor]:
-    """Prepare [crops, 3, size, size] of a picture; all black, and marked, where it is too small."""
-    picture, rng = source.image(index), random.Random(f"{config.seed}/{index}/crops")
-    try:
-        if config.crops == 1:
-            crops = [centre_square(picture, size, config.allow_upscale)]
-        else:
-            how = FOR_TRANSFORMER, config.allow_upscale
-            crops = [augmented(picture, size, rng, *how) for _ in range(config.crops)]
-        images, usable = torch.stack([to_tensor(crop) for crop in crops]), True
-    except TooSmall:
-        images, usable = torch.zeros(config.crops, 3, size, size, dtype=torch.uint8), False
-    return {"images": images, "index": torch.tensor(index), "usable": torch.tensor(usable)}
+) -> Mapping[str, Any]:
+    """Prepare [crops, 3, size, size] of a picture, and its captions as JSON."""
+    which = source.where if isinstance(source, Pair) else index
+    drawn = [
+        source.caption(index, random.Random(f"{config.seed}/{which}/{i}"))
+        for i in range(config.captions)
+    ]
+    picture, rng = source.image(index), random.Random(f"{config.seed}/{which}/crops")
+    if config.crops == 1:
+        crops = [centre_square(picture, size, config.allow_upscale)]
+    else:
+        how = FOR_TRANSFORMER, config.allow_upscale
+        crops = [augmented(picture, size, rng, *how) for _ in range(config.crops)]
+    return {
+        "images": torch.stack([to_tensor(crop) for crop in crops]),
+        "captions": json.dumps(list(dict.fromkeys(drawn))),
+        "index": index,
+    }
 
 
-def _claim(config: EncodeConfig, model: DVAE, pictures: int) -> None:
+def _claim(config: EncodeConfig, model: DVAE, source: Source, shards: int) -> None:
     """Write the index; refuse a folder with codes of another dVAE or other data."""
     index = {
         "dvae": fingerprint(config.dvae),
         "codebook_size": model.vocab_size,
         "grid_size": model.grid_size,
         "data": config.data,
-        "pictures": pictures,
+        "pictures": None if isinstance(source, Streamed) else len(source),
+        "shards": shards,
         "shard_size": config.shard_size,
         "captions": config.captions,
         "crops": config.crops,
         "allow_upscale": config.allow_upscale,
         "seed": config.seed,
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(Reading)},
     }
+    del index["max_bad_fraction"]
     path = config.out / INDEX_NAME
     config.out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (given := json.loads(path.read_text())) != index:
-        changed = ", ".join(k for k in index if given.get(k) != index[k])
+    given = json.loads(path.read_text()) if path.exists() else {}
+    if changed := ", ".join(k for k in index if given.get(k, index[k]) != index[k]):
         raise ValueError(
             f"{config.out} holds codes of another dVAE or other data or settings ({changed} "
             "differ); give another --out"
@@ -204,45 +267,41 @@ def _claim(config: EncodeConfig, model: DVAE, pictures: int) -> None:
     os.replace(partial_path, path)
 
 
+Encoded = tuple[int, np.ndarray, list[str]]
+"""A picture's index, its codes [crops, W, W], and its captions."""
+
+
 def _encoded(
-    model: DVAE, batches: Iterator[Mapping[str, Tensor]], progress: tqdm
-) -> Iterator[tuple[int, np.ndarray | None]]:
-    """Yield each picture's index with its codes [crops, W, W]; None where it is too small."""
+    model: DVAE, batches: Iterator[Batch], tally: Tally, progress: tqdm
+) -> Iterator[Encoded]:
     kind = np.uint16 if model.vocab_size <= 1 << 16 else np.uint32
     device = next(model.parameters()).device
     for batch in batches:
-        images = batch["images"]
+        images, left_out = batch.get("images", ()), batch[LEFT_OUT]
+        tally.add(len(images), left_out)
+        progress.update(len(images) + len(left_out))
+        if not len(images):
+            continue
         with autocast(device, "bf16"):
             codes = model.encode(to_float(images.flatten(0, 1).to(device)))
         grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(kind)
-        progress.update(len(images))
-        for index, usable, grid in zip(batch["index"], batch["usable"], grids, strict=True):
-            yield int(index), grid if usable else None
+        for index, grid, captions in zip(batch["index"], grids, batch["captions"], strict=True):
+            yield int(index), grid, json.loads(captions)
 
 
-def _write_shard(
-    path: Path,
-    encoded: Iterator[tuple[int, np.ndarray | None]],
-    source: PairSource,
-    config: EncodeConfig,
-) -> int:
-    """Write a shard, whole or not at all; give how many pictures were left out."""
+def _write_shard(path: Path, encoded: Iterator[Encoded], number: int, source: Source) -> int:
+    """Write a shard, whole or not at all; give how many pictures are in it."""
     from webdataset import TarWriter
 
-    unfinished, left_out = path.with_suffix(".partial"), 0
+    unfinished, written = path.with_suffix(".partial"), 0
+    first = number * 100_000 if isinstance(source, Streamed) else 0  # their shards count from 0
     with TarWriter(str(unfinished)) as tar:
-        for index, grid in encoded:
-            if grid is None:
-                left_out += 1
-                continue
-            drawn = (
-                source.caption(index, random.Random(f"{config.seed}/{index}/{i}"))
-                for i in range(config.captions)
-            )
-            captions = list(dict.fromkeys(drawn))
-            tar.write({"__key__": f"{index:09d}", "npy": grid, "json": {"captions": captions}})
+        for index, grid, captions in encoded:
+            key = f"{first + index:09d}"
+            tar.write({"__key__": key, "npy": grid, "json": {"captions": captions}})
+            written += 1
     os.replace(unfinished, path)
-    return left_out
+    return written
 
 
 def main(args: Sequence[str] | None = None) -> None:

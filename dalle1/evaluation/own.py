@@ -10,7 +10,9 @@ from PIL import Image
 
 from dalle1.clip import Clip
 from dalle1.data import open_source
-from dalle1.data.sources import PICTURES, Folder
+from dalle1.data.folder import Folder
+from dalle1.data.reading import AS_IT_IS, PICTURES
+from dalle1.data.streams import Streamed
 from dalle1.evaluation.clips import (
     Scores,
     binding,
@@ -45,7 +47,9 @@ def folder_probes(clip: Clip, data: str, templates: Sequence[str], most: int | N
                 yield f"linear probe/{key}", value
     if not root.is_dir() or any(root.rglob("*.tar")) or _captioned(root):
         found = True
-        source = open_source(data, "encode")
+        source = open_source(data, "encode", reading=AS_IT_IS)
+        if isinstance(source, Streamed):
+            raise ValueError(f"{data} can only be read front to back: give fewer, local shards")
         shown = Pictures(source, most)
         captions = [source.caption(i, random.Random(i)) for i in range(len(shown))]
         for key, value in retrieval(features(clip, shown), clip.embed_text(captions), captions):
@@ -65,7 +69,7 @@ class _Files(Folder):
     """A source of the pictures in these files."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self.pictures = paths
+        self.pictures, self.reading, self.detail = paths, AS_IT_IS, 0
 
 
 def _labelled(root: Path, most: int | None) -> tuple[list[Path], list[int], list[str]] | None:

@@ -19,9 +19,11 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from dalle1.data.batches import SKIPPED, Prepare, batches
-from dalle1.data.sources import CaptionSource
+from dalle1.data.batches import LEFT_OUT, PLACE, Prepare, Source, batches
+from dalle1.data.left_out import Tally
+from dalle1.data.reading import Reading
 from dalle1.device import autocast, keep_freed_memory, matrix_rate, peak_memory
 from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
 from dalle1.training.progress import Progress
@@ -32,14 +34,15 @@ from dvae.weights import model_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Reading):
     """What every training takes."""
 
     out: Path
     """Folder to write to. A training that was interrupted there goes on where it stopped."""
     data: str = "toybox"
     """Where pairs come from: `toybox` (endless), `toybox:N` (its first N scenes), a folder of
-    pictures beside .txt captions, or a folder, glob or {000..123} pattern of WebDataset shards."""
+    pictures with captions, or a folder, glob or {000..123} pattern of WebDataset shards, also
+    behind pipe:COMMAND, http(s):// or s3://. Several, with weights: a::2,b::1."""
     steps: int = 10_000
     """Updates in all."""
     allow_upscale: bool = False
@@ -97,6 +100,7 @@ class RunConfig:
     """Log to this project of Weights & Biases, too (`pip install wandb`)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "save_every")
         for name in counts:
             if getattr(self, name) < 1:
@@ -145,7 +149,7 @@ LossFunction = Callable[[Model, Batch, int, torch.Generator], Loss]
 
 
 FREE = (
-    *("out", "device", "steps", "num_workers", "tensorboard", "wandb"),
+    *("out", "device", "steps", "num_workers", "tensorboard", "wandb", "max_bad_fraction"),
     *("log_every", "validate_every", "save_every"),
 )
 """What may change when a run is resumed: none of it changes what was learned so far."""
@@ -163,28 +167,26 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
 
 
 def stream_from(
-    source: CaptionSource, prepare: Prepare, config: RunConfig
-) -> Callable[[int], Generator[dict[str, Tensor]]]:
-    """Give what `fit` reads from: step → the batches from there on.
+    source: Source, prepare: Prepare, config: RunConfig, rank: int = 0, world_size: int = 1
+) -> Callable[..., Generator[dict[str, Any]]]:
+    """Give what `fit` reads from: (step, place of the last batch) → a rank's batches from there on.
 
     Args:
         prepare: (source, index, rng) → the tensors of one example. Workers that are spawned
             unpickle it, so it should hold no more than it needs, and no model.
     """
+    name = f"left-out-{rank}.jsonl" if rank else "left-out.jsonl"
     return partial(
-        _stream,
+        batches,
         source,
         prepare,
         batch_size=config.batch_size,
         seed=config.seed,
         num_workers=config.num_workers,
+        rank=rank,
+        world_size=world_size,
+        tally=Tally(config.max_bad_fraction, config.out / name, say=tqdm.write),
     )
-
-
-def _stream(
-    source: CaptionSource, prepare: Prepare, start: int, **options: int
-) -> Generator[dict[str, Tensor]]:
-    return batches(source, prepare, start=start, **options)
 
 
 class Scales(Protocol):
@@ -243,6 +245,7 @@ class Trainer(Generic[Model]):
             fused=True,
         )
         self.step = 0
+        self.place: Any = None  # in the data, where it cannot be told from the step
 
     def state(self) -> dict[str, Any]:
         """Everything that resuming needs."""
@@ -251,6 +254,7 @@ class Trainer(Generic[Model]):
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "place": self.place,
             **{name: part.state_dict() for name, part in self._more().items()},
         }
 
@@ -260,8 +264,9 @@ class Trainer(Generic[Model]):
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave; ValueError where that was of another recipe."""
-        then, now = state["recipe"], recipe(self.config)
-        changed = [f"{k} was {then.get(k)} and is {now[k]}" for k in now if then.get(k) != now[k]]
+        now = recipe(self.config)
+        then = {**now, **state["recipe"]}  # what there was no setting for may be set now
+        changed = [f"{k} was {then[k]} and is {now[k]}" for k in now if then[k] != now[k]]
         if changed:
             raise ValueError(
                 f"{self.config.out} holds a training with other settings: {'; '.join(changed)}. "
@@ -278,7 +283,7 @@ class Trainer(Generic[Model]):
         self.optimizer.load_state_dict(state["optimizer"])
         for name, part in self._more().items():
             part.load_state_dict(state[name])
-        self.step = state["step"]
+        self.step, self.place = state["step"], state.get("place")
 
     def update(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
         """Make one update; give the loss's fields, the gradient's norm and the step size."""
@@ -333,8 +338,7 @@ class Trainer(Generic[Model]):
         # Young averages follow quickly, so that the initial weights are soon forgotten.
         count = self.step // self.config.ema_every
         decay = min(self.config.ema_decay, (1 + count) / (10 + count))
-        averages: list[Tensor] = [*self.ema.parameters()]
-        weights: list[Tensor] = [*self.model.parameters()]
+        averages, weights = [*self.ema.parameters()], [*self.model.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for kept, buffer in zip(self.ema.buffers(), self.model.buffers()):
             kept.copy_(buffer)  # BatchNorm's statistics are averages already
@@ -343,8 +347,7 @@ class Trainer(Generic[Model]):
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished."""
-    caught: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    caught, signals = list[int](), (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
     try:
         yield caught
@@ -394,7 +397,7 @@ def refuse_divergence(out: Path, step: int, values: Mapping[str, float | Tensor]
 def fit(
     model: Model,
     loss_fn: LossFunction[Model],
-    batches: Callable[[int], Generator[dict[str, Tensor]]],
+    batches: Callable[..., Generator[dict[str, Any]]],
     config: RunConfig,
     *,
     save_model: Callable[[Model, Path], None],
@@ -406,7 +409,8 @@ def fit(
 
     Args:
         loss_fn: see `LossFunction`; its mean over equal parts of a batch is the batch's.
-        batches: step → the batches from there on, on any device.
+        batches: (start, a step; and place, what the last batch had under `PLACE`, if it had) →
+            the batches from there on, on any device.
         save_model: writes the averaged model's files into a folder.
         validate: (averaged model, model, step) → numbers for the log.
         scales: of the gradients, for fp16; one for the whole loss if not given.
@@ -423,9 +427,11 @@ def fit(
     progress = Progress(
         config.out, trainer.step, config.steps, config.batch_size, recorders(config, trainer.step)
     )
-    with stop_on_signal() as stopped, progress, closing(batches(trainer.step)) as stream:
+    where = {"start": trainer.step, **({"place": trainer.place} if trainer.place else {})}
+    with stop_on_signal() as stopped, progress, closing(batches(**where)) as stream:
         for batch in stream:
-            progress.advance(skipped=int(batch.pop(SKIPPED, torch.tensor(0)).sum()))
+            progress.advance(batch.pop(LEFT_OUT, ()))
+            trainer.place = batch.pop(PLACE, None)
             values = trainer.update(loss_fn, {k: v.to(device) for k, v in batch.items()})
             step, last = trainer.step, trainer.step == config.steps or bool(stopped)
             if step % config.log_every == 0 or step % config.save_every == 0 or last:

@@ -6,13 +6,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 
 from dalle1.cli import bar
+from dalle1.data.left_out import LeftOut
 from dalle1.training.recorders import Recorder
 
 SHOWN = ("temperature", "beta")
@@ -42,7 +44,8 @@ class Progress:
         partial.write_text("".join(f"{x}\n" for x in lines if _step_of(x) <= start))
         os.replace(partial, self.path)
         self.bar = bar(total=steps, initial=start, unit="step")
-        self.batch_size, self.skipped = batch_size, 0
+        self.batch_size = batch_size
+        self.left_out: Counter[str] = Counter()
         self._restart_clock(start)
 
     def __enter__(self) -> Progress:
@@ -61,11 +64,9 @@ class Progress:
     def _restart_clock(self, step: int) -> None:
         self.since, self.seen = time.perf_counter(), step
 
-    def advance(self, skipped: int = 0) -> None:
-        """Move the bar by one step, in which so many pairs were left out as too small."""
-        if skipped and not self.skipped:
-            self.bar.write("leaving out pictures that are too small; --allow-upscale enlarges them")
-        self.skipped += skipped
+    def advance(self, left_out: Iterable[LeftOut] = ()) -> None:
+        """Move the bar by one step, in which these pairs were left out."""
+        self.left_out.update(pair.cause for pair in left_out)
         self.bar.update()
 
     def log(
@@ -80,8 +81,8 @@ class Progress:
             efficiency: samples a second → more numbers.
         """
         rate = (step - self.seen) * self.batch_size / (time.perf_counter() - self.since)
-        skipped = {"skipped": self.skipped} if self.skipped else {}
-        more = {"samples_per_second": rate, **efficiency(rate), **skipped}
+        left_out = {f"left out/{cause}": float(n) for cause, n in self.left_out.items()}
+        more = {"samples_per_second": rate, **efficiency(rate), **left_out}
         self._write(step, {**values, **more})
         shown = {"loss": values["total"], **{k: values[k] for k in SHOWN if k in values}}
         text = "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items())

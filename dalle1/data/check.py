@@ -1,0 +1,219 @@
+"""Read a dataset through once, as a training would, and tell what is in it.
+
+    python -m dalle1.data.check DATA --out runs/check
+
+prints how many pairs there are, the sizes of the pictures, the lengths of the captions in tokens,
+and what is left out, by cause; and writes contact.png (some of the pairs), check.json (the numbers)
+and left-out.jsonl (each pair that is left out, and why). Exit code 1 where too much is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from textwrap import wrap
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from dalle1.cli import bar, clear_errors
+from dalle1.data.batches import LEFT_OUT, Batch, Source, in_order, of_shard
+from dalle1.data.images import TooSmall, grid, to_tensor
+from dalle1.data.left_out import DAMAGE, Tally
+from dalle1.data.pairs import ENDLESS, PairSource, left_out_of
+from dalle1.data.reading import Reading
+from dalle1.data.sources import open_source
+from dalle1.data.streams import Streamed
+from dalle1.text import Tokenizer
+
+THUMB = 128
+"""Side of a picture on the contact sheet, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(Reading):
+    """What `python -m dalle1.data.check` takes."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """What is to be read, as the trainings' --data."""
+    out: Path = Path("runs/check")
+    """Folder to write to."""
+    captions: bool = True
+    """Expect captions; --no-captions for data of stage 1."""
+    size: int = 1
+    """Side of a model's input: leave out pictures that are smaller, as its training would."""
+    vocab: Path | None = None
+    """vocab.json that captions are measured with. None: one of 16,384 tokens is learned of them."""
+    text_len: int = 256
+    """Places for a caption and its start; how many captions are longer is told."""
+    limit: int | None = None
+    """Read about the first so many pairs only."""
+    shown: int = 48
+    """Pairs on the contact sheet."""
+    num_workers: int = 1
+    """Processes that read pictures."""
+
+
+@dataclass
+class Findings:
+    """What was found in the usable pairs."""
+
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    shown: list[tuple[torch.Tensor, str]] = field(default_factory=list)
+    """A fair draw of thumbnails [3, THUMB, THUMB] with their captions."""
+
+
+def check(config: CheckConfig) -> dict[str, Any]:
+    """Read `config.data` through; print, write and give what was found."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    named = config.out / "left-out.jsonl"
+    named.unlink(missing_ok=True)
+    all_of_it = replace(config, max_bad_fraction=1.0)  # what a training would stop at, too
+    source = open_source(config.data, "encode", captions=config.captions, reading=all_of_it)
+    tally = Tally(1.0, named, say=tqdm.write)
+    tally.open(0, left_out_of(source))  # type: ignore[arg-type]
+    start = time.perf_counter()
+    found = _read(source, config, tally)
+    seconds = time.perf_counter() - start
+    if not found.widths:
+        raise ValueError(f"no pair in {config.data} is usable; left out: {tally}; see {named}")
+    report = _report(found, tally, config)
+    (config.out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
+    tiles = [_tile(thumb, caption) for thumb, caption in found.shown]
+    grid(tiles, 8).save(config.out / "contact.png")
+    _print(report, config, len(found.widths) / seconds)
+    return report
+
+
+def _read(source: PairSource | Streamed, config: CheckConfig, tally: Tally) -> Findings:
+    found, rng = Findings(), random.Random(0)
+    total = None if isinstance(source, Streamed) else len(source)
+    if total is not None and total >= ENDLESS and config.limit is None:
+        raise ValueError(f"data {config.data!r} has no end; add --limit")
+    ends = [count for count in (total, config.limit) if count is not None]
+    with bar(total=min(ends, default=None), unit="pair") as progress:
+        for batch in _batches(source, config):
+            count = len(batch.get("width", ()))
+            tally.add(count, batch[LEFT_OUT])
+            progress.update(count + len(batch[LEFT_OUT]))
+            if count:
+                _note(found, batch, config.shown, rng)
+            if config.limit and progress.n >= config.limit:
+                break
+    return found
+
+
+def _batches(source: Source, config: CheckConfig) -> Iterator[Batch]:
+    prepare, workers = partial(_prepare, config), config.num_workers
+    size = min(32, config.limit or 32)
+    if isinstance(source, Streamed):
+        urls = chain.from_iterable(source.groups)
+        return chain.from_iterable(of_shard(source, u, prepare, size, workers) for u in urls)
+    count = min(len(source), config.limit or len(source))
+    return in_order(source, prepare, range(count), size, workers)
+
+
+def _prepare(
+    config: CheckConfig, source: PairSource, index: int, rng: random.Random
+) -> Mapping[str, Any]:
+    caption = source.caption(index, rng) if config.captions else ""
+    picture = source.image(index)
+    if min(picture.size) < config.size:
+        raise TooSmall(f"{picture.width} × {picture.height}, and --size is {config.size}")
+    thumb = ImageOps.pad(picture, (THUMB, THUMB), color="white")
+    size = {"width": picture.width, "height": picture.height}
+    return {**size, "caption": caption, "thumb": to_tensor(thumb)}
+
+
+def _note(found: Findings, batch: Batch, shown: int, rng: random.Random) -> None:
+    """Take in a batch; each pair so far is shown with the same chance."""
+    found.widths += batch["width"].tolist()
+    found.heights += batch["height"].tolist()
+    for thumb, caption in zip(batch["thumb"], batch["caption"], strict=True):
+        found.captions.append(caption)
+        if len(found.shown) < shown:
+            found.shown.append((thumb.clone(), caption))
+        elif (place := rng.randrange(len(found.captions))) < shown:
+            found.shown[place] = (thumb.clone(), caption)
+
+
+def _report(found: Findings, tally: Tally, config: CheckConfig) -> dict[str, Any]:
+    pairs, damaged = len(found.widths), sum(tally.counts[cause] for cause in DAMAGE)
+    report: dict[str, Any] = {
+        "pairs": pairs,
+        "left_out": dict(tally.counts.most_common()),
+        "damaged": damaged / (pairs + tally.counts.total()),
+        "width": _spread(found.widths),
+        "height": _spread(found.heights),
+    }
+    if config.captions:
+        if config.vocab:
+            tokenizer = Tokenizer.load(config.vocab)
+        else:
+            tokenizer = Tokenizer.train(found.captions[:20_000], 16_384)
+        lengths = [tokenizer.count(caption) for caption in found.captions]
+        cut = sum(length >= config.text_len for length in lengths)
+        report["tokens"] = _spread(lengths)
+        report["cut"] = cut / pairs
+        report["different_captions"] = len(set(found.captions))
+    return report
+
+
+def _spread(values: Sequence[int]) -> dict[str, float]:
+    names = {"least": 0, "5 %": 5, "median": 50, "95 %": 95, "most": 100}
+    return {name: float(np.percentile(values, q)) for name, q in names.items()}
+
+
+def _print(report: Mapping[str, Any], config: CheckConfig, rate: float) -> None:
+    left_out = report["left_out"]
+    print(f"{report['pairs']} usable pairs, {sum(left_out.values())} left out")
+    for cause, count in left_out.items():
+        print(f"  {count:8} {cause}")
+    for name, unit in (("width", "pixels"), ("height", "pixels"), ("tokens", "a caption")):
+        if name in report:
+            spread = ", ".join(f"{k} {v:g}" for k, v in report[name].items())
+            print(f"{name:8} {spread} ({unit})")
+    if "cut" in report:
+        print(
+            f"{report['different_captions']} different captions; {report['cut']:.1%} are cut at "
+            f"--text-len {config.text_len}"
+        )
+    print(f"Read {rate:.0f} pairs a second; contact.png and more are in {config.out}")
+    if report["damaged"] > config.max_bad_fraction:
+        print(
+            f"{report['damaged']:.1%} are damaged, more than --max-bad-fraction "
+            f"{config.max_bad_fraction:g}: a training would stop"
+        )
+
+
+def _tile(thumb: torch.Tensor, caption: str) -> Image.Image:
+    """Put a caption under a picture; what does not fit is cut off."""
+    tile = Image.new("RGB", (THUMB, THUMB + 42), "white")
+    tile.paste(Image.fromarray(thumb.permute(1, 2, 0).numpy()))
+    lines = wrap(caption, 24, max_lines=3, placeholder=" …")
+    font = ImageFont.load_default(10)
+    ImageDraw.Draw(tile).multiline_text((1, THUMB + 2), "\n".join(lines), "black", font, spacing=2)
+    return tile
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with clear_errors():
+        config = tyro.cli(CheckConfig, args=args, description=__doc__.splitlines()[0])
+        if check(config)["damaged"] > config.max_bad_fraction:
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What is left out of a dataset, and why: counted by cause, named once, too much of it refused.
+
+Whoever meets an unusable pair raises `Unusable`; batches then take another pair, and carry along
+what they left out for the main process to tally.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+DAMAGE = (
+    *("empty file", "not a picture", "damaged picture", "too many pixels", "no picture"),
+    *("no caption", "caption not UTF-8", "damaged captions", "unreadable file"),
+    *("shard cut short", "unreadable shard"),
+)
+"""Causes that tell of damaged data; too much of them stops a training."""
+
+RULES = ("too small", "too elongated", "caption too short", "caption too long")
+"""Causes that follow from the settings of a training; they never stop it."""
+
+WINDOW = 1_000
+"""Pairs over which the share of damaged ones is measured."""
+
+
+class Unusable(ValueError):
+    """A pair cannot be used: by which cause (one of `DAMAGE` and `RULES`), where it is, and why."""
+
+    def __init__(self, cause: str, why: str, where: str = "") -> None:
+        super().__init__(f"{where}: {why}" if where else why)
+        self.cause, self.why, self.where = cause, why, where
+
+    def __reduce__(self) -> tuple[type[Unusable], tuple[str, str, str]]:
+        return Unusable, (self.cause, self.why, self.where)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A pair that was left out."""
+
+    cause: str
+    where: str
+    why: str
+
+    @classmethod
+    def because(cls, error: Unusable, where: str) -> LeftOut:
+        return cls(error.cause, error.where or where, error.why)
+
+
+class Tally:
+    """Counts what is left out, says the first of each cause, and names each one once in a file.
+
+    Args:
+        max_bad_fraction: of the last `WINDOW` pairs that were met, so many may be damaged.
+        file: where every one is named, one JSON object a line; None names them nowhere else.
+        say: prints a line.
+    """
+
+    def __init__(
+        self, max_bad_fraction: float, file: Path | None = None, say: Callable[[str], None] = print
+    ) -> None:
+        self.max_bad_fraction, self.file, self.say = max_bad_fraction, file, say
+        self.counts: Counter[str] = Counter()
+        self.recent: deque[tuple[int, int]] = deque()  # (pairs met, damaged ones) of each batch
+        self.named = _names_in(file) if file else set()
+
+    def open(self, pairs: int, left_out: Iterable[LeftOut]) -> None:
+        """Take in what was found on opening a dataset, of which `pairs` pairs are left."""
+        found = list(left_out)
+        self._record(found)
+        self._refuse(pairs + len(found), _damaged(found))
+
+    def add(self, used: int, left_out: Iterable[LeftOut]) -> None:
+        """Take in a batch. ValueError where the data is wrong."""
+        found = list(left_out)
+        self._record(found)
+        self.recent.append((used + len(found), _damaged(found)))
+        met = sum(pairs for pairs, _ in self.recent)
+        while met - self.recent[0][0] >= WINDOW:
+            met -= self.recent.popleft()[0]
+        if met >= WINDOW:
+            self._refuse(met, sum(bad for _, bad in self.recent))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} × {cause}" for cause, count in self.counts.most_common())
+
+    def _record(self, left_out: list[LeftOut]) -> None:
+        fresh = []
+        for pair in left_out:
+            if not self.counts[pair.cause]:
+                rest = f"; all are named in {self.file}" if self.file and not self.counts else ""
+                self.say(f"Leaving out {pair.where} ({pair.cause}: {pair.why}){rest}")
+            self.counts[pair.cause] += 1
+            if pair.where not in self.named:
+                self.named.add(pair.where)
+                fresh.append(pair)
+        if fresh and self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.writelines(
+                    json.dumps(asdict(pair), ensure_ascii=True) + "\n" for pair in fresh
+                )
+
+    def _refuse(self, met: int, bad: int) -> None:
+        if met and bad / met > self.max_bad_fraction:
+            raise ValueError(
+                f"{bad} of {met} pairs ({bad / met:.1%}) are damaged, more than --max-bad-fraction "
+                f"{self.max_bad_fraction:g} allows; left out so far: {self}. `python -m "
+                "dalle1.data.check` lists them"
+            )
+
+
+def _damaged(left_out: Iterable[LeftOut]) -> int:
+    return sum(pair.cause in DAMAGE for pair in left_out)
+
+
+def _names_in(file: Path) -> set[str]:
+    names = set()
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            names.add(json.loads(line)["where"])
+        except (json.JSONDecodeError, TypeError, KeyError):  # a crash left the line incomplete
+            continue
+    return names
