@@ -338,7 +338,7 @@ class Trainer(Generic[Model]):
         # Young averages follow quickly, so that the initial weights are soon forgotten.
         count = self.step // self.config.ema_every
         decay = min(self.config.ema_decay, (1 + count) / (10 + count))
-        averages, weights = [*self.ema.parameters()], [*self.model.parameters()]
+        averages, weights = ([p.data for p in m.parameters()] for m in (self.ema, self.model))
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for kept, buffer in zip(self.ema.buffers(), self.model.buffers()):
             kept.copy_(buffer)  # BatchNorm's statistics are averages already
