@@ -18,7 +18,7 @@ from dalle1.cache import candidate_bytes
 from dalle1.clip import Clip
 from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
 from dalle1.data.reading import to_rgb
-from dalle1.device import free_memory, out_of_memory, pick_device, pick_precision
+from dalle1.device import PRECISIONS, free_memory, out_of_memory, pick_device, pick_precision
 from dalle1.sampler import (
     FREE,
     Sampling,
@@ -98,7 +98,7 @@ class DallE:
             clip: a CLIP's folder or Hugging Face name; "none" for no reranking; None is the
                 folder's own, if it has one.
             device: auto is cuda, else mps, else cpu.
-            precision: of the transformer: fp32, bf16, fp16; auto is bf16 where there is such.
+            precision: of transformer and CLIP: fp32, bf16, fp16; auto is bf16 where there is such.
 
         Raises: ValueError where something is missing, damaged or does not fit the rest.
         """
@@ -110,10 +110,14 @@ class DallE:
         if clip is None and (folder / CLIP_NAME).is_dir():
             clip = folder / CLIP_NAME
         place = pick_device(device)
-        ranker = None if clip is None or clip == "none" else Clip.from_pretrained(clip, place)
+        dtype = pick_precision(precision, place)
+        named = next(name for name, kind in PRECISIONS.items() if kind == dtype)
+        ranker = None
+        if clip is not None and clip != "none":
+            ranker = Clip.from_pretrained(clip, place, named)
         return cls(
             DVAE.load(folder, place),
-            Transformer.load(folder, place).to(pick_precision(precision, place)),
+            Transformer.load(folder, place).to(dtype),
             Tokenizer.load(folder / VOCABULARY_NAME),
             ranker,
         )

@@ -285,6 +285,18 @@ def test_another_clip_can_be_chosen(plain: DallE, folder: Path, tmp_path: Path) 
     assert chosen.candidates(PROMPT, num_candidates=1)[0].score is not None
 
 
+def test_the_clip_computes_in_the_samplers_precision(folder: Path) -> None:
+    image = [Image.effect_noise((32, 32), 90).convert("RGB")]
+    scores = []
+    for precision in ("fp32", "bf16"):
+        model = DallE.from_pretrained(folder, device="cpu", precision=precision)
+        assert model.clip is not None
+        assert model.clip.precision == precision
+        scores.append(model.clip.score(PROMPT, image).item())
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
+
+
 @pytest.mark.parametrize("name", ["dvae.safetensors", "transformer.safetensors", "vocab.json"])
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "garbage"])
 def test_a_folder_in_disorder_is_named(plain: DallE, tmp_path: Path, name: str, how: str) -> None:

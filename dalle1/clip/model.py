@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 import torch
@@ -81,12 +81,13 @@ class Clip:
         cls,
         name_or_dir: str | Path,
         device: str | torch.device = "cpu",
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        precision: str = "fp32",
     ) -> Clip:
         """Load a CLIP or SigLIP from a folder, by its Hugging Face name, or the "bundled" one.
 
         A name is looked up in the local cache first, then on the network. Weights are loaded as
-        float32 whatever their stored type; `precision` is what matrix products are computed in.
+        float32 whatever their stored type; `precision` (fp32, bf16, fp16) is what matrix products
+        are computed in.
         ValueError when that gives no complete model.
         """
         folder = BUNDLED if name_or_dir == "bundled" else model_folder(name_or_dir)
@@ -234,7 +235,7 @@ class Clip:
 
         The softmax of the cosines times the learned scale: they sum to 1.
         """
-        return (float(self.model.logit_scale.exp()) * scores.float()).softmax(-1)
+        return (self.model.logit_scale.detach().exp().item() * scores.float()).softmax(-1)
 
     def _check_image_size(self, name: str) -> None:
         prepared = tuple(self.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])
