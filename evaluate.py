@@ -1,40 +1,33 @@
-"""Measure what a model draws, and what a dVAE leaves of pictures.
+"""Measure what a model draws, what a CLIP knows, and what a dVAE leaves of pictures.
 
     python evaluate.py toybox --num-prompts 93 --num-candidates 16 --out runs/evaluation
+    python evaluate.py samples --pictures outputs/a-red-star --reference toybox:1000
+    python evaluate.py clip --clip runs/clip --data toybox
     python evaluate.py dvae --model runs/dvae --data toybox --pictures 1000
     python evaluate.py judge --out dalle1/bundled/judge.safetensors --minutes 8
 
-`toybox` asks the question of the paper's figure 2 (can the model join words it never saw
-together?) with a count for an answer: prompts from held-out pairs beside as many from training
-pairs, the best of N candidates by CLIP (section 2.6) beside the first candidate alone, looked at
-by a small classifier that never reads the prompt. `judge` trains that classifier afresh. `dvae`
-measures stage 1 on pictures that were set apart: likelihood, PSNR, its use of codes.
+`toybox` counts how often the right thing is drawn; `samples` measures any pictures, against their
+prompts and against real ones; `clip` measures a CLIP itself. Each prints one table and writes one
+JSON; what is measured is in dalle1/evaluation/. `judge` trains the classifier that `toybox` asks.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from dalle1.cli import clear_errors
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from dalle1.judge import Judge, Verdict
     from dalle1.pipeline import DallE
 
-SPLITS = {"heldout": "held-out", "train": "training"}
-CHOICES = {"best": "best of {n} by CLIP", "first": "first candidate", "mean": "mean of {n}"}
-TRUSTED = 0.98  # below this accuracy on real renderings the judge's word is not worth much
 CHECK_PICTURES = 1000  # renderings on which a new judge is measured
 STEPS_PER_MINUTE = 250  # on one core; a count of steps, not a clock, so that a run can be repeated
 
@@ -57,6 +50,11 @@ class ToyboxOptions:
     """The judge's weights; the bundled ones if not given."""
     judge_pictures: int = 500
     """Real renderings on which the judge itself is checked first."""
+    num_scenes: int = 0
+    """Prompts with two or three things alike, and as many with two in a relation; all from training
+    pairs."""
+    scene_judge: Path | None = None
+    """The weights of the judge of those; the bundled ones if not given."""
     out: Path = Path("runs/toybox")
     """Folder for toybox.json and heldout.png."""
 
@@ -100,6 +98,9 @@ class JudgeOptions:
     """Chooses the renderings, the first weights and the augmentation."""
     pictures: int = 9000
     """Renderings held in memory to learn from."""
+    scenes: bool = False
+    """Train the judge of whole scenes, which counts things and says where they are; it needs more
+    pictures and more minutes."""
 
     def __post_init__(self) -> None:
         if self.minutes <= 0 or self.pictures < 1:
@@ -109,164 +110,85 @@ class JudgeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One question to the model, and the seed of its draw."""
+class ClipOptions:
+    """Measure a CLIP: zero-shot classes, retrieval, a linear probe, and what belongs to what."""
 
-    text: str
-    noun: str
-    fill: str
-    split: str
-    seed: int
+    clip: str = "bundled"
+    """Folder or Hugging Face name of a CLIP or SigLIP, or bundled."""
+    data: str = "toybox"
+    """toybox, or your own: a folder with a folder of pictures for each class (zero-shot, linear
+    probe), pictures beside .txt captions (retrieval) and beside .foil.txt ones, which have the
+    same words and are wrong (binding); or WebDataset shards (retrieval)."""
+    templates: tuple[str, ...] = ()
+    """Captions of a class, {} for its name; the paper's seven best if none are given."""
+    pictures: int = 400
+    """Of Toybox for each probe; of other data at most, 0 for all."""
+    seed: int = 0
+    """Chooses Toybox's scenes."""
+    device: str = "auto"
+    """auto is cuda, else mps, else cpu."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What matrix products are computed in."""
+    out: Path = Path("runs/clip-evaluation")
+    """Folder for clip.json."""
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+        least = 4 if self.data == "toybox" else 0
+        if self.pictures < least:
+            raise ValueError(f"pictures is {self.pictures}, expected at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the judge saw in every candidate of one prompt, in the order of the draw."""
+class SamplesOptions:
+    """Measure drawn pictures against their prompts, and against real pictures."""
 
-    prompt: Prompt
-    seen: list[Verdict]
-    best: int | None  # index of the candidate that CLIP ranks first; None without a CLIP
+    pictures: Path
+    """Folder of the pictures. Their prompts: in name.txt beside each, or in the PNG itself, where
+    sample.py puts them; without any, only the distances are measured."""
+    reference: str | None = None
+    """Real pictures: toybox:N, a folder or WebDataset shards. None: only the prompts count."""
+    clip: str = "bundled"
+    """Folder or Hugging Face name of a CLIP or SigLIP, or bundled."""
+    blur: tuple[float, ...] = (0, 1, 2, 4, 8)
+    """Radii, in pixels of pictures 256 wide, by which both sides are blurred; the paper's."""
+    most: int = 30_000
+    """Pictures of each side, at most; the paper's FID is of 30,000."""
+    inception: bool = False
+    """FID and Inception Score, too: needs torchmetrics, torch-fidelity and their weights."""
+    device: str = "auto"
+    """auto is cuda, else mps, else cpu."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What matrix products are computed in."""
+    out: Path = Path("runs/samples-evaluation")
+    """Folder for samples.json."""
 
-    def right(self, index: int) -> dict[str, bool]:
-        """Say whether candidate `index` has the right noun, the right fill, and both."""
-        noun = self.seen[index].noun == self.prompt.noun
-        fill = self.seen[index].fill == self.prompt.fill
-        return {"noun": noun, "fill": fill, "both": noun and fill}
-
-    def chosen(self, choice: str) -> list[int]:
-        """Return the candidates a choice looks at: best, first or mean; none if there is none."""
-        best = [] if self.best is None else [self.best]
-        return {"best": best, "first": [0], "mean": list(range(len(self.seen)))}[choice]
-
-
-def choose_prompts(split: str, count: int, seed: int) -> list[Prompt]:
-    """Choose `count` plain prompts of one split, each of another pair."""
-    from dalle1.data.toybox import FILLS, NOUNS, is_held_out
-    from dalle1.data.toybox.captions import article
-
-    wanted = split == "heldout"
-    pairs = [(n, f) for n in NOUNS for f in FILLS if is_held_out(fill=f, noun=n) == wanted]
-    rng = random.Random(f"evaluate {split} {seed}")
-    rng.shuffle(pairs)
-    prompts = []
-    if count > len(pairs):
-        raise ValueError(
-            f"num_prompts is {count}, expected at most {len(pairs)}: the {split} pairs"
-        )
-    for noun, fill in pairs[:count]:
-        prompts.append(
-            Prompt(
-                text=f"{article(fill)} {noun}",
-                noun=noun,
-                fill=fill,
-                split=split,
-                seed=rng.getrandbits(31),
-            )
-        )
-    return prompts
-
-
-def ask(
-    model: DallE, judge: Judge, prompt: Prompt, num_candidates: int
-) -> tuple[Answer, Image.Image]:
-    """Draw one prompt's candidates and judge them all; return the one to show as well."""
-    drawn = model.candidates(prompt.text, num_candidates=num_candidates, seed=prompt.seed)
-    in_order = sorted(drawn, key=lambda candidate: candidate.index)
-    seen = judge.verdicts([candidate.image for candidate in in_order])
-    ranked = drawn[0].score is not None
-    best = drawn[0].index if ranked else None
-    return Answer(prompt=prompt, seen=seen, best=best), (drawn if ranked else in_order)[0].image
-
-
-def toybox_scores(answers: Sequence[Answer]) -> Iterator[tuple[str, float]]:
-    """Yield `(split/choice/what, share)`: choices best, first and mean; noun, fill and both."""
-    for split in SPLITS:
-        group = [answer for answer in answers if answer.prompt.split == split]
-        for choice in CHOICES:
-            chosen = [answer.chosen(choice) for answer in group]
-            if not all(chosen):
-                continue  # no best without a CLIP
-            for what in ("noun", "fill", "both"):
-                shares = [
-                    sum(answer.right(index)[what] for index in indices) / len(indices)
-                    for answer, indices in zip(group, chosen)
-                ]
-                yield f"{split}/{choice}/{what}", sum(shares) / len(shares)
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share seen in `count` independent trials."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
-    half /= 1 + z * z / count
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def table(scores: dict[str, float], options: ToyboxOptions) -> str:
-    """Lay the scores out, one row per split and choice, with an interval for both.
-
-    Candidates of one prompt are not independent, so the interval of their mean counts prompts.
-    """
-    lines = [f"{'pairs':10}{'picture':22}{'noun':>8}{'fill':>8}{'both':>8}   95 % interval"]
-    for split, name in SPLITS.items():
-        for choice, title in CHOICES.items():
-            if f"{split}/{choice}/both" not in scores:
-                continue
-            noun, fill, both = (scores[f"{split}/{choice}/{w}"] for w in ("noun", "fill", "both"))
-            low, high = wilson(both, options.num_prompts)
-            lines.append(
-                f"{name:10}{title.format(n=options.num_candidates):22}"
-                f"{noun:8.1%}{fill:8.1%}{both:8.1%}   {low:.1%} to {high:.1%}"
-            )
-    return "\n".join(lines)
-
-
-def grid(shown: Sequence[tuple[Image.Image, str, bool]], columns: int = 8) -> Image.Image:
-    """Lay pictures out with the prompt under each, and a dot: green if right, red if wrong."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side, gap, caption = 128, 12, 20
-    columns = min(columns, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    width, height = columns * (side + gap) + gap, rows * (side + gap + caption) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(9)
-    for place, (picture, text, right) in enumerate(shown):
-        x = gap + place % columns * (side + gap)
-        y = gap + place // columns * (side + gap + caption)
-        sheet.paste(picture.resize((side, side)), (x, y))
-        colour = "#3a9d5d" if right else "#c8553d"
-        pen.ellipse((x, y + side + 7, x + 5, y + side + 12), fill=colour)
-        pen.text((x + 9, y + side + 4), text, fill="#333333", font=font)
-    return sheet
-
-
-def check_judge(judge: Judge, pictures: int, seed: int) -> Iterator[tuple[str, float]]:
-    """Yield the judge's accuracy on real renderings, half of held-out pairs, half of training."""
-    from dalle1.judge import accuracy
-
-    for split in SPLITS:
-        # The seed is a phrase no training run uses, so the renderings are fresh.
-        for name, share in accuracy(judge, split, pictures // 2, f"check {split} {seed}"):
-            yield f"judge/{split}/{name}", share
-
-
-def report_judge(scores: dict[str, float], pictures: int) -> None:
-    """Print how often the judge is right, with a warning when that is not often enough."""
-    for split, name in SPLITS.items():
-        noun, fill, both = (scores[f"judge/{split}/{what}"] for what in ("noun", "fill", "both"))
-        print(
-            f"judge on {pictures // 2} real renderings of {name} pairs: "
-            f"noun {noun:.1%}, fill {fill:.1%}, both {both:.1%}"
-        )
-        if both < TRUSTED:
-            print(f"warning: the judge is below {TRUSTED:.0%}: trust it less", file=sys.stderr)
+    def check(self) -> None:
+        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+        if not self.blur or min(self.blur) < 0:
+            raise ValueError(f"blur is {self.blur}, expected radii of 0 or more")
+        if self.most < 2:
+            raise ValueError(f"most is {self.most}, expected at least 2")
+        if self.inception and self.reference is None:
+            raise ValueError("inception compares with real pictures: name them by --reference")
 
 
 def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, float]:
     """Run the whole evaluation, write its files and return the scores by name."""
     from tqdm import tqdm
 
+    from dalle1.evaluation.report import table, wilson, write_report
+    from dalle1.evaluation.toybox import (
+        SPLITS,
+        ask,
+        check_judge,
+        choose_prompts,
+        details,
+        grid,
+        report_judge,
+        toybox_scores,
+        toybox_table,
+    )
     from dalle1.judge import BUNDLED, load_judge
 
     judge = load_judge(options.judge or BUNDLED)
@@ -282,12 +204,40 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
         if prompt.split == "heldout":
             shown.append((picture, prompt.text, answer.right(answer.best or 0)["both"]))
     scores.update(toybox_scores(answers))
-    write_report(options, scores, answers)
+    if options.num_scenes:
+        scores.update(run_scenes(options, model))
+    intervals = {
+        name: wilson(share, options.num_prompts)
+        for name, share in scores.items()
+        if name.endswith("/both") and not name.startswith("judge/")
+    }
+    path = options.out / "toybox.json"
+    write_report(path, options, scores, intervals=intervals, prompts=details(answers))
     grid(shown).save(options.out / "heldout.png")
-    print(table(scores, options))
+    print(toybox_table(scores, options.num_prompts, options.num_candidates))
+    print(table((k, v) for k, v in scores.items() if k.startswith(("count", "relation"))))
     if any(answer.best is None for answer in answers):
         print("the model has no CLIP, so there is no best of N", file=sys.stderr)
-    print(f"wrote {options.out / 'toybox.json'} and {options.out / 'heldout.png'}")
+    print(f"wrote {path} and {options.out / 'heldout.png'}")
+    return scores
+
+
+def run_scenes(options: ToyboxOptions, model: DallE) -> dict[str, float]:
+    """Draw prompts of counts and relations, have them judged, and give the shares by name."""
+    from tqdm import tqdm
+
+    from dalle1.evaluation import scenes
+    from dalle1.scene_judge import BUNDLED, load_scene_judge
+
+    judge = load_scene_judge(options.scene_judge or BUNDLED)
+    scores = dict(scenes.check_scene_judge(judge, options.judge_pictures, options.seed))
+    for kind in scenes.KINDS:
+        asked = scenes.choose_scenes(kind, options.num_scenes, options.seed)
+        answers = [
+            scenes.ask(model, judge, prompt, options.num_candidates)
+            for prompt in tqdm(asked, desc=f"drawing {kind}s", unit="prompt")
+        ]
+        scores.update(scenes.scene_scores(kind, answers))
     return scores
 
 
@@ -296,32 +246,6 @@ def load_model(options: ToyboxOptions) -> DallE:
     from dalle1 import DallE
 
     return DallE.from_pretrained(options.model, device=options.device)
-
-
-def write_report(
-    options: ToyboxOptions, scores: dict[str, float], answers: Sequence[Answer]
-) -> None:
-    """Write settings, scores, intervals and every verdict to toybox.json."""
-    intervals = {
-        name: wilson(share, options.num_prompts)
-        for name, share in scores.items()
-        if name.endswith("/both") and not name.startswith("judge/")
-    }
-    report: dict[str, Any] = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()},
-        "scores": scores,
-        "intervals": intervals,
-        "prompts": [
-            {
-                **asdict(answer.prompt),
-                "best": answer.best,
-                "seen": [f"{verdict.fill} {verdict.noun}" for verdict in answer.seen],
-                "both": [answer.right(index)["both"] for index in range(len(answer.seen))],
-            }
-            for answer in answers
-        ],
-    }
-    (options.out / "toybox.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def run_dvae(options: DVAEOptions) -> dict[str, float]:
@@ -361,15 +285,97 @@ def run_dvae(options: DVAEOptions) -> dict[str, float]:
     return scores
 
 
+def run_clip(options: ClipOptions) -> dict[str, float]:
+    """Measure a CLIP, print and write the numbers, and return them."""
+    from dalle1.clip import Clip
+    from dalle1.device import pick_device
+    from dalle1.evaluation.clips import TEMPLATES
+    from dalle1.evaluation.own import folder_probes
+    from dalle1.evaluation.report import table, write_report
+    from dalle1.evaluation.toybox_probes import toybox_probes
+
+    options.check()
+    clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
+    if options.data == "toybox":
+        if options.templates:
+            raise ValueError("templates are for classes of your own; Toybox's captions are fixed")
+        found = toybox_probes(clip, options.pictures, options.seed)
+    else:
+        templates = options.templates or TEMPLATES
+        found = folder_probes(clip, options.data, templates, options.pictures or None)
+    scores = dict(found)
+    write_report(options.out / "clip.json", options, scores)
+    print(table(scores.items()))
+    print(f"wrote {options.out / 'clip.json'}")
+    return scores
+
+
+def run_samples(options: SamplesOptions) -> dict[str, float]:
+    """Measure drawn pictures, print and write the numbers, and return them."""
+    from dalle1.clip import Clip
+    from dalle1.data import open_source
+    from dalle1.data.folder import Folder
+    from dalle1.data.reading import AS_IT_IS
+    from dalle1.data.streams import Streamed
+    from dalle1.device import pick_device
+    from dalle1.evaluation.own import prompt_of
+    from dalle1.evaluation.report import table, write_report
+    from dalle1.evaluation.samples import Pictures, clip_score, distances, features, inception
+
+    options.check()
+    clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
+    source = Folder(options.pictures, "encode", captions=False, reading=AS_IT_IS)
+    drawn = Pictures(source, options.most)
+    scores: dict[str, float] = {"pictures": len(drawn)}
+    prompts = [prompt_of(path) for path in source.pictures[: len(drawn)]]
+    prompted = [i for i, prompt in enumerate(prompts) if prompt]
+    if prompted:
+        texts = clip.embed_text([str(prompts[i]) for i in prompted])
+        scores |= clip_score(features(clip, drawn)[prompted], texts)
+    elif options.reference is None:
+        raise ValueError(
+            f"the pictures in {options.pictures} have no prompts, and there is no --reference: "
+            "nothing to measure them by"
+        )
+    if options.reference is not None:
+        whole = open_source(options.reference, "encode", captions=False, reading=AS_IT_IS)
+        if isinstance(whole, Streamed):
+            raise ValueError(
+                f"{options.reference} can only be read front to back: give fewer shards"
+            )
+        real = Pictures(whole, options.most)
+        scores |= {
+            "reference pictures": len(real),
+            **dict(distances(clip, drawn, real, options.blur)),
+        }
+        if options.inception:
+            scores |= inception(drawn, real, options.blur)
+    write_report(options.out / "samples.json", options, scores)
+    print(table(scores.items()))
+    print(f"wrote {options.out / 'samples.json'}")
+    return scores
+
+
 def run_judge(options: JudgeOptions) -> dict[str, float]:
     """Train a judge, measure it, write it and return its accuracy by name."""
     from dalle1.data.toybox import FILLS, NOUNS
+    from dalle1.evaluation.toybox import check_judge, report_judge
     from dalle1.judge import JudgeConfig, accuracy, render_many, save_judge, train_judge
 
     options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
     config = JudgeConfig(nouns=tuple(NOUNS), fills=tuple(FILLS))
-    data = render_many(config, options.pictures, "all", f"train {options.seed}")
     steps = max(1, round(options.minutes * STEPS_PER_MINUTE))
+    if options.scenes:
+        from dalle1.evaluation.report import table
+        from dalle1.evaluation.scenes import check_scene_judge
+        from dalle1.scene_judge import train_scene_judge
+
+        seen = train_scene_judge(config, pictures=options.pictures, steps=steps, seed=options.seed)
+        save_judge(seen, options.out)
+        scores = dict(check_scene_judge(seen, CHECK_PICTURES, options.seed))
+        print(f"{table(scores.items())}\nwrote {options.out}")
+        return scores
+    data = render_many(config, options.pictures, "all", f"train {options.seed}")
     judge = train_judge(config, data, steps=steps, seed=options.seed)
     save_judge(judge, options.out)
     scores = dict(check_judge(judge, CHECK_PICTURES, options.seed))
@@ -385,17 +391,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run one evaluator."""
     command = (
         Annotated[ToyboxOptions, tyro.conf.subcommand("toybox")]
+        | Annotated[SamplesOptions, tyro.conf.subcommand("samples")]
+        | Annotated[ClipOptions, tyro.conf.subcommand("clip")]
         | Annotated[DVAEOptions, tyro.conf.subcommand("dvae")]
         | Annotated[JudgeOptions, tyro.conf.subcommand("judge")]
     )
     with clear_errors():
         options = tyro.cli(command, args=arguments, description=__doc__)
-        if isinstance(options, JudgeOptions):
-            run_judge(options)
-        elif isinstance(options, DVAEOptions):
-            run_dvae(options)
-        else:
-            run_toybox(options)
+        runs: dict[type, Any] = {
+            ToyboxOptions: run_toybox,
+            SamplesOptions: run_samples,
+            ClipOptions: run_clip,
+            DVAEOptions: run_dvae,
+            JudgeOptions: run_judge,
+        }
+        runs[type(options)](options)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def write(folder: Path, prompt: str, kept: list[Candidate], options: argparse.Na
             {
                 "file": name,
                 "score": candidate.score,
+                "probability": candidate.probability,
                 "candidate": candidate.index,
                 "seed": candidate.seed,
             }
@@ -230,7 +231,7 @@ def processes() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def gathered(candidates: list[Candidate], rank: int, world: int) -> list[Candidate]:
+def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -> list[Candidate]:
     """Give process 0 the candidates of all, best first, or as drawn where nothing ranked them."""
     if world == 1:
         return candidates
@@ -239,7 +240,9 @@ def gathered(candidates: list[Candidate], rank: int, world: int) -> list[Candida
     parts: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(candidates, parts)
     everyone = [c for part in parts or [] for c in part]
-    return sorted(everyone, key=lambda c: (-(c.score or 0.0), c.index))
+    everyone.sort(key=lambda c: (-(c.score or 0.0), c.index))
+    by_clip = any(c.probability is not None for c in everyone)
+    return model.with_bets(everyone) if by_clip else everyone
 
 
 def draw(
@@ -272,7 +275,7 @@ def draw(
             **{name: getattr(options, name) for name in names.split()},
         )
         for prompt, folder, candidates in zip(options.prompts, outs, drawn, strict=True):
-            best = gathered(candidates, rank, world)
+            best = gathered(model, candidates, rank, world)
             if rank == 0:
                 write(folder, prompt, best[: options.num_images], options)
                 progress.write(f"{prompt!r}: {folder / 'grid.png'}", file=sys.stdout)

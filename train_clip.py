@@ -1,9 +1,10 @@
-"""Train a small CLIP that tells which of some pictures fits a caption best (paper §2.6).
+"""Train a CLIP, which tells which of some pictures fits a caption best (paper §2.6).
 
-    python train_clip.py toy --data toybox --out runs/clip
+    python train_clip.py small --data toybox --out runs/clip
 
 writes runs/clip/latest/ in Hugging Face's format, and a log; the same command goes on after an
-interruption. Any other CLIPModel or SiglipModel serves for reranking, too.
+interruption. Presets are in dalle1/presets.py. Any other CLIPModel or SiglipModel serves for
+reranking, too.
 """
 
 from __future__ import annotations
@@ -18,71 +19,108 @@ import torch
 from torch import Tensor, nn
 
 from dalle1.cli import clear_errors, parse_preset
-from dalle1.clip import Clip, ContrastiveLoss, normalise, pair_loss, soften, tiny_clip
+from dalle1.clip import Clip, ContrastiveLoss, new_clip, pair_loss, soften
+from dalle1.clip.losses import prepare_for
 from dalle1.data import PairSource, open_source
-from dalle1.data.batches import first_captions, first_examples
-from dalle1.data.images import centre_square, to_float, to_tensor
+from dalle1.data.batches import Example, Source, first_captions, first_examples
+from dalle1.data.images import augmented, centre_square, to_float, to_tensor
 from dalle1.device import pick_device
 from dalle1.presets import CLIP_PRESETS, ClipRecipe
 from dalle1.text import Tokenizer
+from dalle1.training import distributed
 from dalle1.training.loop import Batch, fit, stream_from
 
 
-def tokenized(
+def example(
+    config: ClipRecipe,
     tokenizer: Any,
-    text_len: int,
-    size: int,
-    allow_upscale: bool,
+    training: bool,
     source: PairSource,
     index: int,
     rng: random.Random,
-) -> Mapping[str, Tensor]:
-    """Prepare one example: a picture, and the tokens of a caption, cut or padded to `text_len`."""
+) -> Example:
+    """Prepare a picture, and the tokens of a caption, cut or padded to the model's length."""
     ids = tokenizer(
-        source.caption(index, rng), truncation=True, max_length=text_len, padding="max_length"
+        source.caption(index, rng),
+        truncation=True,
+        max_length=config.model.text_len,
+        padding="max_length",
     )["input_ids"]
-    picture = to_tensor(centre_square(source.image(index), size, allow_upscale))
-    return {"images": picture, "input_ids": torch.tensor(ids)}
+    picture, size, upscale = source.image(index), config.model.image_size, config.allow_upscale
+    if training:
+        picture = augmented(picture, size, rng, config.augmentation, upscale)
+    else:
+        picture = centre_square(picture, size, upscale)
+    return {"images": to_tensor(picture), "input_ids": torch.tensor(ids)}
+
+
+class ClipTraining:
+    """What `fit` needs to know of a CLIP."""
+
+    def __init__(self, config: ClipRecipe) -> None:
+        self.config = config
+        self.device = pick_device(config.device)
+        size = config.model.image_size
+        how: dict[str, Any] = {"size": size, "seed": config.seed, "reading": config, "detail": size}
+        source, held = (open_source(config.data, split, **how) for split in ("train", "validation"))
+        torch.manual_seed(config.seed)
+        self.clip = self.initial(source)
+        prepare_for(self.clip.model, config.loss)
+        self.model = self.clip.model.train().requires_grad_(True).to(self.device)
+        prepare = partial(example, config, self.clip.tokenizer)
+        self.stream = stream_from(source, partial(prepare, True), config)
+        pairs = first_examples(held, partial(prepare, False), config.validation_pairs)
+        self.held = {name: tensor.to(self.device) for name, tensor in pairs.items()}
+
+    def initial(self, source: Source) -> Clip:
+        """Make a new CLIP with a vocabulary of the data's captions, or take --init's."""
+        config = self.config
+        if config.init is None:
+            captions = first_captions(source, config.vocab_captions)
+            return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
+        clip = Clip.from_pretrained(config.init)
+        if (changed := clip.size().differences(config.model)) is not None:
+            raise ValueError(f"the CLIP in {config.init} is of another size; add {changed}")
+        return clip
+
+    def loss(
+        self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator
+    ) -> ContrastiveLoss:
+        config, images = self.config, to_float(batch["images"])
+        if config.soften:
+            images = soften(images, generator)
+        return pair_loss(
+            model,
+            self.clip.normalise(images),
+            self.trimmed(batch["input_ids"]),
+            kind=config.loss,
+            at_once=config.encode_at_once,
+            gather=distributed.gather,
+        )
+
+    def trimmed(self, ids: Tensor) -> Tensor:
+        """Cut off the columns after the last caption's end, which no place before them sees."""
+        ends = (ids == self.clip.tokenizer.eos_token_id).int().argmax(1)
+        return ids[:, : int(ends.max()) + 1]
+
+    @torch.inference_mode()
+    def validate(self, model: nn.Module, raw: nn.Module, step: int) -> Mapping[str, float]:
+        images = self.clip.normalise(to_float(self.held["images"]))
+        ids, at_once = self.trimmed(self.held["input_ids"]), self.config.encode_at_once
+        loss = pair_loss(model, images, ids, kind=self.config.loss, at_once=at_once)
+        return {"retrieval": float(loss.accuracy), "loss": float(loss.total)}
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        whole = Clip(model, self.clip.tokenizer, self.clip.processor)  # type: ignore[arg-type]
+        whole.save_pretrained(folder, dtype=torch.float16)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
-        train(parse_preset(CLIP_PRESETS, args, __doc__.splitlines()[0]))
-
-
-def train(config: ClipRecipe) -> nn.Module:
-    """Train as `config` says, resuming what is in `config.out`; give the averaged model."""
-    device = pick_device(config.device)
-    size = config.image_size
-    how: dict[str, Any] = {"size": size, "seed": config.seed, "reading": config, "detail": size}
-    source, held = (open_source(config.data, split, **how) for split in ("train", "validation"))
-    captions = first_captions(source, config.vocab_captions)
-    tokenizer = Tokenizer.train(captions, config.vocab_size)
-    torch.manual_seed(config.seed)
-    clip = tiny_clip(tokenizer, image_size=size)
-
-    prepare = partial(tokenized, clip.tokenizer, clip.text_len, size, config.allow_upscale)
-    stream = stream_from(source, prepare, config)
-
-    def loss_fn(
-        model: nn.Module, batch: Batch, step: int, generator: torch.Generator
-    ) -> ContrastiveLoss:
-        softened = soften(to_float(batch["images"]), generator)
-        return pair_loss(model, normalise(softened), batch["input_ids"])
-
-    pairs = first_examples(held, prepare, config.validation_pairs)
-    validation = {name: tensor.to(device) for name, tensor in pairs.items()}
-
-    @torch.inference_mode()
-    def validate(model: nn.Module, raw: nn.Module, step: int) -> Mapping[str, float]:
-        images = normalise(to_float(validation["images"]))
-        loss = pair_loss(model, images, validation["input_ids"])
-        return {"retrieval": float(loss.accuracy), "loss": float(loss.total)}
-
-    def save(model: nn.Module, folder: Path) -> None:
-        Clip(model, clip.tokenizer, clip.processor).save_pretrained(folder, dtype=torch.float16)
-
-    return fit(clip.model.to(device), loss_fn, stream, config, save_model=save, validate=validate)
+        config = parse_preset(CLIP_PRESETS, args, __doc__.splitlines()[0])
+        run = ClipTraining(config)
+        fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
+        print(f"The CLIP is in {config.out}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -87,13 +88,20 @@ class Judge(nn.Module):
         self.noun = nn.Linear(2 * last, len(config.nouns))
         self.fill = nn.Linear(2 * last, len(config.fills))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of nouns and fills for `images` [B, 3, H, W] in [0, 1]."""
+    def features(self, images: Tensor) -> Tensor:
+        """Look at `images` [B, 3, H, W] in [0, 1]: [B, C, h, w]."""
         size = (self.config.image_size, self.config.image_size)
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         x = (2 * images - 1).to(memory_format=torch.channels_last)
-        x = self.stages(self.stem(x))
+        return self.stages(self.stem(x))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of nouns and fills for `images` [B, 3, H, W] in [0, 1]."""
+        return self.single(self.features(images))
+
+    def single(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of nouns and fills of what `features` saw."""
         # The mean tells textures, the maximum tells parts that are small or at the edge.
         x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)  # [B, 2C]
         return self.noun(x), self.fill(x)
@@ -110,6 +118,9 @@ class Judge(nn.Module):
             nouns, fills = self.config.nouns, self.config.fills
             found += [Verdict(nouns[n], fills[f]) for n, f in zip(noun, fill, strict=True)]
         return found
+
+
+AnyJudge = TypeVar("AnyJudge", bound=Judge)
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
@@ -133,6 +144,11 @@ def save_judge(judge: Judge, path: str | Path) -> None:
 
 def load_judge(path: str | Path = BUNDLED) -> Judge:
     """Read a judge back, ready to use; a `ValueError` if the file is not one."""
+    return read_judge(path, Judge)
+
+
+def read_judge(path: str | Path, kind: type[AnyJudge]) -> AnyJudge:
+    """Read a judge of some kind; see `load_judge`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no judge at {path}: train one with `evaluate.py judge`")
     try:
@@ -140,7 +156,7 @@ def load_judge(path: str | Path = BUNDLED) -> Judge:
             fields = json.loads((file.metadata() or {})["config"])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        judge = Judge(JudgeConfig(**(fields | lists)))
+        judge = kind(JudgeConfig(**(fields | lists)))
         judge.load_state_dict(tensors)
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
@@ -238,21 +254,45 @@ def train_judge(
     config: JudgeConfig, data: Renderings, *, steps: int, seed: int = 0, batch_size: int = 64
 ) -> Judge:
     """Train a judge from nothing; the same arguments on the same machine give the same weights."""
+
+    def loss(judge: Judge, images: Tensor, chosen: Tensor) -> Tensor:
+        noun, fill = judge(images)
+        # Mean over the batch, the two questions with equal weight.
+        return question(noun, data.nouns[chosen]) + question(fill, data.fills[chosen])
+
+    return train(Judge, config, data.pictures, loss, steps=steps, seed=seed, batch_size=batch_size)
+
+
+def question(logits: Tensor, answers: Tensor) -> Tensor:
+    """Compute what the answers to one question cost, a mean over those above -1: nats."""
+    if not (answers >= 0).any():
+        return logits.sum() * 0.0
+    return F.cross_entropy(logits.float(), answers, ignore_index=-1, label_smoothing=0.05)
+
+
+def train(
+    kind: type[AnyJudge],
+    config: JudgeConfig,
+    pictures: Tensor,
+    loss_fn: Callable[[AnyJudge, Tensor, Tensor], Tensor],
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int,
+) -> AnyJudge:
+    """Train a judge on degraded `pictures`; loss_fn is of (judge, images, their indices)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(config).train()
+        judge = kind(config).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
     progress = tqdm(range(steps), desc="training the judge", unit="step")
     for step in progress:
-        chosen = torch.randint(len(data), (batch_size,), generator=generator)
-        images = degrade(data.pictures[chosen].float() / 255, config.image_size, generator)
+        chosen = torch.randint(len(pictures), (batch_size,), generator=generator)
+        images = degrade(pictures[chosen].float() / 255, config.image_size, generator)
         with torch.autocast("cpu", torch.bfloat16):
-            noun, fill = judge(images)
-        # Mean over the batch, the two questions with equal weight.
-        loss = F.cross_entropy(noun.float(), data.nouns[chosen], label_smoothing=0.05)
-        loss = loss + F.cross_entropy(fill.float(), data.fills[chosen], label_smoothing=0.05)
+            loss = loss_fn(judge, images, chosen)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -18,7 +18,7 @@ from dalle1.cache import drawing_bytes
 from dalle1.clip import Clip
 from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
 from dalle1.data.reading import to_rgb
-from dalle1.device import free_memory, out_of_memory, pick_device, pick_precision
+from dalle1.device import PRECISIONS, free_memory, out_of_memory, pick_device, pick_precision
 from dalle1.sampler import (
     FREE,
     Sampling,
@@ -55,6 +55,8 @@ class Candidate:
     score: float | None = None
     """By CLIP: the cosine similarity of picture and prompt. By likelihood: how many bits per code
     the caption saves, log₂ p(picture | caption) − log₂ p(picture). None where nothing ranked it."""
+    probability: float | None = None
+    """CLIP's bet on it among all that it ranked with it; they sum to 1. None without CLIP."""
 
 
 class DallE:
@@ -98,7 +100,7 @@ class DallE:
             clip: a CLIP's folder or Hugging Face name; "none" for no reranking; None is the
                 folder's own, if it has one.
             device: auto is cuda, else mps, else cpu.
-            precision: of the transformer: fp32, bf16, fp16; auto is bf16 where the processor has
+            precision: of transformer and CLIP: fp32, bf16, fp16; auto is bf16 where the processor has
                 it: faster, but then pictures differ a little from one machine to another.
 
         Raises: ValueError where something is missing, damaged or does not fit the rest.
@@ -111,10 +113,14 @@ class DallE:
         if clip is None and (folder / CLIP_NAME).is_dir():
             clip = folder / CLIP_NAME
         place = pick_device(device)
-        ranker = None if clip is None or clip == "none" else Clip.from_pretrained(clip, place)
+        dtype = pick_precision(precision, place)
+        named = next(name for name, kind in PRECISIONS.items() if kind == dtype)
+        ranker = None
+        if clip is not None and clip != "none":
+            ranker = Clip.from_pretrained(clip, place, named)
         return cls(
             DVAE.load(folder, place),
-            Transformer.load(folder, place).to(pick_precision(precision, place)),
+            Transformer.load(folder, place).to(dtype),
             Tokenizer.load(folder / VOCABULARY_NAME),
             ranker,
         )
@@ -278,7 +284,15 @@ class DallE:
             codes = torch.stack([c.codes for c in candidates])
             scores = self.bits(NOTHING, codes)[1] - self.bits(prompt, codes)[1]
         scored = [replace(c, score=s) for c, s in zip(candidates, scores.tolist(), strict=True)]
+        scored = self.with_bets(scored) if by == "clip" else scored
         return sorted(scored, key=lambda c: (-(c.score or 0.0), c.index))
+
+    def with_bets(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Say of candidates that CLIP has scored how it would bet among them."""
+        if self.clip is None:
+            return candidates
+        bets = self.clip.probabilities(torch.tensor([c.score for c in candidates])).tolist()
+        return [replace(c, probability=bet) for c, bet in zip(candidates, bets, strict=True)]
 
     @torch.inference_mode()
     def bits(self, prompt: str, codes: Tensor, batch_size: int = 8) -> tuple[float, Tensor]:

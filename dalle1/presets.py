@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from dalle1.data.images import FOR_TRANSFORMER, Augmentation
+from dalle1.clip import ClipSize
+from dalle1.clip.losses import Kind as ContrastiveKind
+from dalle1.data.images import FOR_TRANSFORMER, RANDOM_SQUARE, Augmentation
 from dalle1.training.loop import RunConfig
 from dalle1.training.schedules import cosine
 from dalle1.transformer import TransformerSize
@@ -240,10 +242,22 @@ TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRecipe(RunConfig):
-    """How a small CLIP is trained."""
+    """How a CLIP is trained (Radford et al. 2021, arXiv 2103.00020)."""
 
-    image_size: int = 128
-    """Side in pixels of the pictures that it reads; a multiple of 16."""
+    model: ClipSize = field(default_factory=ClipSize)
+    """Its size."""
+    init: str | None = None
+    """Folder or Hugging Face name of a CLIP to begin with, of the same size: fine-tuning. It keeps
+    its vocabulary."""
+    loss: ContrastiveKind = "infonce"
+    """infonce, CLIP's; or sigmoid, SigLIP's, with a bias that is learned."""
+    encode_at_once: int | None = None
+    """Pairs that hold their activations at a time, where a batch does not fit in memory: gradient
+    caching, for a third more work. Unlike `accumulate`, the whole batch is compared."""
+    augmentation: Augmentation = RANDOM_SQUARE
+    """How pictures are cut."""
+    soften: bool = False
+    """Blur every second picture a little, for dVAEs' are softer. Paper: no."""
     vocab_size: int = 1024
     """BPE tokens at most; they are learned from the data."""
     vocab_captions: int = 20_000
@@ -255,8 +269,52 @@ class ClipRecipe(RunConfig):
         super().__post_init__()
         if self.validation_pairs < 1:
             raise ValueError(f"validation_pairs is {self.validation_pairs}, expected at least 1")
+        if self.encode_at_once is not None and self.encode_at_once < 1:
+            raise ValueError(f"encode_at_once is {self.encode_at_once}, expected at least 1")
+        if self.loss not in get_args(ContrastiveKind):
+            raise ValueError(f"loss is {self.loss!r}, expected infonce or sigmoid")
+
+
+def _clip_of_the_paper(learning_rate: float, beta2: float, **size: Any) -> ClipRecipe:
+    # Radford et al. 2021, tables 18 to 20: 32 epochs of 400 million pairs.
+    common: dict[str, Any] = {"image_size": 224, "text_width": 512, "text_layers": 12}
+    common |= {"text_len": 77, "head_dim": 64, "activation": "quick_gelu"}
+    return ClipRecipe(
+        out=Path("runs/clip"),
+        model=ClipSize(**{**common, **size}),
+        steps=390_625,
+        batch_size=32_768,
+        learning_rate=learning_rate,
+        final_learning_rate=0.0,
+        warmup_steps=2_000,
+        weight_decay=0.2,
+        beta2=beta2,
+        ema_decay=0.0,
+        vocab_size=49_152,
+        vocab_captions=10_000_000,
+        validation_pairs=512,
+    )
 
 
 CLIP_PRESETS: dict[str, ClipRecipe] = {
-    "toy": ClipRecipe(out=Path("runs/clip"), steps=1_800, batch_size=128, ema_decay=0.99),
+    "toy": ClipRecipe(
+        out=Path("runs/clip"), steps=1_800, batch_size=128, ema_decay=0.99, soften=True
+    ),
+    # The modified ResNet, which learns Toybox in a fraction of a ViT's time.
+    "small": ClipRecipe(
+        out=Path("runs/clip"),
+        model=ClipSize(image_size=96, patch_size=None, layers=(1, 1, 1, 1), width=16, text_len=24),
+        steps=3_000,
+        batch_size=128,
+        learning_rate=3e-3,
+        ema_decay=0.99,
+    ),
+    "rn50": _clip_of_the_paper(
+        5e-4, 0.999, patch_size=None, layers=(3, 4, 6, 3), width=64, embed_dim=1024
+    ),
+    "vit-b-32": _clip_of_the_paper(5e-4, 0.98, patch_size=32, layers=12, width=768, embed_dim=512),
+    "vit-b-16": _clip_of_the_paper(5e-4, 0.98, patch_size=16, layers=12, width=768, embed_dim=512),
+    "vit-l-14": _clip_of_the_paper(
+        4e-4, 0.98, patch_size=14, layers=24, width=1024, embed_dim=768, text_width=768
+    ),
 }

@@ -16,6 +16,8 @@ from PIL import Image
 
 import evaluate
 from dalle1.data.toybox import FILLS, NOUNS, is_held_out, render, sample_scene
+from dalle1.evaluation.report import wilson
+from dalle1.evaluation.toybox import choose_prompts
 from dalle1.judge import (
     BUNDLED,
     Judge,
@@ -136,26 +138,26 @@ def test_toybox_runs_from_the_command_line(
 
 def test_prompts_are_plain_even_and_repeatable() -> None:
     pairs = [(f, n) for f in FILLS for n in NOUNS if is_held_out(f, n)]
-    prompts = evaluate.choose_prompts("heldout", len(pairs), seed=3)
-    assert prompts == evaluate.choose_prompts("heldout", len(pairs), seed=3)
-    assert prompts != evaluate.choose_prompts("heldout", len(pairs), seed=4)
+    prompts = choose_prompts("heldout", len(pairs), seed=3)
+    assert prompts == choose_prompts("heldout", len(pairs), seed=3)
+    assert prompts != choose_prompts("heldout", len(pairs), seed=4)
     drawn = [(prompt.fill, prompt.noun) for prompt in prompts]
     assert all(drawn.count(pair) == 1 for pair in pairs)
     assert "an avocado armchair" in [prompt.text for prompt in prompts]
     assert len({prompt.seed for prompt in prompts}) == len(prompts)
     with pytest.raises(ValueError, match="expected at most"):
-        evaluate.choose_prompts("heldout", len(pairs) + 1, seed=3)
-    training = evaluate.choose_prompts("train", 50, seed=3)
+        choose_prompts("heldout", len(pairs) + 1, seed=3)
+    training = choose_prompts("train", 50, seed=3)
     assert not any(is_held_out(prompt.fill, prompt.noun) for prompt in training)
     assert all(pair_of(prompt.text) == (prompt.fill, prompt.noun) for prompt in prompts)
 
 
 def test_wilson_by_hand() -> None:
     # 8 of 10: centre (0.8 + 0.19208) / 1.38416, half 1.96 √(0.016 + 0.009604) / 1.38416.
-    low, high = evaluate.wilson(0.8, 10)
+    low, high = wilson(0.8, 10)
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=2e-4)
-    assert evaluate.wilson(1.0, 10)[1] == 1.0
-    assert evaluate.wilson(0.0, 10)[0] == 0.0
+    assert wilson(1.0, 10)[1] == 1.0
+    assert wilson(0.0, 10)[0] == 0.0
 
 
 TINY = JudgeConfig(nouns=("low", "high"), fills=("red", "blue"), image_size=32, widths=(8, 16))

@@ -23,9 +23,10 @@ LAYERS = [
     ["dvae.*"],
     ["dalle1.masks", "dalle1.text", "dalle1.cli", "dalle1.device", "dalle1.packed"],
     ["dalle1.attention"],
-    ["dalle1.transformer", "dalle1.clip", "dalle1.data.*"],
-    ["dalle1.training.*", "dalle1.cache", "dalle1.sampler", "dalle1.judge", "dalle1.importers.*"],
-    ["dalle1", "dalle1.pipeline", "dalle1.presets", "dalle1.join"],
+    ["dalle1.transformer", "dalle1.clip.*", "dalle1.data.*"],
+    ["dalle1.training.*", "dalle1.cache", "dalle1.sampler", "dalle1.importers.*"],
+    ["dalle1.judge", "dalle1.scene_judge"],
+    ["dalle1", "dalle1.pipeline", "dalle1.presets", "dalle1.join", "dalle1.evaluation.*"],
 ]
 SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers
 

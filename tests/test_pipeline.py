@@ -91,6 +91,9 @@ def test_a_clip_sorts_them_best_first(plain: DallE, ranked: DallE) -> None:
         assert candidate.image.tobytes() == unranked[candidate.index].image.tobytes()
     expected = ranked.clip.score(PROMPT, [c.image for c in drawn])
     torch.testing.assert_close(torch.tensor(scores), expected.float(), rtol=1e-4, atol=1e-5)
+    bets = torch.tensor([c.probability for c in drawn])
+    torch.testing.assert_close(bets, ranked.clip.probabilities(expected), rtol=1e-3, atol=1e-5)
+    assert bets.sum() == pytest.approx(1.0)
     best = ranked.generate(PROMPT, num_images=2, num_candidates=6)
     assert same(best, [c.image for c in drawn[:2]])
 
@@ -308,6 +311,18 @@ def test_another_clip_can_be_chosen(plain: DallE, folder: Path, tmp_path: Path) 
     assert DallE.from_pretrained(tmp_path, device="cpu").clip is None
     chosen = DallE.from_pretrained(tmp_path, clip=folder / "clip", device="cpu")
     assert chosen.candidates(PROMPT, num_candidates=1)[0].score is not None
+
+
+def test_the_clip_computes_in_the_samplers_precision(folder: Path) -> None:
+    image = [Image.effect_noise((32, 32), 90).convert("RGB")]
+    scores = []
+    for precision in ("fp32", "bf16"):
+        model = DallE.from_pretrained(folder, device="cpu", precision=precision)
+        assert model.clip is not None
+        assert model.clip.precision == precision
+        scores.append(model.clip.score(PROMPT, image).item())
+    assert scores[0] != scores[1]
+    assert scores[0] == pytest.approx(scores[1], abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["dvae.safetensors", "transformer.safetensors", "vocab.json"])

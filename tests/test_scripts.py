@@ -361,7 +361,7 @@ def test_damaged_data_ends_a_training_and_its_workers(tmp_path: Path) -> None:
         (data / f"{name}.txt").write_text("a black square")
     code = "import sys, train_clip; train_clip.main(sys.argv[1:])"
     flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--num-workers", "1"]
-    flags += ["--validation-pairs", "1", "--image-size", "32"]
+    flags += ["--validation-pairs", "1", "--model.image-size", "32"]
     root = Path(sample.__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", code, "toy", *flags], cwd=root, timeout=120, capture_output=True

@@ -68,7 +68,7 @@ def test_a_transformer_and_a_clip_are_trained_on_pictures(runs: Path) -> None:
     flags = [*RUN, "--num-workers", "1", "--data", piped(runs)]
     dvae = ["--dvae", str(runs / "dvae"), "--out", str(runs / "from-pictures")]
     train_transformer.main(["toy", *TINY_TRANSFORMER, *flags, *dvae])
-    train_clip.main(["toy", *flags, "--image-size", "64", "--out", str(runs / "clip")])
+    train_clip.main(["toy", *flags, "--model.image-size", "64", "--out", str(runs / "clip")])
     for name in ("from-pictures", "clip"):
         assert len([line for line in log_of(runs / name) if "total" in line]) == 3
 

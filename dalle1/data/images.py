@@ -65,6 +65,9 @@ class Augmentation:
 FOR_TRANSFORMER = Augmentation(band=(3 / 8, 5 / 8), resize=(1.0, 1.125), flip=False)
 """The paper's Listing 2: nearer to the whole picture, and not mirrored, as there may be text."""
 
+RANDOM_SQUARE = Augmentation(resize=(1.0, 1.0), flip=False)
+"""CLIP's: the largest square that fits, anywhere, and nothing else (Radford et al. 2021, §2.3)."""
+
 
 def augmented(
     image: Image.Image,

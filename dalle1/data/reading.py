@@ -55,6 +55,10 @@ class Reading:
             raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}, expected 0 to 1")
 
 
+AS_IT_IS = Reading(clean_captions=False, max_aspect=float("inf"))
+"""Everything that can be read at all, for what is to be judged rather than learned from."""
+
+
 def read_picture(content: bytes, where: str, reading: Reading, detail: int = 0) -> Image.Image:
     """Decode a picture to RGB.
 

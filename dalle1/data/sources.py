@@ -48,7 +48,7 @@ def open_source(
     reading = reading or Reading()
     whole = Path(data).exists()
     names, weights = ([data], None) if whole else split_sources(data)
-    shards = [_shards_of(name) for name in names]
+    shards = [shards_of(name) for name in names]
     if any(group and _is_streamed(group) for group in shards):
         for name, group in zip(names, shards, strict=True):
             if not group:
@@ -82,9 +82,9 @@ def _toybox(data: str, split: str, size: int, seed: int) -> PairSource:
     return Toybox(world, size=size, seed=seed, num_scenes=int(count) if count else None)
 
 
-def _shards_of(name: str) -> list[str]:
+def shards_of(name: str) -> list[str]:
     """Give the shards that a name stands for: none where it is something else."""
-    if _is_far(name):
+    if is_far(name):
         return list(braceexpand(name))
     path = Path(name)
     if path.is_dir():
@@ -93,12 +93,13 @@ def _shards_of(name: str) -> list[str]:
     return [path for path in paths if path.endswith(".tar")]
 
 
-def _is_far(name: str) -> bool:
+def is_far(name: str) -> bool:
+    """Say whether shards are read by a command or over a network."""
     scheme, colon, _ = name.partition(":")
     return bool(colon) and scheme in SCHEMES
 
 
 def _is_streamed(shards: Sequence[str]) -> bool:
-    if any(_is_far(shard) for shard in shards):
+    if any(is_far(shard) for shard in shards):
         return True
     return sum(Path(shard).stat().st_size for shard in shards) > INDEXED_BYTES

@@ -338,16 +338,16 @@ class Trainer(Generic[Model]):
         # Young averages follow quickly, so that the initial weights are soon forgotten.
         count = self.step // self.config.ema_every
         decay = min(self.config.ema_decay, (1 + count) / (10 + count))
-        averages: list[Tensor] = [*self.ema.parameters()]
-        weights: list[Tensor] = [*self.model.parameters()]
+        averages, weights = ([p.data for p in m.parameters()] for m in (self.ema, self.model))
         torch._foreach_lerp_(averages, weights, 1 - decay)
+        for kept, buffer in zip(self.ema.buffers(), self.model.buffers()):
+            kept.copy_(buffer)  # BatchNorm's statistics are averages already
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished."""
-    caught: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    caught, signals = list[int](), (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
     try:
         yield caught

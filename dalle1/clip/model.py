@@ -2,7 +2,7 @@
 
 The paper draws 512 candidates and keeps those that a contrastive model (Radford et al. 2021,
 arXiv 2103.00020) finds nearest to the caption. Any `CLIPModel` or `SiglipModel` that transformers
-can load serves; `tiny_clip` builds a small one to be trained from nothing.
+can load serves, and so do ours with the modified ResNet; `new_clip` builds one to be trained.
 
 Legend: B captions, N pictures, D width of the shared space.
 """
@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,68 +26,26 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from tokenizers import processors
-from torch import Tensor
+from torch import Tensor, nn
 
+from dalle1.clip.losses import unit_features
+from dalle1.clip.size import ClipSize
+from dalle1.device import autocast
 from dalle1.text import Tokenizer
 from dvae.weights import model_folder
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is imported where it is used
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+BUNDLED = Path(__file__).parents[1] / "bundled" / "clip"
 START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
-TINY_MEAN = TINY_STD = 0.5  # what `normalise` and the tiny model's image processor share
-MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, §2.5
+BIAS = "logit_bias"  # of the sigmoid loss
+NEW_MEAN = NEW_STD = 0.5  # of the pixels that a new model reads
 
 _LOAD_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
     SafetensorError,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContrastiveLoss:
-    """What `contrastive_loss` measures, both averaged over the batch and over both directions."""
-
-    total: Tensor  # [] nats
-    accuracy: Tensor  # [] share of pairs whose partner is the nearest of the batch, no gradient
-
-
-def contrastive_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float
-) -> ContrastiveLoss:
-    """Compute the symmetric InfoNCE loss of `[B, D]` unit-length pairs, averaged over the batch.
-
-    `logit_scale` is the factor on the cosines (CLIP keeps its logarithm as a parameter).
-    """
-    if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
-        shapes = f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}"
-        raise ValueError(f"embeddings have shapes {shapes}: expected the same [B, D] twice")
-    with torch.autocast(image_embeds.device.type, enabled=False):  # bf16 is too coarse at ×100
-        logits = logit_scale * image_embeds.float() @ text_embeds.float().T  # [B image, B text]
-    pairs = torch.arange(len(logits), device=logits.device)
-    total = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
-    hits = torch.cat([side.argmax(dim=1) == pairs for side in (logits, logits.T)])
-    return ContrastiveLoss(total=total, accuracy=hits.float().mean())
-
-
-def pair_loss(model: PreTrainedModel, pixels: Tensor, input_ids: Tensor) -> ContrastiveLoss:
-    """Compute a CLIPModel's contrastive loss on a batch of pairs.
-
-    Args:
-        pixels: [B, 3, H, W], normalised as the model wants.
-        input_ids: [B, T], from `Clip.tokenize`. Padding comes last, so that causal text needs no
-            attention mask.
-    """
-    images = unit_features(model.get_image_features(pixel_values=pixels))
-    texts = unit_features(model.get_text_features(input_ids=input_ids))
-    # The learned temperature stops at its limit, as it has no gradient beyond.
-    scale = model.logit_scale.clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
-    return contrastive_loss(images, texts, scale)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Bring pictures in [0, 1] to the range that `tiny_clip` reads."""
-    return (images - TINY_MEAN) / TINY_STD
 
 
 def soften(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,19 +69,28 @@ class Clip:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         processor: BaseImageProcessor,
+        precision: str = "fp32",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.processor = processor
+        self.precision = precision
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, device: str | torch.device = "cpu") -> Clip:
-        """Load a CLIP or SigLIP from a folder, or by its Hugging Face name.
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+    ) -> Clip:
+        """Load a CLIP or SigLIP from a folder, by its Hugging Face name, or the "bundled" one.
 
         A name is looked up in the local cache first, then on the network. Weights are loaded as
-        float32 whatever their stored type. ValueError when that gives no complete model.
+        float32 whatever their stored type; `precision` (fp32, bf16, fp16) is what matrix products
+        are computed in.
+        ValueError when that gives no complete model.
         """
-        folder = model_folder(name_or_dir)
+        folder = BUNDLED if name_or_dir == "bundled" else model_folder(name_or_dir)
         name = str(folder if folder.is_dir() else name_or_dir)
         is_folder = os.path.isdir(name)
         if not is_folder and (isinstance(name_or_dir, Path) or not _is_hub_name(name)):
@@ -142,7 +107,7 @@ class Clip:
             reason = " ".join(str(failure).split())[:300] or type(failure).__name__
             remedy = "give a folder or Hugging Face name of a CLIPModel or SiglipModel"
             raise ValueError(f"cannot load a CLIP from {name} ({reason}): {remedy}") from failure
-        clip = cls(*parts)
+        clip = cls(*parts, precision)
         clip.model.eval().requires_grad_(False).to(device)
         clip._check_image_size(name)
         return clip
@@ -156,10 +121,15 @@ class Clip:
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         model = self.model if dtype is None else copy.deepcopy(self.model).to(dtype)
+        weights = model.state_dict()
+        if BIAS in weights and model.config.model_type != "siglip":
+            # transformers' CLIPModel has no such weight, and takes it for a mistake.
+            setattr(model.config, BIAS, float(weights.pop(BIAS)))
         unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         try:
             with _quiet_transformers():
-                for part in (model, self.tokenizer, self.processor):
+                model.save_pretrained(unfinished, state_dict=weights)
+                for part in (self.tokenizer, self.processor):
                     part.save_pretrained(unfinished)
             directory.mkdir(exist_ok=True)
             for file in unfinished.iterdir():
@@ -176,6 +146,12 @@ class Clip:
     def image_size(self) -> int:
         """The side in pixels of the square pictures that the model reads."""
         return self.model.config.vision_config.image_size
+
+    def size(self) -> ClipSize:
+        """Tell the size of both towers; ValueError for a SigLIP."""
+        from dalle1.clip.towers import size_of
+
+        return size_of(self.model)
 
     def tokenize(self, captions: Sequence[str], *, full_length: bool = False) -> dict[str, Tensor]:
         """Prepare captions as inputs of `get_text_features`, on the CPU.
@@ -217,11 +193,22 @@ class Clip:
         )["pixel_values"]
         return pixels.to(self.model.device, self.model.dtype)
 
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bring pictures [B, 3, H, W] in [0, 1] to what the model reads at that size."""
+        mean, std = (
+            images.new_tensor(values).view(3, 1, 1)
+            for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        return (images - mean) / std
+
     @torch.inference_mode()
-    def embed_text(self, captions: Sequence[str]) -> Tensor:
+    def embed_text(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
         """Embed captions as unit vectors `[B, D]`, on the model's device."""
         inputs = {name: x.to(self.model.device) for name, x in self.tokenize(captions).items()}
-        return unit_features(self.model.get_text_features(**inputs))
+        parts = zip(*(x.split(batch_size) for x in inputs.values()))
+        with autocast(self.model.device, self.precision):
+            features = [self.model.get_text_features(**dict(zip(inputs, x))) for x in parts]
+        return torch.cat([unit_features(part) for part in features])
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
@@ -230,12 +217,25 @@ class Clip:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
         starts = range(0, max(len(images), 1), batch_size)
         batches = (self.preprocess(images[start : start + batch_size]) for start in starts)
-        features = [self.model.get_image_features(pixel_values=pixels) for pixels in batches]
-        return torch.cat([unit_features(part) for part in features])
+        return torch.cat([self.embed_pixels(pixels) for pixels in batches])
 
-    def score(self, caption: str, images: Sequence[Image.Image]) -> Tensor:
+    @torch.inference_mode()
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embed what `preprocess` gave as unit vectors `[N, D]`."""
+        with autocast(self.model.device, self.precision):
+            features = self.model.get_image_features(pixel_values=pixels)
+        return unit_features(features)
+
+    def score(self, caption: str, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
         """Compare pictures with a caption: cosine similarities `[N]` in [-1, 1]."""
-        return self.embed_images(images) @ self.embed_text([caption])[0]
+        return self.embed_images(images, batch_size) @ self.embed_text([caption])[0]
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Say how the model would bet on the candidates `[N]` that `score` compared.
+
+        The softmax of the cosines times the learned scale: they sum to 1.
+        """
+        return (self.model.logit_scale.detach().exp().item() * scores.float()).softmax(-1)
 
     def _check_image_size(self, name: str) -> None:
         prepared = tuple(self.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])
@@ -246,69 +246,29 @@ class Clip:
             )
 
 
-def unit_features(output: Any) -> Tensor:
-    """Take the features out of `get_text_features` or `get_image_features`, at unit length."""
-    features = output if isinstance(output, Tensor) else output.pooler_output
-    return F.normalize(features.float(), dim=-1)
-
-
-def tiny_clip(
-    tokenizer: Tokenizer,
-    *,
-    image_size: int = 128,
-    patch_size: int = 16,
-    width: int = 192,
-    layers: int = 4,
-    text_width: int = 128,
-    text_layers: int = 2,
-    text_len: int = 32,
-    embed_dim: int = 128,
-    head_dim: int = 32,
-) -> Clip:
-    """Build a small CLIP with random weights (torch's global generator) and our vocabulary."""
-    from transformers import CLIPConfig, CLIPModel
+def new_clip(tokenizer: Tokenizer, size: ClipSize) -> Clip:
+    """Build a CLIP with random weights (torch's global generator) and a vocabulary of ours."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    if image_size % patch_size or width % head_dim or text_width % head_dim:
-        raise ValueError(
-            f"patch_size must divide image_size (got {patch_size}, {image_size}), and head_dim "
-            f"both widths (got {head_dim}; {width}, {text_width})"
-        )
-    text_tokenizer = _tokenizer_with_ends(tokenizer, text_len)
-    text = _tower(text_width, text_layers, head_dim) | {
-        "vocab_size": len(text_tokenizer),
-        "max_position_embeddings": text_len,
-        "bos_token_id": text_tokenizer.bos_token_id,
-        # The model pools where it finds this id (its default points into CLIP's own vocabulary,
-        # and 2 would mean the old rule "the largest id", which here is the pad).
-        "eos_token_id": text_tokenizer.eos_token_id,
-        "pad_token_id": text_tokenizer.pad_token_id,
-    }
-    vision = _tower(width, layers, head_dim) | {"image_size": image_size, "patch_size": patch_size}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=embed_dim)
-    side = {"height": image_size, "width": image_size}
+    text_tokenizer = _tokenizer_with_ends(tokenizer, size.text_len)
+    side = {"height": size.image_size, "width": size.image_size}
     with _quiet_transformers():
-        model = CLIPModel(config).eval()
-        # On short sequences twice as fast to train on a CPU as the fused kernel.
-        model.set_attn_implementation("eager")
+        from dalle1.clip.towers import new_model
+
+        model = new_model(size, text_tokenizer)
         processor = CLIPImageProcessorPil(
             size=side,
             crop_size=side,
             do_center_crop=False,
-            image_mean=[TINY_MEAN] * 3,
-            image_std=[TINY_STD] * 3,
+            image_mean=[NEW_MEAN] * 3,
+            image_std=[NEW_STD] * 3,
         )
     return Clip(model, text_tokenizer, processor)
 
 
-def _tower(width: int, layers: int, head_dim: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // head_dim,
-        "hidden_act": "gelu",
-    }
+def tiny_clip(tokenizer: Tokenizer, **sizes: Any) -> Clip:
+    """Build a CLIP with random weights, of `ClipSize`'s defaults but for `sizes`."""
+    return new_clip(tokenizer, ClipSize(**sizes))
 
 
 def _tokenizer_with_ends(tokenizer: Tokenizer, text_len: int) -> PreTrainedTokenizerBase:
@@ -334,9 +294,15 @@ def _load(name: str, *, local_files_only: bool) -> tuple[Any, Any, Any]:
     """Load model, tokenizer and image processor; errors are transformers' own."""
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
+    from dalle1.clip.towers import ResNetCLIPModel
+
     config = AutoConfig.from_pretrained(name, local_files_only=local_files_only)
-    models = {"clip": CLIPModel, "siglip": SiglipModel}
+    models = {"clip": CLIPModel, "siglip": SiglipModel, "clip_resnet": ResNetCLIPModel}
     if config.model_type not in models:
+        family, _, rest = config.model_type.partition("_")
+        if family in models and rest in ("text_model", "vision_model"):
+            has, lacks = ("text", "pictures")[:: 1 if rest == "text_model" else -1]
+            raise ValueError(f"it has a tower of {has} alone, and none of {lacks}")
         raise ValueError(f"its model_type is {config.model_type!r}, expected clip or siglip")
     model, info = models[config.model_type].from_pretrained(
         name,
@@ -346,6 +312,8 @@ def _load(name: str, *, local_files_only: bool) -> tuple[Any, Any, Any]:
     )
     if info["missing_keys"]:  # transformers would go on with random weights
         raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])} …")
+    if (bias := getattr(config, BIAS, None)) is not None:
+        model.register_parameter(BIAS, nn.Parameter(torch.tensor(bias)))
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
     # The Pillow backend needs no torchvision, and gives the same pixels with and without it.
     processor = AutoImageProcessor.from_pretrained(

@@ -1,0 +1,21 @@
+"""CLIP: any of them to score pictures by, one's own to train, and what to do with either.
+
+`python -m dalle1.clip rank` sorts pictures by how well they fit a prompt, `python -m dalle1.clip
+filter` keeps the pairs of a data set that fit each other.
+"""
+
+from dalle1.clip.losses import ContrastiveLoss, contrastive_loss, pair_loss, sigmoid_loss
+from dalle1.clip.model import Clip, new_clip, soften, tiny_clip
+from dalle1.clip.size import ClipSize
+
+__all__ = [
+    "Clip",
+    "ClipSize",
+    "ContrastiveLoss",
+    "contrastive_loss",
+    "new_clip",
+    "pair_loss",
+    "sigmoid_loss",
+    "soften",
+    "tiny_clip",
+]

@@ -1,0 +1,36 @@
+"""What a CLIP does without a model that draws.
+
+python -m dalle1.clip rank "a red cube" pictures/*.png --out ranked
+python -m dalle1.clip filter --data SHARDS --out KEPT --min-similarity 0.28
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from dalle1.cli import clear_errors
+from dalle1.clip import filter, rank
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Read the command line and run one command."""
+    command = (
+        Annotated[rank.RankOptions, tyro.conf.subcommand("rank")]
+        | Annotated[filter.FilterOptions, tyro.conf.subcommand("filter")]
+    )
+    with clear_errors(), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        options = tyro.cli(command, args=args, description=__doc__)
+        if isinstance(options, rank.RankOptions):
+            rank.run(options)
+        else:
+            filter.filter_shards(options)
+
+
+if __name__ == "__main__":
+    main()

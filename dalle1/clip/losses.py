@@ -1,0 +1,177 @@
+"""What a CLIP is trained by: captions and pictures of a batch must find their partners.
+
+Two losses over all pairs of a batch: the symmetric InfoNCE of CLIP (Radford et al. 2021, §2.3) and
+SigLIP's sigmoid of every single pair (Zhai et al. 2023, arXiv 2303.15343). Where a batch lies on
+several processes, `gather` brings the embeddings together, so that it counts as one.
+
+Legend: B pairs, D width of the shared space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Kind = Literal["infonce", "sigmoid"]
+
+MAX_LOG_SCALE = math.log(100.0)  # Radford et al. 2021, §2.5
+SIGMOID_START = (math.log(10.0), -10.0)  # Zhai et al. 2023, §3.2: log of the scale, and the bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveLoss:
+    """What a batch of pairs costs."""
+
+    total: Tensor  # [] nats a pair: averaged over pictures and captions, or summed over partners
+    accuracy: Tensor  # [] share of pairs whose partner is the nearest of the batch, no gradient
+
+
+def contrastive_loss(
+    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float
+) -> ContrastiveLoss:
+    """Compute the symmetric InfoNCE loss of `[B, D]` unit-length pairs, averaged over the batch.
+
+    `logit_scale` is the factor on the cosines (CLIP keeps its logarithm as a parameter).
+    """
+    logits = _logits(image_embeds, text_embeds, logit_scale)
+    pairs = torch.arange(len(logits), device=logits.device)
+    total = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+    return ContrastiveLoss(total=total, accuracy=_accuracy(logits))
+
+
+def sigmoid_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+) -> ContrastiveLoss:
+    """Compute SigLIP's loss of `[B, D]` unit-length pairs: is this caption this picture's, or not?
+
+    Summed over the B² questions and divided by B, as in the paper's algorithm 1.
+    """
+    logits = _logits(image_embeds, text_embeds, logit_scale) + logit_bias
+    signs = 2 * torch.eye(len(logits), device=logits.device) - 1
+    total = -F.logsigmoid(signs * logits).sum() / len(logits)
+    return ContrastiveLoss(total=total, accuracy=_accuracy(logits))
+
+
+def _logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:
+    if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
+        shapes = f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}"
+        raise ValueError(f"embeddings have shapes {shapes}: expected the same [B, D] twice")
+    with torch.autocast(image_embeds.device.type, enabled=False):  # bf16 is too coarse at ×100
+        return logit_scale * image_embeds.float() @ text_embeds.float().T  # [B image, B text]
+
+
+def _accuracy(logits: Tensor) -> Tensor:
+    pairs = torch.arange(len(logits), device=logits.device)
+    hits = torch.cat([side.argmax(dim=1) == pairs for side in (logits, logits.T)])
+    return hits.float().mean()
+
+
+def pair_loss(
+    model: nn.Module,
+    pixels: Tensor,
+    input_ids: Tensor,
+    *,
+    kind: Kind = "infonce",
+    at_once: int | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda x: x,
+) -> ContrastiveLoss:
+    """Compute the loss of a CLIP, as `prepare_for` left it, on a batch of pairs.
+
+    Args:
+        pixels: [B, 3, H, W], normalised as the model wants.
+        input_ids: [B, T], from `Clip.tokenize`. Padding comes last, so that causal text needs no
+            attention mask.
+        at_once: how many pictures, or captions, hold their activations at a time; see `in_parts`.
+        gather: local embeddings [B, D] → those of all processes, with gradients to all.
+    """
+    towers: Any = model  # the methods below are what all of transformers' CLIPs have
+    images = gather(in_parts(towers.get_image_features, pixels, at_once, model))
+    texts = gather(in_parts(towers.get_text_features, input_ids, at_once, model))
+    scale = limited(model.logit_scale).exp()  # type: ignore[arg-type]
+    if kind == "infonce":
+        return contrastive_loss(images, texts, scale)
+    return sigmoid_loss(images, texts, scale, model.logit_bias)  # type: ignore[arg-type]
+
+
+def prepare_for(model: nn.Module, kind: Kind) -> None:
+    """Give a model the scale and the bias that the sigmoid loss begins with.
+
+    Where it has a bias, it was trained so before, and both stay.
+    """
+    if kind == "sigmoid" and not hasattr(model, "logit_bias"):
+        scale, bias = SIGMOID_START
+        model.logit_bias = nn.Parameter(torch.tensor(bias))
+        model.logit_scale.data.fill_(scale)  # type: ignore[union-attr, operator]
+
+
+def limited(log_scale: Tensor) -> Tensor:
+    """Stop the learned scale at 100. Beyond, its gradient only leads back.
+
+    OpenAI clips the parameter after each step; here nothing need be done outside of the loss.
+    """
+    clipped = log_scale + (log_scale.clamp(max=MAX_LOG_SCALE) - log_scale).detach()
+    if clipped.requires_grad:
+        beyond = log_scale.detach() > MAX_LOG_SCALE
+        clipped.register_hook(lambda g: torch.where(beyond, g.clamp(min=0), g))
+    return clipped
+
+
+def unit_features(output: Any) -> Tensor:
+    """Take the features out of `get_text_features` or `get_image_features`, at unit length."""
+    features = output if isinstance(output, Tensor) else output.pooler_output
+    return F.normalize(features.float(), dim=-1)
+
+
+def in_parts(
+    tower: Callable[[Tensor], Any], inputs: Tensor, at_once: int | None, model: nn.Module
+) -> Tensor:
+    """Encode `inputs` [B, …] to unit length [B, D], the activations of only `at_once` in memory.
+
+    Gradient caching (Gao et al. 2021, arXiv 2101.06983): all are encoded, their embeddings
+    compared, and then each part is encoded again while its gradient is known. Same loss, same
+    gradient, a third more work; only BatchNorm sees a part instead of the batch.
+    """
+
+    def encode(part: Tensor) -> Tensor:
+        return unit_features(tower(part))
+
+    if at_once is None or len(inputs) <= at_once:
+        return encode(inputs)
+    again = partial(_first_and_again, model)
+    parts = [
+        checkpoint(encode, part, use_reentrant=False, context_fn=again)
+        for part in inputs.split(at_once)
+    ]
+    return torch.cat(parts)
+
+
+def _first_and_again(
+    model: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _still_statistics(model)
+
+
+@contextmanager
+def _still_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm from counting the same pictures twice."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before):
+            norm.momentum = momentum

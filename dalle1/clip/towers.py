@@ -1,0 +1,141 @@
+"""Towers of pictures and of text, joined into a model that transformers saves and loads.
+
+A ViT with a causal text tower is transformers' own `CLIPModel`. It has no modified ResNet, so
+`ResNetCLIPModel` joins ours to the same text tower. This module imports transformers, which takes
+seconds: import it where it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+)
+from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
+
+from dalle1.clip.resnet import REDUCTION, ModifiedResNet
+from dalle1.clip.size import ClipSize
+
+
+class ResNetVisionConfig(CLIPVisionConfig):
+    """The modified ResNet's sizes; `hidden_size` is the width of its last stage."""
+
+    model_type = "clip_resnet_vision"
+    layers: list[int] | tuple[int, ...] = (3, 4, 6, 3)
+
+
+class ResNetCLIPConfig(CLIPConfig):
+    """A CLIP's whose pictures go through the modified ResNet."""
+
+    model_type = "clip_resnet"
+    sub_configs_defaults = {"vision_config": ResNetVisionConfig, "text_config": CLIPTextConfig}  # noqa: RUF012
+
+
+class ResNetCLIPModel(CLIPPreTrainedModel):
+    """A CLIPModel with a modified ResNet; its attention pooling projects to the shared space."""
+
+    config_class = ResNetCLIPConfig
+    get_text_features = CLIPModel.get_text_features
+
+    def __init__(self, config: ResNetCLIPConfig) -> None:
+        super().__init__(config)
+        vision = config.vision_config
+        self.text_model = CLIPTextModel._from_config(config.text_config)
+        self.text_projection = nn.Linear(
+            config.text_config.hidden_size, config.projection_dim, bias=False
+        )
+        self.visual = ModifiedResNet(
+            vision.layers,
+            image_size=vision.image_size,
+            width=vision.hidden_size // REDUCTION,
+            heads=vision.num_attention_heads,
+            embed_dim=config.projection_dim,
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Embed prepared pictures [B, 3, H, W]: [B, D]."""
+        return self.visual(pixel_values)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ModifiedResNet):  # after what is inside, which it draws anew
+            module.reset_parameters()
+        if module is self:
+            nn.init.normal_(self.text_projection.weight, std=self.text_projection.in_features**-0.5)
+
+
+AutoConfig.register(ResNetCLIPConfig.model_type, ResNetCLIPConfig)
+
+
+def new_model(size: ClipSize, text_tokenizer: Any) -> CLIPModel | ResNetCLIPModel:
+    """Build a model with random weights (torch's global generator).
+
+    Args:
+        text_tokenizer: transformers', whose vocabulary and special tokens the text tower reads.
+    """
+    text = _transformer(size.text_width, size.text_layers, size) | {
+        "vocab_size": len(text_tokenizer),
+        "max_position_embeddings": size.text_len,
+        "bos_token_id": text_tokenizer.bos_token_id,
+        # The model pools where it finds this id (its default points into CLIP's own vocabulary,
+        # and 2 would mean the old rule "the largest id", which here is the pad).
+        "eos_token_id": text_tokenizer.eos_token_id,
+        "pad_token_id": text_tokenizer.pad_token_id,
+    }
+    if isinstance(size.layers, int):
+        vision = _transformer(size.width, size.layers, size)
+        vision |= {"image_size": size.image_size, "patch_size": size.patch_size}
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.embed_dim)
+        model = CLIPModel(config).eval()
+        # On short sequences twice as fast to train on a CPU as the fused kernel.
+        short = size.image_size // (size.patch_size or 1) <= 16
+        if short:
+            model.set_attn_implementation("eager")
+        return model
+    hidden = size.width * REDUCTION
+    vision = {"image_size": size.image_size, "layers": list(size.layers), "hidden_size": hidden}
+    vision["num_attention_heads"] = hidden // size.head_dim
+    return ResNetCLIPModel(
+        ResNetCLIPConfig(text_config=text, vision_config=vision, projection_dim=size.embed_dim)
+    ).eval()
+
+
+def size_of(model: Any) -> ClipSize:
+    """Tell the size of a CLIP of either kind; ValueError for a SigLIP, whose text tower differs."""
+    if model.config.model_type not in (CLIPConfig.model_type, ResNetCLIPConfig.model_type):
+        raise ValueError(f"it is a {model.config.model_type}: only a CLIP can be begun with")
+    text, vision = model.config.text_config, model.config.vision_config
+    is_vit = isinstance(model, CLIPModel)
+    return ClipSize(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size if is_vit else None,
+        layers=vision.num_hidden_layers if is_vit else tuple(vision.layers),
+        width=vision.hidden_size // (1 if is_vit else REDUCTION),
+        text_width=text.hidden_size,
+        text_layers=text.num_hidden_layers,
+        text_len=text.max_position_embeddings,
+        head_dim=text.hidden_size // text.num_attention_heads,
+        embed_dim=model.config.projection_dim,
+        activation=text.hidden_act,
+    )
+
+
+def _transformer(width: int, layers: int, size: ClipSize) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // size.head_dim,
+        "hidden_act": size.activation,
+    }

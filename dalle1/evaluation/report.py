@@ -1,0 +1,46 @@
+"""What every evaluation ends with: one JSON, one table, intervals of what was counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+CHANCE = "/chance"
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share seen in `count` independent trials."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
+    half /= 1 + z * z / count
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def write_report(path: Path, options: Any, scores: Mapping[str, float], **more: Any) -> None:
+    """Write settings, scores and whatever else there is to a JSON file, whole or not at all."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(
+        json.dumps({"settings": settings, "scores": scores, **more}, indent=1) + "\n"
+    )
+    os.replace(partial, path)
+
+
+def table(scores: Iterable[tuple[str, float]]) -> str:
+    """Lay scores out, one a row; `NAME/chance` stands beside NAME."""
+    values = dict(scores)
+    width = max(map(len, values), default=0)
+    rows = []
+    for name, value in values.items():
+        if not name.endswith(CHANCE):
+            chance = values.get(name + CHANCE)
+            rows.append(
+                f"{name:{width}} {value:10.4g}" + (f"   chance {chance:.3g}" if chance else "")
+            )
+    return "\n".join(rows)

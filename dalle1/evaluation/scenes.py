@@ -1,0 +1,98 @@
+"""Counts and relations in what a model draws of Toybox, by the judge of whole scenes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dalle1.data.toybox import Scene
+from dalle1.data.toybox.captions import NUMBERS, article, plural
+from dalle1.scene_judge import SceneJudge, SceneVerdict, scene_accuracy, scenes
+
+if TYPE_CHECKING:
+    from dalle1.pipeline import DallE
+
+KINDS = ("count", "relation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenePrompt:
+    """What is asked for, and the seed of its draw."""
+
+    text: str
+    scene: Scene
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneAnswer:
+    """What the judge saw in every candidate, in the order of the draw."""
+
+    prompt: ScenePrompt
+    seen: list[SceneVerdict]
+    best: int | None  # index of the candidate that is ranked first; None where nothing ranks
+
+    def share(self, indices: Sequence[int], what: str) -> float:
+        """Give the share of candidates that are right in `layout` alone, or in `all`."""
+        scene = self.prompt.scene
+        hits = [
+            self.seen[i].shows(scene) if what == "all" else self.seen[i].lies_as(scene)
+            for i in indices
+        ]
+        return sum(hits) / len(hits)
+
+
+def plain_caption(scene: Scene) -> str:
+    """Say what things there are, how many, and where, in as few words as can be."""
+    first = scene.items[0]
+    if scene.relation is None and len(scene.items) > 1:
+        return f"{NUMBERS[len(scene.items)]} {first.fill} {plural(first.noun)}"
+    return f" {scene.relation} ".join(f"{article(x.fill)} {x.noun}" for x in scene.items)
+
+
+def choose_scenes(kind: str, count: int, seed: int) -> list[ScenePrompt]:
+    """Choose `count` prompts of a kind, of pairs that training sees, each a different one."""
+    stream = scenes("validation", f"evaluate {kind} {seed}", kind)
+    rng = random.Random(f"evaluate {kind} {seed}")
+    found: dict[str, ScenePrompt] = {}
+    while len(found) < count:
+        scene = next(stream)
+        text = plain_caption(scene)
+        if text not in found:
+            found[text] = ScenePrompt(text=text, scene=scene, seed=rng.getrandbits(31))
+    return list(found.values())
+
+
+def ask(model: DallE, judge: SceneJudge, prompt: ScenePrompt, num_candidates: int) -> SceneAnswer:
+    """Draw one prompt's candidates and judge them all."""
+    drawn = model.candidates(prompt.text, num_candidates=num_candidates, seed=prompt.seed)
+    in_order = sorted(drawn, key=lambda candidate: candidate.index)
+    seen = judge.scene_verdicts([candidate.image for candidate in in_order])
+    best = drawn[0].index if drawn[0].score is not None else None
+    return SceneAnswer(prompt=prompt, seen=seen, best=best)
+
+
+def scene_scores(kind: str, answers: Sequence[SceneAnswer]) -> Iterator[tuple[str, float]]:
+    """Yield `KIND/CHOICE/WHAT`: choices best, first and mean; the layout alone, and all of it."""
+    for choice in ("best", "first", "mean"):
+        if choice == "best" and any(answer.best is None for answer in answers):
+            continue
+        for what in ("layout", "all"):
+            shares = [
+                answer.share(
+                    {"best": [answer.best or 0], "first": [0]}.get(choice, range(len(answer.seen))),
+                    what,
+                )
+                for answer in answers
+            ]
+            yield f"{kind}/{choice}/{what}", sum(shares) / len(shares)
+
+
+def check_scene_judge(judge: SceneJudge, pictures: int, seed: int) -> Iterator[tuple[str, float]]:
+    """Yield how often the judge is right about all of a scene, on real renderings of each kind."""
+    for kind in KINDS:
+        yield f"judge/{kind}", scene_accuracy(judge, kind, pictures // 2, f"check {kind} {seed}")
+        degraded = scene_accuracy(judge, kind, pictures // 2, f"blurred {kind} {seed}", True)
+        yield f"judge/{kind}, degraded", degraded
