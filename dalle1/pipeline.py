@@ -100,7 +100,7 @@ class DallE:
             clip: a CLIP's folder or Hugging Face name; "none" for no reranking; None is the
                 folder's own, if it has one.
             device: auto is cuda, else mps, else cpu.
-            precision: of transformer and CLIP: fp32, bf16, fp16; auto is bf16 where the processor has
+            precision: of transformer and CLIP: fp32, bf16, fp16; auto is bf16 where the machine has
                 it: faster, but then pictures differ a little from one machine to another.
 
         Raises: ValueError where something is missing, damaged or does not fit the rest.
