@@ -61,15 +61,18 @@ class _Listed(Dataset):
 
 
 class _Places(Sampler[list[int]]):
-    """The places of each batch in the stream, from step `start` on, without end."""
+    """The places of a rank's part of each batch in the stream, from step `start` on, for ever."""
 
-    def __init__(self, batch_size: int, start: int) -> None:
+    def __init__(self, batch_size: int, start: int, rank: int, world_size: int) -> None:
         self.batch_size, self.start = batch_size, start
+        self.share = batch_size // world_size
+        self.offset = rank * self.share
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start
         while True:
-            yield list(range(step * self.batch_size, (step + 1) * self.batch_size))
+            first = step * self.batch_size + self.offset
+            yield list(range(first, first + self.share))
             step += 1
 
 
@@ -95,15 +98,19 @@ def batches(
     seed: int = 0,
     start: int = 0,
     num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Generator[dict[str, Tensor]]:
     """Yield batches for ever, from step `start` on, the same for any number of workers.
+
+    Of `world_size` processes each takes its share, in order of rank.
 
     A pair whose picture is too small (`TooSmall`) is left out and another one taken, at random;
     the batch says under `SKIPPED` how many were.
     """
     loader: DataLoader = DataLoader(
         _Prepared(source, prepare, seed),
-        batch_sampler=_Places(batch_size, start),
+        batch_sampler=_Places(batch_size, start, rank, world_size),
         num_workers=num_workers,
         worker_init_fn=_quiet_worker,
         pin_memory=torch.cuda.is_available(),

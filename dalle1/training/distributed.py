@@ -87,13 +87,14 @@ def mean(values: Tensor) -> Tensor:
     return total / world_size()
 
 
-def any_of(flags: Tensor) -> Tensor:
-    """Give, element by element, the largest of all processes: true where any of them says so."""
+def anyone(flag: bool) -> bool:
+    """Say whether the flag is set in any process."""
     if world_size() == 1:
-        return flags
-    largest = flags.detach().clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
+        return flag
+    place = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flags = torch.tensor([flag], dtype=torch.uint8, device=place)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def gather(x: Tensor) -> Tensor:
