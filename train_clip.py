@@ -22,10 +22,11 @@ from dalle1.clip import Clip, ContrastiveLoss, normalise, pair_loss, soften, tin
 from dalle1.data import PairSource, open_source
 from dalle1.data.batches import first_captions, first_examples
 from dalle1.data.images import centre_square, to_float, to_tensor
-from dalle1.device import pick_device
 from dalle1.presets import CLIP_PRESETS, ClipRecipe
 from dalle1.text import Tokenizer
-from dalle1.training.loop import Batch, fit, stream_from
+from dalle1.training import distributed
+from dalle1.training.loop import fit, stream_from
+from dalle1.training.trainer import Batch
 
 
 def tokenized(
@@ -52,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train(config: ClipRecipe) -> nn.Module:
     """Train as `config` says, resuming what is in `config.out`; give the averaged model."""
-    device = pick_device(config.device)
+    device = distributed.start(config.device)
     size = config.image_size
     how: dict[str, Any] = {"size": size, "seed": config.seed, "reading": config, "detail": size}
     source, held = (open_source(config.data, split, **how) for split in ("train", "validation"))
@@ -74,7 +75,7 @@ def train(config: ClipRecipe) -> nn.Module:
     validation = {name: tensor.to(device) for name, tensor in pairs.items()}
 
     @torch.inference_mode()
-    def validate(model: nn.Module, raw: nn.Module, step: int) -> Mapping[str, float]:
+    def validate(model: nn.Module, step: int) -> Mapping[str, float]:
         images = normalise(to_float(validation["images"]))
         loss = pair_loss(model, images, validation["input_ids"])
         return {"retrieval": float(loss.accuracy), "loss": float(loss.total)}

@@ -145,7 +145,7 @@ def test_a_training_goes_on_mid_epoch_from_its_checkpoint(shards: Path, tmp_path
         stream = stream_from(piped(shards), number, config)
         fit(nn.Linear(1, 1), loss, stream, config, save_model=lambda *_: None)
         lines = (out / "log.jsonl").read_text().splitlines()
-        return [json.loads(line)["total"] for line in lines]
+        return [json.loads(x)["total"] for x in lines if "total" in x]
 
     whole = train(tmp_path / "whole", 8)
     assert len(set(whole)) == 8
