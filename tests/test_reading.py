@@ -206,7 +206,7 @@ def test_each_source_has_its_share_at_every_moment(weights: tuple[float, ...]) -
             assert abs(count - (place + 1) * weight / sum(weights)) < len(weights)
 
 
-def test_several_sources_are_one(tmp_path: Path) -> None:
+def test_several_sources_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in (("a", 3), ("b", 2)):
         for i in range(count):
             picture(tmp_path / name / f"{i}.png")
@@ -231,6 +231,10 @@ def test_several_sources_are_one(tmp_path: Path) -> None:
     assert 15 < sum(mixed.name(mixed.draw(rng)).endswith(".png") for _ in range(50)) < 35
     with pytest.raises(ValueError, match="one of the sources has no end; give weights"):
         open_source(f"toybox,{tmp_path / 'a'}")
+    picture(tmp_path / "pipe" / "a.png")  # a folder, in spite of its name
+    (tmp_path / "pipe" / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_source("pipe")) == 1
     with pytest.raises(ValueError, match=r"no data at '.*gone'"):
         open_source(f"{tmp_path / 'a'},{tmp_path / 'gone'}")
 

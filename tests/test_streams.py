@@ -33,6 +33,7 @@ from dalle1.data.batches import (
     split_readers,
 )
 from dalle1.data.left_out import Tally
+from dalle1.data.reading import Reading
 from dalle1.data.shards import index_shard
 from dalle1.data.streams import Streamed, share
 from dalle1.training.loop import RunConfig, fit, stream_from
@@ -215,6 +216,11 @@ def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path
     with pytest.raises(ValueError, match=r"\d+ of \d+ shards cannot be read, more than --max-bad"):
         deque(islice(stream, 100))
     assert 20 <= tally.counts["unreadable shard"] < 50  # long before the epoch ended
+    for shard in range(6, 20):
+        (tmp_path / f"{shard}.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"14 of 20 shards cannot be read, more than --max-bad"):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path), reading=Reading(max_bad_fraction=0.7))) > 60
 
 
 def test_some_of_the_last_shard_is_kept_to_validate_on(

@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -80,7 +80,8 @@ def check(config: CheckConfig) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     named = config.out / "left-out.jsonl"
     named.unlink(missing_ok=True)
-    source = open_source(config.data, "encode", captions=config.captions, reading=config)
+    all_of_it = replace(config, max_bad_fraction=1.0)  # what a training would stop at, too
+    source = open_source(config.data, "encode", captions=config.captions, reading=all_of_it)
     tally = Tally(1.0, named, say=tqdm.write)
     tally.open(0, left_out_of(source))  # type: ignore[arg-type]
     start = time.perf_counter()

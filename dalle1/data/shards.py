@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,10 @@ from dalle1.data.reading import (
 
 Place = tuple[int, int]
 """Offset and size in bytes of a file within a shard."""
+
+
+FEW_SHARDS = 20
+"""Of so many shards or more, too large a part that cannot be read stops a training."""
 
 
 class Shards:
@@ -55,6 +59,8 @@ class Shards:
                 f"no pairs in {len(shards)} shards, {shards[0]} the first: expected a picture and "
                 f"a .txt or .json under the same name{first}"
             )
+        if lost := lost_shards(self.left_out):
+            refuse_lost(lost, len(shards), self.left_out[-1], self.reading)
         # Shard, picture's place, caption's place, caption's suffix: as numbers, forked workers
         # share them.
         table = np.array(rows, dtype=np.int64)
@@ -107,6 +113,20 @@ class Shards:
             yield
         except Unusable as error:
             raise Unusable(error.cause, error.why, error.where or self.name(index)) from error
+
+
+def lost_shards(left_out: Iterable[LeftOut]) -> int:
+    """Count the shards that could not be read at all."""
+    return sum(damaged.cause == "unreadable shard" for damaged in left_out)
+
+
+def refuse_lost(lost: int, opened: int, last: LeftOut, reading: Reading) -> None:
+    """Stop where many shards are lost: each is a thousand pairs, of which a tally would see one."""
+    if opened >= FEW_SHARDS and lost > reading.max_bad_fraction * opened:
+        raise ValueError(
+            f"{lost} of {opened} shards cannot be read, more than --max-bad-fraction "
+            f"{reading.max_bad_fraction:g} allows; the last left out is {_told(last)}"
+        )
 
 
 def lacks(files: Mapping[str, Any], captions: bool) -> Unusable | None:

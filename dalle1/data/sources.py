@@ -84,7 +84,7 @@ def _toybox(data: str, split: str, size: int, seed: int) -> PairSource:
 
 def _shards_of(name: str) -> list[str]:
     """Give the shards that a name stands for: none where it is something else."""
-    if _scheme(name):
+    if _is_far(name):
         return list(braceexpand(name))
     path = Path(name)
     if path.is_dir():
@@ -93,11 +93,12 @@ def _shards_of(name: str) -> list[str]:
     return [path for path in paths if path.endswith(".tar")]
 
 
-def _scheme(name: str) -> bool:
-    return name.partition(":")[0] in SCHEMES
+def _is_far(name: str) -> bool:
+    scheme, colon, _ = name.partition(":")
+    return bool(colon) and scheme in SCHEMES
 
 
 def _is_streamed(shards: Sequence[str]) -> bool:
-    if any(_scheme(shard) for shard in shards):
+    if any(_is_far(shard) for shard in shards):
         return True
     return sum(Path(shard).stat().st_size for shard in shards) > INDEXED_BYTES

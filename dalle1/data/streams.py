@@ -26,13 +26,10 @@ from dalle1.data.reading import (
     draw_caption,
     read_picture,
 )
-from dalle1.data.shards import lacks, members
+from dalle1.data.shards import FEW_SHARDS, lacks, lost_shards, members, refuse_lost
 
 BLOCK = 1_000
 """Pairs that are shuffled at a time; at 30 kB each, 30 MB a reader."""
-
-FEW_SHARDS = 20
-"""Of so many shards or more, too large a part that cannot be read stops a training."""
 
 SCHEMES = ("pipe", "http", "https", "s3", "gs", "hf", "file")
 """What webdataset opens; s3 by the `aws` command."""
@@ -178,8 +175,8 @@ class Streamed:
                 for damaged in left_out:
                     reason = damaged
                     yield damaged, [epoch, *start, done]
-                lost += sum(damaged.cause == "unreadable shard" for damaged in left_out)
-                self._refuse(lost, start[0] + 1 - first, reason)
+                lost += lost_shards(left_out)
+                refuse_lost(lost, start[0] + 1 - first, reason, self.reading)
                 random.Random(f"{seed}/{reader}/{epoch}/{start}").shuffle(pairs)
                 for i, pair in enumerate(pairs[done:], done + 1):
                     yield pair, [epoch, *start, i]
@@ -190,14 +187,6 @@ class Streamed:
                     f"left out: {reason.where} ({reason.cause}: {reason.why})"
                 )
             epoch, first, offset = epoch + 1, 0, 0
-
-    def _refuse(self, lost: int, opened: int, last: LeftOut) -> None:
-        # One that is lost is a thousand pairs, of which a tally would see one.
-        if opened >= FEW_SHARDS and lost > self.reading.max_bad_fraction * opened:
-            raise ValueError(
-                f"{lost} of {opened} shards cannot be read, more than --max-bad-fraction "
-                f"{self.reading.max_bad_fraction:g} allows; the last: {last.where} ({last.why})"
-            )
 
     def _blocks(
         self,
