@@ -24,11 +24,11 @@ from dalle1.clip.losses import prepare_for
 from dalle1.data import PairSource, open_source
 from dalle1.data.batches import Example, Source, first_captions, first_examples
 from dalle1.data.images import augmented, centre_square, to_float, to_tensor
-from dalle1.device import pick_device
 from dalle1.presets import CLIP_PRESETS, ClipRecipe
 from dalle1.text import Tokenizer
 from dalle1.training import distributed
-from dalle1.training.loop import Batch, fit, stream_from
+from dalle1.training.loop import fit, stream_from
+from dalle1.training.trainer import Batch
 
 
 def example(
@@ -59,7 +59,7 @@ class ClipTraining:
 
     def __init__(self, config: ClipRecipe) -> None:
         self.config = config
-        self.device = pick_device(config.device)
+        self.device = distributed.start(config.device)
         size = config.model.image_size
         how: dict[str, Any] = {"size": size, "seed": config.seed, "reading": config, "detail": size}
         source, held = (open_source(config.data, split, **how) for split in ("train", "validation"))
@@ -104,7 +104,7 @@ class ClipTraining:
         return ids[:, : int(ends.max()) + 1]
 
     @torch.inference_mode()
-    def validate(self, model: nn.Module, raw: nn.Module, step: int) -> Mapping[str, float]:
+    def validate(self, model: nn.Module, step: int) -> Mapping[str, float]:
         images = self.clip.normalise(to_float(self.held["images"]))
         ids, at_once = self.trimmed(self.held["input_ids"]), self.config.encode_at_once
         loss = pair_loss(model, images, ids, kind=self.config.loss, at_once=at_once)
@@ -117,10 +117,13 @@ class ClipTraining:
 
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
-        config = parse_preset(CLIP_PRESETS, args, __doc__.splitlines()[0])
-        run = ClipTraining(config)
-        fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
-        print(f"The CLIP is in {config.out}")
+        train(parse_preset(CLIP_PRESETS, args, __doc__.splitlines()[0]))
+
+
+def train(config: ClipRecipe) -> nn.Module:
+    """Train as `config` says, resuming what is in `config.out`; give the averaged model."""
+    run = ClipTraining(config)
+    return fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
 
 
 if __name__ == "__main__":

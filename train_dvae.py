@@ -28,9 +28,11 @@ from dalle1.data.images import (
     to_pil,
     to_tensor,
 )
-from dalle1.device import autocast, pick_device
+from dalle1.device import autocast
 from dalle1.presets import DVAE_PRESETS, DVAERecipe
-from dalle1.training.loop import Batch, fit, stream_from
+from dalle1.training import distributed
+from dalle1.training.loop import fit, stream_from
+from dalle1.training.trainer import Batch
 from dvae import DVAE, DVAELoss, dvae_loss, evaluate
 
 
@@ -63,7 +65,7 @@ class DVAETraining:
 
     def __init__(self, config: DVAERecipe) -> None:
         self.config = config
-        self.device = pick_device(config.device)
+        self.device = distributed.start(config.device)
         torch.manual_seed(config.seed)
         self.model = self.initial().to(self.device)
         size = config.model.image_size
@@ -106,16 +108,17 @@ class DVAETraining:
         )
         return StepLoss(**vars(loss), temperature=temperature, beta=beta)
 
-    def validate(self, model: DVAE, raw: DVAE, step: int) -> Mapping[str, float]:
+    def validate(self, model: DVAE, step: int) -> Mapping[str, float]:
         shown = self.held[:16]
         with autocast(self.device, self.config.precision):
             pictures = to_pil(torch.cat([shown, model.decode(model.encode(shown))]))
             likelihood = self.config.distortion == "logit-laplace"
             temperature = self.config.final_temperature
             numbers = evaluate(model, self.held, temperature, likelihood=likelihood)
-        folder = self.config.out / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid(pictures, len(shown)).save(folder / f"step-{step}.png")
+        if distributed.is_main():
+            folder = self.config.out / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            grid(pictures, len(shown)).save(folder / f"step-{step}.png")
         return numbers
 
     def save(self, model: DVAE, folder: Path) -> None:

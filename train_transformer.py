@@ -22,12 +22,13 @@ from dalle1.data import PairSource, open_source
 from dalle1.data.batches import Source, first_captions, first_examples
 from dalle1.data.codes import CodeSource, JoinedCodes, open_codes
 from dalle1.data.images import Augmentation, augmented, centre_square, grid, to_float, to_tensor
-from dalle1.device import autocast, pick_device
+from dalle1.device import autocast
 from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.presets import TRANSFORMER_PRESETS, TransformerRecipe
 from dalle1.text import Tokenizer
-from dalle1.training import resblocks
-from dalle1.training.loop import Batch, Work, fit, stream_from
+from dalle1.training import distributed, resblocks
+from dalle1.training.loop import Work, fit, stream_from
+from dalle1.training.trainer import Batch
 from dalle1.transformer import Transformer, TransformerConfig, TransformerLoss
 from dvae import DVAE
 from dvae.weights import model_folder
@@ -67,7 +68,7 @@ class TransformerTraining:
 
     def __init__(self, config: TransformerRecipe) -> None:
         self.config = config
-        self.device = pick_device(config.device)
+        self.device = distributed.start(config.device)
         self.dvae = DVAE.load(config.dvae, self.device)
         self.source = self.open("train")
         self.tokenizer = self.vocabulary()
@@ -141,24 +142,29 @@ class TransformerTraining:
         count = len(self.held["text"])
         for start in range(0, count, 32):
             batch = {name: tensor[start : start + 32] for name, tensor in self.held.items()}
-            loss = self.loss(model, batch)
+            with autocast(self.device, self.config.precision):
+                loss = self.loss(model, batch)
             for name in sums:
                 sums[name] += float(getattr(loss, name)) * len(batch["text"]) / count
         bits = {f"{name}_bits": value / math.log(2) for name, value in sums.items()}
         return {**sums, **bits, "bits_per_image": bits["image_bits"] * model.config.image_len}
 
+    def measure_raw(self, model: Transformer) -> dict[str, float]:
+        """Give the losses, in nats, of the model that is not averaged."""
+        numbers = self.measure(model)
+        return {name: numbers[name] for name in ("text", "image")}
+
     @torch.no_grad()
-    def validate(self, model: Transformer, raw: Transformer, step: int) -> Mapping[str, float]:
+    def validate(self, model: Transformer, step: int) -> Mapping[str, float]:
         config = self.config
-        with autocast(self.device, config.precision):
-            numbers = self.measure(model)
-            unaveraged = self.measure(raw)
+        numbers = self.measure(model)
         drawn = DallE(self.dvae, model, self.tokenizer)
         rows = [drawn.candidates(p, num_candidates=8, seed=0) for p in config.prompts]
-        folder = config.out / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid([c.image for row in rows for c in row], 8).save(folder / f"step-{step}.png")
-        return {**numbers, **{f"raw_{name}": unaveraged[name] for name in ("text", "image")}}
+        if distributed.is_main():
+            folder = config.out / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            grid([c.image for row in rows for c in row], 8).save(folder / f"step-{step}.png")
+        return numbers
 
     def save(self, model: Transformer, folder: Path) -> None:
         DallE(self.dvae, model, self.tokenizer).save_pretrained(folder)
@@ -176,6 +182,7 @@ def main(args: Sequence[str] | None = None) -> None:
             config,
             save_model=run.save,
             validate=run.validate,
+            measure=run.measure_raw,
             scales=run.scales,
             work=Work(tokens=model.config.length, operations=3 * model.operations()),
         )

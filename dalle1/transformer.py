@@ -217,7 +217,10 @@ class Transformer(nn.Module):
         """Embed the start token and all but the last of text [B, L] → [B, L, D]."""
         start = text.new_full((len(text), 1), self.text_tokens)
         x = self.text_embedding(torch.cat([start, text[:, :-1]], dim=1))
-        return x if self.text_position is None else x + self.text_position.weight
+        if self.text_position is None:
+            return x
+        # Called, rather than its weight taken, so that the weight may be kept elsewhere till then.
+        return x + self.text_position(torch.arange(x.shape[1], device=x.device))
 
     def embed_codes(self, inputs: Tensor, places: Tensor | None = None) -> Tensor:
         """Embed what image states read, [B, n] → [B, n, D].
@@ -297,11 +300,11 @@ class Transformer(nn.Module):
         Those of matrix products and of what the masks show, not of what is skipped or recomputed.
         """
         c = self.config
-        weights = sum(p.numel() for p in self.layers.parameters() if p.ndim > 1)
+        products = [m for m in self.layers.modules() if isinstance(m, nn.Linear)]
+        weights = sum(m.in_features * m.out_features for m in products)
         seen = {kind: int(mask.get_buffer("whole").sum()) for kind, mask in self.masks.items()}
         pairs = sum(seen[kind] for kind in self.kinds)
-        heads = c.text_len * self.text_head.weight.numel()
-        heads += c.image_len * self.image_head.weight.numel()
+        heads = c.width * (c.text_len * self.text_tokens + c.image_len * c.codebook_size)
         return 2 * (c.length * weights + heads + 2 * c.width * pairs)
 
     def _check(self, text: Tensor, codes: Tensor) -> None:

@@ -1,25 +1,87 @@
-"""A model on disk: one safetensors file with its config in the metadata, nothing unpickled."""
+"""A model on disk: one safetensors file with its config in the metadata, nothing unpickled.
+
+Files are written and read tensor by tensor, so that neither takes the memory of a second model.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The names that safetensors has for what models hold."""
 
 
 def model_folder(directory: str | Path) -> Path:
     """Give the folder with the model: `directory`, or its latest checkpoint if it has any."""
     latest = Path(directory) / "latest"
     return latest.resolve() if latest.exists() else Path(directory)
+
+
+def write_tensors(
+    path: Path,
+    sizes: Mapping[str, tuple[torch.dtype, Iterable[int]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, one tensor after another.
+
+    Args:
+        sizes: name → dtype and shape, in the order of `tensors`.
+        tensors: on any device, of any dtype that the file's can hold; read one at a time.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in sizes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": [*shape], "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # what follows is aligned
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for tensor, (dtype, shape) in zip(tensors, sizes.values(), strict=True):
+            if tensor.shape != torch.Size(shape):
+                raise ValueError(f"a tensor is {tuple(tensor.shape)}, {tuple(shape)} was said")
+            whole = tensor.detach().to("cpu", dtype).contiguous().flatten()
+            file.write(memoryview(whole.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read a safetensors file's names and tensors one after another, mapping nothing."""
+    with safe_open(path, "pt"):
+        pass  # it checks that all is there and fits, and says what does not
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        base = file.tell()
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            raw = torch.empty(end - start, dtype=torch.uint8)
+            file.seek(base + start)
+            file.readinto(memoryview(raw.numpy()))  # type: ignore[arg-type]
+            yield name, raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
 def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> Path:
@@ -29,20 +91,26 @@ def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None)
         dtype: what floating-point weights are rounded to; None keeps them as they are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: tensor.detach().to(dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in model.state_dict().items()
+    weights = model.state_dict()
+    sizes = {
+        name: ((dtype or t.dtype) if t.is_floating_point() else t.dtype, t.shape)
+        for name, t in weights.items()
     }
     partial = path.with_suffix(".partial")
-    save_file(weights, partial, metadata={"config": json.dumps(asdict(model.config))})  # type: ignore[call-overload]
+    config = json.dumps(asdict(model.config))  # type: ignore[call-overload]
+    write_tensors(partial, sizes, weights.values(), {"config": config})
     os.replace(partial, path)
     return path
 
 
 def load_weights(
-    model_class: type[Model], config_class: type[Any], path: Path, device: str | torch.device
+    model_class: type[Model],
+    config_class: type[Any],
+    path: Path,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Read what `save_weights` wrote, for use: in fp32 and in eval mode.
+    """Read what `save_weights` wrote, for use: in eval mode, each tensor straight into `dtype`.
 
     Raises: ValueError where the file is missing, damaged or of another model.
     """
@@ -52,9 +120,42 @@ def load_weights(
     try:
         with safe_open(path, "pt") as file:
             config = config_class(**json.loads((file.metadata() or {})["config"]))
-        model = model_class(config)
-        model.load_state_dict(load_file(path), strict=True)
+        with without_weights():
+            model = model_class(config)
+        empty = model.state_dict()
+        model.load_state_dict(
+            {name: _placed(t, empty.get(name, t), device, dtype) for name, t in read_tensors(path)},
+            strict=True,
+            assign=True,
+        )
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or holds no {what} ({reason})") from error
     return model.to(device).eval()
+
+
+def _placed(
+    tensor: Tensor, empty: Tensor, device: str | torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Bring a tensor to where it is used, in the order of memory in which the model has it."""
+    tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    if empty.ndim == 4 and empty.is_contiguous(memory_format=torch.channels_last):
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within this, modules are made with all but their parameters, which are on the meta device."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,11 +1,13 @@
 """Checkpoints: OUT/step-N/, each whole or not there at all, and OUT/latest pointing to the last.
 
 A checkpoint is a folder that is used as it is (`sample.py --model OUT/latest`, and OUT means the
-same), with `state.pt` beside the model to resume from.
+same). To resume from there are, beside the model, `training.safetensors`, with weights, averages
+and AdamW's moments by KIND/NAME, and `state.pt`, with the rest.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -16,24 +18,46 @@ from typing import Any
 import torch
 
 STATE_NAME = "state.pt"
+TENSORS_NAME = "training.safetensors"
 
 
 def save_checkpoint(
-    out: Path, step: int, state: dict[str, Any], save_model: Callable[[Path], None], keep: int = 1
+    out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], keep: int = 1
 ) -> Path:
     """Write OUT/step-N and move OUT/latest there; a crash midway leaves the last one as it was.
 
     Args:
-        state: what resuming needs; tensors, numbers and strings only.
-        save_model: writes the model's own files into the folder that it is given.
+        state: what resuming needs, but for what `write` writes; tensors, numbers and strings only.
+        write: writes all other files into the folder that it is given.
         keep: how many checkpoints stay; older ones are removed once the new one is whole.
+
+    Raises: ValueError where the disk is full, or cannot be written to for another reason.
     """
+    try:
+        return _save(out, step, state, write, keep)
+    except OSError as error:
+        for partial in out.glob(".step-*.partial"):  # it would only keep the disk full
+            shutil.rmtree(partial, ignore_errors=True)
+        last = os.readlink(out / "latest") if (out / "latest").is_symlink() else "none"
+        raise ValueError(
+            f"the checkpoint of step {step} could not be written to {out}: {error.strerror}. The "
+            f"last one, whole, is {last}; make room (--keep 1 keeps one), and the same command "
+            "goes on from there"
+        ) from error
+
+
+def _save(
+    out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], keep: int
+) -> Path:
     folder = out / f"step-{step}"
     partial = out / f".step-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in out.glob(".step-*.partial"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(partial)
-    torch.save({"step": step, **state}, partial / STATE_NAME)
+    write(partial)
+    packed = io.BytesIO()  # torch would hide why a file could not be written
+    torch.save({"step": step, **state}, packed)
+    (partial / STATE_NAME).write_bytes(packed.getbuffer())
     for file in partial.rglob("*"):  # on the disk before the old one goes: the power may fail
         if file.is_file():
             with file.open("r+b") as written:

@@ -87,13 +87,23 @@ def mean(values: Tensor) -> Tensor:
     return total / world_size()
 
 
-def any_of(flags: Tensor) -> Tensor:
-    """Give, element by element, the largest of all processes: true where any of them says so."""
+def together(thing: Any) -> list[Any]:
+    """Give what all processes have, in order of rank."""
     if world_size() == 1:
-        return flags
-    largest = flags.detach().clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
+        return [thing]
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, thing)
+    return every
+
+
+def anyone(flag: bool) -> bool:
+    """Say whether the flag is set in any process."""
+    if world_size() == 1:
+        return flag
+    place = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flags = torch.tensor([flag], dtype=torch.uint8, device=place)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def gather(x: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ a run that was interrupted goes on as if nothing had happened.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -15,21 +13,21 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dalle1.data.batches import LEFT_OUT, PLACE, Prepare, Source, batches
 from dalle1.data.left_out import Tally
 from dalle1.data.reading import Reading
-from dalle1.device import autocast, keep_freed_memory, matrix_rate, peak_memory
-from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
+from dalle1.device import keep_freed_memory, matrix_rate, peak_memory, pick_device
+from dalle1.training import distributed
 from dalle1.training.progress import Progress
 from dalle1.training.recorders import Recorder, TensorBoard, WeightsAndBiases
-from dalle1.training.scaling import LossScale
-from dalle1.training.schedules import Plateau, warmup_cosine
+from dalle1.training.schedules import warmup_cosine
+from dalle1.training.trainer import LossFunction, Model, Scales, Trainer, recipe
 from dvae.weights import model_folder
 
 
@@ -94,6 +92,17 @@ class RunConfig(Reading):
     """Steps between validations and sample pictures."""
     save_every: int = 500
     """Steps between checkpoints."""
+    keep: int = 1
+    """How many checkpoints stay, the latest."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What processes share out, by DeepSpeed: 1 AdamW's state, 2 gradients, too, 3 weights, too. 0:
+    each has everything, in plain torch. Start several by torchrun, deepspeed or Slurm."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where zero's shares of AdamW's state (3: and of the weights) are kept."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """What zero computes with: bf16 ones take half the memory; their shares stay fp32."""
+    deepspeed: Path | None = None
+    """A config of DeepSpeed of your own, JSON, instead of zero, offload and weights."""
     tensorboard: bool = False
     """Log to OUT/tensorboard, too (`pip install tensorboard`)."""
     wandb: str | None = None
@@ -101,8 +110,8 @@ class RunConfig(Reading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = ("steps", "batch_size", "accumulate", "log_every", "validate_every", "save_every")
-        for name in counts:
+        intervals = ("log_every", "validate_every", "save_every")
+        for name in ("steps", "batch_size", "accumulate", *intervals, "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.batch_size % self.accumulate:
@@ -118,11 +127,29 @@ class RunConfig(Reading):
             "precision": ("bf16", "fp16", "fp32"),
             "schedule": ("cosine", "plateau"),
             "decays": ("matrices", "weights", "all"),
+            "zero": (0, 1, 2, 3),
+            "offload": ("none", "cpu"),
+            "weights": ("fp32", "bf16"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                expected = " or ".join(allowed)
+                expected = " or ".join(map(str, allowed))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Refuse settings of the engine that would be ignored."""
+        if self.deepspeed is not None and (self.zero or self.weights != "fp32"):
+            raise ValueError("--deepspeed FILE says it all: leave out --zero and --weights")
+        if self.offload != "none" and not self.zero:
+            raise ValueError("--offload cpu needs --zero 1, 2 or 3; a --deepspeed FILE has its own")
+        if self.weights == "bf16" and (not self.zero or self.precision != "bf16"):
+            raise ValueError("--weights bf16 needs --zero 1, 2 or 3 and --precision bf16")
+        if self.precision == "fp16" and (self.zero or self.deepspeed is not None):
+            raise ValueError(
+                "--precision fp16 scales gradients layer by layer, which --zero 1, 2, 3 and "
+                "--deepspeed take apart; use --precision bf16, or --zero 0"
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """Give the step size of an update, before it is halved at any plateau."""
@@ -135,46 +162,16 @@ class RunConfig(Reading):
         )
 
 
-class Loss(Protocol):
-    """A dataclass of scalar tensors; `total` is minimised, the others are logged."""
-
-    @property
-    def total(self) -> Tensor: ...
-
-
-Batch = Mapping[str, Tensor]
-Model = TypeVar("Model", bound=nn.Module)
-LossFunction = Callable[[Model, Batch, int, torch.Generator], Loss]
-"""(model, batch, step, source of noise) → a dataclass of scalars with `total`."""
-
-
-FREE = (
-    *("out", "device", "steps", "num_workers", "tensorboard", "wandb", "max_bad_fraction"),
-    *("log_every", "validate_every", "save_every"),
-)
-"""What may change when a run is resumed: none of it changes what was learned so far."""
-
-
-def recipe(config: RunConfig) -> dict[str, str]:
-    """Give the settings that a resumed run must share, by name."""
-    fields = (f.name for f in dataclasses.fields(config) if f.name not in FREE)
-    return {name: str(getattr(config, name)) for name in fields}
-
-
-def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Make the source of one step's noise, the same however the run came to this step."""
-    return torch.Generator(device).manual_seed(seed * 1_000_000_007 + step)
-
-
 def stream_from(
-    source: Source, prepare: Prepare, config: RunConfig, rank: int = 0, world_size: int = 1
+    source: Source, prepare: Prepare, config: RunConfig
 ) -> Callable[..., Generator[dict[str, Any]]]:
-    """Give what `fit` reads from: (step, place of the last batch) → a rank's batches from there on.
+    """Give what `fit` reads from: (step, place of the last batch) → this process's parts.
 
     Args:
         prepare: (source, index, rng) → the tensors of one example. Workers that are spawned
             unpickle it, so it should hold no more than it needs, and no model.
     """
+    rank = distributed.rank()
     name = f"left-out-{rank}.jsonl" if rank else "left-out.jsonl"
     return partial(
         batches,
@@ -184,31 +181,9 @@ def stream_from(
         seed=config.seed,
         num_workers=config.num_workers,
         rank=rank,
-        world_size=world_size,
+        world_size=distributed.world_size(),
         tally=Tally(config.max_bad_fraction, config.out / name, say=tqdm.write),
     )
-
-
-class Scales(Protocol):
-    """What keeps fp16's gradients in range; see `dalle1.training.scaling`."""
-
-    def scale_loss(self, loss: Tensor) -> Tensor: ...
-    def unscale(self) -> bool: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def split_by_decay(model: nn.Module, decays: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Give the parameters that decay, and the others; frozen ones are in neither."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decaying: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for p in model.parameters():
-        is_matrix = p.ndim > 1 and id(p) not in tables
-        chosen = is_matrix or decays == "all" or (decays == "weights" and p.ndim > 1)
-        if p.requires_grad:
-            (decaying if chosen else others).append(p)
-    return decaying, others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,129 +194,6 @@ class Work:
     """Places of its stream."""
     operations: float
     """Multiplications and additions of its forward and backward pass."""
-
-
-class Trainer(Generic[Model]):
-    """A model, its optimizer and the running average of its weights, at some step."""
-
-    def __init__(self, model: Model, config: RunConfig, scales: Scales | None = None) -> None:
-        self.config = config
-        self.model = model
-        self.scales = scales
-        if scales is None and config.precision == "fp16":
-            self.scales = LossScale(model)
-        self.plateau = Plateau(config.plateau_window) if config.schedule == "plateau" else None
-        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        decaying, others = split_by_decay(model, config.decays)
-        groups: list[dict[str, Any]] = [
-            {"params": decaying},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self.step = 0
-        self.place: Any = None  # in the data, where it cannot be told from the step
-
-    def state(self) -> dict[str, Any]:
-        """Everything that resuming needs."""
-        return {
-            "recipe": recipe(self.config),
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "place": self.place,
-            **{name: part.state_dict() for name, part in self._more().items()},
-        }
-
-    def _more(self) -> dict[str, Scales | Plateau]:
-        parts = {"scales": self.scales, "plateau": self.plateau}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave; ValueError where that was of another recipe."""
-        now = recipe(self.config)
-        then = {**now, **state["recipe"]}  # what there was no setting for may be set now
-        changed = [f"{k} was {then[k]} and is {now[k]}" for k in now if then[k] != now[k]]
-        if changed:
-            raise ValueError(
-                f"{self.config.out} holds a training with other settings: {'; '.join(changed)}. "
-                "Give the same ones to resume it, or another --out"
-            )
-        try:
-            self.model.load_state_dict(state["model"])
-            self.ema.load_state_dict(state["ema"])
-        except RuntimeError as error:
-            raise ValueError(
-                f"{self.config.out} holds a training of another model; give the same preset and "
-                "sizes to resume it, or another --out"
-            ) from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, part in self._more().items():
-            part.load_state_dict(state[name])
-        self.step, self.place = state["step"], state.get("place")
-
-    def update(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
-        """Make one update; give the loss's fields, the gradient's norm and the step size."""
-        config = self.config
-        rate = config.learning_rate_at(self.step)
-        if self.plateau:
-            rate /= 2**self.plateau.halvings
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        fields = self._backward(loss_fn, batch)
-        finite = self.scales.unscale() if self.scales else True
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        if finite and norm.isfinite():  # an infinite gradient would spoil every weight
-            self.optimizer.step()
-            self._clip_variance()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        if self.step % config.ema_every == 0:
-            self._average()
-        if self.plateau:
-            self.plateau.update(torch.as_tensor(fields["total"]))
-        if self.scales:
-            fields["applied"] = float(finite)
-        return {**fields, "gradient_norm": norm, "learning_rate": rate}
-
-    @torch.no_grad()
-    def _clip_variance(self) -> None:
-        if self.config.variance_clip is not None:
-            variances = [state["exp_avg_sq"] for state in self.optimizer.state.values()]
-            torch._foreach_clamp_max_(variances, self.config.variance_clip)
-
-    def _backward(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
-        """Add up the gradients of a batch's parts; give the means of their losses' fields."""
-        parts = self.config.accumulate
-        device = next(self.model.parameters()).device
-        generator = step_generator(self.config.seed, self.step, device)
-        cut = {name: tensor.chunk(parts) for name, tensor in batch.items()}
-        means: dict[str, float | Tensor] = {}
-        for i in range(parts):
-            part = {name: chunks[i] for name, chunks in cut.items()}
-            with autocast(device, self.config.precision):
-                loss = loss_fn(self.model, part, self.step, generator)
-            total = loss.total / parts
-            (self.scales.scale_loss(total) if self.scales else total).backward()
-            for field in dataclasses.fields(loss):  # type: ignore[arg-type]
-                value = torch.as_tensor(getattr(loss, field.name)).detach() / parts
-                means[field.name] = means.get(field.name, 0.0) + value
-        return means
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        # Young averages follow quickly, so that the initial weights are soon forgotten.
-        count = self.step // self.config.ema_every
-        decay = min(self.config.ema_decay, (1 + count) / (10 + count))
-        averages, weights = ([p.data for p in m.parameters()] for m in (self.ema, self.model))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        for kept, buffer in zip(self.ema.buffers(), self.model.buffers()):
-            kept.copy_(buffer)  # BatchNorm's statistics are averages already
 
 
 @contextmanager
@@ -381,17 +233,58 @@ def efficiency(
 _matrix_rate = cache(matrix_rate)
 
 
-def refuse_divergence(out: Path, step: int, values: Mapping[str, float | Tensor]) -> None:
-    """Stop a run that yields no numbers any more, before its checkpoint is written over."""
-    # Where fp16 overflows, the update was skipped, and the gradient says nothing.
-    names = ("total", "gradient_norm") if float(values.get("applied", 1.0)) else ("total",)
-    for name in names:
-        if not math.isfinite(float(values[name])):
+class Divergence:
+    """Counts the updates that were skipped because the loss or its gradient was no number."""
+
+    def __init__(self, out: Path, scaled: bool, patience: int = 10) -> None:
+        """Args: scaled: fp16, where a gradient that overflows only asks for a smaller scale."""
+        self.out, self.scaled, self.patience = out, scaled, patience
+        self.total, self.in_a_row = 0, 0
+
+    def counts(self) -> dict[str, float]:
+        """Give what is worth a place in the log."""
+        return {"skipped_updates": self.total} if self.total else {}
+
+    def update(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Take what an update gave; ValueError after `patience` bad ones in a row."""
+        loss, norm = (float(values[name]) for name in ("total", "gradient_norm"))
+        bad = not math.isfinite(loss) or not (values.get("applied", 1) or self.scaled)
+        self.total += bad
+        self.in_a_row = self.in_a_row + 1 if bad else 0
+        if self.in_a_row == self.patience:
+            kept = model_folder(self.out)
             raise ValueError(
-                f"{'the loss' if name == 'total' else name} is {float(values[name])} at step "
-                f"{step}; lower --learning-rate or --clip-norm. The last checkpoint is "
-                f"{model_folder(out)}"
+                f"the last {self.patience} updates, to step {step}, had no finite loss or gradient "
+                f"(loss {loss}, gradient_norm {norm}) and were skipped; lower --learning-rate or "
+                f"--clip-norm, or look at the data. The last good checkpoint is "
+                f"{kept if kept != self.out else 'none: it was too early for one'}"
             )
+
+
+@contextmanager
+def memory_advice(config: RunConfig) -> Iterator[None]:
+    """Where memory runs out, say what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "allocate memory" not in str(error):
+            raise
+        part = config.batch_size // (config.accumulate * distributed.world_size())
+        rather = []
+        if part > 1:
+            rather.append(f"--accumulate {2 * config.accumulate} ({part} samples at once now)")
+        if hasattr(config, "checkpointing") and not config.checkpointing:
+            rather.append("--checkpointing True")
+        if config.deepspeed is None and config.zero < 3:
+            rather.append(f"--zero {config.zero + 1}, over more processes")
+        if config.deepspeed is None and config.offload == "none":
+            rather.append("--offload cpu with --zero")
+        raise ValueError(
+            f"out of memory, after {peak_memory(pick_device(config.device)):.1f} GiB; try "
+            f"{', or '.join([*rather, 'a smaller model'])}. "
+            "`python -m dalle1.plan` tells what fits"
+        ) from error
 
 
 def fit(
@@ -401,50 +294,77 @@ def fit(
     config: RunConfig,
     *,
     save_model: Callable[[Model, Path], None],
-    validate: Callable[[Model, Model, int], Mapping[str, float]] | None = None,
+    validate: Callable[[Model, int], Mapping[str, float]] | None = None,
+    measure: Callable[[Model], Mapping[str, float]] | None = None,
     scales: Scales | None = None,
     work: Work | None = None,
 ) -> Model:
-    """Train `model` to `config.steps` and give the average of its weights.
+    """Train `model` to `config.steps` and give it with the average of its weights.
+
+    Every process calls this, with its own parts of the batches; only the main one writes.
 
     Args:
         loss_fn: see `LossFunction`; its mean over equal parts of a batch is the batch's.
         batches: (start, a step; and place, what the last batch had under `PLACE`, if it had) →
             the batches from there on, on any device.
-        save_model: writes the averaged model's files into a folder.
-        validate: (averaged model, model, step) → numbers for the log.
+        save_model: writes a model's files into a folder.
+        validate: (averaged model, step) → numbers for the log.
+        measure: (the model as it is trained) → numbers, which go by raw_NAME.
         scales: of the gradients, for fp16; one for the whole loss if not given.
         work: what a sample costs, to be told in the log as a share of the machine's speed.
     """
-    device = next(model.parameters()).device
     keep_freed_memory()
-    trainer = Trainer(model.train(), config, scales)
-    if (state := load_checkpoint(config.out)) is not None:
-        trainer.load(state)
-        print(f"Going on at step {trainer.step} of {config.steps} in {config.out}")
-    if trainer.step >= config.steps:
-        return trainer.ema
-    progress = Progress(
-        config.out, trainer.step, config.steps, config.batch_size, recorders(config, trainer.step)
-    )
-    where = {"start": trainer.step, **({"place": trainer.place} if trainer.place else {})}
-    with stop_on_signal() as stopped, progress, closing(batches(**where)) as stream:
-        for batch in stream:
-            progress.advance(batch.pop(LEFT_OUT, ()))
-            trainer.place = batch.pop(PLACE, None)
-            values = trainer.update(loss_fn, {k: v.to(device) for k, v in batch.items()})
-            step, last = trainer.step, trainer.step == config.steps or bool(stopped)
-            if step % config.log_every == 0 or step % config.save_every == 0 or last:
-                refuse_divergence(config.out, step, values)
-                progress.log(step, values, lambda rate: efficiency(config, device, work, rate))
-            if step % config.save_every == 0 or last:
-                state = trainer.state()
-                save_checkpoint(config.out, step, state, lambda f: save_model(trainer.ema, f))
-            if validate and not stopped and (step % config.validate_every == 0 or last):
-                progress.report(step, validate(trainer.ema, trainer.model, step))
-            if last:
-                break
+    here = config.out if distributed.is_main() else None
+    with memory_advice(config):
+        trainer = Trainer(model.train(), config, scales)
+        trainer.resume()
+        if trainer.step >= config.steps:
+            return trainer.finished()
+        others = recorders(config, trainer.step) if here else []
+        progress = Progress(here, trainer.step, config.steps, config.batch_size, others)
+        skipped = Divergence(config.out, trainer.scaled)
+        with stop_on_signal() as caught, progress, closing(batches(**trainer.where())) as stream:
+            for batch in stream:
+                progress.advance(batch.pop(LEFT_OUT, ()))
+                trainer.place = batch.pop(PLACE, None)
+                batch = {name: tensor.to(trainer.device) for name, tensor in batch.items()}
+                values = trainer.update(loss_fn, batch)
+                step, stopped = trainer.step, distributed.anyone(bool(caught))
+                skipped.update(step, values)
+                last = step == config.steps or stopped
+                if step % config.log_every == 0 or last:
+                    rates = partial(efficiency, config, trainer.device, work)
+                    progress.log(step, {**values, **skipped.counts()}, rates)
+                if step % config.save_every == 0 or last:
+                    trainer.save(save_model)
+                if not stopped and (step % config.validate_every == 0 or last):
+                    progress.report(step, _measured(trainer, validate, measure))
+                if last:
+                    break
     if stopped:
-        print(f"Stopped at step {trainer.step}, saved in {config.out}; the same command goes on")
+        if here:
+            print(f"Stopped at step {step}, saved in {config.out}; the same command goes on")
+        distributed.barrier()
         raise SystemExit(0)
-    return trainer.ema
+    return trainer.finished()
+
+
+def _measured(
+    trainer: Trainer[Model],
+    validate: Callable[[Model, int], Mapping[str, float]] | None,
+    measure: Callable[[Model], Mapping[str, float]] | None,
+) -> dict[str, float]:
+    """Measure the averaged model, and the raw one; {} in processes that need not take part."""
+    numbers: dict[str, float] = {}
+    takes_part = distributed.is_main() or trainer.engine.together
+    if validate is not None:
+        with trainer.engine.averaged() as model:
+            if takes_part:
+                numbers.update(validate(model, trainer.step))
+    if measure is not None and takes_part:
+        with torch.no_grad():
+            raw = measure(trainer.engine.model.eval())
+        trainer.engine.model.train()
+        numbers.update({f"raw_{name}": value for name, value in raw.items()})
+    distributed.barrier()
+    return numbers

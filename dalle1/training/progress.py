@@ -25,25 +25,26 @@ class Progress:
     """The bar and the log of a run of `steps` steps, from step `start` on.
 
     log.jsonl has one object a line; lines past `start`, of a run that died, are dropped, and so is
-    one that it left half written.
+    one that it left half written. Without a folder nothing is shown or written.
     """
 
     def __init__(
         self,
-        out: Path,
+        out: Path | None,
         start: int,
         steps: int,
         batch_size: int,
         recorders: Sequence[Recorder] = (),
     ) -> None:
         self.out, self.recorders = out, recorders
-        self.path = out / "log.jsonl"
-        out.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(f"{x}\n" for x in lines if _step_of(x) <= start))
-        os.replace(partial, self.path)
-        self.bar = bar(total=steps, initial=start, unit="step")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / "log.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(f"{x}\n" for x in lines if _step_of(x) <= start))
+            os.replace(partial, path)
+        self.bar = bar(total=steps, initial=start, unit="step", disable=out is None)
         self.batch_size = batch_size
         self.left_out: Counter[str] = Counter()
         self._restart_clock(start)
@@ -80,6 +81,8 @@ class Progress:
         Args:
             efficiency: samples a second → more numbers.
         """
+        if self.out is None:
+            return
         rate = (step - self.seen) * self.batch_size / (time.perf_counter() - self.since)
         left_out = {f"left out/{cause}": float(n) for cause, n in self.left_out.items()}
         more = {"samples_per_second": rate, **efficiency(rate), **left_out}
@@ -91,6 +94,8 @@ class Progress:
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log and print the numbers of a validation; the time it took is no training time."""
+        if self.out is None:
+            return
         self._write(step, {f"validation/{k}": v for k, v in numbers.items()})
         if (picture := self.out / "samples" / f"step-{step}.png").exists():
             for recorder in self.recorders:
@@ -100,7 +105,8 @@ class Progress:
 
     def _write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         numbers = {name: float(f"{float(value):.6g}") for name, value in values.items()}
-        with self.path.open("a") as file:
+        assert self.out is not None
+        with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         for recorder in self.recorders:
             recorder.numbers(step, numbers)
