@@ -25,7 +25,7 @@ LAYERS = [
     ["dalle1.attention"],
     ["dalle1.transformer", "dalle1.clip", "dalle1.data.*"],
     ["dalle1.training.*", "dalle1.sampler", "dalle1.judge", "dalle1.importers.*"],
-    ["dalle1", "dalle1.pipeline", "dalle1.presets", "dalle1.join"],
+    ["dalle1", "dalle1.pipeline", "dalle1.presets", "dalle1.join", "dalle1.plan"],
 ]
 SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers
 

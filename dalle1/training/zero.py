@@ -161,6 +161,8 @@ class Zero(Engine[Model]):
         self.together = self.stage == 3
         buffers = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
         super().__init__(model, config)
+        for p in model.parameters():  # DeepSpeed takes no other order of memory
+            p.data = p.data.contiguous()
         deepspeed = _deepspeed(self.device)
         self.optimizer = adamw(model, config)
         self.root, *_ = deepspeed.initialize(
