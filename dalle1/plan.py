@@ -15,8 +15,8 @@ what ZeRO shares out, and --offload cpu moves the shares marked * to the machine
 | average *        | 4P | 4P/N    | 4P/N    | 4P/N    |
 
 Buffers are the masks; what DeepSpeed gathers gradients in, 50 million numbers; and, with zero 3,
-the layers that are whole at a time, a billion numbers. Activations follow no formula but the code: a
-step of the real model is taken on tensors without contents, and what is alive at its worst is
+the layers that are whole at a time, a billion numbers. Activations follow no formula but the code:
+a step of the real model is taken on tensors without contents, and what is alive at its worst is
 counted (of eight layers at most: four more always cost the same).
 
 Over the network, each GPU sends per update, with A parts of its batch one after another:
@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -220,7 +220,9 @@ def _worst(
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = Transformer(config)
             if weights == "bf16":
-                model.to(torch.bfloat16)
+                for module in model.modules():
+                    for name, p in module.named_parameters(recurse=False):
+                        setattr(module, name, nn.Parameter(p.detach().bfloat16()))
             resblocks.prepare(model, checkpointing=checkpointing)
             for p in model.parameters():  # gradients are counted elsewhere
                 p.register_post_accumulate_grad_hook(_forget)

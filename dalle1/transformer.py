@@ -338,9 +338,18 @@ class Transformer(nn.Module):
         return save_weights(self, Path(directory) / FILE_NAME, dtype)
 
     @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> Transformer:
-        """Read what `save` or a training wrote; ValueError where there is none or it is damaged."""
-        return load_weights(cls, TransformerConfig, model_folder(directory) / FILE_NAME, device)
+    def load(
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Transformer:
+        """Read what `save` or a training wrote, straight into `dtype`.
+
+        Raises: ValueError where there is none, or it is damaged.
+        """
+        path = model_folder(directory) / FILE_NAME
+        return load_weights(cls, TransformerConfig, path, device, dtype)
 
 
 def _score(head: nn.Linear, states: Tensor) -> Tensor:

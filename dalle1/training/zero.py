@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dalle1.device import autocast, pick_device
 from dalle1.training import distributed
-from dalle1.training.engine import Call, Engine, Model, Piece, Whole, adamw, spoiled
+from dalle1.training.engine import Call, Engine, Model, Piece, Whole, adamw, full_shape, spoiled
 
 if TYPE_CHECKING:
     from dalle1.training.loop import RunConfig
@@ -161,12 +161,24 @@ class Zero(Engine[Model]):
         self.together = self.stage == 3
         buffers = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
         super().__init__(model, config)
-        for p in model.parameters():  # DeepSpeed takes no other order of memory
-            p.data = p.data.contiguous()
         deepspeed = _deepspeed(self.device)
         self.optimizer = adamw(model, config)
+        scalars = [p for p in model.parameters() if full_shape(p) == ()]
+        for p in model.parameters():  # DeepSpeed sends no other order of memory, and no scalars
+            if p.ndim == 4:
+                p.data = p.data.clone(memory_format=torch.contiguous_format)
+        for p in scalars:
+            p.data = p.data.view(1)
+        if self.stage == 3:
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings)
+
+        def once_sent(_: Any) -> torch.optim.Optimizer:
+            for p in scalars:
+                p.ds_shape, p.data = torch.Size(), p.data.view(() if len(p) else 0)  # type: ignore[attr-defined]
+            return self.optimizer
+
         self.root, *_ = deepspeed.initialize(
-            model=Whole(model), optimizer=self.optimizer, config=settings
+            model=Whole(model), optimizer=once_sent, config=settings
         )
         for module, name, buffer in buffers:  # masks and positions, which bf16 would make coarse
             module._buffers[name] = buffer
