@@ -151,6 +151,7 @@ def memory(plan: Plan) -> Memory:
         plan.weights,
         plan.device,
         plan.zero < 3,
+        fresh=plan.zero == 0 and plan.accumulate == 1,
     )
     if plan.zero == 0:
         return Memory(
@@ -194,9 +195,14 @@ def activations(
     weights: str = "fp32",
     device: str = "cuda",
     keep_casts: bool = True,
+    fresh: bool = False,
 ) -> float:
-    """Count the bytes that a step holds at its worst beside weights and their gradients."""
-    how = batch, checkpointing, precision, weights, device, keep_casts
+    """Count the bytes that a step holds at its worst beside weights and their gradients.
+
+    Args:
+        fresh: the gradients are made in the step, the last when activations are few already.
+    """
+    how = batch, checkpointing, precision, weights, device, keep_casts, fresh
     if config.depth <= 8:
         return _worst(config, *how)
     four, eight = (_worst(replace(config, depth=depth), *how) for depth in (4, 8))
@@ -211,6 +217,7 @@ def _worst(
     weights: str,
     device: str,
     keep_casts: bool,
+    fresh: bool,
 ) -> float:
     """Take a step on tensors without contents, and watch what is alive."""
     attend = attention.attend
@@ -224,15 +231,17 @@ def _worst(
                     for name, p in module.named_parameters(recurse=False):
                         setattr(module, name, nn.Parameter(p.detach().bfloat16()))
             resblocks.prepare(model, checkpointing=checkpointing)
-            for p in model.parameters():  # gradients are counted elsewhere
-                p.register_post_accumulate_grad_hook(_forget)
+            if not fresh:
+                for p in model.parameters():
+                    p.register_post_accumulate_grad_hook(_forget)
             text = torch.zeros(batch, config.text_len, dtype=torch.long)
             codes = torch.zeros(batch, config.image_len, dtype=torch.long)
             with Alive() as alive:
                 with autocast(torch.device("cpu"), precision, keep_casts):
                     loss = model.loss(text, codes).total
                 loss.backward()
-        return alive.most
+            gradients = (p.grad for p in model.parameters() if p.grad is not None)
+            return alive.most - sum(g.numel() * g.element_size() for g in gradients)
     finally:
         attention.attend = attend
 

@@ -75,6 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Train in one process, then everything in `RUNS` in two."""
     out = tmp_path_factory.mktemp("runs")
     two_processes.train(out / "one")
+    two_processes.train_scaled(out / "scaled")
     half_of(out / "one", out / "zero3-resumed")
     return out, in_two_processes(out)
 
@@ -99,6 +100,17 @@ def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]], name: s
     if begin == 1 and steps == STEPS:
         validations = [log_of(out / run, "validation/loss") for run in ("one", name)]
         assert validations[1] == pytest.approx(validations[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_features_of_all_processes_are_compared(runs: tuple[Path, list[str]], stage: int) -> None:
+    folders = [runs[0] / run for run in ("scaled", f"scaled{stage}")]
+    expected, got = (load_file(folder / "latest" / TENSORS_NAME) for folder in folders)
+    assert got.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-3, atol=1e-5)
+    losses = [log_of(folder, "total") for folder in folders]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["zero2-bf16", "zero3-bf16"])

@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle1.training import distributed, resblocks
 from dalle1.training.loop import RunConfig, fit
@@ -106,6 +106,47 @@ def validate(model: Transformer, step: int) -> dict[str, float]:
         return {"loss": float(model.loss(**whole).total)}
 
 
+class Scaled(nn.Module):
+    """What DeepSpeed by itself does not take: a scalar, and memory in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 1)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.convolution(x) * self.scale.clamp(max=5).exp()).mean((2, 3))
+
+
+@dataclass(frozen=True)
+class Contrast:
+    total: Tensor
+
+
+def contrast(
+    model: Scaled, batch: Mapping[str, Tensor], step: int, noise: torch.Generator
+) -> Contrast:
+    """Compare all pictures of the whole batch with each other."""
+    features = distributed.gather(model(batch["x"]))
+    return Contrast(total=(features @ features.T).softmax(0).square().sum())
+
+
+def pictures(start: int) -> Iterator[dict[str, Tensor]]:
+    step = start
+    while True:
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        yield {"x": x.chunk(distributed.world_size())[distributed.rank()]}
+        step += 1
+
+
+def train_scaled(out: Path, zero: Literal[0, 1, 2, 3] = 0) -> None:
+    config = config_for(out, zero=zero, steps=4, batch_size=4)
+    distributed.start("cpu")
+    torch.manual_seed(0)
+    fit(Scaled(), contrast, pictures, config, save_model=lambda model, folder: None)
+
+
 def train(out: Path, loss: Any = loss, **changes: Any) -> None:
     config = config_for(out, **changes)
     distributed.start("cpu")
@@ -124,6 +165,8 @@ def main(out: Path) -> None:
             train(out / name, special.get(name, loss), **changes)
         except SystemExit as stop:
             assert (name, stop.code) == ("zero3-stopped", 0)  # noqa: PT017
+    for stage in (0, 1, 2, 3):
+        train_scaled(out / f"scaled{stage}", stage)
     distributed.stop()
 
 
