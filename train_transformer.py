@@ -29,6 +29,7 @@ from dalle1.text import Tokenizer
 from dalle1.training import distributed, resblocks
 from dalle1.training.loop import Work, fit, stream_from
 from dalle1.training.trainer import Batch
+from dalle1.training.zero import partitioned
 from dalle1.transformer import Transformer, TransformerConfig, TransformerLoss
 from dvae import DVAE
 from dvae.weights import model_folder
@@ -103,7 +104,8 @@ class TransformerTraining:
         }
         wanted = TransformerConfig(**sizes)
         if self.config.init is None:
-            return Transformer(wanted)
+            with partitioned(self.config):
+                return Transformer(wanted)
         model = Transformer.load(self.config.init)
         if model.config != wanted:
             given, named = asdict(model.config), asdict(wanted)

@@ -217,10 +217,8 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = (
             nn.RMSNorm(width // heads) if qk_norm else None for _ in range(2)
         )
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        init_linear(self.qkv)
-        init_linear(self.out, scale=1 / math.sqrt(2 * depth))
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width, scale=1 / math.sqrt(2 * depth))
 
     def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
         """Attend: x [B, n, D] → [B, n, D].
@@ -238,7 +236,14 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def init_linear(layer: nn.Linear, scale: float = 1.0) -> None:
-    """Draw weights from N(0, 0.125/√d_in)·scale; biases begin at 0 (Sparse Transformers, §6)."""
-    nn.init.normal_(layer.weight, std=0.125 / math.sqrt(layer.in_features) * scale)
-    nn.init.zeros_(layer.bias)
+class Linear(nn.Linear):
+    """Weights from N(0, 0.125/√d_in)·scale; biases begin at 0 (Sparse Transformers, §6)."""
+
+    def __init__(self, d_in: int, d_out: int, scale: float = 1.0) -> None:
+        self.std = 0.125 / math.sqrt(d_in) * scale
+        super().__init__(d_in, d_out)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        nn.init.normal_(self.weight, std=self.std)
+        nn.init.zeros_(self.bias)

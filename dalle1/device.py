@@ -32,10 +32,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Compute matrix products and convolutions in bf16 or fp16 where `precision` says so."""
+def autocast(device: torch.device, precision: str, keep_casts: bool = True) -> torch.autocast:
+    """Compute matrix products and convolutions in bf16 or fp16 where `precision` says so.
+
+    Args:
+        keep_casts: cast each weight only once, and keep that for as long as this lasts.
+    """
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=keep_casts)
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle1.attention import Attend, Attention, Mask, Rotary, init_linear
+from dalle1.attention import Attend, Attention, Linear, Mask, Rotary
 from dalle1.masks import MaskKind, layer_masks
 from dvae.weights import load_weights, model_folder, save_weights
 
@@ -133,10 +133,8 @@ class MLP(nn.Module):
         d, hidden = config.width, 4 * config.width
         if self.gated:
             hidden = 8 * math.ceil(config.width / 3)
-        self.up = nn.Linear(d, 2 * hidden if self.gated else hidden)
-        self.down = nn.Linear(hidden, d)
-        init_linear(self.up)
-        init_linear(self.down, scale=1 / math.sqrt(2 * config.depth))
+        self.up = Linear(d, 2 * hidden if self.gated else hidden)
+        self.down = Linear(hidden, d, scale=1 / math.sqrt(2 * config.depth))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -181,6 +179,18 @@ Around = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
 """(0 or 1, branch, x) → branch(x), computed in some other way: see `dalle1.training.resblocks`."""
 
 
+class Embedding(nn.Embedding):
+    """A table drawn from N(0, 0.125/√d), or 0.125/√(d·n) for one of n that are summed."""
+
+    def __init__(self, rows: int, width: int, summed: int = 1) -> None:
+        self.std = 0.125 / math.sqrt(width * summed)
+        super().__init__(rows, width)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        nn.init.normal_(self.weight, std=self.std)
+
+
 class Transformer(nn.Module):
     """Predicts each token of caption and picture from those before it."""
 
@@ -191,21 +201,18 @@ class Transformer(nn.Module):
         learned = config.positions == "learned"
         self.text_tokens = config.text_vocab + config.text_len
         # The last row of each table is the start token.
-        self.text_embedding = _embedding(self.text_tokens + 1, d)
-        self.image_embedding = _embedding(config.codebook_size + 1, d)
-        self.text_position = _embedding(config.text_len, d, summed=2) if learned else None
-        self.row = _embedding(config.grid_size, d, summed=3) if learned else None
-        self.column = _embedding(config.grid_size, d, summed=3) if learned else None
+        self.text_embedding = Embedding(self.text_tokens + 1, d)
+        self.image_embedding = Embedding(config.codebook_size + 1, d)
+        self.text_position = Embedding(config.text_len, d, summed=2) if learned else None
+        self.row = Embedding(config.grid_size, d, summed=3) if learned else None
+        self.column = Embedding(config.grid_size, d, summed=3) if learned else None
         self.rotary = (
             None if learned else Rotary(config.text_len, config.grid_size, config.head_width)
         )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = _norm(config)
-        self.text_head = nn.Linear(d, self.text_tokens)
-        self.image_head = nn.Linear(d, config.codebook_size)
-        for head in (self.text_head, self.image_head):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        self.text_head = Linear(d, self.text_tokens, scale=0.0)
+        self.image_head = Linear(d, config.codebook_size, scale=0.0)
         sparse = config.attention == "sparse"
         self.kinds: list[MaskKind] = (
             layer_masks(config.depth) if sparse else ["full"] * config.depth
@@ -352,9 +359,18 @@ class Transformer(nn.Module):
         return save_weights(self, Path(directory) / FILE_NAME, dtype)
 
     @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> Transformer:
-        """Read what `save` or a training wrote; ValueError where there is none or it is damaged."""
-        return load_weights(cls, TransformerConfig, model_folder(directory) / FILE_NAME, device)
+    def load(
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Transformer:
+        """Read what `save` or a training wrote, straight into `dtype`.
+
+        Raises: ValueError where there is none, or it is damaged.
+        """
+        path = model_folder(directory) / FILE_NAME
+        return load_weights(cls, TransformerConfig, path, device, dtype)
 
 
 def _score(head: nn.Linear, states: Tensor) -> Tensor:
@@ -363,10 +379,3 @@ def _score(head: nn.Linear, states: Tensor) -> Tensor:
     in_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     with torch.autocast(kind, enabled=False) if in_fp16 else nullcontext():
         return head(states).float()
-
-
-def _embedding(rows: int, width: int, summed: int = 0) -> nn.Embedding:
-    """Make a table drawn from N(0, 0.125/√d), or 0.125/√(d·n) for one of n that are summed."""
-    table = nn.Embedding(rows, width)
-    nn.init.normal_(table.weight, std=0.125 / math.sqrt(width * max(summed, 1)))
-    return table

@@ -39,6 +39,10 @@ def model_folder(directory: str | Path) -> Path:
     return latest.resolve() if latest.exists() else Path(directory)
 
 
+BLOCK = 1 << 22
+"""Numbers that are converted at once."""
+
+
 def write_tensors(
     path: Path,
     sizes: Mapping[str, tuple[torch.dtype, Iterable[int]]],
@@ -68,8 +72,12 @@ def write_tensors(
             file.write(memoryview(whole.view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read a safetensors file's names and tensors one after another, mapping nothing."""
+def read_tensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Read a safetensors file's names and tensors one after another, mapping nothing.
+
+    Args:
+        dtype: what floating-point ones are read into, a block at a time; None keeps their own.
+    """
     with safe_open(path, "pt"):
         pass  # it checks that all is there and fits, and says what does not
     with path.open("rb") as file:
@@ -77,11 +85,16 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         base = file.tell()
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            raw = torch.empty(end - start, dtype=torch.uint8)
-            file.seek(base + start)
-            file.readinto(memoryview(raw.numpy()))  # type: ignore[arg-type]
-            yield name, raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+            stored = DTYPES[entry["dtype"]]
+            wanted = dtype if dtype is not None and stored.is_floating_point else stored
+            tensor = torch.empty(entry["shape"], dtype=wanted)
+            file.seek(base + entry["data_offsets"][0])
+            for block in tensor.view(-1).split(BLOCK):
+                raw = block if wanted == stored else torch.empty(len(block), dtype=stored)
+                file.readinto(memoryview(raw.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                if raw is not block:
+                    block.copy_(raw)
+            yield name, tensor
 
 
 def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> Path:
@@ -123,22 +136,18 @@ def load_weights(
         with without_weights():
             model = model_class(config)
         empty = model.state_dict()
-        model.load_state_dict(
-            {name: _placed(t, empty.get(name, t), device, dtype) for name, t in read_tensors(path)},
-            strict=True,
-            assign=True,
-        )
+        read = read_tensors(path, dtype)
+        weights = {name: _placed(t, empty.get(name, t), device) for name, t in read}
+        model.load_state_dict(weights, strict=True, assign=True)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or holds no {what} ({reason})") from error
     return model.to(device).eval()
 
 
-def _placed(
-    tensor: Tensor, empty: Tensor, device: str | torch.device, dtype: torch.dtype
-) -> Tensor:
+def _placed(tensor: Tensor, empty: Tensor, device: str | torch.device) -> Tensor:
     """Bring a tensor to where it is used, in the order of memory in which the model has it."""
-    tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    tensor = tensor.to(device)
     if empty.ndim == 4 and empty.is_contiguous(memory_format=torch.channels_last):
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor

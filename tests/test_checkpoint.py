@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,21 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None
     save_checkpoint(tmp_path, 20, {"x": torch.zeros(2)}, write_name("twenty"))
     assert (model_folder(tmp_path) / "model.txt").read_text() == "twenty"
     assert {f.name for f in tmp_path.iterdir()} - {".step-10.partial"} == {"latest", "step-20"}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 10, {}, write_name("ten"))
+
+    def fill(folder: Path) -> None:
+        (folder / "model.txt").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        ValueError, match=r"step 20 .* No space left on device. .* whole, is step-10"
+    ):
+        save_checkpoint(tmp_path, 20, {}, fill)
+    assert {f.name for f in tmp_path.iterdir()} == {"latest", "step-10"}  # the half would take room
+    assert load_checkpoint(tmp_path) == {"step": 10}
 
 
 @pytest.mark.parametrize(

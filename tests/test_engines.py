@@ -1,0 +1,161 @@
+"""Two processes train as one does, under every engine, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint
+from dalle1.transformer import Transformer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import two_processes
+from two_processes import HALF, RUNS, STEPS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs the package deepspeed"
+)
+
+
+def in_two_processes(*args: object) -> list[str]:
+    """Run two_processes.py on CPU; give what each process printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    command = [sys.executable, two_processes.__file__, *map(str, args)]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **path, **meet, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        printed = [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, text in zip(started, printed, strict=True):
+        assert process.returncode == 0, text[-5000:]
+    return printed
+
+
+def log_of(out: Path, field: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[field] for line in lines if field in line}
+
+
+def half_of(run: Path, out: Path) -> Path:
+    """Copy a run as it was when it had come half the way."""
+    out.mkdir()
+    shutil.copytree(run / f"step-{HALF}", out / f"step-{HALF}")
+    (out / "latest").symlink_to(f"step-{HALF}")
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Train in one process, then everything in `RUNS` in two."""
+    out = tmp_path_factory.mktemp("runs")
+    two_processes.train(out / "one")
+    two_processes.train_scaled(out / "scaled")
+    half_of(out / "one", out / "zero3-resumed")
+    return out, in_two_processes(out)
+
+
+EXACT = [name for name in RUNS if not name.endswith(("bf16", "stopped", "skipping"))]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]], name: str) -> None:
+    out, steps = runs[0], RUNS[name].get("steps", STEPS)
+    begin = HALF + 1 if name.endswith("resumed") else 1
+    for field in ("total", "text", "image", "gradient_norm", "learning_rate"):
+        expected, got = log_of(out / "one", field), log_of(out / name, field)
+        assert list(got) == list(range(begin, steps + 1))
+        assert got == pytest.approx({step: expected[step] for step in got}, rel=1e-5)
+    expected = load_file(out / f"one/step-{steps}" / TENSORS_NAME) if steps == STEPS else {}
+    got = load_file(out / name / "latest" / TENSORS_NAME)
+    assert len(got) == 4 * len([*Transformer(two_processes.SIZE).parameters()])
+    for key in expected:
+        # The gradient of the keys' biases is 0 but for rounding, which AdamW makes large.
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-3, atol=1e-4)
+    if begin == 1 and steps == STEPS:
+        validations = [log_of(out / run, "validation/loss") for run in ("one", name)]
+        assert validations[1] == pytest.approx(validations[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_features_of_all_processes_are_compared(runs: tuple[Path, list[str]], stage: int) -> None:
+    folders = [runs[0] / run for run in ("scaled", f"scaled{stage}")]
+    expected, got = (load_file(folder / "latest" / TENSORS_NAME) for folder in folders)
+    assert got.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-3, atol=1e-5)
+    losses = [log_of(folder, "total") for folder in folders]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16", "zero3-bf16"])
+def test_bf16_weights_learn_nearly_that(runs: tuple[Path, list[str]], name: str) -> None:
+    expected, got = log_of(runs[0] / "one", "total"), log_of(runs[0] / name, "total")
+    assert got == pytest.approx({step: expected[step] for step in range(1, 6)}, rel=1e-2)
+    kept = load_file(runs[0] / name / "latest" / TENSORS_NAME)["weights/layers.0.mlp.up.weight"]
+    assert not torch.equal(kept, kept.bfloat16().float())  # the fp32 ones of the shares
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_checkpoint_is_a_model(runs: tuple[Path, list[str]], name: str) -> None:
+    folder = runs[0] / name / "latest"
+    kept = load_file(folder / TENSORS_NAME)
+    for kind, place in (("average", folder), ("weights", folder / "raw")):
+        for parameter, value in Transformer.load(place).named_parameters():
+            assert torch.equal(value, kept[f"{kind}/{parameter}"]), parameter
+
+
+def test_one_process_goes_on_where_two_stopped(
+    runs: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    out = half_of(runs[0] / "zero3", tmp_path / "resumed")
+    two_processes.train(out)
+    expected, got = log_of(runs[0] / "zero3", "total"), log_of(out, "total")
+    assert list(got) == list(range(HALF + 1, STEPS + 1))
+    assert got == pytest.approx({step: expected[step] for step in got}, rel=1e-5)
+
+
+def test_a_signal_to_any_process_stops_all(runs: tuple[Path, list[str]]) -> None:
+    out, printed = runs
+    assert os.readlink(out / "zero3-stopped/latest") == "step-3"
+    assert "Stopped at step 3" in printed[0]
+    assert "Stopped" not in printed[1]
+
+
+def test_all_processes_skip_what_is_no_number_in_one(runs: tuple[Path, list[str]]) -> None:
+    out = runs[0] / "zero3-skipping"
+    assert log_of(out, "skipped_updates") == {3: 1, 4: 1}
+    state = load_checkpoint(out)
+    assert state is not None
+    assert state["updates"] == 3
+    assert all(t.isfinite().all() for t in load_file(out / "latest" / TENSORS_NAME).values())
+
+
+def test_only_the_main_process_speaks(runs: tuple[Path, list[str]]) -> None:
+    assert f"Going on at step {HALF} of {STEPS}" in runs[1][0]
+    assert "step" not in runs[1][1]
