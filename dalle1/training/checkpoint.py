@@ -36,8 +36,7 @@ def save_checkpoint(
     try:
         return _save(out, step, state, write, keep)
     except OSError as error:
-        for partial in out.glob(".step-*.partial"):  # it would only keep the disk full
-            shutil.rmtree(partial, ignore_errors=True)
+        _sweep(out)  # what is half written would only keep the disk full
         last = os.readlink(out / "latest") if (out / "latest").is_symlink() else "none"
         raise ValueError(
             f"the checkpoint of step {step} could not be written to {out}: {error.strerror}. The "
@@ -51,8 +50,7 @@ def _save(
 ) -> Path:
     folder = out / f"step-{step}"
     partial = out / f".step-{step}.partial"
-    for left in out.glob(".step-*.partial"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    _sweep(out)
     partial.mkdir(parents=True)
     write(partial)
     packed = io.BytesIO()  # torch would hide why a file could not be written
@@ -70,8 +68,15 @@ def _save(
     os.replace(link, out / "latest")
     others = [f for f in out.glob("step-*") if f != folder]
     for old in sorted(others, key=lambda f: int(f.name[5:]))[: max(0, len(others) + 1 - keep)]:
-        shutil.rmtree(old)
+        os.replace(old, out / f".{old.name}.partial")  # so that none is there by half
+    _sweep(out)
     return folder
+
+
+def _sweep(out: Path) -> None:
+    """Remove what was not wholly written, or removed, when a run was killed."""
+    for left in out.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def load_checkpoint(out: Path) -> dict[str, Any] | None:
