@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 STATE_NAME = "state.pt"
 TENSORS_NAME = "training.safetensors"
@@ -35,13 +36,14 @@ def save_checkpoint(
     """
     try:
         return _save(out, step, state, write, keep)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _sweep(out)  # what is half written would only keep the disk full
         last = os.readlink(out / "latest") if (out / "latest").is_symlink() else "none"
+        why = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"the checkpoint of step {step} could not be written to {out}: {error.strerror}. The "
-            f"last one, whole, is {last}; make room (--keep 1 keeps one), and the same command "
-            "goes on from there"
+            f"the checkpoint of step {step} could not be written to {out}: {why}. The last "
+            f"one, whole, is {last}; make room (--keep 1 keeps one), and the same command goes on "
+            "from there"
         ) from error
 
 
@@ -60,7 +62,7 @@ def _save(
         if file.is_file():
             with file.open("r+b") as written:
                 os.fsync(written.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    _put_away(folder)
     os.replace(partial, folder)
     link = out / ".latest.partial"
     link.unlink(missing_ok=True)
@@ -68,9 +70,15 @@ def _save(
     os.replace(link, out / "latest")
     others = [f for f in out.glob("step-*") if f != folder]
     for old in sorted(others, key=lambda f: int(f.name[5:]))[: max(0, len(others) + 1 - keep)]:
-        os.replace(old, out / f".{old.name}.partial")  # so that none is there by half
+        _put_away(old)
     _sweep(out)
     return folder
+
+
+def _put_away(folder: Path) -> None:
+    """Have a checkpoint swept next, so that it is never there by half."""
+    if folder.exists():
+        os.replace(folder, folder.with_name(f".{folder.name}.old.partial"))
 
 
 def _sweep(out: Path) -> None:
