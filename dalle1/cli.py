@@ -38,6 +38,8 @@ def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, abou
     import tyro
 
     words = list(sys.argv[1:] if args is None else args)
+    # The command deepspeed adds it to every process's; the environment says the same.
+    words = [word for word in words if not word.startswith("--local_rank=")]
     names = ", ".join(presets)
     if not words or words[0] in ("-h", "--help"):
         about = f"{about}\n\nThe first word is a preset: {names}. Below, {next(iter(presets))}'s."

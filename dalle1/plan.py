@@ -336,7 +336,8 @@ def report(plan: Plan) -> str:
     else:
         names = ("zero", "offload", "weights", "micro_batch", "checkpointing")
         changed = [n for n in names if getattr(other, n) != getattr(plan, n)]
-        flags = " ".join(f"--{n.replace('_', '-')} {getattr(other, n)}" for n in changed)
+        values = ("" if n == "checkpointing" else f" {getattr(other, n)}" for n in changed)
+        flags = " ".join(f"--{n.replace('_', '-')}{v}" for n, v in zip(changed, values))
         lines.append(
             f"It does not fit. This would: {flags}, with {memory(other).total / GIB:.2f} GiB."
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle1.training import checkpoint
 from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
 from dvae.weights import model_folder
 
@@ -62,6 +63,26 @@ def test_keep(tmp_path: Path, keep: int, kept: list[int]) -> None:
         assert folder == tmp_path / f"step-{step}"
         assert model_folder(tmp_path) == folder.resolve()
     assert sorted(int(f.name[5:]) for f in tmp_path.glob("step-*")) == kept
+
+
+def test_a_crash_while_removing_leaves_none_by_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, 10, {}, write_name("ten"))
+    remove = checkpoint.shutil.rmtree
+
+    def crash(folder: Path, **how: bool) -> None:
+        next(folder.rglob("*.txt")).unlink()
+        raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", crash)
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        save_checkpoint(tmp_path, 20, {}, write_name("twenty"))
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
+    assert [f.name for f in tmp_path.glob("step-*")] == ["step-20"]
+    assert model_folder(tmp_path).name == "step-20"
+    save_checkpoint(tmp_path, 30, {}, write_name("thirty"))
+    assert {f.name for f in tmp_path.iterdir()} == {"latest", "step-30"}
 
 
 def test_model_folder(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_report_says_what_would_fit() -> None:
     tight = replace(PLAN, checkpointing=False, gpu_memory=some)
     text = report(tight)
     assert "It does not fit. This would: " in text
-    flags = re.findall(r"--([a-z-]+) (\w+)", text)
+    flags = re.findall(r"--([a-z-]+)(?: (\w+))?", text)
     kinds = {"checkpointing": lambda _: True, "offload": str, "weights": str}
     changes = {n.replace("-", "_"): kinds.get(n, int)(value) for n, value in flags}
     assert memory(replace(tight, **changes)).total / 2**30 <= some

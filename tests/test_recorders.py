@@ -36,7 +36,7 @@ def train(out: Path, **changes: Any) -> None:
 
     plain = {"steps": 12, "batch_size": 4, "log_every": 1, "validate_every": 5, "save_every": 3}
     config = RunConfig(out=out, device="cpu", precision="fp32", **{**plain, **changes})
-    validate = {"validate": lambda model, raw, step: {"weight": float(model.weight)}}
+    validate = {"validate": lambda model, step: {"weight": float(model.weight)}}
     fit(nn.Linear(1, 1), loss, stream, config, save_model=lambda *_: None, **validate)
 
 

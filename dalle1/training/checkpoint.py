@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 STATE_NAME = "state.pt"
 TENSORS_NAME = "training.safetensors"
@@ -35,14 +36,14 @@ def save_checkpoint(
     """
     try:
         return _save(out, step, state, write, keep)
-    except OSError as error:
-        for partial in out.glob(".step-*.partial"):  # it would only keep the disk full
-            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        _sweep(out)  # what is half written would only keep the disk full
         last = os.readlink(out / "latest") if (out / "latest").is_symlink() else "none"
+        why = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"the checkpoint of step {step} could not be written to {out}: {error.strerror}. The "
-            f"last one, whole, is {last}; make room (--keep 1 keeps one), and the same command "
-            "goes on from there"
+            f"the checkpoint of step {step} could not be written to {out}: {why}. The last "
+            f"one, whole, is {last}; make room (--keep 1 keeps one), and the same command goes on "
+            "from there"
         ) from error
 
 
@@ -51,8 +52,7 @@ def _save(
 ) -> Path:
     folder = out / f"step-{step}"
     partial = out / f".step-{step}.partial"
-    for left in out.glob(".step-*.partial"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    _sweep(out)
     partial.mkdir(parents=True)
     write(partial)
     packed = io.BytesIO()  # torch would hide why a file could not be written
@@ -62,7 +62,7 @@ def _save(
         if file.is_file():
             with file.open("r+b") as written:
                 os.fsync(written.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    _put_away(folder)
     os.replace(partial, folder)
     link = out / ".latest.partial"
     link.unlink(missing_ok=True)
@@ -70,8 +70,21 @@ def _save(
     os.replace(link, out / "latest")
     others = [f for f in out.glob("step-*") if f != folder]
     for old in sorted(others, key=lambda f: int(f.name[5:]))[: max(0, len(others) + 1 - keep)]:
-        shutil.rmtree(old)
+        _put_away(old)
+    _sweep(out)
     return folder
+
+
+def _put_away(folder: Path) -> None:
+    """Have a checkpoint swept next, so that it is never there by half."""
+    if folder.exists():
+        os.replace(folder, folder.with_name(f".{folder.name}.old.partial"))
+
+
+def _sweep(out: Path) -> None:
+    """Remove what was not wholly written, or removed, when a run was killed."""
+    for left in out.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def load_checkpoint(out: Path) -> dict[str, Any] | None:

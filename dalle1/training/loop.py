@@ -275,7 +275,7 @@ def memory_advice(config: RunConfig) -> Iterator[None]:
         if part > 1:
             rather.append(f"--accumulate {2 * config.accumulate} ({part} samples at once now)")
         if hasattr(config, "checkpointing") and not config.checkpointing:
-            rather.append("--checkpointing True")
+            rather.append("--checkpointing")
         if config.deepspeed is None and config.zero < 3:
             rather.append(f"--zero {config.zero + 1}, over more processes")
         if config.deepspeed is None and config.offload == "none":
