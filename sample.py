@@ -9,9 +9,7 @@ torchrun --nproc-per-node N sample.py … draws a share of the candidates in eac
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dalle1.cli import bar, clear_errors
+from dalle1.outputs import folder_names, writable, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dalle1 import Candidate, DallE
 
-SCORES = "scores.json"
 SETTINGS = (
     "model",
     "clip",
@@ -112,81 +110,6 @@ def read_prompts(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from error
-
-
-def slug(prompt: str) -> str:
-    """Turn a prompt into a folder's name."""
-    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:80] or "prompt"
-
-
-def folder_names(prompts: Sequence[str]) -> list[str]:
-    """Give each prompt a folder of its own, also where two make the same slug."""
-    names: list[str] = []
-    for name in map(slug, prompts):
-        numbers = (f"-{i}" if i > 1 else "" for i in range(1, len(prompts) + 1))
-        names.append(next(name + n for n in numbers if name + n not in names))
-    return names
-
-
-def writable(folder: Path) -> None:
-    """Make sure, before anything is drawn, that pictures can be written to `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to {folder} ({error.strerror}); give another --out"
-        ) from error
-
-
-def forget_earlier(folder: Path) -> None:
-    """Remove the pictures of an earlier draw into the same folder, and nothing else."""
-    try:
-        earlier = [str(entry["file"]) for entry in json.loads((folder / SCORES).read_text())]
-    except (OSError, ValueError, TypeError, KeyError):
-        return
-    for name in earlier:
-        if re.fullmatch(r"\d{2,}\.png", name):
-            (folder / name).unlink(missing_ok=True)
-
-
-def plain(value: object) -> object:
-    """Give a setting as JSON has it."""
-    return str(value) if isinstance(value, Path) else value
-
-
-def write(folder: Path, prompt: str, kept: list[Candidate], options: argparse.Namespace) -> None:
-    """Write the pictures, best first, with prompt and settings in each, a grid and the scores."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from dalle1.data.images import grid
-
-    forget_earlier(folder)
-    settings = {name: plain(getattr(options, name)) for name in SETTINGS}
-    scores = []
-    for rank, candidate in enumerate(kept):
-        name = f"{rank:02d}.png"
-        info = PngInfo()
-        info.add_itxt("prompt", prompt)
-        info.add_itxt("settings", json.dumps({**settings, "candidate": candidate.index}))
-        candidate.image.save(folder / name, pnginfo=info)
-        scores.append(
-            {
-                "file": name,
-                "score": candidate.score,
-                "probability": candidate.probability,
-                "candidate": candidate.index,
-                "seed": candidate.seed,
-            }
-        )
-    (folder / SCORES).write_text(json.dumps(scores, indent=1) + "\n")
-    info = PngInfo()
-    info.add_itxt("prompt", prompt)
-    info.add_itxt("settings", json.dumps(settings))
-    columns = min(len(kept), 4 if len(kept) <= 16 else 8)
-    grid([c.image for c in kept], columns).save(folder / "grid.png", pnginfo=info)
 
 
 def given_codes(model: DallE, options: argparse.Namespace) -> Tensor | None:
@@ -277,7 +200,8 @@ def draw(
         for prompt, folder, candidates in zip(options.prompts, outs, drawn, strict=True):
             best = gathered(model, candidates, rank, world)
             if rank == 0:
-                write(folder, prompt, best[: options.num_images], options)
+                settings = {name: getattr(options, name) for name in SETTINGS}
+                write(folder, prompt, best[: options.num_images], settings)
                 progress.write(f"{prompt!r}: {folder / 'grid.png'}", file=sys.stdout)
 
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 from measuring import in_fresh_process, seconds
@@ -58,7 +59,7 @@ def ours(candidates: int, precision: str) -> Result:
     generate(model, text, uniforms, on_row=lambda *_: marks.append(now()))
     rows = [(b - a) / CONFIG.grid_size for a, b in pairwise(marks)]
     before, after = rows[1:9], rows[-8:]  # the first row has the caption's time in it
-    step = sum(rows[1:]) / len(rows[1:])
+    step = median(rows[1:])
     return {
         "step": step,
         "draw": marks[-1] - marks[0],

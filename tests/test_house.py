@@ -31,6 +31,7 @@ LAYERS = [
         "dalle1.pipeline",
         "dalle1.presets",
         "dalle1.join",
+        "dalle1.outputs",
         "dalle1.plan",
         "dalle1.evaluation.*",
     ],
