@@ -130,7 +130,8 @@ def main(args: Sequence[str] | None = None) -> None:
         config = parse_preset(DVAE_PRESETS, args, __doc__.splitlines()[0])
         run = DVAETraining(config)
         fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
-        print(f"The dVAE is in {config.out}")
+        if distributed.is_main():
+            print(f"The dVAE is in {config.out}")
 
 
 if __name__ == "__main__":

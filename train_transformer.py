@@ -188,9 +188,9 @@ def main(args: Sequence[str] | None = None) -> None:
             scales=run.scales,
             work=Work(tokens=model.config.length, operations=3 * model.operations()),
         )
-        print(
-            f"The model is in {config.out}; draw with: python sample.py PROMPT --model {config.out}"
-        )
+        if distributed.is_main():
+            draw = f"python sample.py PROMPT --model {config.out}"
+            print(f"The model is in {config.out}; draw with: {draw}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the variables that torchrun and deepspeed set; those of a Slurm step are transla
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Any
@@ -48,6 +49,7 @@ def start(device: str) -> torch.device:
             )
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    atexit.register(stop)  # threads that outlive their process would end it by a signal
     return place
 
 

@@ -226,7 +226,8 @@ def efficiency(
     numbers = {"memory_gib": peak_memory(device)}
     if work is not None:
         numbers["tokens_per_second"] = rate * work.tokens
-        numbers["utilisation"] = rate * work.operations / _matrix_rate(device, config.precision)
+        reached = rate * work.operations / distributed.world_size()
+        numbers["utilisation"] = reached / _matrix_rate(device, config.precision)
     return numbers
 
 

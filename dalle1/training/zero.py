@@ -146,6 +146,7 @@ def partitioned(config: RunConfig) -> Iterator[None]:
         yield
         return
     deepspeed = _deepspeed(pick_device(config.device))
+    # Told a dtype, DeepSpeed 0.19 takes bf16 or fp16 whatever it is; its config says the right one.
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config)):
         yield
 
