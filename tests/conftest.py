@@ -14,6 +14,13 @@ def pytest_configure() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True)
+def memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trainings give memory back: what one keeps, all tests after it would hold, too."""
+    for module in ("dalle1.training.loop", "dalle1.data.codes"):
+        monkeypatch.setattr(f"{module}.keep_freed_memory", lambda: None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked `gpu` where there is none."""
     if torch.cuda.is_available():

@@ -396,7 +396,6 @@ def test_impossible_settings_are_refused(name: str, value: Any) -> None:
 
 
 def test_keeping_freed_memory_may_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_freed_memory()
     monkeypatch.setattr("sys.platform", "darwin")
     keep_freed_memory()
     monkeypatch.setattr("sys.platform", "linux")  # one without glibc
