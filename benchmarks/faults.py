@@ -48,8 +48,8 @@ class Faults:
         DVAE(DVAEConfig(**size)).save(folder / "dvae")
         self.wrong: list[str] = []
         self.checked = 0
-        began = time.perf_counter()
-        assert self.start(folder / "peace").wait() == 0, "it does not even train in peace"
+        process, began = self.begin(folder / "peace")
+        assert process.wait() == 0, "it does not even train in peace"
         self.duration = time.perf_counter() - began
         self.peace = self.losses(folder / "peace")
         assert list(self.peace) == [*range(1, steps + 1)]
@@ -66,6 +66,15 @@ class Faults:
             text=True,
             preexec_fn=before,
         )
+
+    def begin(self, out: Path) -> tuple[subprocess.Popen[str], float]:
+        """Start the training and wait until it writes its log anew; give that time, too."""
+        log = out / "log.jsonl"
+        before = log.stat().st_ino if log.exists() else None
+        process = self.start(out)
+        while process.poll() is None and not (log.exists() and log.stat().st_ino != before):
+            time.sleep(0.01)
+        return process, time.perf_counter()
 
     def losses(self, out: Path) -> dict[int, dict[str, float]]:
         """Read what was logged of each step; a line that was cut off has none."""
@@ -100,8 +109,8 @@ class Faults:
         return state["step"] if state else 0
 
     def kill(self, out: Path, number: signal.Signals, after: float) -> str | None:
-        """Start, wait, kill; say what came of it, None where the training was over before."""
-        process = self.start(out)
+        """Begin, wait, kill; say what came of it, None where the training was over before."""
+        process, _ = self.begin(out)
         try:
             process.wait(after)
             return None
@@ -109,7 +118,7 @@ class Faults:
             process.send_signal(number)
         process.communicate()
         step = self.check(out, number.name)
-        if number == signal.SIGTERM and process.returncode not in (0, -signal.SIGTERM):
+        if number == signal.SIGTERM and process.returncode != 0:
             self.wrong.append(f"SIGTERM: exit code {process.returncode}")
         return f"{number.name} after {after:.1f} s, exit {process.returncode}, goes on from {step}"
 
@@ -152,7 +161,7 @@ def main() -> None:
             out = Path(folder) / f"killed-{trainings}"
             trainings += 1
             while left and (
-                said := faults.kill(out, left[-1], rng.uniform(0.3, 1) * faults.duration)
+                said := faults.kill(out, left[-1], rng.uniform(0, 0.7) * faults.duration)
             ):
                 left.pop()
                 print(said, flush=True)

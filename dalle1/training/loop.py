@@ -316,7 +316,7 @@ def fit(
     """
     keep_freed_memory()
     here = config.out if distributed.is_main() else None
-    with memory_advice(config):
+    with stop_on_signal() as caught, memory_advice(config):
         trainer = Trainer(model.train(), config, scales)
         trainer.resume()
         if trainer.step >= config.steps:
@@ -324,7 +324,7 @@ def fit(
         others = recorders(config, trainer.step) if here else []
         progress = Progress(here, trainer.step, config.steps, config.batch_size, others)
         skipped = Divergence(config.out, trainer.scaled)
-        with stop_on_signal() as caught, progress, closing(batches(**trainer.where())) as stream:
+        with progress, closing(batches(**trainer.where())) as stream:
             for batch in stream:
                 progress.advance(batch.pop(LEFT_OUT, ()))
                 trainer.place = batch.pop(PLACE, None)
