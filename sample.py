@@ -145,13 +145,13 @@ def processes() -> Iterator[tuple[int, int]]:
     if world == 1:
         yield 0, 1
         return
-    import torch.distributed as dist
+    from dalle1.training import distributed
 
-    dist.init_process_group("gloo")
+    distributed.join("gloo")
     try:
         yield rank, world
     finally:
-        dist.destroy_process_group()
+        distributed.stop()
 
 
 def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -> list[Candidate]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import nn
 from dalle1.clip import ContrastiveLoss, contrastive_loss, pair_loss, sigmoid_loss
 from dalle1.clip.losses import in_parts, limited, prepare_for
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+from launch import in_two_processes
 
 
 def unit(count: int, width: int = 8, seed: int = 0) -> torch.Tensor:
@@ -228,29 +228,26 @@ def test_the_sigmoid_begins_where_its_paper_does() -> None:
 
 TWO_PROCESSES = """
 import importlib.util, sys, torch
-import torch.distributed as dist
-path, out, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+path, out = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("losses_test", path)
 test = importlib.util.module_from_spec(spec); spec.loader.exec_module(test)
 from dalle1.training import distributed
-dist.init_process_group("gloo", init_method=f"file://{out}", rank=rank, world_size=2)
-pixels, ids = (x.chunk(2)[rank] for x in test.pairs())
+distributed.start("cpu")
+pixels, ids = (x.chunk(2)[distributed.rank()] for x in test.pairs())
 for kind in ("infonce", "sigmoid"):
     model = test.Towers(); test.prepare_for(model, kind)
     loss = test.pair_loss(model, pixels, ids, kind=kind, at_once=3, gather=distributed.gather)
     loss.total.backward()
     found = {"total": loss.total.detach(), "accuracy": loss.accuracy}
     found |= {name: distributed.mean(g) for name, g in test.gradients(model).items()}
-    if rank == 1:
+    if not distributed.is_main():
         torch.save(found, f"{out}.{kind}.pt")
 """
 
 
 def test_two_processes_are_one_with_the_whole_batch(tmp_path: Path) -> None:
-    out = tmp_path / "meeting"
-    arguments = [sys.executable, "-c", TWO_PROCESSES, __file__, str(out)]
-    running = [subprocess.Popen([*arguments, rank], cwd=ROOT) for rank in "01"]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    out = tmp_path / "found"
+    in_two_processes("-c", TWO_PROCESSES, __file__, out)
     for kind in ("infonce", "sigmoid"):
         model = Towers()
         prepare_for(model, kind)  # type: ignore[arg-type]

@@ -6,8 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,41 +18,12 @@ from dalle1.transformer import Transformer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import two_processes
+from launch import in_two_processes
 from two_processes import HALF, RUNS, STEPS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs the package deepspeed"
 )
-
-
-def in_two_processes(*args: object) -> list[str]:
-    """Run two_processes.py on CPU; give what each process printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = [sys.executable, two_processes.__file__, *map(str, args)]
-    started = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **path, **meet, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        printed = [process.communicate(timeout=600)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, text in zip(started, printed, strict=True):
-        assert process.returncode == 0, text[-5000:]
-    return printed
 
 
 def log_of(out: Path, field: str) -> dict[int, float]:
@@ -77,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     two_processes.train(out / "one")
     two_processes.train_scaled(out / "scaled")
     half_of(out / "one", out / "zero3-resumed")
-    return out, in_two_processes(out)
+    return out, in_two_processes(two_processes.__file__, out)
 
 
 EXACT = [name for name in RUNS if not name.endswith(("bf16", "stopped", "skipping"))]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,9 @@ from dalle1 import DallE
 from dalle1.text import Tokenizer
 from dalle1.transformer import Transformer, TransformerConfig
 from dvae import DVAE, DVAEConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from launch import in_two_processes
 
 PROMPT = "a red cube"
 
@@ -158,27 +159,9 @@ def test_mistakes_are_told_in_a_line(
 def test_two_processes_draw_what_one_draws(folder: Path, tmp_path: Path) -> None:
     alone = drawn(folder, tmp_path / "alone", PROMPT, "--rerank", "likelihood")
     scores = (tmp_path / "alone" / "scores.json").read_text()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     together = tmp_path / "together"
-    command = [sys.executable, "sample.py", *arguments(folder, together, PROMPT)]
-    ranks = [
-        subprocess.Popen(
-            [*command, "--rerank", "likelihood"],
-            cwd=Path(sample.__file__).parent,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    command = [sample.__file__, *arguments(folder, together, PROMPT), "--rerank", "likelihood"]
+    in_two_processes(*command)
     entries = json.loads((together / "scores.json").read_text())
     assert [Image.open(together / entry["file"]).tobytes() for entry in entries] == alone
     for entry, expected in zip(entries, json.loads(scores), strict=True):

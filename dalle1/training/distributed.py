@@ -7,6 +7,7 @@ the variables that torchrun and deepspeed set; those of a Slurm step are transla
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from datetime import timedelta
 from typing import Any
@@ -48,9 +49,20 @@ def start(device: str) -> torch.device:
                 f"{torch.cuda.device_count()}; start fewer processes, or use --device cpu"
             )
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
-    atexit.register(stop)  # threads that outlive their process would end it by a signal
+    join("nccl" if place.type == "cuda" else "gloo")
     return place
+
+
+def join(backend: str) -> None:
+    """Join the other processes, and leave them when this one ends.
+
+    The threads of a group that outlives the interpreter end the process by a signal. That happens
+    where it is not destroyed, and where anything still holds it: torch.distributed.nn does, as the
+    default of its arguments, if it is first imported (torch itself does that) once there is one.
+    """
+    importlib.import_module("torch.distributed.nn")
+    dist.init_process_group(backend, timeout=PATIENCE)
+    atexit.register(stop)
 
 
 def stop() -> None:
