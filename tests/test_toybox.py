@@ -1,13 +1,17 @@
 """Toybox: the scenes keep their promises, the captions tell the truth, the pictures differ."""
 
+import dataclasses
 import io
+import itertools
 import json
 import random
 import re
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +23,24 @@ from dalle1.data.toybox import (
     BACKGROUNDS,
     COLOURS,
     CONCEPTS,
+    FILL_SURVIVES,
     FILLS,
     NOUNS,
     SIZES,
     SPLITS,
+    STYLES,
     Item,
     Scene,
     Toybox,
     describe,
     is_held_out,
+    is_style_held_out,
     render,
     sample_scene,
 )
 from dalle1.data.toybox.__main__ import main
 from dalle1.data.toybox.captions import article, plural
+from dalle1.data.toybox.phrases import NUMBERS, SYNONYMS
 
 
 def scenes(split: str, count: int) -> list[Scene]:
@@ -40,9 +48,20 @@ def scenes(split: str, count: int) -> list[Scene]:
     return [world.scene(index) for index in range(count)]
 
 
-def alone(fill: str, noun: str, background: str = "cream", **values: float | int | str) -> Scene:
+def alone(
+    fill: str,
+    noun: str,
+    background: str = "cream",
+    style: str | None = None,
+    **values: float | int | str,
+) -> Scene:
     item = Item(noun=noun, fill=fill, **values)  # type: ignore[arg-type]
-    return Scene(items=(item,), background=background)
+    return Scene(items=(item,), background=background, style=style)
+
+
+def below(fill: str, noun: str, count: int, other_fill: str, other: str) -> Scene:
+    things = (Item(noun=noun, fill=fill),) * count
+    return Scene(items=(*things, Item(noun=other, fill=other_fill)), relation="below")
 
 
 def pixels(scene: Scene, size: int = 48) -> np.ndarray:
@@ -53,22 +72,41 @@ def pixels(scene: Scene, size: int = 48) -> np.ndarray:
 
 
 def test_the_vocabulary_is_large_and_without_doubles() -> None:
-    assert len(NOUNS) >= 28
+    assert len(NOUNS) >= 44
     assert len(COLOURS) == 12
-    assert len(CONCEPTS) >= 12
+    assert len(FILLS) >= 36
+    assert len(STYLES) >= 4
     assert FILLS == COLOURS + CONCEPTS
-    for words in (NOUNS, FILLS, BACKGROUNDS, SIZES, SPLITS):
+    for words in (NOUNS, FILLS, STYLES, BACKGROUNDS, SIZES, SPLITS):
         assert len(set(words)) == len(words)
 
 
-def test_a_tenth_of_the_pairs_is_held_out_evenly() -> None:
-    assert is_held_out("avocado", "armchair")
-    table = np.array([[is_held_out(fill, noun) for noun in NOUNS] for fill in FILLS])
-    assert 0.08 <= table.mean() <= 0.12
+@pytest.mark.parametrize(
+    ("kept_back", "words", "famous"),
+    [
+        (is_held_out, FILLS, ("avocado", "armchair")),
+        (is_style_held_out, STYLES, ("neon", "fish")),
+    ],
+)
+def test_a_tenth_of_the_pairs_is_held_out_evenly(
+    kept_back: Callable[[str, str], bool], words: tuple[str, ...], famous: tuple[str, str]
+) -> None:
+    assert kept_back(*famous)
+    table = np.array([[kept_back(word, noun) for noun in NOUNS] for word in words])
+    assert 0.09 <= table.mean() <= 0.11
     assert table.mean(1).min() >= 0.05
-    assert table.mean(1).max() <= 0.20
-    assert table.mean(0).min() >= 0.05
-    assert table.mean(0).max() <= 0.20
+    assert table.mean(1).max() <= 0.15
+    assert table.sum(0).max() <= np.ceil(0.15 * len(words))
+    if len(words) >= 10:
+        assert table.mean(0).min() >= 0.05
+
+
+def test_new_words_leave_what_is_held_out_as_it_was() -> None:
+    """The first 32 nouns and 29 fills are older than the rest, and so are these pairs."""
+    old = [(f, n) for f in FILLS[:29] for n in NOUNS[:32]]
+    kept_back = " ".join(f"{f}/{n}" for f, n in old if is_held_out(f, n))
+    assert kept_back.startswith("red/armchair red/cat red/hat red/cactus orange/car")
+    assert zlib.crc32(kept_back.encode()) == 2010347397
 
 
 # The scenes
@@ -92,7 +130,10 @@ def test_captions_follow_the_generator_given() -> None:
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_training_never_shows_a_held_out_pair(split: str) -> None:
     for scene in scenes(split, 3000):
-        assert not any(is_held_out(item.fill, item.noun) for item in scene.items)
+        assert not scene.is_held_out
+        for item in scene.items:
+            assert not is_held_out(item.fill, item.noun)
+            assert scene.style is None or not is_style_held_out(scene.style, item.noun)
 
 
 def test_training_captions_never_name_a_held_out_pair() -> None:
@@ -102,23 +143,32 @@ def test_training_captions_never_name_a_held_out_pair() -> None:
         assert not any(re.search(rf"\b{pair}\b", caption) for pair in held_out)
 
 
-def test_every_heldout_scene_has_a_held_out_item() -> None:
+def test_every_heldout_scene_has_a_held_out_pair() -> None:
     found = scenes("heldout", 2000)
-    assert all(any(is_held_out(item.fill, item.noun) for item in s.items) for s in found)
+    assert all(scene.is_held_out for scene in found)
     assert sum(len(scene.items) == 1 for scene in found) > len(found) / 2
+    by_fill = [any(is_held_out(*item.pair) for item in scene.items) for scene in found]
+    assert 0.6 < np.mean(by_fill) < 0.9, "of either kind"
 
 
 def test_all_covers_every_pair() -> None:
-    shown = {item.pair for scene in scenes("all", 9000) for item in scene.items}
-    assert len(shown) == len(FILLS) * len(NOUNS)
+    found = scenes("all", 12000)
+    assert len({item.pair for scene in found for item in scene.items}) == len(FILLS) * len(NOUNS)
+    styled = {(scene.style, item.noun) for scene in found for item in scene.items}
+    assert len(styled) == (len(STYLES) + 1) * len(NOUNS)
 
 
 def test_kinds_of_scenes_have_their_shares() -> None:
     found = scenes("train", 3000)
     kinds = Counter("two" if s.relation else min(len(s.items), 2) for s in found)
-    assert kinds[1] / len(found) == pytest.approx(0.65, abs=0.04)
-    assert kinds["two"] / len(found) == pytest.approx(0.20, abs=0.04)
+    assert kinds[1] / len(found) == pytest.approx(0.60, abs=0.04)
+    assert kinds["two"] / len(found) == pytest.approx(0.25, abs=0.04)
     assert kinds[2] / len(found) == pytest.approx(0.15, abs=0.04)
+    counted = sum(len(s.items) > 2 for s in found if s.relation)
+    assert counted / kinds["two"] == pytest.approx(1 / 3, abs=0.07)
+    styles = Counter(scene.style for scene in found)
+    assert sum(styles[style] for style in STYLES) / len(found) == pytest.approx(0.25, abs=0.04)
+    assert min(styles[style] for style in STYLES) > 100
 
 
 def test_relations_are_true_and_things_stay_apart_and_inside() -> None:
@@ -127,18 +177,18 @@ def test_relations_are_true_and_things_stay_apart_and_inside() -> None:
             half = item.extent / 2 - 0.03  # a small part of the box may touch the border
             assert half <= item.x <= 1 - half
             assert half <= item.y <= 1 - half
-        for one, other in zip(scene.items, scene.items[1:]):
+        for one, other in itertools.combinations(scene.items, 2):
             gap = max(abs(one.x - other.x), abs(one.y - other.y))
-            assert gap > 0.93 * (one.extent + other.extent) / 2
+            assert gap > 0.9 * (one.extent + other.extent) / 2
         if scene.relation is not None:
-            one, other = scene.items
-            assert one.noun != other.noun
-            assert {
-                "left of": one.x < other.x,
-                "right of": one.x > other.x,
-                "above": one.y < other.y,
-                "below": one.y > other.y,
-            }[scene.relation]
+            for one, other in itertools.product(*scene.groups):
+                assert one.noun != other.noun
+                assert {
+                    "left of": one.x < other.x,
+                    "right of": one.x > other.x,
+                    "above": one.y < other.y,
+                    "below": one.y > other.y,
+                }[scene.relation]
 
 
 def test_sizes_are_visible() -> None:
@@ -172,37 +222,85 @@ def test_articles_and_plurals() -> None:
         assert not re.search(r"\ba [aeio]|\ban [^aeiou]", f"{article(fill)} x")
 
 
+def named(caption: str, word: str) -> bool:
+    """Say whether a caption names a noun or a fill, by any of its names, in any number."""
+    forms = [form for name in (word, *SYNONYMS.get(word, ())) for form in (name, plural(name))]
+    return re.search(rf"\b({'|'.join(forms)})\b", caption) is not None
+
+
 def test_captions_name_every_fill_and_noun_and_only_those() -> None:
-    for index, scene in enumerate(scenes("all", 3000)):
+    for index, scene in enumerate(scenes("all", 4000)):
         caption = describe(scene, random.Random(index))
         assert re.fullmatch(r"[a-z, -]+", caption), caption
-        assert not re.search(r"\ba [aeio]|\ban [^aeiou]|  ", caption), caption
+        assert not re.search(r"\ba [aeio]|\ban [^aeiou]|  |{|}", caption), caption
         for item in scene.items:
-            noun = item.noun if len({i.pair for i in scene.items}) == len(scene.items) else None
-            assert item.fill in caption, caption
-            assert re.search(rf"\b{noun or plural(item.noun)}\b", caption), caption
-        nouns = {n for n in NOUNS if re.search(rf"\b({n}|{plural(n)})\b", caption)}
+            assert named(caption, item.noun), caption
+            # A style's caption may leave out all the fills.
+            said = [named(caption.replace("golden", "gold"), i.fill) for i in scene.items]
+            wooden = "wooden" in caption and item.fill == "wood"
+            assert all(said) or wooden or (scene.style and not any(said)), caption
+        nouns = {n for n in NOUNS if named(caption, n)}
         assert nouns == {item.noun for item in scene.items}, caption
 
 
 def test_captions_state_counts_sizes_and_backgrounds_truly() -> None:
-    for index, scene in enumerate(scenes("train", 3000)):
+    counted = 0
+    for index, scene in enumerate(scenes("train", 4000)):
         caption = describe(scene, random.Random(index))
-        if scene.relation is None and len(scene.items) > 1:
-            assert {2: "two ", 3: "three "}[len(scene.items)] in caption
+        numbers = sorted(re.findall(rf"\b({'|'.join(NUMBERS.values())})\b", caption))
+        counts = sorted(NUMBERS[len(group)] for group in scene.groups if len(group) > 1)
+        assert numbers in (counts, []), caption
+        counted += bool(numbers)
         for size in ("small", "large"):
             if f"{size} " in caption:
-                item = next(item for item in scene.items if item.size == size)
-                assert re.search(rf"\b{size} .*{item.noun}", caption), caption
+                assert any(item.size == size for item in scene.items), caption
         if "background" in caption:
             assert caption.endswith(f"on {article(scene.background)} background")
+            assert scene.style is None
+    assert counted > 600
+
+
+STYLE_WORDS = {"sketch": "sketch|pencil|hand-drawn", "pixel art": "pixel", "neon": "neon",
+               "stained glass": "stained.glass"}  # fmt: skip
+
+
+def test_captions_name_the_style_and_no_other() -> None:
+    for index, scene in enumerate(scenes("all", 3000)):
+        caption = describe(scene, random.Random(index))
+        said = [style for style, words in STYLE_WORDS.items() if re.search(words, caption)]
+        assert said == ([scene.style] if scene.style else []), caption
+
+
+@pytest.mark.parametrize(
+    ("prompt", "scene"),
+    [
+        ("an armchair in the shape of an avocado", alone("avocado", "armchair")),
+        ("an avocado-shaped armchair", alone("avocado", "armchair")),
+        ("an armchair, avocado style", alone("avocado", "armchair")),
+        ("armchair, avocado style", alone("avocado", "armchair")),
+        ("avocado armchair", alone("avocado", "armchair")),
+        ("a teapot made of watermelon", alone("watermelon", "teapot")),
+        ("a snail that looks like a zebra", alone("zebra", "snail")),
+        ("a pixel art cat", alone("red", "cat", style="pixel art")),
+        ("a sketch of a strawberry lamp", alone("strawberry", "lamp", style="sketch")),
+        ("a neon sign of a blue fish", alone("blue", "fish", style="neon")),
+        ("a stained-glass window of a rocket", alone("gold", "rocket", style="stained glass")),
+        ("three purple stars below a gold clock", below("purple", "star", 3, "gold", "clock")),
+        ("armchairs made of avocados", Scene(items=alone("avocado", "armchair").items * 2)),
+    ],
+)
+def test_what_people_ask_for_is_in_the_language(prompt: str, scene: Scene) -> None:
+    rng = random.Random(0)
+    assert any(describe(scene, rng) == prompt for _ in range(20_000))
 
 
 def test_relation_captions_hold_from_either_side() -> None:
-    scene = next(s for s in scenes("train", 100) if s.relation == "left of")
-    first, second = (item.noun for item in scene.items)
-    for seed in range(50):
+    scene = next(s for s in scenes("train", 100) if s.relation == "left of" and not s.style)
+    first, second = (group[0].fill for group in scene.groups)
+    for seed in range(80):
         caption = describe(scene, random.Random(seed))
+        if re.search(r"\b(and|next to|beside)\b", caption):
+            continue
         in_order = caption.index(first) < caption.index(second)
         assert ("left of" if in_order else "right of") in caption
 
@@ -244,6 +342,36 @@ def test_every_fill_looks_different(noun: str) -> None:
     for i, picture in enumerate(drawn):
         for j in range(i):
             assert np.abs(picture - drawn[j]).mean() > 1, (FILLS[i], FILLS[j])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("size", [16, 50, 128])
+def test_a_style_changes_the_whole_picture_and_keeps_the_things(style: str, size: int) -> None:
+    scene = Toybox().scene(0)
+    plain = render(dataclasses.replace(scene, style=None), size)
+    drawn = render(dataclasses.replace(scene, style=style), size)
+    assert (drawn.size, drawn.mode) == (plain.size, "RGB")
+    assert drawn.tobytes() == render(dataclasses.replace(scene, style=style), size).tobytes()
+    for other in {None, *STYLES} - {style}:
+        picture = render(dataclasses.replace(scene, style=other), size)
+        assert np.abs(np.asarray(picture, np.int16) - np.asarray(drawn, np.int16)).mean() > 8
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_noun_looks_different_in_a_style(style: str) -> None:
+    drawn = [pixels(alone("red", noun, style=style), 64) for noun in NOUNS]
+    for i, picture in enumerate(drawn):
+        for j in range(i):
+            assert np.abs(picture - drawn[j]).mean() > 3, (NOUNS[i], NOUNS[j])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_fills_that_survive_a_style_look_different_in_it(style: str) -> None:
+    fills = sorted(FILL_SURVIVES[style])
+    drawn = [pixels(alone(fill, "armchair", style=style), 64) for fill in fills]
+    for i, picture in enumerate(drawn):
+        for j in range(i):
+            assert np.abs(picture - drawn[j]).mean() > 1, (fills[i], fills[j])
 
 
 def test_the_avocado_armchair_has_skin_flesh_and_a_stone() -> None:
@@ -325,6 +453,10 @@ def test_mistakes_are_explained() -> None:
         alone("red", "mug", extent=2)
     with pytest.raises(ValueError, match="got background 'night'"):
         alone("red", "mug", background="night")
+    with pytest.raises(ValueError, match="got style 'oil', expected one of sketch"):
+        alone("red", "mug", style="oil")
+    with pytest.raises(ValueError, match="got 5 items alike, expected at most 4"):
+        Scene(items=(Item(noun="mug", fill="red"),) * 5)
     with pytest.raises(ValueError, match="got no items"):
         Scene(items=())
     with pytest.raises(ValueError, match="expected 2"):

@@ -1,56 +1,29 @@
 """Captions: many ways to say what a scene shows, all of them true.
 
-Every phrasing names each fill and each noun in full. The plainest, "a red cube", is the most
+A plain picture's caption names each fill and each noun. The plainest, "a red cube", is the most
 frequent; the others teach that an avocado armchair is also an armchair in the shape of an avocado.
+A caption of a picture in a style may leave the fill out.
 """
 
 from __future__ import annotations
 
 import random
 
-from dalle1.data.toybox.scene import Item, Scene
-from dalle1.data.toybox.vocabulary import COLOURS
-
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-
-_PLURALS = {"fish": "fish", "cactus": "cactuses"}
-
-# What can be said of a concept besides "a FILL NOUN". {a} is the singular noun with its article
-# and {n} the bare noun, in whichever number. Each names the fill literally.
-_FRUIT = ("{n} in the shape of {f}", "{n} that looks like {f}", "{n} made of {bare}",
-          "{bare}-style {n}", "{n} imitating {f}")  # fmt: skip
-_COAT = ("{n} that looks like {f}", "{n} with {bare} {coat}", "{bare}-striped {n}",
-         "{bare}-patterned {n}", "{bare}-style {n}")  # fmt: skip
-_SPOTTED = (_COAT[0], _COAT[1], "{bare}-spotted {n}", *_COAT[3:])
-_PATTERN = ("{n} with a {bare} pattern", "{bare}-patterned {n}", "{n} covered in a {bare} pattern")
-
-_PHRASES: dict[str, tuple[str, ...]] = {
-    "avocado": _FRUIT,
-    "watermelon": _FRUIT,
-    "strawberry": _FRUIT,
-    "kiwi": _FRUIT,
-    "lemon": _FRUIT,
-    "zebra": tuple(p.replace("{coat}", "stripes") for p in _COAT),
-    "tiger": tuple(p.replace("{coat}", "stripes") for p in _COAT),
-    "leopard": tuple(p.replace("{coat}", "spots") for p in _SPOTTED),
-    "brick": ("{n} made of bricks", "{n} built of brick", "{bare}-patterned {n}"),
-    "checkerboard": (*_PATTERN, "{n} that looks like {f}", "{n} with a checkerboard print"),
-    "polka dot": (*_PATTERN, "{n} with polka dots", "{n} covered in polka dots"),
-    "galaxy": (*_PATTERN, "{n} that looks like {f}", "galaxy-style {n}"),
-    "wood": ("{n} made of wood", "wooden {n}", "{n} carved out of wood"),
-    "gold": ("{n} made of gold", "golden {n}", "{n} cast in gold"),
-    "knitted": ("{n} made of knitted wool", "{n} that is knitted", "wool-knitted {n}"),
-    "rainbow": ("{n} with rainbow stripes", "rainbow-striped {n}", "{n} that looks like {f}",
-                "{n} in rainbow colours"),
-    "candy cane": ("{n} with candy cane stripes", "{n} that looks like {f}", "{n} made of {bare}",
-                   "candy cane-striped {n}"),
-}  # fmt: skip
-_COLOUR_PHRASES = (
-    "{n} that is {bare}",
-    "{n} in {bare}",
-    "{n} of {bare} colour",
-    "{bare}-coloured {n}",
+from dalle1.data.toybox.phrases import (
+    COLOUR_PHRASES,
+    FOOD,
+    NUMBERS,
+    PHRASES,
+    PICTURES,
+    PLURALS,
+    STYLE_ADJECTIVES,
+    STYLE_PHRASES,
+    SYNONYMS,
 )
+from dalle1.data.toybox.scene import Item, Scene
+from dalle1.data.toybox.vocabulary import COLOURS, FILL_SURVIVES
+
+Items = tuple[Item, ...]
 
 
 def article(words: str) -> str:
@@ -60,10 +33,10 @@ def article(words: str) -> str:
 
 
 def plural(noun: str) -> str:
-    """Return the plural of a Toybox noun."""
-    if noun in _PLURALS:
-        return _PLURALS[noun]
-    if noun.endswith("fly"):
+    """Return the plural of a Toybox noun or fill."""
+    if noun in PLURALS:
+        return PLURALS[noun]
+    if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
     if noun.endswith(("s", "sh", "ch", "x")):
         return noun + "es"
@@ -72,49 +45,103 @@ def plural(noun: str) -> str:
 
 def describe(scene: Scene, rng: random.Random) -> str:
     """Say what the scene shows in one of many phrasings, lower-case, with commas at most."""
-    if scene.relation is not None:
-        words = _relation(scene, rng)
+    if scene.style is not None:
+        words = _styled(scene, rng)
+    elif scene.relation is not None:
+        words = _on_background(scene, rng, _relation(scene, rng))
+    elif rng.random() < 0.52:  # the plainest form, most frequent by far
+        words = _thing(scene.items, rng, plain=True)
     else:
-        if rng.random() < 0.52:  # the plainest form, most frequent by far
-            return _thing(scene.items, rng, plain=True)
         words = _thing(scene.items, rng, plain=rng.random() < 0.25)
-        if rng.random() < 0.15:
-            words = rng.choice(("a picture of ", "a drawing of ", "an image of ")) + words
-    if rng.random() < 0.3:
-        comma = "," if scene.relation is not None or rng.random() < 0.3 else ""
-        words += f"{comma} on {article(scene.background)} background"
-    return words
+        fill = scene.items[0].fill
+        if len(scene.items) == 1 and PHRASES.get(fill) is FOOD and rng.random() < 0.06:
+            words += ", " + _thing(scene.items, rng, plain=False, sized=False)
+        elif rng.random() < 0.15:
+            words = rng.choice(PICTURES).format(t=words)
+        words = _on_background(scene, rng, words)
+    first, _, rest = words.partition(" ")
+    return rest if first in ("a", "an") and rng.random() < 0.08 else words
 
 
-def _relation(scene: Scene, rng: random.Random) -> str:
-    first, second = scene.items
+def _on_background(scene: Scene, rng: random.Random, words: str) -> str:
+    if rng.random() >= 0.3:
+        return words
+    comma = "," if scene.relation or "," in words or rng.random() < 0.3 else ""
+    return f"{words}{comma} on {article(scene.background)} background"
+
+
+def _styled(scene: Scene, rng: random.Random) -> str:
+    style = str(scene.style)
+    survives = all(item.fill in FILL_SURVIVES[style] for item in scene.items)
+    named = rng.random() < (0.7 if survives else 0.4)
+    if scene.relation is None and rng.random() < 0.35:
+        adjective = rng.choice(STYLE_ADJECTIVES[style])
+        return _thing(scene.items, rng, plain=True, named=named, before=adjective)
+    if scene.relation is None:
+        thing = _thing(scene.items, rng, plain=rng.random() < 0.75, named=named)
+    else:
+        thing = _relation(scene, rng, named)
+    return rng.choice(STYLE_PHRASES[style]).format(t=thing)
+
+
+def _relation(scene: Scene, rng: random.Random, named: bool = True) -> str:
+    first, second = scene.groups
     relation = str(scene.relation)
     if rng.random() < 0.3:  # the same fact, seen from the other thing
         first, second = second, first
         opposite = {"left of": "right of", "above": "below"}
         opposite |= {right: left for left, right in opposite.items()}
         relation = opposite[relation]
-    where = f"to the {relation}" if relation.endswith(" of") and rng.random() < 0.6 else relation
     sized = rng.random() < 0.6
-    parts = [_thing((item,), rng, plain=True, sized=sized) for item in (first, second)]
-    return f"{parts[0]} {where} {parts[1]}"
+    parts = [_thing(group, rng, plain=True, sized=sized, named=named) for group in (first, second)]
+    return f"{parts[0]} {_where(relation, rng)} {parts[1]}"
+
+
+def _where(relation: str, rng: random.Random) -> str:
+    """Word a relation, now and then so that it says less."""
+    chance = rng.random()
+    if chance < 0.05:
+        return "and"
+    if relation in ("above", "below"):
+        other = {"above": "over", "below": "under"}[relation]
+        return other if chance < 0.2 else relation
+    if chance < 0.1:
+        return rng.choice(("next to", "beside"))
+    return f"to the {relation}" if chance < 0.6 else relation
 
 
 def _thing(
-    items: tuple[Item, ...], rng: random.Random, plain: bool, sized: bool | None = None
+    items: Items,
+    rng: random.Random,
+    plain: bool,
+    sized: bool | None = None,
+    named: bool = True,
+    before: str = "",
 ) -> str:
-    """Name one item, or several alike."""
+    """Name one item, or several alike; with its fill if `named`, after the words `before`."""
     item, count = items[0], len(items)
-    noun = item.noun if count == 1 else plural(item.noun)
-    if plain:
+    noun, fill = (_synonym(word, rng) for word in (item.noun, item.fill))
+    if count > 1:
+        noun = plural(noun)
+    if not named:
+        phrase = "{n}"
+    elif plain:
         phrase = "{bare} {n}"
     else:
-        phrase = rng.choice(_COLOUR_PHRASES if item.fill in COLOURS else _PHRASES[item.fill])
+        phrase = rng.choice(COLOUR_PHRASES if item.fill in COLOURS else PHRASES[item.fill])
         if count > 1:
             phrase = phrase.replace(" that is ", " that are ").replace(" looks ", " look ")
-    words = phrase.format(n=noun, bare=item.fill, f=article(item.fill))
+    words = phrase.format(n=noun, bare=fill, f=article(fill), many=plural(fill))
+    if before:
+        words = f"{before} {words}"
     if sized is None:
         sized = not plain and rng.random() < 0.35
     if sized and item.size != "medium":
         words = f"{item.size} {words}"
-    return article(words) if count == 1 else f"{NUMBERS[count]} {words}"
+    if count == 1:
+        return article(words)
+    return words if rng.random() < 0.07 else f"{NUMBERS[count]} {words}"
+
+
+def _synonym(word: str, rng: random.Random) -> str:
+    return rng.choice(SYNONYMS[word]) if word in SYNONYMS and rng.random() < 0.07 else word

@@ -4,7 +4,8 @@ A fill is bold and graphic on purpose. The pictures are meant for a small tokeni
 one code on 8x8 pixels, so a stripe or a dot is about a tenth of the object and nothing is finer.
 
 There are three kinds: plain colours; tiles, painted once larger than the object and cropped at
-a place that the item's seed decides; and fruit, whose skin follows the silhouette's edge.
+a place that the item's seed decides (more of them in `materials`); and fruit, whose skin follows
+the silhouette's edge.
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
+from dalle1.data.toybox import materials
 from dalle1.data.toybox.pen import SPAN
-
-Rgb = tuple[int, int, int]
-Pixels = npt.NDArray[np.uint8]
+from dalle1.data.toybox.tile import REACH, Pixels, Rgb, Tile, lattice
 
 COLOUR_VALUES: dict[str, Rgb] = {
     "red": (220, 38, 46),
@@ -37,42 +36,6 @@ COLOUR_VALUES: dict[str, Rgb] = {
     "grey": (146, 150, 158),
     "turquoise": (30, 190, 190),
 }
-
-REACH = 2.0  # a tile's side in object widths; what exceeds SPAN is room for placement
-
-
-class Tile:
-    """A canvas in object widths for painting one texture."""
-
-    def __init__(self, unit: float, base: Rgb) -> None:
-        self.scale = unit * 3  # three times oversampled
-        self.side = round(REACH * unit)
-        self.image = Image.new("RGB", (self.side * 3, self.side * 3), base)
-        self.draw = ImageDraw.Draw(self.image)
-
-    def polygon(self, points: list[tuple[float, float]], colour: Rgb) -> None:
-        """Fill a polygon."""
-        self.draw.polygon([(x * self.scale, y * self.scale) for x, y in points], fill=colour)
-
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Rgb) -> None:
-        """Fill an ellipse by centre and radii."""
-        s = self.scale
-        self.draw.ellipse(((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s), fill=colour)
-
-    def box(self, x0: float, y0: float, x1: float, y1: float, colour: Rgb) -> None:
-        """Fill a rectangle."""
-        s = self.scale
-        self.draw.rectangle((x0 * s, y0 * s, x1 * s, y1 * s), fill=colour)
-
-    def pixels(self) -> Pixels:
-        """Return the finished texture, [side, side, 3]."""
-        return np.asarray(self.image.reduce(3))
-
-
-def _lattice(step_x: float, step_y: float) -> list[tuple[float, float]]:
-    """Return the points of a grid over a tile, every second row shifted by half a step."""
-    rows, columns = math.ceil(REACH / step_y) + 1, math.ceil(REACH / step_x) + 1
-    return [((c + 0.5 * (r % 2)) * step_x, r * step_y) for r in range(rows) for c in range(columns)]
 
 
 def _wavy_stripes(tile: Tile, period: float, width: float, slant: float, colour: Rgb) -> None:
@@ -118,7 +81,7 @@ def _tiger(unit: float) -> Tile:
 def _leopard(unit: float) -> Tile:
     tile = Tile(unit, (236, 184, 104))
     rng = random.Random("leopard")
-    for x, y in _lattice(0.24, 0.19):
+    for x, y in lattice(0.24, 0.19):
         x, y = x + rng.uniform(-0.02, 0.02), y + rng.uniform(-0.02, 0.02)
         tile.ellipse(x, y, 0.088, 0.075, (62, 36, 24))
         tile.ellipse(x + 0.012, y + 0.008, 0.045, 0.036, (184, 116, 50))
@@ -129,7 +92,7 @@ def _brick(unit: float) -> Tile:
     tile = Tile(unit, (232, 218, 202))
     rng = random.Random("brick")
     shades: list[Rgb] = [(184, 78, 54), (170, 66, 46), (198, 92, 64)]
-    for x, y in _lattice(0.32, 0.155):
+    for x, y in lattice(0.32, 0.155):
         tile.box(x - 0.32, y, x - 0.032, y + 0.122, rng.choice(shades))
     return tile
 
@@ -146,7 +109,7 @@ def _checkerboard(unit: float) -> Tile:
 
 def _polka_dot(unit: float) -> Tile:
     tile = Tile(unit, (36, 92, 178))
-    for x, y in _lattice(0.24, 0.17):
+    for x, y in lattice(0.24, 0.17):
         tile.ellipse(x, y, 0.066, 0.066, (255, 255, 255))
     return tile
 
@@ -155,12 +118,12 @@ def _galaxy(unit: float) -> Tile:
     tile = Tile(unit, (30, 18, 74))
     rng = random.Random("galaxy")
     clouds: list[Rgb] = [(150, 40, 160), (40, 70, 190), (214, 70, 150), (70, 30, 130)]
-    for x, y in _lattice(0.5, 0.3):
+    for x, y in lattice(0.5, 0.3):
         tile.ellipse(x + rng.uniform(-0.1, 0.1), y, 0.2, 0.13, rng.choice(clouds))
     blur = ImageFilter.GaussianBlur(0.06 * tile.scale)
     tile.image = tile.image.filter(blur)
     tile.draw = ImageDraw.Draw(tile.image)
-    for x, y in _lattice(0.27, 0.2):
+    for x, y in lattice(0.27, 0.2):
         x, y, r = x + rng.uniform(-0.07, 0.07), y + rng.uniform(-0.05, 0.05), rng.choice((1, 1, 2))
         if r == 1:
             tile.ellipse(x, y, 0.028, 0.028, (255, 250, 230))
@@ -182,7 +145,7 @@ def _wood(unit: float) -> Tile:
         band = [(x, grain(x)) for x in xs]
         band += [(x, grain(x) + 0.042 + 0.015 * math.sin(3 * x + k)) for x in reversed(xs)]
         tile.polygon(band, (150, 94, 48))
-    for x, y in _lattice(0.9, 0.52):
+    for x, y in lattice(0.9, 0.52):
         tile.ellipse(x + 0.3, y + 0.2, 0.13, 0.085, (150, 94, 48))
         tile.ellipse(x + 0.3, y + 0.2, 0.1, 0.06, (206, 148, 88))
         tile.ellipse(x + 0.3, y + 0.2, 0.06, 0.032, (118, 70, 34))
@@ -235,7 +198,7 @@ def _candy_cane(unit: float) -> Tile:
 
 def _strawberry(unit: float) -> Tile:
     tile = Tile(unit, (224, 34, 58))
-    for x, y in _lattice(0.24, 0.16):
+    for x, y in lattice(0.24, 0.16):
         tile.ellipse(x, y, 0.036, 0.052, (150, 10, 36))
         tile.ellipse(x, y - 0.004, 0.028, 0.044, (255, 224, 110))
     return tile
@@ -255,6 +218,7 @@ _TILES: dict[str, Callable[[float], Tile]] = {
     "knitted": _knitted,
     "rainbow": _rainbow,
     "candy cane": _candy_cane,
+    **materials.PAINTERS,
 }
 
 

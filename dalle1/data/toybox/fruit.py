@@ -1,4 +1,4 @@
-"""Fruit fills: cut open, with a skin that follows the silhouette.
+"""Fruit fills, and a pizza: cut open, with a skin that follows the silhouette.
 
 They need to know how deep inside the silhouette a pixel lies, and where its heart is, so that an
 avocado armchair has a rind along its outline and a stone where the chair is widest.
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 Stop = tuple[float, Rgb]
 
-FRUIT: tuple[str, ...] = ("avocado", "watermelon", "kiwi", "lemon")
+FRUIT: tuple[str, ...] = ("avocado", "watermelon", "kiwi", "lemon", "pizza")
 
 
 def paint_fruit(fill: str, depth: Floats, heart: tuple[float, float], girth: float) -> Pixels:
@@ -29,7 +29,13 @@ def paint_fruit(fill: str, depth: Floats, heart: tuple[float, float], girth: flo
     `depth` [w, w] is the distance to the silhouette's edge in object widths, `heart` the centre of
     the widest place in unit coordinates, and `girth` the depth there.
     """
-    painter = {"avocado": _avocado, "watermelon": _watermelon, "kiwi": _kiwi, "lemon": _lemon}
+    painter = {
+        "avocado": _avocado,
+        "watermelon": _watermelon,
+        "kiwi": _kiwi,
+        "lemon": _lemon,
+        "pizza": _pizza,
+    }
     # Slim shapes get a thinner skin, or nothing of the flesh would show.
     slim = min(max(girth / 0.26, 0.5), 1.0)
     return painter[fill](depth / slim, heart, girth)
@@ -46,6 +52,14 @@ def _polar(width: int, heart: tuple[float, float]) -> tuple[Floats, Floats]:
     """Return each pixel's distance from the heart, in object widths, and its angle."""
     y, x = np.mgrid[0:width, 0:width].astype(np.float32) * (SPAN / width) - MARGIN
     return np.hypot(x - heart[0], y - heart[1]), np.arctan2(y - heart[1], x - heart[0])
+
+
+def _offsets(
+    width: int, centre: tuple[float, float], radii: tuple[float, float]
+) -> tuple[Floats, Floats]:
+    """Return each pixel's offset from a centre, in radii of an ellipse."""
+    y, x = np.mgrid[0:width, 0:width].astype(np.float32) * (SPAN / width) - MARGIN
+    return (x - centre[0]) / radii[0], (y - centre[1]) / radii[1]
 
 
 def _cover(signed: Floats, width: int) -> Floats:
@@ -141,3 +155,25 @@ def _lemon(depth: Floats, heart: tuple[float, float], girth: float) -> Pixels:
     walls = _cover(0.016 - far * np.sin(off), width) * (depth > 0.09)[..., None]
     picture = _blend(picture, pith, walls)
     return _finish(_blend(picture, pith, _cover(0.035 - far, width)))
+
+
+def _pizza(depth: Floats, heart: tuple[float, float], girth: float) -> Pixels:
+    width = depth.shape[0]
+    dark, crust, sauce, cheese = (150, 92, 40), (222, 162, 88), (204, 60, 28), (254, 214, 106)
+    picture = _layers(
+        depth,
+        [(0.0, dark), (0.02, crust), (0.062, crust), (0.07, sauce), (0.088, sauce), (0.1, cheese)],
+    )
+    inner = _cover(depth - 0.088, width)
+    for row in range(-5, 6):
+        for column in range(-5, 6):
+            x = heart[0] + (column + 0.5 * (row % 2)) * 0.25
+            y = heart[1] + row * 0.19
+            far, _ = _polar(width, (x, y))
+            if (row + 2 * column) % 5 == 3:  # a leaf of basil
+                leaf = np.hypot(*_offsets(width, (x, y), (0.062, 0.036))).astype(np.float32)
+                picture = _blend(picture, (52, 132, 50), _cover((1 - leaf) * 0.036, width) * inner)
+                continue
+            picture = _blend(picture, (158, 30, 26), _cover(0.078 - far, width) * inner)
+            picture = _blend(picture, (206, 58, 44), _cover(0.058 - far, width) * inner)
+    return _finish(picture)

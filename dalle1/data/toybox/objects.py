@@ -263,6 +263,101 @@ def bottle(pen: Pen) -> None:
     pen.box(0.3, 0.42, 0.36, 0.9, 0.03, GLOW)
 
 
+def airplane(pen: Pen) -> None:
+    pen.polygon([(0.02, 0.14), (0.16, 0.14), (0.32, 0.44), (0.08, 0.46)])
+    pen.smooth([(0.02, 0.42), (0.2, 0.36), (0.56, 0.33), (0.84, 0.35), (0.99, 0.47), (0.88, 0.58),
+                (0.56, 0.62), (0.16, 0.56)])  # fmt: skip
+    wing = [(0.44, 0.5), (0.66, 0.5), (0.4, 0.92), (0.24, 0.92)]
+    far = [(0.46, 0.38), (0.62, 0.36), (0.46, 0.08), (0.36, 0.08)]
+    pen.polygon(wing)
+    pen.polygon(far)
+    pen.polygon(far, SHADE)
+    pen.polygon(wing, DARK)
+    pen.polygon([(0.02, 0.14), (0.16, 0.14), (0.21, 0.235), (0.04, 0.235)], DARK)
+    pen.polygon([(0.82, 0.38), (0.9, 0.4), (0.945, 0.45), (0.82, 0.46)], GLASS)
+    for x in (0.3, 0.41, 0.52, 0.63, 0.74):
+        pen.ellipse(x, 0.43, 0.03, 0.033, GLASS)
+
+
+def train(pen: Pen) -> None:
+    pen.box(0.6, 0.1, 0.96, 0.74, 0.02)
+    pen.box(0.54, 0.03, 1.0, 0.13, 0.03)
+    pen.box(0.1, 0.36, 0.66, 0.72, 0.08)
+    pen.polygon([(0.12, 0.08), (0.36, 0.08), (0.31, 0.38), (0.17, 0.38)])
+    pen.ellipse(0.48, 0.36, 0.08, 0.1)
+    pen.box(0.05, 0.66, 0.97, 0.8, 0.02)
+    pen.polygon([(0.1, 0.7), (0.1, 0.93), (0.0, 0.93)])
+    pen.polygon([(0.1, 0.7), (0.1, 0.93), (0.0, 0.93)], DARK)
+    pen.box(0.05, 0.71, 0.97, 0.78, 0.0, DARK)
+    pen.box(0.11, 0.07, 0.37, 0.15, 0.0, DARK)
+    pen.box(0.54, 0.03, 1.0, 0.13, 0.03, SHADE)
+    pen.box(0.68, 0.21, 0.88, 0.42, 0.02, LINE)
+    pen.box(0.7, 0.23, 0.86, 0.4, 0.01, GLASS)
+    for x in (0.26, 0.4):
+        pen.stroke([(x, 0.4), (x, 0.68)], 0.022)
+    for x, r in ((0.22, 0.11), (0.47, 0.11), (0.78, 0.16)):
+        pen.ellipse(x, 0.97 - r, r, r)
+        pen.ellipse(x, 0.97 - r, r, r, BLACK)
+        pen.ellipse(x, 0.97 - r, r * 0.45, r * 0.45, GLASS)
+
+
+def robot(pen: Pen) -> None:
+    pen.stroke([(0.5, 0.16), (0.5, 0.06)], 0.04, BODY)
+    pen.ellipse(0.5, 0.05, 0.05, 0.05)
+    pen.ellipse(0.5, 0.05, 0.05, 0.05, (226, 40, 48, 240))
+    pen.box(0.24, 0.13, 0.76, 0.45, 0.07)
+    pen.box(0.17, 0.22, 0.83, 0.36, 0.02)
+    pen.box(0.43, 0.42, 0.57, 0.52, 0)
+    pen.box(0.21, 0.49, 0.79, 0.83, 0.05)
+    for flip in (-1, 1):
+        pen.stroke(
+            [(0.5 + flip * 0.28, 0.55), (0.5 + flip * 0.41, 0.6), (0.5 + flip * 0.41, 0.72)],
+            0.1,
+            BODY,
+        )
+        pen.ellipse(0.5 + flip * 0.41, 0.75, 0.085, 0.075)
+        pen.ellipse(0.5 + flip * 0.41, 0.75, 0.085, 0.075, DARK)
+        x = 0.5 + flip * 0.15
+        pen.box(x - 0.075, 0.8, x + 0.075, 0.98, 0.02)
+        pen.box(x - 0.1, 0.91, x + 0.1, 0.99, 0.03)
+        pen.box(x - 0.1, 0.91, x + 0.1, 0.99, 0.03, DARK)
+        pen.box(0.5 + flip * 0.295 - 0.035, 0.22, 0.5 + flip * 0.295 + 0.035, 0.36, 0.02, DARK)
+        pen.ellipse(0.5 + flip * 0.12, 0.25, 0.07, 0.07, GLASS)
+        pen.ellipse(0.5 + flip * 0.12, 0.25, 0.038, 0.038, BLACK)
+    pen.box(0.36, 0.355, 0.64, 0.415, 0.01, BLACK)
+    for x in (0.43, 0.5, 0.57):
+        pen.stroke([(x, 0.36), (x, 0.41)], 0.016, GLASS)
+    pen.box(0.32, 0.56, 0.68, 0.76, 0.02, SHADE)
+    for x, colour in (
+        (0.4, (240, 60, 60, 240)),
+        (0.5, (250, 210, 60, 240)),
+        (0.6, (70, 190, 90, 240)),
+    ):
+        pen.ellipse(x, 0.66, 0.035, 0.035, colour)
+
+
+def castle(pen: Pen) -> None:
+    def tower(x0: float, x1: float, top: float, bottom: float) -> None:
+        step = (x1 - x0) / 5
+        pen.box(x0, top + 0.08, x1, bottom, 0)
+        for k in (0, 2, 4):
+            pen.box(x0 + k * step, top, x0 + (k + 1) * step, top + 0.09, 0)
+        pen.stroke([(x0, top + 0.125), (x1, top + 0.125)], 0.022)
+
+    tower(0.3, 0.7, 0.24, 0.97)
+    tower(0.02, 0.34, 0.38, 0.97)
+    tower(0.66, 0.98, 0.38, 0.97)
+    pen.stroke([(0.5, 0.26), (0.5, 0.03)], 0.03, BODY)
+    pen.stroke([(0.5, 0.23), (0.5, 0.03)], 0.034, BLACK)
+    pen.polygon([(0.5, 0.02), (0.74, 0.09), (0.5, 0.16)])
+    pen.polygon([(0.51, 0.02), (0.74, 0.09), (0.51, 0.16)], (226, 40, 48, 240))
+    pen.polygon([*arc(0.5, 0.74, 0.13, 0.14, 180, 360), (0.63, 0.97), (0.37, 0.97)], BLACK)
+    for x, y in ((0.18, 0.66), (0.82, 0.66), (0.5, 0.47)):
+        pen.box(x - 0.045, y - 0.07, x + 0.045, y + 0.07, 0.04, BLACK)
+    pen.stroke([(0.34, 0.52), (0.34, 0.96)], 0.02)
+    pen.stroke([(0.66, 0.52), (0.66, 0.96)], 0.02)
+
+
 def half_curve(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the smooth open curve of a symmetric shape's right half, from top to bottom."""
     return spline(points, closed=False)

@@ -16,10 +16,14 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from dalle1.data.toybox import nature, objects
-from dalle1.data.toybox.fills import COLOUR_VALUES, Rgb, crop_tile
+from dalle1.data.toybox.fills import COLOUR_VALUES, crop_tile
 from dalle1.data.toybox.fruit import FRUIT, paint_fruit
+from dalle1.data.toybox.layers import Layers
+from dalle1.data.toybox.neon import TUBES
 from dalle1.data.toybox.pen import MARGIN, SPAN, Pen
 from dalle1.data.toybox.scene import Item, Scene
+from dalle1.data.toybox.styles import PAINTERS, PAPER
+from dalle1.data.toybox.tile import Rgb
 from dalle1.data.toybox.vocabulary import NOUNS
 
 Floats = npt.NDArray[np.float32]
@@ -68,12 +72,41 @@ def render(scene: Scene, size: int) -> Image.Image:
         raise ValueError(
             f"got size {size!r}, expected whole pixels from {MIN_SIZE} to {MAX_SIZE}: try 128"
         )
+    if scene.style is not None:
+        return PAINTERS[scene.style](_layers(scene, size))
     picture = _background(scene.background, size).copy()
     for item in scene.items:
         _cast_shadow(picture, item)
     for item in scene.items:
         _paste_item(picture, item)
     return picture
+
+
+def _layers(scene: Scene, size: int) -> Layers:
+    """Draw the things on their own, and the lines of a drawing of them."""
+    blank, ground = (size, size), BACKGROUND_VALUES[scene.background]
+    things = Image.new("RGB", blank, PAPER if scene.style == "sketch" else ground)
+    cover, outline, details = (Image.new("L", blank) for _ in range(3))
+    tubes = Image.new("RGB", blank)
+    for item in scene.items if scene.style == "sketch" else ():
+        _cast_shadow(things, item)
+    for item in scene.items:
+        corner, mask = _paste_item(things, item)
+        cover.paste(255, corner, mask)
+        if scene.style == "pixel art":
+            continue
+        # Lines are about as wide in a picture of small things as in one of a large thing.
+        thickness = round(min(max(0.015 / item.extent, 0.02), 0.05), 2)
+        inner, outer = _lines(item.noun, _working_width(mask.width), thickness)
+        for colour, lines, layer in zip(
+            reversed(TUBES[item.fill]), (inner, outer), (details, outline), strict=True
+        ):
+            lines = lines.resize(mask.size, Image.Resampling.BILINEAR)
+            if item.tilt:
+                lines = lines.rotate(item.tilt, Image.Resampling.BILINEAR)
+            layer.paste(255, corner, lines)
+            tubes.paste(colour, corner, lines)
+    return Layers(things, cover, outline, details, tubes, ground, scene.items[0].seed)
 
 
 @lru_cache(maxsize=32)
@@ -111,10 +144,15 @@ def _cast_shadow(picture: Image.Image, item: Item) -> None:
     picture.paste((70, 62, 96), corner, shade)
 
 
-def _paste_item(picture: Image.Image, item: Item) -> None:
+def _working_width(target: int) -> int:
+    return next((w for w in _WIDTHS if w >= 1.5 * target), _WIDTHS[-1])
+
+
+def _paste_item(picture: Image.Image, item: Item) -> tuple[tuple[int, int], Image.Image]:
+    """Draw an item into a picture; return its corner there and its mask."""
     size = picture.width
     target = max(4, round(item.extent * SPAN * size))
-    width = next((w for w in _WIDTHS if w >= 1.5 * target), _WIDTHS[-1])
+    width = _working_width(target)
     sprite = _sprite(item.noun, width)
     colours = np.multiply(_fill(item, width), sprite.gain, dtype=np.float32)
     colours += sprite.offset
@@ -127,6 +165,7 @@ def _paste_item(picture: Image.Image, item: Item) -> None:
     mask = mask.resize((target, target), Image.Resampling.BICUBIC)
     corner = round(item.x * size - target / 2), round(item.y * size - target / 2)
     picture.paste(body, corner, mask)
+    return corner, mask
 
 
 def _fill(item: Item, width: int) -> Floats | Pixels:
@@ -191,6 +230,29 @@ def _sprite(noun: str, width: int) -> Sprite:
         offset=offset.astype(np.float32),
         foot=_foot(np.asarray(mask) > 127),
     )
+
+
+@lru_cache(maxsize=512)
+def _lines(noun: str, width: int, thickness: float) -> tuple[Image.Image, Image.Image]:
+    """Return the lines inside a noun and its contour, `thickness` in object widths, as masks."""
+    pen = Pen(width)
+    _DRAW[noun](pen)
+    mask, ink = pen.layers()
+    # The blurred silhouette is one half on the contour, and a thin part of it never gets far off.
+    near = np.abs(_blurred(mask, thickness / SPAN / 2) - 0.5)
+    contour = np.clip((0.36 - near) * 12, 0, 1)
+    # Ink over grey: where its tone changes within a short way there is a line.
+    tone = Image.alpha_composite(Image.new("RGBA", ink.size, (128, 128, 128, 255)), ink)
+    grey = tone.convert("L")
+    reach = max(1, round(0.3 * thickness * width / SPAN)) * 2 + 1
+    change = np.asarray(grey.filter(ImageFilter.MaxFilter(reach)), np.int16) - np.asarray(
+        grey.filter(ImageFilter.MinFilter(reach)), np.int16
+    )
+    inner = Image.fromarray(np.where(change > 18, 255, 0).astype(np.uint8))
+    inner = inner.filter(ImageFilter.GaussianBlur(reach / 6))
+    inside = np.asarray(mask, np.float32) / 255
+    inner = Image.fromarray((np.asarray(inner, np.float32) * inside).astype(np.uint8))
+    return inner, Image.fromarray((contour * 255).astype(np.uint8))
 
 
 def _foot(inside: npt.NDArray[np.bool_]) -> tuple[float, float, float]:
