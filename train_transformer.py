@@ -31,6 +31,7 @@ from dalle1.training.loop import Work, fit, stream_from
 from dalle1.training.trainer import Batch
 from dalle1.training.zero import partitioned
 from dalle1.transformer import Transformer, TransformerConfig, TransformerLoss
+from dalle1.words import Words
 from dvae import DVAE
 from dvae.weights import model_folder
 
@@ -115,11 +116,15 @@ class TransformerTraining:
 
     def vocabulary(self) -> Tokenizer:
         """Learn the BPE from the data; a training that goes on keeps the one that it has."""
-        for folder in (self.config.out, self.config.init):
-            if folder and (kept := model_folder(folder) / VOCABULARY_NAME).is_file():
-                return Tokenizer.load(kept)
+        if (kept := model_folder(self.config.out) / VOCABULARY_NAME).is_file():
+            return Tokenizer.load(kept)
         captions = first_captions(self.source, self.config.vocab_captions)
-        return Tokenizer.train(captions, self.config.model.text_vocab)
+        if self.config.init is None:
+            return Tokenizer.train(captions, self.config.model.text_vocab)
+        tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
+        if tokenizer.words is not None:  # what is fine-tuned on is known, too
+            tokenizer.words = tokenizer.words.merged(Words.of(captions))
+        return tokenizer
 
     def open(self, split: str) -> Source:
         config, size = self.config, self.dvae.config.image_size

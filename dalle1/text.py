@@ -21,7 +21,10 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from dalle1.words import Words
+
 BYTES = 256  # the smallest vocabulary: one token per byte
+WORDS_NAME = "words.json"  # beside the vocabulary
 
 
 class Tokenizer:
@@ -29,11 +32,12 @@ class Tokenizer:
 
     Ids below `vocab_size` are BPE tokens. A position `p` that holds no token gets the id
     `vocab_size + p`: the paper learns a separate padding embedding for every text position.
-    So the ids of a `[B, T]` batch run over `[0, vocab_size + T)`.
+    So the ids of a `[B, T]` batch run over `[0, vocab_size + T)`. `words` are those of the captions
+    that it was learned from, None where they were not kept.
     """
 
-    def __init__(self, bpe: tokenizers.Tokenizer) -> None:
-        self.bpe = bpe
+    def __init__(self, bpe: tokenizers.Tokenizer, words: Words | None = None) -> None:
+        self.bpe, self.words = bpe, words
         self.vocab_size: int = bpe.get_vocab_size()
         self._ids: dict[str, int] = bpe.get_vocab()
         merges = json.loads(bpe.to_str())["model"]["merges"]
@@ -64,8 +68,9 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        bpe.train_from_iterator((_well_formed(caption) for caption in captions), trainer)
-        return cls(bpe)
+        captions = [_well_formed(caption) for caption in captions]
+        bpe.train_from_iterator(captions, trainer)
+        return cls(bpe, Words.of(captions))
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -81,12 +86,15 @@ class Tokenizer:
             raise ValueError(f"{path} is no readable vocabulary ({reason}): {remedy}") from error
         if not _is_byte_level_bpe(bpe):
             raise ValueError(f"{path} holds a tokenizer, but not a byte-level BPE: {remedy}")
-        return cls(bpe)
+        kept = path.with_name(WORDS_NAME)
+        return cls(bpe, Words.load(kept) if kept.is_file() else None)
 
     def save(self, path: Path) -> None:
-        """Write the vocabulary in the `tokenizers` library's JSON format, atomically."""
+        """Write the vocabulary in the `tokenizers` library's JSON format, and the words beside."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if self.words is not None:
+            self.words.save(path.with_name(WORDS_NAME))
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         self.bpe.save(str(unfinished))
         os.replace(unfinished, path)
