@@ -1,10 +1,10 @@
 """Measure what a model draws, what a CLIP knows, and what a dVAE leaves of pictures.
 
-    python evaluate.py toybox --num-prompts 93 --num-candidates 16 --out runs/evaluation
+    python evaluate.py toybox --best-of 1 16 64 --num-prompts 200 60 15 --out runs/evaluation
     python evaluate.py samples --pictures outputs/a-red-star --reference toybox:1000
     python evaluate.py clip --clip runs/clip --data toybox
     python evaluate.py dvae --model runs/dvae --data toybox --pictures 1000
-    python evaluate.py judge --out dalle1/bundled/judge.safetensors --minutes 8
+    python evaluate.py judge --out dalle1/bundled/judge.safetensors
 
 `toybox` counts how often the right thing is drawn; `samples` measures any pictures, against their
 prompts and against real ones; `clip` measures a CLIP itself. Each prints one table and writes one
@@ -26,41 +26,46 @@ import tyro
 from dalle1.cli import clear_errors
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from dalle1.pipeline import DallE
 
 CHECK_PICTURES = 1000  # renderings on which a new judge is measured
-STEPS_PER_MINUTE = 250  # on one core; a count of steps, not a clock, so that a run can be repeated
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToyboxOptions:
-    """Count how often the right noun and fill are drawn, on held-out and on training pairs."""
+    """Count how often the right things are drawn, on held-out and on training pairs."""
 
     model: str | None = None
     """Name or folder of the model; the bundled one if not given."""
-    num_prompts: int = 93
-    """Prompts from held-out pairs, each of another pair, and as many from training pairs."""
-    num_candidates: int = 16
-    """Pictures drawn for each prompt."""
+    best_of: tuple[int, ...] = (1, 16, 64)
+    """Candidates of which CLIP takes the best; the same for all of these."""
+    num_prompts: tuple[int, ...] = (200, 60, 15)
+    """Prompts from held-out pairs for each of them, and as many from training pairs: of one thing,
+    of two kinds in a relation, of things alike, in styles. The few for many candidates are the
+    first of the many, and keep the time within bounds: 3,640 pictures by default."""
     seed: int = 0
     """Chooses the prompts and the draws."""
     device: str = "auto"
     """Where the model runs: auto, cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the transformer; auto is bf16 where the processor has it."""
     judge: Path | None = None
     """The judge's weights; the bundled ones if not given."""
-    judge_pictures: int = 500
+    judge_pictures: int = 1000
     """Real renderings on which the judge itself is checked first."""
-    num_scenes: int = 0
-    """Prompts with two or three things alike, and as many with two in a relation; all from training
-    pairs."""
-    scene_judge: Path | None = None
-    """The weights of the judge of those; the bundled ones if not given."""
     out: Path = Path("runs/toybox")
     """Folder for toybox.json and heldout.png."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_candidates"):
-            if getattr(self, name) < 1:
+        if len(self.num_prompts) != len(self.best_of) or not self.best_of:
+            raise ValueError(
+                f"num_prompts is {self.num_prompts} and best_of {self.best_of}, expected one "
+                "number of prompts for each number of candidates"
+            )
+        for name in ("num_prompts", "best_of"):
+            if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.judge_pictures < 2:
             raise ValueError(f"judge_pictures must be at least 2, got {self.judge_pictures}")
@@ -92,20 +97,17 @@ class JudgeOptions:
 
     out: Path
     """File to write, a .safetensors."""
-    minutes: float = 8.0
-    """How much to train: 250 steps for every minute, about what one core does."""
+    steps: int = 5000
+    """Updates of 64 pictures; an hour or so on two cores."""
     seed: int = 0
     """Chooses the renderings, the first weights and the augmentation."""
-    pictures: int = 9000
-    """Renderings held in memory to learn from."""
-    scenes: bool = False
-    """Train the judge of whole scenes, which counts things and says where they are; it needs more
-    pictures and more minutes."""
+    pictures: int = 40_000
+    """Renderings held in memory to learn from: 49 kB each."""
 
     def __post_init__(self) -> None:
-        if self.minutes <= 0 or self.pictures < 1:
+        if self.steps < 1 or self.pictures < 1:
             raise ValueError(
-                f"minutes and pictures must be positive, got {self.minutes} and {self.pictures}"
+                f"steps and pictures must be positive, got {self.steps} and {self.pictures}"
             )
 
 
@@ -177,75 +179,43 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     """Run the whole evaluation, write its files and return the scores by name."""
     from tqdm import tqdm
 
-    from dalle1.evaluation.report import table, wilson, write_report
-    from dalle1.evaluation.toybox import (
-        SPLITS,
-        ask,
-        check_judge,
-        choose_prompts,
-        details,
-        grid,
-        report_judge,
-        toybox_scores,
-        toybox_table,
-    )
+    from dalle1 import DallE
+    from dalle1.evaluation import toybox
+    from dalle1.evaluation.report import write_report
     from dalle1.judge import BUNDLED, load_judge
 
     judge = load_judge(options.judge or BUNDLED)
-    model = model or load_model(options)
+    if model is None:
+        how = {"device": options.device, "precision": options.precision}
+        model = DallE.from_pretrained(options.model, **how)
     options.out.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
-    scores = dict(check_judge(judge, options.judge_pictures, options.seed))
-    report_judge(scores, options.judge_pictures)
-    prompts = [p for s in SPLITS for p in choose_prompts(s, options.num_prompts, options.seed)]
-    answers, shown = [], []
-    for prompt in tqdm(prompts, desc="drawing", unit="prompt"):
-        answer, picture = ask(model, judge, prompt, options.num_candidates)
-        answers.append(answer)
-        if prompt.split == "heldout":
-            shown.append((picture, prompt.text, answer.right(answer.best or 0)["both"]))
-    scores.update(toybox_scores(answers))
-    if options.num_scenes:
-        scores.update(run_scenes(options, model))
-    intervals = {
-        name: wilson(share, options.num_prompts)
-        for name, share in scores.items()
-        if name.endswith("/both") and not name.startswith("judge/")
-    }
+    scores = dict(toybox.check_judge(judge, options.judge_pictures, options.seed))
+    toybox.report_judge(scores, options.judge_pictures)
+    batches = list(toybox.batches_of(options.num_prompts, options.best_of, options.seed))
+    answers: list[toybox.Answer] = []
+    shown: list[tuple[Image, str, bool]] = []
+    with tqdm(
+        total=sum(len(prompts) * count for prompts, count, _ in batches), unit="picture"
+    ) as progress:
+        for prompts, count, seed in batches:
+            for answer, picture in toybox.ask(model, judge, prompts, count, seed):
+                answers.append(answer)
+                progress.update(count)
+                if answer.prompt.split == "heldout" and len(shown) < 96:
+                    shown.append((picture, answer.prompt.text, bool(answer.right(count)["all"])))
+    shares = toybox.toybox_shares(answers, sorted(options.best_of))
+    scores.update({name: part.share for name, part in shares.items()})
     path = options.out / "toybox.json"
-    write_report(path, options, scores, intervals=intervals, prompts=details(answers))
-    grid(shown).save(options.out / "heldout.png")
-    print(toybox_table(scores, options.num_prompts, options.num_candidates))
-    print(table((k, v) for k, v in scores.items() if k.startswith(("count", "relation"))))
-    if any(answer.best is None for answer in answers):
+    counted = {
+        name: {"prompts": part.count, "interval": part.interval} for name, part in shares.items()
+    }
+    write_report(path, options, scores, counted=counted, prompts=toybox.details(answers))
+    toybox.grid(shown).save(options.out / "heldout.png")
+    print(toybox.toybox_table(shares))
+    if any(answer.scores is None for answer in answers):
         print("the model has no CLIP, so there is no best of N", file=sys.stderr)
     print(f"wrote {path} and {options.out / 'heldout.png'}")
     return scores
-
-
-def run_scenes(options: ToyboxOptions, model: DallE) -> dict[str, float]:
-    """Draw prompts of counts and relations, have them judged, and give the shares by name."""
-    from tqdm import tqdm
-
-    from dalle1.evaluation import scenes
-    from dalle1.scene_judge import BUNDLED, load_scene_judge
-
-    judge = load_scene_judge(options.scene_judge or BUNDLED)
-    scores = dict(scenes.check_scene_judge(judge, options.judge_pictures, options.seed))
-    for kind in scenes.KINDS:
-        asked = scenes.choose_scenes(kind, options.num_scenes, options.seed)
-        answers = [
-            scenes.ask(model, judge, prompt, options.num_candidates)
-            for prompt in tqdm(asked, desc=f"drawing {kind}s", unit="prompt")
-        ]
-        scores.update(scenes.scene_scores(kind, answers))
-    return scores
-
-
-def load_model(options: ToyboxOptions) -> DallE:
-    """Load the model to evaluate."""
-    from dalle1 import DallE
-
-    return DallE.from_pretrained(options.model, device=options.device)
 
 
 def run_dvae(options: DVAEOptions) -> dict[str, float]:
@@ -358,31 +328,22 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
 
 def run_judge(options: JudgeOptions) -> dict[str, float]:
     """Train a judge, measure it, write it and return its accuracy by name."""
-    from dalle1.data.toybox import FILLS, NOUNS
     from dalle1.evaluation.toybox import check_judge, report_judge
-    from dalle1.judge import JudgeConfig, accuracy, render_many, save_judge, train_judge
+    from dalle1.judge import JudgeConfig, save_judge
+    from dalle1.judge_training import accuracy, mixed_scenes, render_many, scenes, train_judge
 
     options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
-    config = JudgeConfig(nouns=tuple(NOUNS), fills=tuple(FILLS))
-    steps = max(1, round(options.minutes * STEPS_PER_MINUTE))
-    if options.scenes:
-        from dalle1.evaluation.report import table
-        from dalle1.evaluation.scenes import check_scene_judge
-        from dalle1.scene_judge import train_scene_judge
-
-        seen = train_scene_judge(config, pictures=options.pictures, steps=steps, seed=options.seed)
-        save_judge(seen, options.out)
-        scores = dict(check_scene_judge(seen, CHECK_PICTURES, options.seed))
-        print(f"{table(scores.items())}\nwrote {options.out}")
-        return scores
-    data = render_many(config, options.pictures, "all", f"train {options.seed}")
-    judge = train_judge(config, data, steps=steps, seed=options.seed)
+    config = JudgeConfig()
+    data = render_many(config, options.pictures, mixed_scenes("all", f"train {options.seed}"))
+    judge = train_judge(config, data, steps=options.steps, seed=options.seed)
     save_judge(judge, options.out)
     scores = dict(check_judge(judge, CHECK_PICTURES, options.seed))
     report_judge(scores, CHECK_PICTURES)
-    blurred = dict(accuracy(judge, "all", CHECK_PICTURES // 2, "blurred", degraded=True))
+    half = CHECK_PICTURES // 2
+    blurred = dict(accuracy(judge, scenes("all", "blurred"), half, degraded=True))
     scores.update({f"judge/degraded/{what}": share for what, share in blurred.items()})
-    print(f"judge on {CHECK_PICTURES // 2} degraded renderings: both {blurred['both']:.1%}")
+    shares = ", ".join(f"{what} {share:.1%}" for what, share in blurred.items())
+    print(f"judge on {half} degraded renderings: {shares}")
     print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
     return scores
 

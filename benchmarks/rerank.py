@@ -3,8 +3,7 @@
     python benchmarks/rerank.py --out runs/rerank
 
 Draws 64 candidates of each Toybox prompt, has the classifier of `evaluate.py toybox` look at all of
-them, and asks how often the one that is ranked first shows the right fill of the right noun: by
-CLIP, by the transformer's own likelihood, and at random. The 64 are cut into as many groups of each
+them, and asks how often the one that is ranked first shows all that was asked for: by CLIP, by the transformer's own likelihood, and at random. The 64 are cut into as many groups of each
 size as there are. Interrupted, the same command goes on. Writes OUT/rerank.json and OUT/rerank.png.
 """
 
@@ -29,13 +28,11 @@ SIZES = (1, 4, 16, 64)
 RANKERS: dict[str, Rerank] = {"CLIP": "clip", "likelihood": "likelihood"}
 
 
-def looked_at(model: DallE, judge: Judge, prompt: Prompt) -> dict[str, list[float]]:
+def looked_at(model: DallE, judge: Judge, prompt: Prompt, seed: int) -> dict[str, list[float]]:
     """Draw a prompt's candidates; say which are right, and what each ranker thinks of them."""
-    drawn = model.candidates(
-        prompt.text, num_candidates=max(SIZES), seed=prompt.seed, rerank="none"
-    )
+    drawn = model.candidates(prompt.text, num_candidates=max(SIZES), seed=seed, rerank="none")
     seen = judge.verdicts([candidate.image for candidate in drawn])
-    right = [float((v.fill, v.noun) == (prompt.fill, prompt.noun)) for v in seen]
+    right = [float(verdict.right(prompt.scene)["all"] or False) for verdict in seen]
     found = {"right": right}
     for name, by in RANKERS.items():
         ranked = sorted(model.rank(prompt.text, drawn, by), key=lambda candidate: candidate.index)
@@ -79,11 +76,13 @@ def main(args: Sequence[str] | None = None) -> None:
     curves: dict[str, dict[str, list[float]]] = {}
     for split, title in {"train": "training", "heldout": "held-out"}.items():
         looks = []
-        for prompt in tqdm(choose_prompts(split, options.num_prompts, options.seed), desc=title):
-            path = answers / f"{prompt.text.replace(' ', '-')}-{prompt.seed}.json"
+        prompts = choose_prompts(split, options.num_prompts, options.seed)
+        for place, prompt in enumerate(tqdm(prompts, desc=title)):
+            seed = 1000 * options.seed + place
+            path = answers / f"{prompt.text.replace(' ', '-')}-{seed}.json"
             if not path.exists():
                 partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(looked_at(model, judge, prompt)))
+                partial.write_text(json.dumps(looked_at(model, judge, prompt, seed)))
                 os.replace(partial, path)
             looks.append(json.loads(path.read_text()))
         names = {"at random": "right", **{f"by {name}": name for name in RANKERS}}

@@ -1,59 +1,118 @@
-"""The judge: a small network that says which noun and which fill a Toybox picture shows.
+"""The judge: a small network that says what a Toybox picture shows.
 
-Not in the paper, which asked people (appendix F). Here a classifier answers, so that anyone can
-repeat the count: it sees renderings of every pair, held-out pairs too, and never a caption. It is
-trained on blurred, blocky and shifted renderings so that it forgives what a discrete VAE does to
-a picture, and `evaluate.py` measures it on clean renderings before it believes a word it says.
+How many things or which one where, which nouns, which fills, in which style. Not in the paper,
+which asked people (appendix F). Here a classifier answers, so that anyone can repeat the count: it
+sees renderings of every pair, held-out pairs too, and never a caption. It is trained on blurred,
+blocky and shifted renderings so that it forgives what a discrete VAE does to a picture
+(`dalle1.judge_training`), and `evaluate.py` measures it on clean renderings before it believes a
+word it says. Of two things "near" is the one to the left or above, "far" the other.
 
-Legend: B batch, C channels, H W pixels.
+Legend: B batch, C channels, H W pixels, h w places, S slots: things alike, near, far.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
 
-PICTURE_SIZE = 128  # of what the judge learns from; it takes any size and makes it smaller
+from dalle1.data.toybox import FILL_SURVIVES, FILLS, NOUNS, STYLES, Scene
+from dalle1.data.toybox.scene import Pair
+
 BUNDLED = Path(__file__).parent / "bundled" / "judge.safetensors"
+PLAIN = "plain"  # the style of a picture without one
+LAYOUTS = ("one", "two", "three", "four", "across", "down")
+"""So many things alike, or two kinds in a row or a column."""
+COUNTS = 3  # of things alike, at most, where there are two kinds
+SLOTS = 3
+WHAT = ("noun", "fill", "layout", "style", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
     """What the judge looks at, and the names it may answer with."""
 
-    nouns: tuple[str, ...]
-    fills: tuple[str, ...]
-    image_size: int = 96
-    widths: tuple[int, ...] = (24, 48, 96, 128)
+    nouns: tuple[str, ...] = NOUNS
+    fills: tuple[str, ...] = FILLS
+    styles: tuple[str, ...] = (PLAIN, *STYLES)
+    image_size: int = 112
+    widths: tuple[int, ...] = (24, 48, 96, 160)
 
     def __post_init__(self) -> None:
-        if not self.nouns or not self.fills:
-            raise ValueError("a judge needs at least one noun and one fill to choose from")
+        if not self.nouns or not self.fills or not self.styles:
+            raise ValueError("a judge needs at least one noun, one fill and one style")
         if len(self.widths) < 2:
             raise ValueError(f"widths must name a stem and a stage at least, got {self.widths}")
+        if self.image_size < 1 << len(self.widths) or self.image_size % (1 << len(self.widths)):
+            raise ValueError(
+                f"image_size is {self.image_size}, expected a multiple of {1 << len(self.widths)}"
+            )
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What the judge sees in one picture."""
 
-    noun: str
-    fill: str
+    layout: str
+    things: tuple[Pair, ...]
+    """(fill, noun): of things alike once; of two kinds near, then far."""
+    counts: tuple[int, ...] = ()
+    """Of two kinds: how many near, how many far."""
+    style: str = PLAIN
+
+    def right(self, scene: Scene) -> dict[str, bool | None]:
+        """Say what of a scene is there: `WHAT`. The fill is None in a style that hides it.
+
+        Nouns and fills count where they belong; the layout is how many things there are or, of two
+        kinds, in which direction and how many of each.
+        """
+        wanted = truth(scene)
+        nouns, fills = ([pair[k] for pair in wanted.things] for k in (1, 0))
+        noun = [pair[1] for pair in self.things] == nouns
+        fill = [pair[0] for pair in self.things] == fills if fills_count(scene) else None
+        layout = (self.layout, self.counts) == (wanted.layout, wanted.counts)
+        style = self.style == wanted.style
+        everything = noun and fill is not False and layout and style
+        return {"noun": noun, "fill": fill, "layout": layout, "style": style, "all": everything}
+
+
+def fills_count(scene: Scene) -> bool:
+    """Say whether the fills of a scene can be told in its style."""
+    return scene.style is None or all(i.fill in FILL_SURVIVES[scene.style] for i in scene.items)
+
+
+def truth(scene: Scene) -> Verdict:
+    """Give the verdict that is right of a scene."""
+    groups, style = scene.groups, scene.style or PLAIN
+    if scene.relation is None:
+        return Verdict(LAYOUTS[len(scene.items) - 1], (scene.items[0].pair,), style=style)
+    if scene.relation in ("right of", "below"):
+        groups = groups[::-1]
+    layout = "across" if scene.relation.endswith(" of") else "down"
+    pairs, counts = tuple(g[0].pair for g in groups), tuple(map(len, groups))
+    return Verdict(layout, pairs, counts, style)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Logits for all questions."""
+
+    layout: Tensor  # [B, layouts]
+    style: Tensor  # [B, styles]
+    counts: Tensor  # [B, 2, COUNTS]: near, far
+    fills: Tensor  # [B, S, fills]
+    nouns: Tensor  # [B, S, nouns]
 
 
 class ResidualBlock(nn.Module):
@@ -75,36 +134,50 @@ class ResidualBlock(nn.Module):
 
 
 class Judge(nn.Module):
-    """A small residual network with two heads."""
+    """A small residual network that looks for each slot at the places where its things are."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         self.config = config
+        self.places: Tensor
         stem, *_, last = config.widths
+        side = config.image_size >> len(config.widths)
         self.stem = nn.Sequential(
             nn.Conv2d(3, stem, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
         )
         self.stages = nn.Sequential(*(ResidualBlock(a, b) for a, b in pairwise(config.widths)))
+        self.whole = nn.Sequential(nn.Conv2d(last, 24, 1), nn.ReLU(), nn.Flatten())
+        self.context = nn.Sequential(nn.Linear(24 * side**2, last), nn.ReLU())
+        sizes = len(LAYOUTS) + len(config.styles) + 2 * COUNTS
+        self.scene = nn.Linear(last, sizes)
+        ramp = torch.linspace(-1, 1, side)
+        self.register_buffer("places", torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")))
+        self.look = nn.Sequential(nn.Conv2d(2 * last + 2, last, 1), nn.ReLU())
+        self.where = nn.Conv2d(last, SLOTS, 1)
         self.noun = nn.Linear(2 * last, len(config.nouns))
         self.fill = nn.Linear(2 * last, len(config.fills))
 
-    def features(self, images: Tensor) -> Tensor:
-        """Look at `images` [B, 3, H, W] in [0, 1]: [B, C, h, w]."""
+    def forward(self, images: Tensor) -> Answers:
+        """Answer all questions about `images` [B, 3, H, W] in [0, 1]."""
         size = (self.config.image_size, self.config.image_size)
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         x = (2 * images - 1).to(memory_format=torch.channels_last)
-        return self.stages(self.stem(x))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of nouns and fills for `images` [B, 3, H, W] in [0, 1]."""
-        return self.single(self.features(images))
-
-    def single(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of nouns and fills of what `features` saw."""
-        # The mean tells textures, the maximum tells parts that are small or at the edge.
-        x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)  # [B, 2C]
-        return self.noun(x), self.fill(x)
+        x = self.stages(self.stem(x))  # [B, C, h, w]
+        context = self.context(self.whole(x))  # [B, C]
+        sizes = (len(LAYOUTS), len(self.config.styles), 2 * COUNTS)
+        layout, style, counts = self.scene(context).split(sizes, 1)
+        spread = context[..., None, None].expand(-1, -1, *x.shape[2:])
+        places = self.places.to(x.dtype).expand(len(x), -1, -1, -1)
+        attention = self.where(self.look(torch.cat([x, spread, places], 1)))
+        weights = attention.flatten(2).float().softmax(2)  # [B, S, h·w]
+        seen = einsum(weights.to(x.dtype), x.flatten(2), "b s p, b c p -> b s c")
+        # The mean tells textures, the maximum of what is looked at tells small parts.
+        peak = weights / weights.amax(2, keepdim=True)
+        most = (x.flatten(2)[:, None] * peak[:, :, None].to(x.dtype)).amax(3)  # [B, S, C]
+        things = torch.cat([seen, most], 2)
+        counts = rearrange(counts, "b (two n) -> b two n", two=2)
+        return Answers(layout, style, counts, self.fill(things), self.noun(things))
 
     @torch.inference_mode()
     def verdicts(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> list[Verdict]:
@@ -114,13 +187,19 @@ class Judge(nn.Module):
         found = []
         for start in range(0, len(pictures), batch_size):
             batch = as_tensor(pictures[start : start + batch_size]).to(device)
-            noun, fill = (logits.argmax(1).tolist() for logits in self(batch.float() / 255))
-            nouns, fills = self.config.nouns, self.config.fills
-            found += [Verdict(nouns[n], fills[f]) for n, f in zip(noun, fill, strict=True)]
+            answers = self(batch.float() / 255)
+            kinds = (answers.layout, answers.style, answers.counts, answers.fills, answers.nouns)
+            found += [self._verdict(*row) for row in zip(*(k.argmax(-1).tolist() for k in kinds))]
         return found
 
-
-AnyJudge = TypeVar("AnyJudge", bound=Judge)
+    def _verdict(
+        self, layout: int, style: int, counts: list[int], fills: list[int], nouns: list[int]
+    ) -> Verdict:
+        alike, *two = ((self.config.fills[f], self.config.nouns[n]) for f, n in zip(fills, nouns))
+        name, of = LAYOUTS[layout], self.config.styles[style]
+        if name in ("across", "down"):
+            return Verdict(name, tuple(two), tuple(count + 1 for count in counts), of)
+        return Verdict(name, (alike,), style=of)
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
@@ -144,11 +223,6 @@ def save_judge(judge: Judge, path: str | Path) -> None:
 
 def load_judge(path: str | Path = BUNDLED) -> Judge:
     """Read a judge back, ready to use; a `ValueError` if the file is not one."""
-    return read_judge(path, Judge)
-
-
-def read_judge(path: str | Path, kind: type[AnyJudge]) -> AnyJudge:
-    """Read a judge of some kind; see `load_judge`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no judge at {path}: train one with `evaluate.py judge`")
     try:
@@ -156,171 +230,11 @@ def read_judge(path: str | Path, kind: type[AnyJudge]) -> AnyJudge:
             fields = json.loads((file.metadata() or {})["config"])
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        judge = kind(JudgeConfig(**(fields | lists)))
+        judge = Judge(JudgeConfig(**(fields | lists)))
         judge.load_state_dict(tensors)
-    except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except (
+        SafetensorError, KeyError, TypeError, ValueError, RuntimeError, json.JSONDecodeError,
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a judge of `evaluate.py judge`: {reason}") from error
     return judge.eval()
-
-
-# ---- pictures to learn from -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Renderings:
-    """Single-object pictures, bytes [B, 3, H, W], with the index of each one's noun and fill."""
-
-    pictures: Tensor
-    nouns: Tensor
-    fills: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-
-def single_objects(split: str, seed: str) -> Iterator[tuple[Image.Image, Verdict]]:
-    """Yield Toybox pictures of one object, without end, each with what a judge should say."""
-    from dalle1.data.toybox import render, sample_scene
-
-    rng = random.Random(seed)
-    while True:
-        scene = sample_scene(rng, split)
-        if len(scene.items) == 1:
-            yield render(scene, PICTURE_SIZE), Verdict(scene.items[0].noun, scene.items[0].fill)
-
-
-def render_many(config: JudgeConfig, count: int, split: str, seed: str) -> Renderings:
-    """Render `count` pictures of one object into memory."""
-    drawn = single_objects(split, seed)
-    pictures, nouns, fills = [], [], []
-    for _ in tqdm(range(count), desc=f"rendering ({split})", unit="picture", leave=False):
-        picture, truth = next(drawn)
-        pictures.append(as_tensor([picture]))
-        nouns.append(config.nouns.index(truth.noun))
-        fills.append(config.fills.index(truth.fill))
-    return Renderings(torch.cat(pictures), torch.tensor(nouns), torch.tensor(fills))
-
-
-def degrade(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Shift, zoom, blur, tint and roughen `images` [B, 3, H, H] in [0, 1], each differently.
-
-    Returns [B, 3, size, size]: what a discrete VAE with 8×8 patches does to a picture, somewhat
-    exaggerated. Tints stay within 5 %, far less than lies between two colours of different names.
-    """
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator).mul_(high - low).add_(low)
-
-    count, _, height, _ = images.shape
-    sigma = uniform(-0.8, 2.0, count, 1, 1).clamp_(min=0.45)
-    zoom = uniform(0.94, 1.06, count, 1, 1)
-    turns = torch.arange(size)[:, None] / size * math.tau
-
-    def axis() -> Tensor:  # a place to look at, and a slow wobble of up to two pixels along it
-        wave = torch.sin(uniform(1, 3, count, 1, 1) * turns + uniform(0, math.tau, count, 1, 1))
-        shift = uniform(-5, 5, count, 1, 1) + uniform(0, 2, count, 1, 1) * wave
-        return _resampling(height, size, shift, zoom, sigma)
-
-    down, across = axis(), axis()
-    x = down[:, None] @ images @ across[:, None].mT  # [B, 3, size, size]
-    block = size * 8 // 128  # one patch of the VAE
-    factor = (2, 4, block)[int(torch.randint(3, (), generator=generator))]
-    mode = "nearest" if factor == block else "bilinear"
-    coarse = F.interpolate(F.avg_pool2d(x, factor), (size, size), mode=mode)
-    # A third of the pictures keep all their detail; the coarsest blocks only ever shine through.
-    most = {2: 1.0, 4: 0.6, block: 0.35}[factor]
-    x = x.lerp_(coarse, uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0) * most)
-    x = x.mul_(uniform(0.95, 1.05, count, 3, 1, 1)).add_(uniform(-0.03, 0.03, count, 1, 1, 1))
-    noise = torch.randn(x.shape, generator=generator)
-    return x.add_(noise.mul_(uniform(-0.03, 0.04, count, 1, 1, 1).clamp_(min=0))).clamp_(0, 1)
-
-
-def _resampling(height: int, size: int, shift: Tensor, zoom: Tensor, sigma: Tensor) -> Tensor:
-    """Return matrices [B, size, height] that shift, zoom and blur one axis, a Gaussian per row."""
-    pixels = torch.arange(height, dtype=torch.float32)
-    centre = (height - 1) / 2
-    rows = (torch.arange(size) + 0.5) * height / size - 0.5  # where each lies in the original
-    # Past the border the outermost pixel repeats.
-    source = ((rows[:, None] - centre) * zoom + centre + shift).clamp(0, height - 1)
-    weights = ((pixels - source) / sigma).square_().mul_(-0.5).exp_()
-    return weights.div_(weights.sum(-1, keepdim=True))
-
-
-# ---- training ---------------------------------------------------------------------------------
-
-
-def train_judge(
-    config: JudgeConfig, data: Renderings, *, steps: int, seed: int = 0, batch_size: int = 64
-) -> Judge:
-    """Train a judge from nothing; the same arguments on the same machine give the same weights."""
-
-    def loss(judge: Judge, images: Tensor, chosen: Tensor) -> Tensor:
-        noun, fill = judge(images)
-        # Mean over the batch, the two questions with equal weight.
-        return question(noun, data.nouns[chosen]) + question(fill, data.fills[chosen])
-
-    return train(Judge, config, data.pictures, loss, steps=steps, seed=seed, batch_size=batch_size)
-
-
-def question(logits: Tensor, answers: Tensor) -> Tensor:
-    """Compute what the answers to one question cost, a mean over those above -1: nats."""
-    if not (answers >= 0).any():
-        return logits.sum() * 0.0
-    return F.cross_entropy(logits.float(), answers, ignore_index=-1, label_smoothing=0.05)
-
-
-def train(
-    kind: type[AnyJudge],
-    config: JudgeConfig,
-    pictures: Tensor,
-    loss_fn: Callable[[AnyJudge, Tensor, Tensor], Tensor],
-    *,
-    steps: int,
-    seed: int,
-    batch_size: int,
-) -> AnyJudge:
-    """Train a judge on degraded `pictures`; loss_fn is of (judge, images, their indices)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        judge = kind(config).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
-    progress = tqdm(range(steps), desc="training the judge", unit="step")
-    for step in progress:
-        chosen = torch.randint(len(pictures), (batch_size,), generator=generator)
-        images = degrade(pictures[chosen].float() / 255, config.image_size, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_fn(judge, images, chosen)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-    return judge.eval()
-
-
-def accuracy(
-    judge: Judge, split: str, count: int, seed: str, degraded: bool = False
-) -> Iterator[tuple[str, float]]:
-    """Yield `(name, share)` for noun, fill and both on `count` fresh renderings of a split.
-
-    With `degraded` the pictures are first treated as in training.
-    """
-    data = render_many(judge.config, count, split, seed)
-    generator = torch.Generator().manual_seed(0)
-    nouns, fills = [], []
-    with torch.inference_mode():
-        for batch in data.pictures.split(64):
-            images = batch.float() / 255
-            if degraded:
-                images = degrade(images, judge.config.image_size, generator)
-            noun, fill = judge(images)
-            nouns.append(noun.argmax(1))
-            fills.append(fill.argmax(1))
-    noun_right, fill_right = torch.cat(nouns) == data.nouns, torch.cat(fills) == data.fills
-    yield "noun", noun_right.float().mean().item()
-    yield "fill", fill_right.float().mean().item()
-    yield "both", (noun_right & fill_right).float().mean().item()

@@ -175,8 +175,7 @@ class DallE:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         fits = room(self.transformer, batch_size, guided=how.guidance != 1, processes=share[1])
-        self._mention_unknown_words(prompts)
-        text = torch.stack([self.encode_prompt(prompt) for prompt in prompts])
+        text = self._encode_prompts(prompts)
         own = range(num_candidates)[share[0] :: share[1]]
         if not own:
             yield from ([] for _ in prompts)
@@ -248,10 +247,12 @@ class DallE:
             raise ValueError("the mask is black throughout; paint white what is to be drawn anew")
         return codes.masked_fill(free.to(codes.device), FREE).flatten()
 
-    def _mention_unknown_words(self, prompts: Sequence[str]) -> None:
+    def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Give the tokens of all, [B, L]. Says once of each which of its words are unknown."""
         for prompt in dict.fromkeys(prompts):
             if self.tokenizer.words and (complaint := self.tokenizer.words.complaint(prompt)):
                 warnings.warn(complaint, stacklevel=3)
+        return torch.stack([self.encode_prompt(prompt) for prompt in prompts])
 
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """Give the tokens of `prompt` with their padding: [L]. Says so where it must cut it."""

@@ -167,7 +167,7 @@ def test_toybox_probes_ask_fairly(monkeypatch: pytest.MonkeyPatch) -> None:
             assert scores[f"{pairs}/zero-shot/both"] == 1.0
             assert scores[f"{pairs}/binding/fills swapped"] == (0.0 if words_only else 1.0)
         assert scores["retrieval/one object/image-to-text/R@1"] == 1.0
-        assert scores["training/zero-shot/noun/chance"] == 1 / 32
+        assert scores["training/zero-shot/noun/chance"] == 1 / len(probes.NOUNS)
         assert scores["linear probe/noun"] == scores["linear probe/fill"] == 1.0
 
 
@@ -392,5 +392,5 @@ def test_the_table_puts_chance_beside_its_number() -> None:
 def test_the_bundled_clip_is_measured() -> None:
     found = probes.toybox_probes(Clip.from_pretrained("bundled"), pictures=40)
     scores = dict(islice(found, 6))  # it measures as it goes: the rest would take seconds
-    assert scores["training/zero-shot/noun"] > 0.7
-    assert scores["training/zero-shot/fill"] > 0.8
+    assert scores["training/zero-shot/noun"] > 0.4  # chance: 1 in 44
+    assert scores["training/zero-shot/fill"] > 0.5

@@ -32,7 +32,7 @@ LAYERS = [
     ["dalle1.attention"],
     ["dalle1.transformer", "dalle1.clip.*", "dalle1.data.*"],
     ["dalle1.training.*", "dalle1.cache", "dalle1.sampler", "dalle1.importers.*"],
-    ["dalle1.judge", "dalle1.scene_judge"],
+    ["dalle1.judge", "dalle1.judge_training"],
     [
         "dalle1",
         "dalle1.pipeline",

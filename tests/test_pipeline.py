@@ -297,7 +297,13 @@ def test_other_precisions_draw_too(folder: Path, precision: str) -> None:
 
 def test_saved_models_draw_the_same(ranked: DallE, plain: DallE, folder: Path) -> None:
     names = {p.name for p in folder.iterdir()}
-    assert names == {"dvae.safetensors", "transformer.safetensors", "vocab.json", "clip"}
+    assert names == {
+        "dvae.safetensors",
+        "transformer.safetensors",
+        "vocab.json",
+        "words.json",
+        "clip",
+    }
     loaded = DallE.from_pretrained(folder, device="cpu", precision="fp32")
     options = {"num_images": 4, "num_candidates": 4, "seed": 5}
     assert same(loaded.generate(PROMPT, **options), ranked.generate(PROMPT, **options))

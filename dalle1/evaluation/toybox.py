@@ -1,8 +1,9 @@
 """What a model draws of Toybox prompts, counted by a small classifier that never reads them.
 
 The question of the paper's figure 2: can the model join words that it never saw together? Prompts
-from held-out pairs beside as many from training pairs, the best of N candidates by CLIP (section
-2.6) beside the first candidate alone.
+from held-out pairs beside as many from training pairs, of one thing, of two kinds in a relation, of
+things to count and in styles; the best of N candidates by CLIP (section 2.6), for several N of the
+same candidates. More candidates take longer, so that each N has its own number of prompts.
 """
 
 from __future__ import annotations
@@ -11,33 +12,38 @@ import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dalle1.data.toybox import FILLS, NOUNS, is_held_out
-from dalle1.data.toybox.captions import article
+from dalle1.data.toybox import Scene, is_held_out, is_style_held_out, sample_scene
+from dalle1.data.toybox.captions import plain_caption
 from dalle1.evaluation.report import wilson
-from dalle1.judge import Judge, Verdict, accuracy
+from dalle1.judge import WHAT, Judge, Verdict
+from dalle1.judge_training import accuracy, scenes
 
 if TYPE_CHECKING:
     from dalle1.pipeline import DallE
 
 SPLITS = {"heldout": "held-out", "train": "training"}
-CHOICES = {"best": "best of {n} by CLIP", "first": "first candidate", "mean": "mean of {n}"}
+KINDS = ("one", "two", "count", "style")
+"""One thing; two kinds in a relation; things alike; one thing in a style."""
+TURNS = ("one", "two", "style", "one", "two", "count", "one", "style", "two", "one")
+"""Prompts take these turns, so that the first of them have all kinds, too."""
+MOST_PROMPTS = 400  # of a split; there are no more held-out pairs for the prompts of one thing
+AT_ONCE = 64  # candidates, of several prompts together
 TRUSTED = 0.98  # below this accuracy on real renderings the judge's word is not worth much
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One question to the model, and the seed of its draw."""
+    """One question to the model, and what would be the right picture."""
 
     text: str
-    noun: str
-    fill: str
+    scene: Scene
+    kind: str
     split: str
-    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,89 +51,147 @@ class Answer:
     """What the judge saw in every candidate of one prompt, in the order of the draw."""
 
     prompt: Prompt
+    seed: int
     seen: list[Verdict]
-    best: int | None  # index of the candidate that CLIP ranks first; None without a CLIP
+    scores: list[float] | None  # by which CLIP ranks; None without a CLIP
 
-    def right(self, index: int) -> dict[str, bool]:
-        """Say whether candidate `index` has the right noun, the right fill, and both."""
-        noun = self.seen[index].noun == self.prompt.noun
-        fill = self.seen[index].fill == self.prompt.fill
-        return {"noun": noun, "fill": fill, "both": noun and fill}
+    def best(self, count: int) -> int:
+        """Give the index of the best of the first `count` candidates; the first without a CLIP."""
+        scores = self.scores or [0.0] * len(self.seen)
+        return max(range(count), key=lambda index: (scores[index], -index))
 
-    def chosen(self, choice: str) -> list[int]:
-        """Return the candidates a choice looks at: best, first or mean; none if there is none."""
-        best = [] if self.best is None else [self.best]
-        return {"best": best, "first": [0], "mean": list(range(len(self.seen)))}[choice]
+    def right(self, count: int) -> dict[str, bool | None]:
+        """Say what is right about the best of the first `count` candidates."""
+        return self.seen[self.best(count)].right(self.prompt.scene)
+
+
+def kind_of(scene: Scene) -> str:
+    """Give a scene's kind; "other" if no prompt is made of it."""
+    if scene.style is not None:
+        return "style" if len(scene.items) == 1 else "other"
+    if scene.relation is not None:
+        return "two"
+    return "one" if len(scene.items) == 1 else "count"
 
 
 def choose_prompts(split: str, count: int, seed: int) -> list[Prompt]:
-    """Choose `count` plain prompts of one split, each of another pair."""
-    wanted = split == "heldout"
-    pairs = [(n, f) for n in NOUNS for f in FILLS if is_held_out(fill=f, noun=n) == wanted]
+    """Choose `count` plain prompts of one split, each a different one, in turns of all kinds.
+
+    A held-out prompt of the kind "style" has a held-out pair of style and noun, and a fill that is
+    no surprise; all other held-out prompts have a held-out pair of fill and noun.
+    """
+    if count > MOST_PROMPTS:
+        raise ValueError(f"num_prompts is {count}, expected at most {MOST_PROMPTS}")
     rng = random.Random(f"evaluate {split} {seed}")
-    rng.shuffle(pairs)
-    prompts = []
-    if count > len(pairs):
-        raise ValueError(
-            f"num_prompts is {count}, expected at most {len(pairs)}: the {split} pairs"
-        )
-    for noun, fill in pairs[:count]:
-        prompts.append(
-            Prompt(
-                text=f"{article(fill)} {noun}",
-                noun=noun,
-                fill=fill,
-                split=split,
-                seed=rng.getrandbits(31),
-            )
-        )
-    return prompts
+    found: dict[str, Prompt] = {}
+    waiting: dict[str, list[Scene]] = {kind: [] for kind in (*KINDS, "other")}
+    while len(found) < count:
+        kind = TURNS[len(found) % len(TURNS)]
+        while not waiting[kind]:
+            scene = sample_scene(rng, "validation" if split == "train" else split)
+            waiting[kind_of(scene)].append(scene)
+        scene = waiting[kind].pop(0)
+        text = plain_caption(scene)
+        by_fill = any(is_held_out(*item.pair) for item in scene.items)
+        by_style = scene.style is not None and is_style_held_out(scene.style, scene.items[0].noun)
+        wanted = (by_style and not by_fill) if kind == "style" else by_fill
+        if text not in found and (wanted or split == "train"):
+            found[text] = Prompt(text=text, scene=scene, kind=kind, split=split)
+    return list(found.values())
+
+
+def most_candidates(place: int, num_prompts: Sequence[int], best_of: Sequence[int]) -> int:
+    """Say how many candidates the prompt in that place of its split is drawn."""
+    return max((n for n, prompts in zip(best_of, num_prompts) if place < prompts), default=0)
 
 
 def ask(
-    model: DallE, judge: Judge, prompt: Prompt, num_candidates: int
-) -> tuple[Answer, Image.Image]:
-    """Draw one prompt's candidates and judge them all; return the one to show as well."""
-    drawn = model.candidates(prompt.text, num_candidates=num_candidates, seed=prompt.seed)
-    in_order = sorted(drawn, key=lambda candidate: candidate.index)
-    seen = judge.verdicts([candidate.image for candidate in in_order])
-    ranked = drawn[0].score is not None
-    best = drawn[0].index if ranked else None
-    return Answer(prompt=prompt, seen=seen, best=best), (drawn if ranked else in_order)[0].image
+    model: DallE, judge: Judge, prompts: Sequence[Prompt], num_candidates: int, seed: int
+) -> Iterator[tuple[Answer, Image.Image]]:
+    """Draw the candidates of some prompts and judge them all; yield each with the best picture."""
+    texts = [prompt.text for prompt in prompts]
+    drawn = model.draw(texts, num_candidates=num_candidates, seed=seed)
+    for prompt, candidates in zip(prompts, drawn, strict=True):
+        in_order = sorted(candidates, key=lambda candidate: candidate.index)
+        seen = judge.verdicts([candidate.image for candidate in in_order])
+        scores = [candidate.score for candidate in in_order if candidate.score is not None]
+        yield (
+            Answer(prompt=prompt, seed=seed, seen=seen, scores=scores or None),
+            candidates[0].image,
+        )
 
 
-def toybox_scores(answers: Sequence[Answer]) -> Iterator[tuple[str, float]]:
-    """Yield `(split/choice/what, share)`: choices best, first and mean; noun, fill and both."""
-    for split in SPLITS:
-        group = [answer for answer in answers if answer.prompt.split == split]
-        for choice in CHOICES:
-            chosen = [answer.chosen(choice) for answer in group]
-            if not all(chosen):
-                continue  # no best without a CLIP
-            for what in ("noun", "fill", "both"):
-                shares = [
-                    sum(answer.right(index)[what] for index in indices) / len(indices)
-                    for answer, indices in zip(group, chosen)
-                ]
-                yield f"{split}/{choice}/{what}", sum(shares) / len(shares)
+def batches_of(
+    num_prompts: Sequence[int], best_of: Sequence[int], seed: int
+) -> Iterator[tuple[list[Prompt], int, int]]:
+    """Yield prompts with as many candidates together: them, how many candidates, and their seed.
 
-
-def toybox_table(scores: dict[str, float], prompts: int, candidates: int) -> str:
-    """Lay the scores out, one row per split and choice, with an interval for both.
-
-    Candidates of one prompt are not independent, so the interval of their mean counts prompts.
+    Candidate i of all prompts of a batch is drawn with the same random numbers.
     """
-    lines = [f"{'pairs':10}{'picture':22}{'noun':>8}{'fill':>8}{'both':>8}   95 % interval"]
-    for split, name in SPLITS.items():
-        for choice, title in CHOICES.items():
-            if f"{split}/{choice}/both" not in scores:
-                continue
-            noun, fill, both = (scores[f"{split}/{choice}/{w}"] for w in ("noun", "fill", "both"))
-            low, high = wilson(both, prompts)
-            lines.append(
-                f"{name:10}{title.format(n=candidates):22}"
-                f"{noun:8.1%}{fill:8.1%}{both:8.1%}   {low:.1%} to {high:.1%}"
-            )
+    rng = random.Random(f"draws {seed}")
+    for split in SPLITS:
+        prompts = choose_prompts(split, max(num_prompts), seed)
+        groups: dict[int, list[Prompt]] = {}
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(most_candidates(place, num_prompts, best_of), []).append(prompt)
+        for candidates, group in groups.items():
+            together = max(1, AT_ONCE // candidates)
+            for start in range(0, len(group), together):
+                yield group[start : start + together], candidates, rng.getrandbits(31)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How often something was right, of so many prompts."""
+
+    right: int
+    count: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        return wilson(self.share, self.count)
+
+
+def toybox_shares(answers: Sequence[Answer], best_of: Sequence[int]) -> dict[str, Share]:
+    """Count by `SPLIT/KIND/best of N/WHAT`; the kind `all` is all of them.
+
+    A best of N counts the prompts that were drawn as many candidates. Without a CLIP nothing says
+    which is best, and only N = 1 remains.
+    """
+    found = {}
+    for split in SPLITS:
+        for kind in ("all", *KINDS):
+            of_kind = [
+                a for a in answers if a.prompt.split == split and kind in ("all", a.prompt.kind)
+            ]
+            for n in best_of:
+                group = [a for a in of_kind if len(a.seen) >= n and (n == 1 or a.scores)]
+                for what in WHAT:
+                    asked = [r for a in group if (r := a.right(n)[what]) is not None]
+                    if asked:
+                        found[f"{split}/{kind}/best of {n}/{what}"] = Share(sum(asked), len(asked))
+    return found
+
+
+def toybox_table(shares: dict[str, Share]) -> str:
+    """Lay the shares out, a row for each split, kind and N, with an interval for all of it."""
+    head = "".join(f"{what:>8}" for what in WHAT)
+    lines = [f"{'pairs':10}{'kind':7}{'picture':12}{'prompts':>8}{head}   95 % interval"]
+    for name in dict.fromkeys(name.rpartition("/")[0] for name in shares):
+        split, kind, picture = name.split("/")
+        row = [shares.get(f"{name}/{what}") for what in WHAT]
+        cells = "".join(f"{part.share:8.1%}" if part else f"{'':8}" for part in row)
+        everything = shares[f"{name}/all"]
+        low, high = everything.interval
+        lines.append(
+            f"{SPLITS[split]:10}{kind:7}{picture:12}{everything.count:8}{cells}"
+            f"   {low:.1%} to {high:.1%}"
+        )
     return "\n".join(lines)
 
 
@@ -153,19 +217,17 @@ def check_judge(judge: Judge, pictures: int, seed: int) -> Iterator[tuple[str, f
     """Yield the judge's accuracy on real renderings, half of held-out pairs, half of training."""
     for split in SPLITS:
         # The seed is a phrase no training run uses, so the renderings are fresh.
-        for name, share in accuracy(judge, split, pictures // 2, f"check {split} {seed}"):
+        stream = scenes(split, f"check {split} {seed}")
+        for name, share in accuracy(judge, stream, pictures // 2):
             yield f"judge/{split}/{name}", share
 
 
 def report_judge(scores: dict[str, float], pictures: int) -> None:
     """Print how often the judge is right, with a warning when that is not often enough."""
     for split, name in SPLITS.items():
-        noun, fill, both = (scores[f"judge/{split}/{what}"] for what in ("noun", "fill", "both"))
-        print(
-            f"judge on {pictures // 2} real renderings of {name} pairs: "
-            f"noun {noun:.1%}, fill {fill:.1%}, both {both:.1%}"
-        )
-        if both < TRUSTED:
+        shares = ", ".join(f"{what} {scores[f'judge/{split}/{what}']:.1%}" for what in WHAT)
+        print(f"judge on {pictures // 2} real renderings of {name} pairs: {shares}")
+        if scores[f"judge/{split}/all"] < TRUSTED:
             print(f"warning: the judge is below {TRUSTED:.0%}: trust it less", file=sys.stderr)
 
 
@@ -173,10 +235,22 @@ def details(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Give every prompt with every verdict, for the JSON."""
     return [
         {
-            **asdict(answer.prompt),
-            "best": answer.best,
-            "seen": [f"{verdict.fill} {verdict.noun}" for verdict in answer.seen],
-            "both": [answer.right(index)["both"] for index in range(len(answer.seen))],
+            "text": answer.prompt.text,
+            "kind": answer.prompt.kind,
+            "split": answer.prompt.split,
+            "seed": answer.seed,
+            "best": answer.best(len(answer.seen)),
+            "seen": [spoken(verdict) for verdict in answer.seen],
+            "right": [verdict.right(answer.prompt.scene)["all"] for verdict in answer.seen],
         }
         for answer in answers
     ]
+
+
+def spoken(verdict: Verdict) -> str:
+    """Put a verdict into a few words."""
+    things = " and ".join(
+        f"{count} {fill} {noun}" if count != 1 else f"{fill} {noun}"
+        for (fill, noun), count in zip(verdict.things, verdict.counts or (1,))
+    )
+    return f"{verdict.style}, {verdict.layout}: {things}"

@@ -11,10 +11,9 @@ from PIL import Image
 
 from dalle1.clip import Clip
 from dalle1.data.toybox import FILLS, NOUNS, RELATIONS, Scene, describe, render, sample_scene
-from dalle1.data.toybox.captions import article
+from dalle1.data.toybox.captions import article, plain_caption
 from dalle1.evaluation.clips import Scores, binding, linear_probe, retrieval
 from dalle1.evaluation.report import CHANCE
-from dalle1.evaluation.scenes import plain_caption
 
 SPLITS = {"training": "validation", "held-out": "heldout"}
 """Of pairs: fresh scenes of those that training sees, and of those that it does not."""
@@ -24,11 +23,12 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def scenes(split: str, seed: str, relation: bool) -> Iterator[Scene]:
-    """Yield scenes of one object without end, or of two in a relation."""
+    """Yield plain scenes of one object without end, or of two in a relation."""
     rng = random.Random(seed)
     while True:
         scene = sample_scene(rng, split)
-        if (scene.relation is not None) == relation and (relation or len(scene.items) == 1):
+        things = 2 if relation else 1
+        if (scene.style, len(scene.items), len(scene.groups)) == (None, things, things):
             yield scene
 
 

@@ -63,6 +63,23 @@ def describe(scene: Scene, rng: random.Random) -> str:
     return rest if first in ("a", "an") and rng.random() < 0.08 else words
 
 
+def plain_caption(scene: Scene) -> str:
+    """Say what things there are, how many, where and in which style, in as few words as can be.
+
+    A fill that does not survive the style is left out.
+    """
+    style = scene.style
+    parts = []
+    for group in scene.groups:
+        item, count = group[0], len(group)
+        named = style is None or item.fill in FILL_SURVIVES[style]
+        noun = item.noun if count == 1 else plural(item.noun)
+        words = f"{item.fill} {noun}" if named else noun
+        parts.append(article(words) if count == 1 else f"{NUMBERS[count]} {words}")
+    words = f" {scene.relation} ".join(parts)
+    return words if style is None else STYLE_PHRASES[style][0].format(t=words)
+
+
 def _on_background(scene: Scene, rng: random.Random, words: str) -> str:
     if rng.random() >= 0.3:
         return words

@@ -1,0 +1,195 @@
+"""How the judge is trained and checked: on renderings of all pairs, treated as by a discrete VAE.
+
+Legend: B batch, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle1.data.toybox import Scene, render, sample_scene
+from dalle1.judge import (
+    LAYOUTS,
+    SLOTS,
+    WHAT,
+    Answers,
+    Judge,
+    JudgeConfig,
+    as_tensor,
+    fills_count,
+    truth,
+)
+
+PICTURE_SIZE = 128  # of what the judge learns from; it takes any size
+NONE = -1  # a question that a scene leaves open
+
+
+@dataclass(frozen=True)
+class Renderings:
+    """Pictures, bytes [B, 3, H, W], with the index of the right answer to each question."""
+
+    pictures: Tensor
+    answers: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+def scenes(split: str, seed: str, relation: bool | None = None) -> Iterator[Scene]:
+    """Yield scenes without end: all kinds, or those in a relation, or those that are not."""
+    rng = random.Random(seed)
+    while True:
+        scene = sample_scene(rng, split)
+        if relation is None or (scene.relation is not None) == relation:
+            yield scene
+
+
+def mixed_scenes(split: str, seed: str) -> Iterator[Scene]:
+    """Yield all kinds of scenes, half of them relations, which are harder."""
+    streams = [scenes(split, f"{seed} {i}", bool(i)) for i in range(2)]
+    while True:
+        yield from map(next, streams)
+
+
+def answers_of(scene: Scene, config: JudgeConfig) -> list[int]:
+    """Give the index of the right answer to each question, `NONE` where it is not asked.
+
+    Of layout, style, the counts near and far; and of fill and noun in each slot.
+    """
+    right = truth(scene)
+    counts = [count - 1 for count in right.counts] or [NONE, NONE]
+    found = [LAYOUTS.index(right.layout), config.styles.index(right.style), *counts]
+    first = 0 if scene.relation is None else 1
+    slots = [NONE] * (2 * SLOTS)
+    for slot, (fill, noun) in enumerate(right.things, first):
+        slots[2 * slot] = config.fills.index(fill) if fills_count(scene) else NONE
+        slots[2 * slot + 1] = config.nouns.index(noun)
+    return found + slots
+
+
+def render_many(config: JudgeConfig, count: int, stream: Iterator[Scene]) -> Renderings:
+    """Render `count` scenes into memory."""
+    pictures = torch.empty(count, 3, PICTURE_SIZE, PICTURE_SIZE, dtype=torch.uint8)
+    answers = []
+    for i in tqdm(range(count), desc="rendering", unit="picture", leave=False):
+        scene = next(stream)
+        pictures[i] = as_tensor([render(scene, PICTURE_SIZE)])[0]
+        answers.append(answers_of(scene, config))
+    return Renderings(pictures, torch.tensor(answers))
+
+
+def degrade(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Shift, zoom, blur, tint and roughen `images` [B, 3, H, H] in [0, 1], each differently.
+
+    Returns [B, 3, size, size]: what a discrete VAE with 8×8 patches does to a picture, somewhat
+    exaggerated. Tints stay within 5 %, far less than lies between two colours of different names.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator).mul_(high - low).add_(low)
+
+    count, _, height, _ = images.shape
+    sigma = uniform(-0.8, 2.0, count, 1, 1).clamp_(min=0.45)
+    zoom = uniform(0.94, 1.06, count, 1, 1)
+    turns = torch.arange(size)[:, None] / size * math.tau
+
+    def axis() -> Tensor:  # a place to look at, and a slow wobble of up to two pixels along it
+        wave = torch.sin(uniform(1, 3, count, 1, 1) * turns + uniform(0, math.tau, count, 1, 1))
+        shift = uniform(-5, 5, count, 1, 1) + uniform(0, 2, count, 1, 1) * wave
+        return _resampling(height, size, shift, zoom, sigma)
+
+    down, across = axis(), axis()
+    x = down[:, None] @ images @ across[:, None].mT  # [B, 3, size, size]
+    block = size * 8 // 128  # one patch of the VAE
+    factor = (2, 4, block)[int(torch.randint(3, (), generator=generator))]
+    mode = "nearest" if factor == block else "bilinear"
+    coarse = F.interpolate(F.avg_pool2d(x, factor), (size, size), mode=mode)
+    # A third of the pictures keep all their detail; the coarsest blocks only ever shine through.
+    most = {2: 1.0, 4: 0.6, block: 0.35}[factor]
+    x = x.lerp_(coarse, uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0) * most)
+    x = x.mul_(uniform(0.95, 1.05, count, 3, 1, 1)).add_(uniform(-0.03, 0.03, count, 1, 1, 1))
+    noise = torch.randn(x.shape, generator=generator)
+    return x.add_(noise.mul_(uniform(-0.03, 0.04, count, 1, 1, 1).clamp_(min=0))).clamp_(0, 1)
+
+
+def _resampling(height: int, size: int, shift: Tensor, zoom: Tensor, sigma: Tensor) -> Tensor:
+    """Return matrices [B, size, height] that shift, zoom and blur one axis, a Gaussian per row."""
+    pixels = torch.arange(height, dtype=torch.float32)
+    centre = (height - 1) / 2
+    rows = (torch.arange(size) + 0.5) * height / size - 0.5  # where each lies in the original
+    # Past the border the outermost pixel repeats.
+    source = ((rows[:, None] - centre) * zoom + centre + shift).clamp(0, height - 1)
+    weights = ((pixels - source) / sigma).square_().mul_(-0.5).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def loss_of(answers: Answers, right: Tensor) -> Tensor:
+    """Compute what the answers to all questions cost, each a mean of its own: nats."""
+    counts = answers.counts.unbind(1)
+    slots = zip(answers.fills.unbind(1), answers.nouns.unbind(1))
+    asked = [answers.layout, answers.style, *counts, *(logits for pair in slots for logits in pair)]
+    parts = [question(logits, each) for logits, each in zip(asked, right.unbind(1), strict=True)]
+    return torch.stack(parts).sum()
+
+
+def question(logits: Tensor, answers: Tensor) -> Tensor:
+    """Compute what the answers to one question cost, a mean over those above -1: nats."""
+    if not (answers >= 0).any():
+        return logits.sum() * 0.0
+    return F.cross_entropy(logits.float(), answers, ignore_index=NONE, label_smoothing=0.02)
+
+
+def train_judge(
+    config: JudgeConfig, data: Renderings, *, steps: int, seed: int = 0, batch_size: int = 64
+) -> Judge:
+    """Train a judge from nothing; the same arguments on the same machine give the same weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = Judge(config).train()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
+    progress = tqdm(range(steps), desc="training the judge", unit="step")
+    for step in progress:
+        chosen = torch.randint(len(data), (batch_size,), generator=generator)
+        images = degrade(data.pictures[chosen].float() / 255, config.image_size, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(judge(images), data.answers[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    return judge.eval()
+
+
+def accuracy(
+    judge: Judge, stream: Iterator[Scene], count: int, degraded: bool = False
+) -> Iterator[tuple[str, float]]:
+    """Yield `(name, share)` for each of `WHAT` on `count` fresh renderings.
+
+    With `degraded` the pictures are first treated as in training.
+    """
+    shown = [next(stream) for _ in range(count)]
+    pictures: list[Image.Image] = [render(scene, PICTURE_SIZE) for scene in shown]
+    if degraded:
+        from dalle1.data.images import to_pil
+
+        generator = torch.Generator().manual_seed(0)
+        images = degrade(as_tensor(pictures).float() / 255, judge.config.image_size, generator)
+        pictures = to_pil(images)
+    found = [seen.right(scene) for seen, scene in zip(judge.verdicts(pictures), shown)]
+    for what in WHAT:
+        asked = [bool(right[what]) for right in found if right[what] is not None]
+        yield what, sum(asked) / max(len(asked), 1)

@@ -1,0 +1,180 @@
+"""The judge: what it should say of a scene, that it learns it, and what file is none."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from dalle1.data.toybox import FILLS, NOUNS, STYLES, Item, Scene, render
+from dalle1.data.toybox.captions import plain_caption
+from dalle1.judge import BUNDLED, Judge, JudgeConfig, Verdict, load_judge, save_judge, truth
+from dalle1.judge_training import (
+    NONE,
+    Renderings,
+    accuracy,
+    answers_of,
+    degrade,
+    mixed_scenes,
+    render_many,
+    scenes,
+    train_judge,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toybox_scenes import alone
+
+CUBE, BALL = ("red", "cube"), ("blue", "ball")
+TINY = JudgeConfig(image_size=32, widths=(8, 16))
+
+
+def scene(*pairs: tuple[str, str], relation: str | None = None, style: str | None = None) -> Scene:
+    items = tuple(Item(fill=fill, noun=noun) for fill, noun in pairs)
+    return Scene(items=items, relation=relation, style=style)
+
+
+def two(layout: str, *things: tuple[str, str], counts: tuple[int, int] = (1, 1)) -> Verdict:
+    return Verdict(layout, things, counts)
+
+
+TRUTHS = [
+    (scene(CUBE), Verdict("one", (CUBE,)), "a red cube"),
+    (scene(CUBE, CUBE), Verdict("two", (CUBE,)), "two red cubes"),
+    (scene(BALL, BALL, BALL), Verdict("three", (BALL,)), "three blue balls"),
+    (scene(*[BALL] * 4), Verdict("four", (BALL,)), "four blue balls"),
+    *(
+        (scene(CUBE, BALL, relation=where), verdict, f"a red cube {where} a blue ball")
+        for where, verdict in (
+            ("left of", two("across", CUBE, BALL)),
+            ("right of", two("across", BALL, CUBE)),
+            ("above", two("down", CUBE, BALL)),
+            ("below", two("down", BALL, CUBE)),
+        )
+    ),
+    (
+        scene(BALL, BALL, CUBE, relation="below"),
+        two("down", CUBE, BALL, counts=(1, 2)),
+        "two blue balls below a red cube",
+    ),
+    (scene(CUBE, style="sketch"), Verdict("one", (CUBE,), style="sketch"), "a sketch of a cube"),
+    (
+        scene(CUBE, style="neon"),
+        Verdict("one", (CUBE,), style="neon"),
+        "a neon sign of a red cube",
+    ),
+]
+
+
+@pytest.mark.parametrize(("shown", "verdict", "caption"), TRUTHS)
+def test_what_a_scene_shows(shown: Scene, verdict: Verdict, caption: str) -> None:
+    assert truth(shown) == verdict
+    assert plain_caption(shown) == caption
+    said = [truth(other).right(shown) for other, *_ in TRUTHS]
+    assert [right["all"] for right in said].count(True) == 1
+    asked = answers_of(shown, TINY)
+    assert len(asked) == 10
+    nouns = [NOUNS[n] for n in asked[5::2] if n != NONE]
+    assert nouns == [noun for _, noun in verdict.things]
+    assert (asked[5] == NONE) == (shown.relation is not None)
+    fills = [FILLS[f] for f in asked[4::2] if f != NONE]
+    assert fills == ([] if shown.style == "sketch" else [fill for fill, _ in verdict.things])
+
+
+def test_what_is_wrong_is_told_apart() -> None:
+    shown = scene(CUBE, BALL, relation="left of")
+    cases = {
+        "noun": two("across", ("red", "star"), BALL),
+        "fill": two("across", ("green", "cube"), BALL),
+        "layout": two("across", CUBE, BALL, counts=(2, 1)),
+        "style": Verdict("across", (CUBE, BALL), (1, 1), "neon"),
+    }
+    for what, verdict in cases.items():
+        right = verdict.right(shown)
+        assert [name for name, value in right.items() if not value] == [what, "all"]
+    swapped = two("across", BALL, CUBE).right(shown)
+    assert (swapped["noun"], swapped["fill"], swapped["layout"]) == (False, False, True)
+
+
+def test_a_fill_that_the_style_hides_is_not_counted() -> None:
+    seen = Verdict("one", (("gold", "cube"),), style="sketch")
+    right = seen.right(scene(CUBE, style="sketch"))
+    assert right["fill"] is None
+    assert right["all"]
+
+
+def test_a_judge_learns_what_scenes_show(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    few = [
+        *(alone(fill, noun, style=style, extent=0.7, seed=rng.randrange(9))
+          for fill, noun, style in (("red", "cube", None), ("blue", "cube", None),
+                                    ("red", "star", "neon"), ("blue", "star", "pixel art"))),
+        scene(CUBE, CUBE),
+    ]  # fmt: skip
+    across = (Item(fill="red", noun="cube", x=0.25, extent=0.4),
+              Item(fill="blue", noun="star", x=0.75, extent=0.4))  # fmt: skip
+    few += [Scene(items=across, relation="left of")]
+    turned = tuple(Item(fill=i.fill, noun=i.noun, x=1 - i.x, extent=0.4) for i in across)
+    few += [Scene(items=turned, relation="right of")]
+    data = render_many(TINY, 14, iter(few * 2))
+    judge = train_judge(TINY, data, steps=150, batch_size=14)
+    save_judge(judge, tmp_path / "judge.safetensors")
+    loaded = load_judge(tmp_path / "judge.safetensors")
+    assert loaded.config == TINY
+    seen = loaded.verdicts([render(s, 64) for s in few])
+    assert sum(bool(v.right(s)["all"]) for v, s in zip(seen, few)) >= 6
+
+
+def test_training_repeats_itself() -> None:
+    data = render_many(TINY, 8, mixed_scenes("all", "x"))
+    one, other = (train_judge(TINY, data, steps=3, batch_size=4) for _ in range(2))
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_degraded_pictures_stay_pictures() -> None:
+    data: Renderings = render_many(TINY, 16, scenes("all", "y"))
+    images = data.pictures.float() / 255
+    first, second = (degrade(images, 128, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == images.shape
+    assert 0 <= first.min() <= first.max() <= 1
+    assert 0 < (first - images).abs().mean() < 0.15
+
+
+def test_the_bundled_judge_is_right() -> None:
+    judge = load_judge(BUNDLED)
+    assert judge.config == JudgeConfig()
+    assert BUNDLED.stat().st_size < 2.5e6
+    assert dict(accuracy(judge, scenes("all", "bundled"), 200))["all"] >= 0.97
+    assert dict(accuracy(judge, scenes("all", "bundled"), 100, degraded=True))["all"] >= 0.85
+
+
+def test_the_verdict_on_a_picture_does_not_depend_on_its_neighbours() -> None:
+    judge = Judge(TINY).eval()
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "white")]
+    single = [judge.verdicts([picture])[0] for picture in pictures]
+    assert judge.verdicts(pictures, batch_size=2) == single
+
+
+def test_what_no_judge_can_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image_size is 33, expected a multiple of 4"):
+        JudgeConfig(image_size=33, widths=(8, 16))
+    with pytest.raises(FileNotFoundError, match=r"evaluate\.py judge"):
+        load_judge(tmp_path / "none.safetensors")
+    (tmp_path / "judge.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="is not a judge"):
+        load_judge(tmp_path / "judge.safetensors")
+
+
+def test_a_judge_trains_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "CHECK_PICTURES", 8)
+    out = tmp_path / "judge.safetensors"
+    evaluate.main(["judge", "--out", str(out), "--steps", "1", "--pictures", "8"])
+    assert load_judge(out).config.styles == ("plain", *STYLES)
+    assert "held-out" in capsys.readouterr().out
