@@ -3,8 +3,9 @@
     python benchmarks/rerank.py --out runs/rerank
 
 Draws 64 candidates of each Toybox prompt, has the classifier of `evaluate.py toybox` look at all of
-them, and asks how often the one that is ranked first shows all that was asked for: by CLIP, by the transformer's own likelihood, and at random. The 64 are cut into as many groups of each
-size as there are. Interrupted, the same command goes on. Writes OUT/rerank.json and OUT/rerank.png.
+them, and asks how often the one that is ranked first shows all that was asked for: by CLIP, by the
+transformer's own likelihood, and at random. The 64 are cut into as many groups of each size as
+there are. Interrupted, the same command goes on. Writes OUT/rerank.json and OUT/rerank.png.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
-"""Draw the README's pictures: python docs/pictures.py"""
+"""Draw the README's pictures: python docs/pictures.py [NAME ...], all of them without a name."""
 
 from __future__ import annotations
 
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dalle1 import DallE
 from dalle1.data.images import grid, to_float, to_pil, to_tensor
-from dalle1.data.toybox import FILLS, NOUNS, Toybox, is_held_out
+from dalle1.data.toybox import FILLS, NOUNS, STYLES, Toybox, is_held_out, is_style_held_out
 from dalle1.masks import MaskKind, image_mask, joint_mask
 from dalle1.presets import DVAE_PRESETS
 
@@ -26,11 +30,14 @@ PROMPTS = (
 
 
 def never_seen(prompt: str) -> bool:
-    """Say whether the prompt names a fill and a noun that training never joined."""
-    words = prompt.split()
+    """Say whether the prompt joins a noun with a fill or a style that training never did."""
+    words = prompt.replace("-", " ").split()
     fills = [f for f in FILLS if f in prompt]
     nouns = [n for n in NOUNS if n in words]
-    return any(is_held_out(f, n) for f in fills for n in nouns)
+    styles = [s for s in STYLES if s in " ".join(words)]
+    return any(is_held_out(f, n) for f in fills for n in nouns) or any(
+        is_style_held_out(s, n) for s in styles for n in nouns
+    )
 
 
 def titled(image: Image.Image, title: str) -> Image.Image:
@@ -42,6 +49,23 @@ def titled(image: Image.Image, title: str) -> Image.Image:
         (image.width / 2, image.height + 8), title, "#333", font, anchor="mm"
     )
     return sheet
+
+
+def captioned(image: Image.Image, caption: str) -> Image.Image:
+    """Put a caption of up to three lines under a picture."""
+    font = ImageFont.load_default(12)
+    sheet = Image.new("RGB", (image.width, image.height + 54), "white")
+    sheet.paste(image, (0, 0))
+    lines = "\n".join(textwrap.wrap(caption, 26))
+    place = (image.width / 2, image.height + 6)
+    ImageDraw.Draw(sheet).multiline_text(place, lines, "#333", font, anchor="ma", align="center")
+    return sheet
+
+
+def toybox() -> Image.Image:
+    """Draw some scenes of the training split over their captions."""
+    world = Toybox("train", size=176)
+    return grid([captioned(*world[i]) for i in range(16, 40)], 6)
 
 
 def samples(model: DallE) -> Image.Image:
@@ -103,19 +127,27 @@ def schedules(path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
+@cache
+def bundled() -> DallE:
+    """Load the bundled model, once."""
+    return DallE.from_pretrained(device="cpu")
+
+
+PICTURES: dict[str, Callable[[Path], None]] = {
+    "toybox": lambda path: toybox().save(path, optimize=True),
+    "masks": masks,
+    "schedules": schedules,
+    "samples": lambda path: samples(bundled()).save(path, optimize=True),
+    "reconstructions": lambda path: reconstructions(bundled()).save(path, optimize=True),
+}
+
+
 def main() -> None:
-    model = DallE.from_pretrained(device="cpu")
-    world = Toybox("train")
-    pictures = {
-        "samples": samples(model),
-        "reconstructions": reconstructions(model),
-        "toybox": grid([world.image(i) for i in range(24)], 8),
-    }
-    masks(Path(__file__).with_name("masks.png"))
-    schedules(Path(__file__).with_name("schedules.png"))
-    for name, picture in pictures.items():
+    for name in sys.argv[1:] or PICTURES:
+        if name not in PICTURES:
+            sys.exit(f"got {name}, expected one of {', '.join(PICTURES)}")
         path = Path(__file__).with_name(f"{name}.png")
-        picture.save(path, optimize=True)
+        PICTURES[name](path)
         print(path)
 
 
