@@ -1,6 +1,6 @@
 """Measure what a model draws, what a CLIP knows, and what a dVAE leaves of pictures.
 
-    python evaluate.py toybox --best-of 1 16 64 --num-prompts 200 60 15 --out runs/evaluation
+    python evaluate.py toybox --best-of 1 16 64 --num-prompts 200 50 12 --out runs/evaluation
     python evaluate.py samples --pictures outputs/a-red-star --reference toybox:1000
     python evaluate.py clip --clip runs/clip --data toybox
     python evaluate.py dvae --model runs/dvae --data toybox --pictures 1000
@@ -41,10 +41,10 @@ class ToyboxOptions:
     """Name or folder of the model; the bundled one if not given."""
     best_of: tuple[int, ...] = (1, 16, 64)
     """Candidates of which CLIP takes the best; the same for all of these."""
-    num_prompts: tuple[int, ...] = (200, 60, 15)
+    num_prompts: tuple[int, ...] = (200, 50, 12)
     """Prompts from held-out pairs for each of them, and as many from training pairs: of one thing,
     of two kinds in a relation, of things alike, in styles. The few for many candidates are the
-    first of the many, and keep the time within bounds: 3,640 pictures by default."""
+    first of the many, and keep the time within bounds: 3,052 pictures by default."""
     seed: int = 0
     """Chooses the prompts and the draws."""
     device: str = "auto"
@@ -212,6 +212,7 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     write_report(path, options, scores, counted=counted, prompts=toybox.details(answers))
     toybox.grid(shown).save(options.out / "heldout.png")
     print(toybox.toybox_table(shares))
+    print("the more candidates, the fewer prompts, to bound the time; --num-prompts sets how many")
     if any(answer.scores is None for answer in answers):
         print("the model has no CLIP, so there is no best of N", file=sys.stderr)
     print(f"wrote {path} and {options.out / 'heldout.png'}")

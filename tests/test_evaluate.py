@@ -123,10 +123,11 @@ def test_the_report_holds_every_verdict(
 
 
 def test_few_candidates_are_drawn_for_many_prompts_together() -> None:
-    batches = list(batches_of((200, 60, 15), (1, 16, 64), seed=0))
-    assert sum(len(prompts) * count for prompts, count, _ in batches) == 3640
-    assert all(len(prompts) * count <= 64 for prompts, count, _ in batches)
-    assert len(batches) == 2 * (15 + 12 + 3)
+    batches = list(batches_of((200, 50, 12), (1, 16, 64), seed=0))
+    assert sum(len(prompts) * count for prompts, count, _ in batches) == 3052
+    assert all(len(prompts) * count <= 128 for prompts, count, _ in batches)
+    assert all(len(prompts) <= 32 for prompts, *_ in batches)
+    assert len(batches) == 2 * (6 + 5 + 5)
     assert len({seed for *_, seed in batches}) == len(batches)
 
 

@@ -32,7 +32,8 @@ KINDS = ("one", "two", "count", "style")
 TURNS = ("one", "two", "style", "one", "two", "count", "one", "style", "two", "one")
 """Prompts take these turns, so that the first of them have all kinds, too."""
 MOST_PROMPTS = 400  # of a split; there are no more held-out pairs for the prompts of one thing
-AT_ONCE = 64  # candidates, of several prompts together
+AT_ONCE = 128  # candidates, of several prompts together
+MOST_TOGETHER = 32  # prompts, since they share their random numbers
 TRUSTED = 0.98  # below this accuracy on real renderings the judge's word is not worth much
 
 
@@ -135,7 +136,7 @@ def batches_of(
         for place, prompt in enumerate(prompts):
             groups.setdefault(most_candidates(place, num_prompts, best_of), []).append(prompt)
         for candidates, group in groups.items():
-            together = max(1, AT_ONCE // candidates)
+            together = max(1, min(MOST_TOGETHER, AT_ONCE // candidates))
             for start in range(0, len(group), together):
                 yield group[start : start + together], candidates, rng.getrandbits(31)
 

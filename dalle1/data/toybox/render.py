@@ -176,7 +176,7 @@ def _fill(item: Item, width: int) -> Floats | Pixels:
     return crop_tile(item.fill, width, item.seed)
 
 
-@lru_cache(maxsize=192)
+@lru_cache(maxsize=256)
 def _fruit(fill: str, noun: str, width: int) -> Pixels:
     depth = _depth(noun)
     image = Image.fromarray(depth).resize((width, width), Image.Resampling.BICUBIC)
