@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from dalle1.cli import clear_errors, parse_preset
 from dalle1.clip import Clip, ContrastiveLoss, new_clip, pair_loss, soften
@@ -29,6 +30,8 @@ from dalle1.text import Tokenizer
 from dalle1.training import distributed
 from dalle1.training.loop import fit, stream_from
 from dalle1.training.trainer import Batch
+from dalle1.training.trouble import training
+from dvae.weights import model_folder
 
 
 def example(
@@ -73,9 +76,14 @@ class ClipTraining:
         self.held = {name: tensor.to(self.device) for name, tensor in pairs.items()}
 
     def initial(self, source: Source) -> Clip:
-        """Make a new CLIP with a vocabulary of the data's captions, or take --init's."""
+        """Make a new CLIP with a vocabulary of the data's captions, or take --init's.
+
+        A training that goes on keeps the vocabulary that it has, whatever became of the data.
+        """
         config = self.config
         if config.init is None:
+            if (kept := model_folder(config.out) / "tokenizer.json").is_file():
+                return new_clip(PreTrainedTokenizerFast.from_pretrained(kept.parent), config.model)
             captions = first_captions(source, config.vocab_captions)
             return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
         clip = Clip.from_pretrained(config.init)
@@ -122,8 +130,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train(config: ClipRecipe) -> nn.Module:
     """Train as `config` says, resuming what is in `config.out`; give the averaged model."""
-    run = ClipTraining(config)
-    return fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
+    with training(config):
+        run = ClipTraining(config)
+        how: dict[str, Any] = {"save_model": run.save, "validate": run.validate}
+        return fit(run.model, run.loss, run.stream, config, **how)
 
 
 if __name__ == "__main__":

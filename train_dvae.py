@@ -33,6 +33,7 @@ from dalle1.presets import DVAE_PRESETS, DVAERecipe
 from dalle1.training import distributed
 from dalle1.training.loop import fit, stream_from
 from dalle1.training.trainer import Batch
+from dalle1.training.trouble import training
 from dvae import DVAE, DVAELoss, dvae_loss, evaluate
 
 
@@ -128,8 +129,9 @@ class DVAETraining:
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
         config = parse_preset(DVAE_PRESETS, args, __doc__.splitlines()[0])
-        run = DVAETraining(config)
-        fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
+        with training(config):
+            run = DVAETraining(config)
+            fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
         if distributed.is_main():
             print(f"The dVAE is in {config.out}")
 

@@ -25,6 +25,9 @@ def clear_errors() -> Iterator[None]:
             text = text.splitlines()[-1].partition(": ")[2]
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from error
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from interrupt
 
 
 def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, about: str) -> Config:

@@ -6,6 +6,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,24 @@ def test_gradients_that_are_no_numbers_do_not_pass_on() -> None:
     (y * torch.tensor([1.0, 8.0, 0.5])).sum().backward()
     # 8 · 2^14 · 2 is beyond fp16: that branch's gradient is dropped, the identity's stays.
     assert x.grad.tolist() == [3.0, 8.0, 1.5]
+
+
+@pytest.mark.parametrize("kind", [LossScale, lambda model: GradientScales([[model]])])
+def test_a_scale_that_cannot_fall_is_stuck(kind: Callable[[nn.Module], Any]) -> None:
+    model = nn.Linear(1, 1)
+    scale, falls = kind(model), 0
+    for _ in range(2000):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.inf)
+        assert not scale.unscale()
+        if scale.stuck:
+            break
+        falls += 1
+    # Of a resblock's: 12 falls by √2, 126 updates apart.
+    assert falls == (16 if kind is LossScale else 11 * 126 + 1)
+    model.weight.grad, model.bias.grad = torch.ones(1, 1), torch.ones(1)
+    assert scale.unscale()
+    assert not scale.stuck
 
 
 def test_the_ordinary_loss_scale() -> None:

@@ -246,11 +246,16 @@ class Clip:
             )
 
 
-def new_clip(tokenizer: Tokenizer, size: ClipSize) -> Clip:
-    """Build a CLIP with random weights (torch's global generator) and a vocabulary of ours."""
+def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, size: ClipSize) -> Clip:
+    """Build a CLIP with random weights (torch's global generator).
+
+    Args:
+        tokenizer: one of ours, or another CLIP's.
+    """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    text_tokenizer = _tokenizer_with_ends(tokenizer, size.text_len)
+    own = isinstance(tokenizer, Tokenizer)
+    text_tokenizer = _tokenizer_with_ends(tokenizer, size.text_len) if own else tokenizer
     side = {"height": size.image_size, "width": size.image_size}
     with _quiet_transformers():
         from dalle1.clip.towers import new_model

@@ -103,6 +103,19 @@ class Progress:
         self.bar.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
         self._restart_clock(step)
 
+    def stopped(self, step: int) -> None:
+        """Say that a signal ended the training here."""
+        if self.out is not None:
+            at = f"Stopped at step {step}, saved in {self.out}"
+            self.bar.write(f"{at}; the same command goes on")
+
+    def has(self, step: int) -> bool:
+        """Say whether a validation of this step is in the log."""
+        if self.out is None or not (path := self.out / "log.jsonl").exists():
+            return False
+        lines = path.read_text().splitlines()
+        return any('"validation/' in line and _step_of(line) == step for line in lines)
+
     def _write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         numbers = {name: float(f"{float(value):.6g}") for name, value in values.items()}
         assert self.out is not None
