@@ -25,7 +25,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from dalle1.data.left_out import LeftOut, Tally, Unusable
+from dalle1.data.left_out import LeftOut, ShardRead, Tally, Unusable
 from dalle1.data.pairs import (
     CaptionSource,
     Joined,
@@ -34,7 +34,7 @@ from dalle1.data.pairs import (
     name_of,
     pair_at,
 )
-from dalle1.data.streams import Pair, Streamed
+from dalle1.data.streams import Found, Pair, Streamed
 
 Source = CaptionSource | Streamed
 Example = Mapping[str, Tensor]
@@ -45,6 +45,9 @@ Batch = dict[str, Any]
 
 LEFT_OUT = "left out"
 """In every batch: what was left out in making it, a list of `LeftOut`."""
+
+SHARDS = "shards"
+"""In batches of streamed shards: those that came to their end in it, a list of `ShardRead`."""
 
 PLACE = "place"
 """In batches of streamed shards: what `batches` goes on from, made of dicts, lists and numbers."""
@@ -76,7 +79,7 @@ class _Prepared(Dataset):
             try:
                 return {**self.prepare(self.source, index, rng), LEFT_OUT: left_out}
             except Unusable as error:
-                left_out.append(LeftOut.because(error, name_of(self.source, index)))
+                left_out.append(_left_out(error, self.source, index))
                 index = any_pair(self.source, rng)
         raise _hopeless(left_out[-1])
 
@@ -91,7 +94,7 @@ class _Listed(Dataset):
         try:
             return {**self.prepare(self.source, index, random.Random(index)), LEFT_OUT: []}
         except Unusable as error:
-            return {LEFT_OUT: [LeftOut.because(error, name_of(self.source, index))]}
+            return {LEFT_OUT: [_left_out(error, self.source, index)]}
 
 
 class _Streaming(IterableDataset):
@@ -113,15 +116,20 @@ class _Streaming(IterableDataset):
         while True:
             examples: list[Batch] = []
             left_out: list[LeftOut] = []
+            shards: list[ShardRead] = []
             while len(examples) < self.size:
                 pair, place = next(pairs)
+                if isinstance(pair, ShardRead):
+                    shards.append(pair)
+                    continue
                 try:
                     examples.append(self._example(pair, f"{self.seed}/{reader}/{place}"))
                 except Unusable as error:
                     left_out.append(LeftOut.because(error, pair.where))
                 if len(left_out) == ATTEMPTS * self.size:
                     raise _hopeless(left_out[-1])
-            yield {**_stack(examples), LEFT_OUT: left_out, PLACE: (reader, place)}
+            told = {LEFT_OUT: left_out, SHARDS: shards, PLACE: (reader, place)}
+            yield {**_stack(examples), **told}
 
     def _example(self, pair: Pair | LeftOut, seed: str) -> Batch:
         if isinstance(pair, LeftOut):
@@ -195,7 +203,7 @@ def batches(
         )
     with closing(stream):
         for batch in stream:
-            tally.add(share, batch[LEFT_OUT])
+            tally.add(share, batch[LEFT_OUT], batch.pop(SHARDS, ()))
             yield batch
 
 
@@ -264,27 +272,29 @@ def in_order(
     yield from _run(listed, num_workers, batch_sampler=examples, collate_fn=_stack)
 
 
-class _Shard(IterableDataset):
-    """The examples of one streamed shard, each with its number under `index`."""
+class _Found(Dataset):
+    """What is found in shards, as examples, each pair's with its number under `index`."""
 
-    def __init__(self, source: Streamed, url: str, prepare: Prepare) -> None:
-        self.source, self.url, self.prepare = source, url, prepare
+    def __init__(self, prepare: Prepare) -> None:
+        self.prepare = prepare
 
-    def __iter__(self) -> Iterator[Batch]:
-        for number, pair in self.source.shard(self.url):
-            if isinstance(pair, LeftOut):
-                yield {LEFT_OUT: [pair]}
-            else:
-                example = _Listed(pair, self.prepare)[0]
-                yield {**example, "index": number} if len(example) > 1 else example
+    def __getitem__(self, numbered: tuple[int, Found]) -> Batch:
+        number, found = numbered
+        if isinstance(found, ShardRead):
+            return {LEFT_OUT: [], SHARDS: [found]}
+        if isinstance(found, LeftOut):
+            return {LEFT_OUT: [found]}
+        example = _Listed(found, self.prepare)[0]
+        return {**example, "index": number} if len(example) > 1 else example
 
 
-def of_shard(
-    source: Streamed, url: str, prepare: Prepare, batch_size: int, num_workers: int = 0
+def of_shards(
+    source: Streamed, urls: Iterable[str], prepare: Prepare, batch_size: int, num_workers: int = 0
 ) -> Generator[Batch]:
-    """Yield the examples of one shard once each, as `in_order` does, read by one worker at most."""
-    shard = _Shard(source, url, prepare)
-    yield from _run(shard, min(1, num_workers), batch_size=batch_size, collate_fn=_stack)
+    """Yield the examples of shards once each, as `in_order` does; the workers decode them."""
+    found = (numbered for url in urls for numbered in source.shard(url))
+    groups = iter(lambda: [*islice(found, batch_size)], [])
+    yield from _run(_Found(prepare), num_workers, batch_sampler=groups, collate_fn=_stack)
 
 
 def usable(
@@ -305,7 +315,7 @@ def usable(
             yield prepare(pair, index, random.Random(number))
         except Unusable as error:
             if left_out is not None:
-                left_out.append(LeftOut.because(error, name_of(pair, index)))
+                left_out.append(_left_out(error, pair, index))
 
 
 def first_examples(source: Source, prepare: Prepare, count: int) -> dict[str, Tensor]:
@@ -331,6 +341,11 @@ def _caption_of(source: CaptionSource, index: int, rng: random.Random) -> Any:
     return source.caption(index, rng)
 
 
+def _left_out(error: Unusable, source: CaptionSource, index: int) -> LeftOut:
+    """Name a pair only where the error does not: to look its name up may be another reading."""
+    return LeftOut.because(error, error.where or name_of(source, index))
+
+
 def _hopeless(last: LeftOut) -> ValueError:
     return ValueError(
         f"{ATTEMPTS} pairs in a row were left out, the last, {last.where}, because: {last.why}"
@@ -338,9 +353,10 @@ def _hopeless(last: LeftOut) -> ValueError:
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:
-    left_out = [pair for example in examples for pair in example[LEFT_OUT]]
-    tensors = [{name: e[name] for name in e if name != LEFT_OUT} for e in examples if len(e) > 1]
-    return {**(default_collate(tensors) if tensors else {}), LEFT_OUT: left_out}
+    told = {name: [x for e in examples for x in e.get(name, ())] for name in (LEFT_OUT, SHARDS)}
+    tensors = [{name: e[name] for name in e if name not in told} for e in examples]
+    tensors = [example for example in tensors if example]
+    return {**(default_collate(tensors) if tensors else {}), **told}
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle1.cli import bar, clear_errors
-from dalle1.data.batches import LEFT_OUT, Batch, Prepare, Source, in_order, of_shard
+from dalle1.data.batches import LEFT_OUT, SHARDS, Batch, Prepare, Source, in_order, of_shards
 from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
 from dalle1.data.left_out import Tally
 from dalle1.data.pairs import ENDLESS, Joined, PairSource, part, split_sources
@@ -139,8 +139,8 @@ class JoinedCodes(Joined):
 
 def open_codes(data: str, split: str, dvae_dir: Path) -> CodeSource | JoinedCodes | None:
     """Open --data if it is a folder of codes, or several; refuse codes of another dVAE."""
-    names, weights = ([data], None) if Path(data).exists() else split_sources(data)
-    coded = [(Path(name) / INDEX_NAME).is_file() for name in names]
+    names, weights = split_sources(data)
+    coded = [os.path.isfile(os.path.join(name, INDEX_NAME)) for name in names]
     if not any(coded):
         return None
     if not all(coded):
@@ -209,7 +209,7 @@ def _shards(
     size, workers = config.batch_size, config.num_workers
     if isinstance(source, Streamed):
         urls = [url for group in source.groups for url in group]
-        return [partial(of_shard, source, url, prepare, size, workers) for url in urls]
+        return [partial(of_shards, source, [url], prepare, size, workers) for url in urls]
     begins = range(0, len(source), config.shard_size)
     parts = [range(b, min(b + config.shard_size, len(source))) for b in begins]
     return [partial(in_order, source, prepare, indices, size, workers) for indices in parts]
@@ -278,7 +278,7 @@ def _encoded(
     device = next(model.parameters()).device
     for batch in batches:
         images, left_out = batch.get("images", ()), batch[LEFT_OUT]
-        tally.add(len(images), left_out)
+        tally.add(len(images), left_out, batch[SHARDS])
         progress.update(len(images) + len(left_out))
         if not len(images):
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -111,6 +113,8 @@ class Joined:
             raise ValueError("one of the sources has no end; give weights, as in toybox::1,b::2")
         self.ends = list(accumulate(len(source) for source in sources))
         self.left_out = list(chain.from_iterable(left_out_of(source) for source in sources))
+        read = (getattr(source, "shards_read", ()) for source in sources)
+        self.shards_read = list(chain.from_iterable(read))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -158,15 +162,22 @@ def any_pair(source: CaptionSource, rng: random.Random) -> int:
 
 
 def split_sources(data: str) -> tuple[list[str], list[float] | None]:
-    """Cut `a::2,b::1` into names and weights; commas within braces are a pattern's.
+    """Cut `a::2,b::1` into names and weights.
 
-    Raises: ValueError where only some have a weight, or one is no positive number.
+    Commas within braces are a pattern's, and what is within quotes in a pipe's command is its own:
+    `pipe:cat 'a,b.tar'`. What is there under the whole name is one source.
+
+    Raises: ValueError where only some have a weight, one is no positive number, or a quote is open.
     """
+    if os.path.exists(data):
+        return [data], None
     names, weights = [], []
     for word in _at_commas(data):
-        name, colons, weight = word.rpartition("::")
-        names.append(name if colons else word)
-        weights.append(weight if colons else None)
+        name, weight = word, None
+        if found := re.fullmatch(r"(.*)::([^:/'\"]*)", word, re.DOTALL):
+            name, weight = found.groups()
+        names.append(name)
+        weights.append(weight)
     if all(weight is None for weight in weights):
         return names, None
     try:
@@ -180,10 +191,17 @@ def split_sources(data: str) -> tuple[list[str], list[float] | None]:
 
 
 def _at_commas(data: str) -> Iterable[str]:
-    depth, begin = 0, 0
+    depth, begin, quote = 0, 0, ""
     for i, letter in enumerate(data):
-        depth += (letter == "{") - (letter == "}")
-        if letter == "," and depth == 0:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and data.startswith("pipe:", begin):
+            quote = letter
+        else:
+            depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth == 0 and not quote:
             yield data[begin:i]
             begin = i + 1
+    if quote:
+        raise ValueError(f"data is {data!r}: the quote {quote} is never closed")
     yield data[begin:]
