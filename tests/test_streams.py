@@ -37,7 +37,7 @@ from dalle1.data.batches import (
 from dalle1.data.left_out import ShardLosses, ShardRead, Tally
 from dalle1.data.reading import Reading
 from dalle1.data.shards import index_shard
-from dalle1.data.streams import Pair, Streamed, share
+from dalle1.data.streams import Pair, Streamed, open_shard, share
 from dalle1.training.loop import RunConfig, fit, stream_from
 
 
@@ -302,6 +302,13 @@ def test_some_of_the_last_shard_is_kept_to_validate_on(
     kept = flat(take(train, 11, batch_size=8)[0])
     assert sorted(kept) == [i for i in range(90) if i not in held]
     assert first_captions(train, 3) == ["0", "1", "2"]
+    unread = next(iter(train.without_pictures().once()))
+    assert isinstance(unread, Pair)
+    assert (unread.files[".png"], unread.caption(0, random.Random())) == (b"", "0")
+    opened: list[str] = []
+    monkeypatch.setattr(streams, "open_shard", lambda url: opened.append(url) or open_shard(url))
+    assert len(first_captions(train, 45)) == 45
+    assert len(opened) == 1  # no more than is needed
     few = first_examples(open_source(f"pipe:cat {shards}/00000.tar", "validation"), number, 99)
     assert few["index"].tolist() == list(range(10))
     # Of many gigabytes, local shards are read in the same way.

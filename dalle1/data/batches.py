@@ -25,6 +25,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from dalle1.cli import worker_advice, worker_killed
 from dalle1.data.left_out import LeftOut, ShardRead, Tally, Unusable
 from dalle1.data.pairs import (
     CaptionSource,
@@ -168,7 +169,8 @@ def batches(
     With an index, the shares of all ranks together are the batch that one process would have, the
     same for any number of workers. Streamed shards are split over ranks and workers.
 
-    A pair that is unusable is left out, named under `LEFT_OUT`, and another one taken.
+    A pair that is unusable is left out, named under `LEFT_OUT`, and another one taken. The first
+    batch of all names what was left out on opening the source, too.
 
     Args:
         batch_size: pairs a step of all ranks together.
@@ -183,6 +185,7 @@ def batches(
         )
     share = batch_size // world_size
     tally = tally or Tally(1.0)
+    opening: list[LeftOut] = []
     if isinstance(source, Streamed):
         readers = split_readers(source, num_workers, rank, world_size, place, tally.say)
         loaded = _run(
@@ -195,6 +198,7 @@ def batches(
     else:
         if rank == 0:  # every rank opened the same
             tally.open(len(source), left_out_of(source))
+            opening = left_out_of(source) if start == 0 else []
         stream = _run(
             _Prepared(source, prepare, seed),
             num_workers,
@@ -204,6 +208,8 @@ def batches(
     with closing(stream):
         for batch in stream:
             tally.add(share, batch[LEFT_OUT], batch.pop(SHARDS, ()))
+            batch[LEFT_OUT] += opening
+            opening = []
             yield batch
 
 
@@ -333,6 +339,8 @@ def first_examples(source: Source, prepare: Prepare, count: int) -> dict[str, Te
 
 def first_captions(source: Source, count: int) -> list[str]:
     """Give a caption of each of the first `count` usable pairs, to learn a vocabulary from."""
+    if isinstance(source, Streamed):
+        source = source.without_pictures()
     captions: Iterator[Any] = usable(source, _caption_of)
     return list(islice(captions, count))
 
@@ -374,7 +382,12 @@ def _run(data: Dataset, num_workers: int, **options: Any) -> Generator[Batch]:
     )
     stream = iter(loader)
     try:
-        yield from stream
+        with worker_advice():
+            yield from stream
+    except (ConnectionError, EOFError) as error:
+        if str(error).startswith("Caught"):  # in a worker, which is alive
+            raise
+        raise worker_killed(error) from error  # what it was handing over is cut off
     finally:
         if num_workers:
             # By itself it waits until nobody refers to it any more, which an error's traceback

@@ -11,6 +11,7 @@ import random
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -89,6 +90,13 @@ class Streamed:
         self.groups, self.weights = groups, list(weights or [1.0])
         self.split, self.captions = split, captions
         self.reading, self.detail = reading or Reading(), detail
+        self.pictures = True
+
+    def without_pictures(self) -> Streamed:
+        """Give the same stream with empty pictures, which takes no memory for them."""
+        other = copy(self)
+        other.pictures = False
+        return other
 
     def shard(self, url: str, first: int = 0) -> Iterator[tuple[int, Found]]:
         """Yield number and sample, or what is damaged, of one shard from number `first` on.
@@ -121,7 +129,8 @@ class Streamed:
                         yield key, files, lacks(files, self.captions)
                         files = {}
                     key = found
-                    content = tar.extractfile(member)
+                    wanted = self.pictures or suffix not in PICTURES
+                    content = tar.extractfile(member) if wanted else None
                     files[suffix] = content.read() if content else b""
                     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                 while stream.read(1 << 16):  # a command whose output nobody reads would fail

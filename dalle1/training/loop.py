@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.data.batches import LEFT_OUT, PLACE, Prepare, Source, batches
+from dalle1.data.batches import Prepare, Source, batches
 from dalle1.data.left_out import Tally
 from dalle1.data.reading import Reading
 from dalle1.device import keep_freed_memory, matrix_rate, peak_memory, pick_device
@@ -237,20 +238,21 @@ _matrix_rate = cache(matrix_rate)
 class Divergence:
     """Counts the updates that were skipped because the loss or its gradient was no number."""
 
-    def __init__(self, out: Path, scaled: bool, patience: int = 10) -> None:
-        """Args: scaled: fp16, where a gradient that overflows only asks for a smaller scale."""
-        self.out, self.scaled, self.patience = out, scaled, patience
-        self.total, self.in_a_row = 0, 0
+    def __init__(self, out: Path, scaled: bool, counts: Counter[str], patience: int = 10) -> None:
+        """Count skipped updates in `counts`, of the main process, as they are every process's.
 
-    def counts(self) -> dict[str, float]:
-        """Give what is worth a place in the log."""
-        return {"skipped_updates": self.total} if self.total else {}
+        Args:
+            scaled: fp16, where a gradient that overflows only asks for a smaller scale.
+        """
+        self.out, self.scaled, self.counts, self.patience = out, scaled, counts, patience
+        self.in_a_row = 0
 
     def update(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Take what an update gave; ValueError after `patience` bad ones in a row."""
         loss, norm = (float(values[name]) for name in ("total", "gradient_norm"))
         bad = not math.isfinite(loss) or not (values.get("applied", 1) or self.scaled)
-        self.total += bad
+        if bad and distributed.is_main():
+            self.counts["skipped_updates"] += 1
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if self.in_a_row == self.patience:
             kept = model_folder(self.out)
@@ -323,11 +325,11 @@ def fit(
             return trainer.finished()
         others = recorders(config, trainer.step) if here else []
         progress = Progress(here, trainer.step, config.steps, config.batch_size, others)
-        skipped = Divergence(config.out, trainer.scaled)
+        skipped = Divergence(config.out, trainer.scaled, trainer.counts)
         with progress, closing(batches(**trainer.where())) as stream:
             for batch in stream:
-                progress.advance(batch.pop(LEFT_OUT, ()))
-                trainer.place = batch.pop(PLACE, None)
+                progress.advance()
+                trainer.take_notes(batch)
                 batch = {name: tensor.to(trainer.device) for name, tensor in batch.items()}
                 values = trainer.update(loss_fn, batch)
                 step, stopped = trainer.step, distributed.anyone(bool(caught))
@@ -335,7 +337,7 @@ def fit(
                 last = step == config.steps or stopped
                 if step % config.log_every == 0 or last:
                     rates = partial(efficiency, config, trainer.device, work)
-                    progress.log(step, {**values, **skipped.counts()}, rates)
+                    progress.log(step, {**values, **trainer.counted()}, rates)
                 if step % config.save_every == 0 or last:
                     trainer.save(save_model)
                 if not stopped and (step % config.validate_every == 0 or last):
