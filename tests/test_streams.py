@@ -37,7 +37,7 @@ from dalle1.data.batches import (
 from dalle1.data.left_out import ShardLosses, ShardRead, Tally
 from dalle1.data.reading import Reading
 from dalle1.data.shards import index_shard
-from dalle1.data.streams import Pair, Streamed, open_shard, share
+from dalle1.data.streams import Pair, Streamed, open_shard, shards_of_reader
 from dalle1.training.loop import RunConfig, fit, stream_from
 
 
@@ -95,7 +95,7 @@ def test_every_shard_has_one_reader(shards: Path, world_size: int, workers: int)
         for reader in readers.places:
             found = (found for found, _ in source.read(reader, readers.count, 0))
             given = (found for found in found if isinstance(found, Pair))
-            mine = share(6, reader, readers.count, "0/0/0")
+            mine = shards_of_reader(6, reader, readers.count, "0/0/0")
             count = sum(10 + shard for shard in mine)
             owners += [int(pair.caption(0, random)) for pair in islice(given, count)]
     assert sorted(owners) == list(range(75))

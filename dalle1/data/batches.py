@@ -67,14 +67,14 @@ class Readers:
 
 
 class _Prepared(Dataset):
-    """A source whose examples are made by `prepare`, with randomness from (seed, place)."""
+    """A source whose examples are made by `prepare`, with randomness from (seed, position)."""
 
     def __init__(self, source: CaptionSource, prepare: Prepare, seed: int) -> None:
         self.source, self.prepare, self.seed = source, prepare, seed
 
-    def __getitem__(self, place: int) -> Batch:
-        index = pair_at(self.source, place, self.seed)
-        rng = random.Random(f"{self.seed}/{place}")
+    def __getitem__(self, position: int) -> Batch:
+        index = pair_at(self.source, position, self.seed)
+        rng = random.Random(f"{self.seed}/{position}")
         left_out: list[LeftOut] = []
         while len(left_out) < ATTEMPTS:
             try:
@@ -138,8 +138,8 @@ class _Streaming(IterableDataset):
         return {**self.prepare(pair, 0, random.Random(seed)), LEFT_OUT: []}
 
 
-class _Places(Sampler[list[int]]):
-    """The places of one rank's share of each batch in the stream, from step `start` on."""
+class _Positions(Sampler[list[int]]):
+    """The positions of one rank's share of each batch in the stream, from step `start` on."""
 
     def __init__(self, batch_size: int, start: int, rank: int, share: int) -> None:
         self.batch_size, self.start, self.rank, self.share = batch_size, start, rank, share
@@ -202,7 +202,7 @@ def batches(
         stream = _run(
             _Prepared(source, prepare, seed),
             num_workers,
-            batch_sampler=_Places(batch_size, start, rank, share),
+            batch_sampler=_Positions(batch_size, start, rank, share),
             collate_fn=_stack,
         )
     with closing(stream):
@@ -311,7 +311,7 @@ def usable(
         pairs: Iterable[Any] = source.held_out() if split == "validation" else source.once()
         found = ((pair, 0) for pair in pairs)
     elif isinstance(source, Joined):  # of each its share
-        found = ((source, source.index_at(place, 0)) for place in range(len(source)))
+        found = ((source, source.index_at(position, 0)) for position in range(len(source)))
     else:
         found = ((source, index) for index in range(len(source)))
     for number, (pair, index) in enumerate(found):

@@ -146,8 +146,8 @@ def _note(found: Findings, batch: Batch, shown: int, rng: random.Random) -> None
         found.captions.append(caption)
         if len(found.shown) < shown:
             found.shown.append((thumb.clone(), caption))
-        elif (place := rng.randrange(len(found.captions))) < shown:
-            found.shown[place] = (thumb.clone(), caption)
+        elif (chosen := rng.randrange(len(found.captions))) < shown:
+            found.shown[chosen] = (thumb.clone(), caption)
 
 
 def _report(found: Findings, tally: Tally, config: CheckConfig) -> dict[str, Any]:

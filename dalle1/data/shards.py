@@ -23,7 +23,7 @@ from dalle1.data.reading import (
     read_picture,
 )
 
-Place = tuple[int, int]
+Span = tuple[int, int]
 """Offset and size in bytes of a file within a shard."""
 
 
@@ -61,7 +61,7 @@ class Shards:
             )
         losses = ShardLosses(self.reading.max_bad_fraction)
         losses.add(sorted(self.shards_read, key=lambda shard: not shard.whole), len(shards))
-        # Shard, picture's place, caption's place, caption's suffix: as numbers, forked workers
+        # Shard, picture's span, caption's span, caption's suffix: as numbers, forked workers
         # share them.
         table = np.array(rows, dtype=np.int64)
         kept = part(range(len(rows)), split)
@@ -162,14 +162,14 @@ def members(
                 yield folder + slash + stem, dot + suffix.lower(), member, tar
 
 
-def index_shard(shard: Path) -> tuple[dict[str, dict[str, Place]], LeftOut | None]:
-    """Find the samples of a .tar shard, by key, each as suffix → place; and what damage it has."""
-    samples: dict[str, dict[str, Place]] = {}
+def index_shard(shard: Path) -> tuple[dict[str, dict[str, Span]], LeftOut | None]:
+    """Find the samples of a .tar shard, by key, each as suffix → span; and what damage it has."""
+    samples: dict[str, dict[str, Span]] = {}
     try:
         with shard.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            # "r:", as in a compressed one, places would mean nothing.
+            # "r:", as in a compressed one, offsets would mean nothing.
             for key, suffix, member, _ in members(file, "r:"):
                 if member.offset_data + member.size <= size:
                     samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
@@ -179,11 +179,11 @@ def index_shard(shard: Path) -> tuple[dict[str, dict[str, Place]], LeftOut | Non
     return samples, None
 
 
-def read_member(shard: Path, place: Place) -> bytes:
+def read_member(shard: Path, span: Span) -> bytes:
     """Read one file out of a shard."""
     with shard.open("rb") as file:
-        file.seek(place[0])
-        return file.read(place[1])
+        file.seek(span[0])
+        return file.read(span[1])
 
 
 def _told(left_out: LeftOut) -> str:

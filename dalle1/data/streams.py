@@ -223,7 +223,7 @@ class Streamed:
         offset: int,
     ) -> Iterator[tuple[tuple[int, int], list[Pair], list[LeftOut | ShardRead]]]:
         """Yield the rest of an epoch in blocks: where each begins, its pairs, and what else is."""
-        order = share(len(group), reader, readers, f"{seed}/{epoch}")
+        order = shards_of_reader(len(group), reader, readers, f"{seed}/{epoch}")
         start, pairs, others = (first, offset), list[Pair](), list[LeftOut | ShardRead]()
         damaged = 0
         for number in range(first, len(order)):
@@ -241,7 +241,7 @@ class Streamed:
             yield start, pairs, others
 
 
-def share(shards: int, reader: int, readers: int, seed: str) -> list[int]:
+def shards_of_reader(shards: int, reader: int, readers: int, seed: str) -> list[int]:
     """Give the shards of an epoch that one of several readers reads, in its order.
 
     Every shard has one reader where there are enough of them; otherwise each reader draws some.
