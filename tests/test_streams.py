@@ -240,6 +240,14 @@ def test_lost_shards_are_seen_though_each_reader_meets_few(shards: Path, tmp_pat
     assert tally.shards.whole[0] + tally.shards.damaged[0] in range(20, 30)
 
 
+def test_a_reader_may_find_nothing_in_an_epoch(shards: Path) -> None:
+    # Of six readers one has, in every epoch, the shard that is not there.
+    source = piped(shards, "{00001..00006}")
+    for reader in range(6):
+        found = (found for found, _ in source.read(reader, 6, 0))
+        assert len([*islice((f for f in found if isinstance(f, Pair)), 100)]) == 100
+
+
 @pytest.mark.parametrize(
     ("whole", "damaged", "lost"),
     [

@@ -172,7 +172,8 @@ class Streamed:
     ) -> Iterator[tuple[Found, Place]]:
         """Yield pairs for ever, as reader number `reader` of `readers`, each with the place after.
 
-        Raises: ValueError where a whole epoch has nothing to read, or too much cannot be read.
+        Raises: ValueError where as many shards as there are have nothing to read, one after
+            another, or where too much cannot be read.
         """
         count, *places = place or [0, *([0, 0, 0, 0] for _ in self.groups)]
         streams = [
@@ -190,6 +191,7 @@ class Streamed:
     ) -> Iterator[tuple[Found, list[int]]]:
         epoch, first, offset, done = place
         losses = ShardLosses(self.reading.max_bad_fraction)
+        empty = 0  # shards in a row, about: a reader may have few, and others the good ones
         while True:
             found, reason = False, LeftOut("no picture", group[0], "the shards are empty")
             for block in self._blocks(group, epoch, reader, readers, seed, first, offset):
@@ -205,7 +207,8 @@ class Streamed:
                 for i, pair in enumerate(pairs[done:], done + 1):
                     yield pair, [epoch, *start, i]
                 found, done = found or bool(pairs), 0
-            if not (found or first or offset):
+            empty = 0 if found or first or offset else empty + max(1, len(group) // readers)
+            if empty >= len(group):
                 raise ValueError(
                     f"there is no pair in {len(group)} shards, {group[0]} the first; the last was "
                     f"left out: {reason.where} ({reason.cause}: {reason.why})"
