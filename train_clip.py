@@ -72,7 +72,8 @@ class ClipTraining:
         self.model = self.clip.model.train().requires_grad_(True).to(self.device)
         prepare = partial(example, config, self.clip.tokenizer)
         self.stream = stream_from(source, partial(prepare, True), config)
-        pairs = first_examples(held, partial(prepare, False), config.validation_pairs)
+        first = partial(first_examples, held, partial(prepare, False), config.validation_pairs)
+        pairs = distributed.from_main(first)
         self.held = {name: tensor.to(self.device) for name, tensor in pairs.items()}
 
     def initial(self, source: Source) -> Clip:
@@ -84,7 +85,7 @@ class ClipTraining:
         if config.init is None:
             if (kept := model_folder(config.out) / "tokenizer.json").is_file():
                 return new_clip(PreTrainedTokenizerFast.from_pretrained(kept.parent), config.model)
-            captions = first_captions(source, config.vocab_captions)
+            captions = distributed.from_main(partial(first_captions, source, config.vocab_captions))
             return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
         clip = Clip.from_pretrained(config.init)
         if (changed := clip.size().differences(config.model)) is not None:

@@ -77,8 +77,8 @@ class DVAETraining:
         place = config.data, "validation", size, config.seed, False
         held = open_source(*place, reading=config, detail=size)
         whole = partial(centred, config)
-        pictures = first_examples(held, whole, config.validation_pictures)["images"]
-        self.held = to_float(pictures).to(self.device)
+        first = partial(first_examples, held, whole, config.validation_pictures)
+        self.held = to_float(distributed.from_main(first)["images"]).to(self.device)
 
     def initial(self) -> DVAE:
         """Make a new dVAE, or take the one that --init names."""

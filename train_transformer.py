@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,7 +77,8 @@ class TransformerTraining:
         self.tokenizer = self.vocabulary()
         size, text_len = self.dvae.config.image_size, config.model.text_len
         prepare = Tokenized(size, self.tokenizer, text_len, 0.0, 0.0, None, config.allow_upscale)
-        held = first_examples(self.open("validation"), prepare, 256)
+        first = partial(first_examples, self.open("validation"), prepare, 256)
+        held = distributed.from_main(first)
         self.held = {name: tensor.to(self.device) for name, tensor in held.items()}
         prepare = replace(
             prepare,
@@ -118,8 +120,8 @@ class TransformerTraining:
         for folder in (self.config.out, self.config.init):
             if folder and (kept := model_folder(folder) / VOCABULARY_NAME).is_file():
                 return Tokenizer.load(kept)
-        captions = first_captions(self.source, self.config.vocab_captions)
-        return Tokenizer.train(captions, self.config.model.text_vocab)
+        first = partial(first_captions, self.source, self.config.vocab_captions)
+        return Tokenizer.train(distributed.from_main(first), self.config.model.text_vocab)
 
     def open(self, split: str) -> Source:
         config, size = self.config, self.dvae.config.image_size

@@ -14,10 +14,30 @@ Config = TypeVar("Config")
 
 
 @contextmanager
+def worker_advice() -> Iterator[None]:
+    """Where torch tells, at any moment, that such a process was killed, say what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise worker_killed(error) from error
+
+
+def worker_killed(error: Exception) -> ValueError:
+    """Say what to lower where a process that prepares batches was killed."""
+    return ValueError(
+        f"a process that prepares batches was killed, likely for want of memory ({error}); give a "
+        "lower --num-workers, or 0 to prepare them in the main process"
+    )
+
+
+@contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn what a user can cause into one line on stderr and exit code 2."""
     try:
-        yield
+        with worker_advice():
+            yield
     except (ValueError, OSError) as error:
         # An error in a worker process comes wrapped in its traceback; its last line is the error.
         text = str(error).strip()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.data.batches import LEFT_OUT, PLACE, Prepare, Source, batches
+from dalle1.data.batches import Prepare, Source, batches
 from dalle1.data.left_out import Tally
 from dalle1.data.reading import Reading
 from dalle1.device import keep_freed_memory, matrix_rate, peak_memory
@@ -258,7 +258,7 @@ def fit(
         trainer.resume(init)
         others = recorders(config, trainer.step) if here else []
         progress = Progress(here, trainer.step, config.steps, config.batch_size, others)
-        skipped = Divergence(config.out)
+        skipped = Divergence(config.out, trainer.counts)
         measured = partial(_measured, trainer, validate, measure, draw)
         rates = partial(efficiency, config, trainer.device, work)
         with progress, closing(_updates(trainer, loss_fn, batches, progress)) as updates:
@@ -269,7 +269,7 @@ def fit(
                 skipped.update(step, values, trainer.scaled)
                 last = step == config.steps or stopped
                 if step % config.log_every == 0 or last:
-                    progress.log(step, {**values, **skipped.counts()}, rates)
+                    progress.log(step, {**values, **trainer.counted()}, rates)
                 if step % config.save_every == 0 or last:
                     trainer.save(save_model)
                 if stopped:
@@ -292,8 +292,8 @@ def _updates(
         return
     with closing(batches(**trainer.where())) as stream:
         for batch in stream:
-            progress.advance(batch.pop(LEFT_OUT, ()))
-            trainer.place = batch.pop(PLACE, None)
+            progress.advance()
+            trainer.take_notes(batch)
             batch = {name: tensor.to(trainer.device) for name, tensor in batch.items()}
             yield trainer.update(loss_fn, batch)
             if trainer.step == trainer.config.steps:

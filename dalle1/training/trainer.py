@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dalle1.data.batches import join_places
+from dalle1.data.batches import LEFT_OUT, PLACE, join_places
 from dalle1.training import distributed
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint, save_checkpoint
 from dalle1.training.engine import Engine, Plain, samples_at_once
@@ -99,6 +100,8 @@ class Trainer(Generic[Model]):
         self.device = self.engine.device
         self.step = 0
         self.place: Any = None  # in the data, where it cannot be told from the step
+        self.counts: Counter[str] = Counter()
+        """What was left out and skipped so far, by this process's count; see `counted`."""
 
     def update(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
         """Make one update with this process's part of a batch.
@@ -143,6 +146,15 @@ class Trainer(Generic[Model]):
         """Say where in the data to go on, as `dalle1.data.batches` takes it."""
         return {"start": self.step, **({"place": self.place} if self.place else {})}
 
+    def take_notes(self, batch: dict[str, Any]) -> None:
+        """Take out of a batch what is no tensor: its place in the data, and what was left out."""
+        self.place = batch.pop(PLACE, None)
+        self.counts.update(f"left out/{pair.cause}" for pair in batch.pop(LEFT_OUT, ()))
+
+    def counted(self) -> dict[str, int]:
+        """Add up the counts of all processes, each of which must ask for it."""
+        return dict(sum(distributed.together(self.counts), Counter()))
+
     @property
     def scaled(self) -> bool:
         """Whether gradients are scaled, so that now and then some overflow and all is well."""
@@ -151,7 +163,7 @@ class Trainer(Generic[Model]):
     def save(self, save_model: Callable[[Model, Path], None]) -> None:
         """Write a checkpoint: models for use, and what resuming needs."""
 
-        places = distributed.together(self.place)
+        places, counts = distributed.together(self.place), self.counted()
 
         def write(folder: Path) -> None:
             path = folder / TENSORS_NAME
@@ -167,6 +179,7 @@ class Trainer(Generic[Model]):
             return
         state = {"recipe": recipe(self.config), "updates": self.engine.updates}
         state["place"] = join_places(places) if self.place else None
+        state["counts"] = counts
         more = {name: part.state_dict() for name, part in self._more().items()}
         save_checkpoint(self.config.out, self.step, {**state, **more}, write, self.config.keep)
 
@@ -212,7 +225,8 @@ class Trainer(Generic[Model]):
         for name, part in self._more().items():
             part.load_state_dict(state[name])
         self.step, self.place = state["step"], state.get("place")
-        if distributed.is_main():
+        if distributed.is_main():  # the sums go on in one process
+            self.counts.update(state.get("counts", {}))
             print(f"Going on at step {self.step} of {self.config.steps} in {out}")
 
     @contextmanager

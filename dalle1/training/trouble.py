@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,13 +80,10 @@ def stop_on_signal() -> Iterator[list[float]]:
 class Divergence:
     """Counts the updates that were skipped because the loss or its gradient was no number."""
 
-    def __init__(self, out: Path, patience: int = 10) -> None:
-        self.out, self.patience = out, patience
-        self.total, self.in_a_row = 0, 0
-
-    def counts(self) -> dict[str, float]:
-        """Give what is worth a place in the log."""
-        return {"skipped_updates": self.total} if self.total else {}
+    def __init__(self, out: Path, counts: Counter[str], patience: int = 10) -> None:
+        """Count skipped updates in `counts`, of the main process, as they are every process's."""
+        self.out, self.counts, self.patience = out, counts, patience
+        self.in_a_row = 0
 
     def update(self, step: int, values: Mapping[str, float | Tensor], scaled: bool = False) -> None:
         """Take what an update gave; ValueError after `patience` bad ones in a row.
@@ -95,7 +93,8 @@ class Divergence:
         """
         loss, norm = (float(values[name]) for name in ("total", "gradient_norm"))
         bad = not math.isfinite(loss) or not (values.get("applied", 1) or scaled)
-        self.total += bad
+        if bad and distributed.is_main():
+            self.counts["skipped_updates"] += 1
         self.in_a_row = self.in_a_row + 1 if bad else 0
         if self.in_a_row == self.patience:
             raise ValueError(
