@@ -74,19 +74,17 @@ class ResidualBlock(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-class Judge(nn.Module):
-    """A small residual network with two heads."""
+class Eye(nn.Module):
+    """A small residual network without a head: what every judge looks with."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         self.config = config
-        stem, *_, last = config.widths
+        stem = config.widths[0]
         self.stem = nn.Sequential(
             nn.Conv2d(3, stem, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
         )
         self.stages = nn.Sequential(*(ResidualBlock(a, b) for a, b in pairwise(config.widths)))
-        self.noun = nn.Linear(2 * last, len(config.nouns))
-        self.fill = nn.Linear(2 * last, len(config.fills))
 
     def features(self, images: Tensor) -> Tensor:
         """Look at `images` [B, 3, H, W] in [0, 1]: [B, C, h, w]."""
@@ -96,12 +94,19 @@ class Judge(nn.Module):
         x = (2 * images - 1).to(memory_format=torch.channels_last)
         return self.stages(self.stem(x))
 
+
+class Judge(Eye):
+    """An eye with two heads: for the noun and for the fill of one thing."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__(config)
+        last = config.widths[-1]
+        self.noun = nn.Linear(2 * last, len(config.nouns))
+        self.fill = nn.Linear(2 * last, len(config.fills))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of nouns and fills for `images` [B, 3, H, W] in [0, 1]."""
-        return self.single(self.features(images))
-
-    def single(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of nouns and fills of what `features` saw."""
+        x = self.features(images)
         # The mean tells textures, the maximum tells parts that are small or at the edge.
         x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)  # [B, 2C]
         return self.noun(x), self.fill(x)
@@ -120,7 +125,7 @@ class Judge(nn.Module):
         return found
 
 
-AnyJudge = TypeVar("AnyJudge", bound=Judge)
+AnyJudge = TypeVar("AnyJudge", bound=Eye)
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
@@ -129,7 +134,7 @@ def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
 
 
-def save_judge(judge: Judge, path: str | Path) -> None:
+def save_judge(judge: Eye, path: str | Path) -> None:
     """Write the weights as half-precision safetensors, with the config in the metadata."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,12 +230,16 @@ def degrade(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     down, across = axis(), axis()
     x = down[:, None] @ images @ across[:, None].mT  # [B, 3, size, size]
     block = size * 8 // 128  # one patch of the VAE
-    factor = (2, 4, block)[int(torch.randint(3, (), generator=generator))]
-    mode = "nearest" if factor == block else "bilinear"
-    coarse = F.interpolate(F.avg_pool2d(x, factor), (size, size), mode=mode)
     # A third of the pictures keep all their detail; the coarsest blocks only ever shine through.
-    most = {2: 1.0, 4: 0.6, block: 0.35}[factor]
-    x = x.lerp_(coarse, uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0) * most)
+    kinds = torch.randint(3, (count,), generator=generator)
+    share = uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0)
+    for kind, (factor, most) in enumerate(((2, 1.0), (4, 0.6), (block, 0.35))):
+        chosen = (kinds == kind).nonzero()[:, 0]
+        if len(chosen):
+            pooled = F.avg_pool2d(x[chosen], factor)
+            mode = "nearest" if factor == block else "bilinear"
+            coarse = F.interpolate(pooled, (size, size), mode=mode)
+            x[chosen] = x[chosen].lerp_(coarse, share[chosen] * most)
     x = x.mul_(uniform(0.95, 1.05, count, 3, 1, 1)).add_(uniform(-0.03, 0.03, count, 1, 1, 1))
     noise = torch.randn(x.shape, generator=generator)
     return x.add_(noise.mul_(uniform(-0.03, 0.04, count, 1, 1, 1).clamp_(min=0))).clamp_(0, 1)
@@ -302,6 +311,21 @@ def train(
     return judge.eval()
 
 
+@torch.inference_mode()
+def answer_in_batches(
+    ask: Callable[[Tensor], Sequence[Tensor]], pictures: Tensor, config: JudgeConfig, degraded: bool
+) -> list[Tensor]:
+    """Give the answer [N] to each question of bytes [N, 3, H, W]; degraded: as in training."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for batch in pictures.split(64):
+        images = batch.float() / 255
+        if degraded:
+            images = degrade(images, config.image_size, generator)
+        found.append([logits.argmax(1) for logits in ask(images)])
+    return [torch.cat(answers) for answers in zip(*found)]
+
+
 def accuracy(
     judge: Judge, split: str, count: int, seed: str, degraded: bool = False
 ) -> Iterator[tuple[str, float]]:
@@ -310,17 +334,8 @@ def accuracy(
     With `degraded` the pictures are first treated as in training.
     """
     data = render_many(judge.config, count, split, seed)
-    generator = torch.Generator().manual_seed(0)
-    nouns, fills = [], []
-    with torch.inference_mode():
-        for batch in data.pictures.split(64):
-            images = batch.float() / 255
-            if degraded:
-                images = degrade(images, judge.config.image_size, generator)
-            noun, fill = judge(images)
-            nouns.append(noun.argmax(1))
-            fills.append(fill.argmax(1))
-    noun_right, fill_right = torch.cat(nouns) == data.nouns, torch.cat(fills) == data.fills
+    nouns, fills = answer_in_batches(judge, data.pictures, judge.config, degraded)
+    noun_right, fill_right = nouns == data.nouns, fills == data.fills
     yield "noun", noun_right.float().mean().item()
     yield "fill", fill_right.float().mean().item()
     yield "both", (noun_right & fill_right).float().mean().item()

@@ -1,8 +1,8 @@
 """A judge of whole scenes: how many things there are, and of two, which one is where.
 
-Beside what `dalle1.judge` asks of a single thing, from the same kind of network, trained on
-degraded renderings as well. It answers from a map of the picture, not from its mean, since it must
-know where it saw what. "Near" is left or above, "far" right or below.
+It looks with the same kind of network as `dalle1.judge`, trained on degraded renderings as well. It
+answers from a map of the picture, not from its mean, since it must know where it saw what.
+"Near" is left or above, "far" right or below.
 
 Legend: B batch, C channels, h w places.
 """
@@ -22,10 +22,10 @@ from tqdm import tqdm
 from dalle1.data.toybox import Scene, render, sample_scene
 from dalle1.judge import (
     PICTURE_SIZE,
-    Judge,
+    Eye,
     JudgeConfig,
+    answer_in_batches,
     as_tensor,
-    degrade,
     question,
     read_judge,
     train,
@@ -34,6 +34,8 @@ from dalle1.judge import (
 BUNDLED = Path(__file__).parent / "bundled" / "scene_judge.safetensors"
 LAYOUTS = ("one", "two", "three", "across", "down")
 """Things alike, or two in a row or a column."""
+HEADS = ("layout", "fill", "noun", "near fill", "near noun", "far fill", "far noun")
+"""What is asked of a picture: fill and noun of things alike, of the near one, of the far one."""
 PLACES = 32  # channels of the map that scenes are read from
 NONE = -1  # a question that a scene leaves open
 
@@ -65,8 +67,8 @@ def truth(scene: Scene) -> tuple[str, tuple[tuple[str, str], ...]]:
     return layout, pairs if near_first else pairs[::-1]
 
 
-class SceneJudge(Judge):
-    """A judge that reads off a map of the picture as well."""
+class SceneJudge(Eye):
+    """An eye whose answers are read off a map of the picture."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__(config)
@@ -163,16 +165,18 @@ def train_scene_judge(
 
 def scene_accuracy(
     judge: SceneJudge, kind: str, count: int, seed: str, degraded: bool = False
-) -> float:
-    """Give how often the judge is right about all of a scene, on fresh renderings of all pairs."""
+) -> Iterator[tuple[str, float]]:
+    """Yield how often each head is right that is asked, and all of a scene is.
+
+    On `count` fresh renderings of all pairs; with `degraded`, treated as in training.
+    """
     stream = scenes("all", seed, kind)
     shown = [next(stream) for _ in range(count)]
-    pictures = [render(scene, PICTURE_SIZE) for scene in shown]
-    if degraded:
-        from dalle1.data.images import to_pil
-
-        generator = torch.Generator().manual_seed(0)
-        images = degrade(as_tensor(pictures).float() / 255, judge.config.image_size, generator)
-        pictures = to_pil(images)
-    seen = judge.scene_verdicts(pictures)
-    return sum(v.shows(scene) for v, scene in zip(seen, shown)) / count
+    pictures = as_tensor([render(scene, PICTURE_SIZE) for scene in shown])
+    truths = torch.tensor([answers_of(scene, judge.config) for scene in shown])  # [count, heads]
+    answers = answer_in_batches(judge.ask, pictures, judge.config, degraded)
+    asked, right = truths != NONE, torch.stack(answers, 1) == truths
+    for i, name in enumerate(HEADS):
+        if asked[:, i].any():
+            yield name, right[asked[:, i], i].float().mean().item()
+    yield "all", (right | ~asked).all(1).float().mean().item()

@@ -221,6 +221,7 @@ def test_the_verdict_on_a_picture_does_not_depend_on_its_neighbours() -> None:
         (["toybox", "--num-prompts", "0"], "num_prompts"),
         (["toybox", "--judge", "nowhere.safetensors"], "no judge at nowhere.safetensors"),
         (["judge", "--out", "x", "--minutes", "0"], "minutes"),
+        (["samples", "--pictures", "x", "--most", "1"], "most is 1, expected at least 2"),
     ],
 )
 def test_mistakes_are_told_in_a_line(
@@ -229,7 +230,24 @@ def test_mistakes_are_told_in_a_line(
     with pytest.raises(SystemExit) as stop:
         evaluate.main(arguments)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_one_batch_is_degraded_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, counts = torch.nn.functional.avg_pool2d, {}
+
+    def counting(images: torch.Tensor, factor: int) -> torch.Tensor:
+        counts[factor] = len(images)
+        return pool(images, factor)
+
+    monkeypatch.setattr(torch.nn.functional, "avg_pool2d", counting)
+    degrade(torch.rand(48, 3, 128, 128), 96, torch.Generator().manual_seed(1))
+    assert counts.keys() == {2, 4, 6}
+    assert sum(counts.values()) == 48
+    assert min(counts.values()) > 8
 
 
 def test_a_file_that_is_no_judge_is_refused(tmp_path: Path) -> None:

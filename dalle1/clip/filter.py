@@ -61,8 +61,7 @@ class FilterOptions:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What matrix products are computed in."""
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+    def __post_init__(self) -> None:
         for name in ("batch_size", "num_workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -74,7 +73,6 @@ class FilterOptions:
 
 def filter_shards(options: FilterOptions) -> dict[str, Any]:
     """Filter all shards, those already done left alone; give what was counted."""
-    options.check()
     if is_far(options.data):
         raise ValueError(f"data is {options.data!r}: only local shards can be filtered")
     shards = [Path(shard) for shard in shards_of(options.data)]

@@ -41,8 +41,7 @@ class RankOptions:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What matrix products are computed in."""
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+    def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -110,7 +109,6 @@ def _readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
 
 def run(options: RankOptions) -> list[Ranked]:
     """Rank as `options` say, print the table and write grid.png and scores.json."""
-    options.check()
     files = pictures_in(options.files)
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
     options.out.mkdir(parents=True, exist_ok=True)
