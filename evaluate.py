@@ -324,16 +324,15 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
     """Measure drawn pictures, print and write the numbers, and return them."""
     from dalle1.clip import Clip
     from dalle1.data import open_source
-    from dalle1.data.folder import Folder
     from dalle1.data.reading import AS_IT_IS
     from dalle1.data.streams import Streamed
     from dalle1.device import pick_device
-    from dalle1.evaluation.own import prompt_of
+    from dalle1.evaluation.own import drawn_pictures, prompt_of
     from dalle1.evaluation.report import table, write_report
     from dalle1.evaluation.samples import Pictures, clip_score, distances, features, inception
 
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
-    source = Folder(options.pictures, "encode", captions=False, reading=AS_IT_IS)
+    source = drawn_pictures(options.pictures)
     drawn = Pictures(source, options.most)
     scores: dict[str, float] = {"pictures": len(drawn)}
     prompts = [prompt_of(path) for path in source.pictures[: len(drawn)]]

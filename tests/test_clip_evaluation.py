@@ -20,6 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import evaluate
+from dalle1 import Candidate, outputs
 from dalle1.clip import Clip
 from dalle1.evaluation import toybox_probes as probes
 from dalle1.evaluation.clips import (
@@ -337,14 +338,18 @@ def test_samples_are_measured_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn, real, out = tmp_path / "drawn", tmp_path / "real", tmp_path / "out"
-    for folder in (drawn, real):
-        folder.mkdir()
-        for i, name in enumerate(PALETTE):
-            info = PngInfo()
-            info.add_itxt("prompt", f"a {name} thing")
-            plain(name).save(folder / f"{i}.png", pnginfo=info)
-    plain("red").save(drawn / "grid.png")  # no prompt
-    (drawn / "1.txt").write_text("a red thing")  # goes before what the PNG says
+    real.mkdir()
+    for i, name in enumerate(PALETTE):
+        info = PngInfo()
+        info.add_itxt("prompt", f"a {name} thing")
+        plain(name).save(real / f"{i}.png", pnginfo=info)
+        (drawn / name).mkdir(parents=True)
+        codes = torch.zeros(1, 1)
+        kept = [Candidate(image=plain(name), codes=codes, index=0, seed=0, score=0.5)]
+        outputs.write(drawn / name, f"a {name} thing", kept, {})
+        plain(name).save(drawn / name / "preview.png", pnginfo=info)
+    (drawn / "green" / "00.txt").write_text("a red thing")  # goes before what the PNG says
+    plain("red").save(drawn / "own.png")  # without scores beside it, and without a prompt
     command = ["samples", "--pictures", str(drawn), "--out", str(out)]
     evaluate.main([*command, "--reference", str(real), "--blur", "0", "2"])
     scores = json.loads((out / "samples.json").read_text())["scores"]

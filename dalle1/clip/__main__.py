@@ -25,8 +25,8 @@ def main(args: Sequence[str] | None = None) -> None:
         options = parse(command, args, __doc__)
         if isinstance(options, rank.RankOptions):
             rank.run(options)
-        else:
-            filter.filter_shards(options)
+        elif filter.filter_shards(options)["damaged"]:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

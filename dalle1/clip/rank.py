@@ -18,6 +18,7 @@ from dalle1.clip.model import Clip
 from dalle1.data.images import grid
 from dalle1.data.reading import AS_IT_IS, PICTURES, read_picture
 from dalle1.device import pick_device
+from dalle1.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def run(options: RankOptions) -> list[Ranked]:
     for entry in ranked:
         print(f"{entry.similarity:10.4f} {entry.probability:11.4f} {entry.file}")
     scores = {"prompt": options.prompt, "clip": options.clip, "pictures": list(map(asdict, ranked))}
-    (options.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    write_whole(options.out / "scores.json", json.dumps(scores, indent=1) + "\n")
     best = [entry.file for entry in ranked[: options.num_images]]
     cells = [thumbnail(read_picture(Path(file).read_bytes(), file, AS_IT_IS)) for file in best]
     grid(cells, min(len(cells), 4)).save(options.out / "grid.png")

@@ -22,6 +22,7 @@ from dalle1.evaluation.clips import (
     zero_shot,
 )
 from dalle1.evaluation.samples import Pictures, features
+from dalle1.outputs import SCORES, drawn_in
 
 FOIL = ".foil.txt"
 
@@ -38,7 +39,7 @@ def folder_probes(clip: Clip, data: str, templates: Sequence[str], most: int | N
     if root.is_dir() and (labelled := _labelled(root, most)):
         found = True
         paths, labels, classes = labelled
-        images = features(clip, Pictures(_Files(paths)))
+        images = features(clip, Pictures(Files(paths)))
         texts = class_embeddings(clip, classes, templates)
         for key, value in zero_shot(images, labels, texts):
             yield f"zero-shot/{key}", value
@@ -56,7 +57,7 @@ def folder_probes(clip: Clip, data: str, templates: Sequence[str], most: int | N
             yield f"retrieval/{key}", value
     if foils := [p for p in _captioned(root) if p.with_suffix(FOIL).is_file()][:most]:
         right, wrong = ([_first_line(p.with_suffix(s)) for p in foils] for s in (".txt", FOIL))
-        for key, value in binding(clip, Pictures(_Files(foils)), right, wrong):
+        for key, value in binding(clip, Pictures(Files(foils)), right, wrong):
             yield f"binding/{key}", value
     if not found:
         raise ValueError(
@@ -65,7 +66,7 @@ def folder_probes(clip: Clip, data: str, templates: Sequence[str], most: int | N
         )
 
 
-class _Files(Folder):
+class Files(Folder):
     """A source of the pictures in these files."""
 
     def __init__(self, paths: list[Path]) -> None:
@@ -98,6 +99,20 @@ def _captioned(root: Path) -> list[Path]:
 
 def _first_line(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip().splitlines()[0]
+
+
+def drawn_pictures(folder: Path) -> Files:
+    """Find what was drawn into a folder, and into those in it.
+
+    Where scores.json names the pictures, the others (grid.png, preview.png) are none. ValueError
+    where there are none at all.
+    """
+    found = Folder(folder, "encode", captions=False, reading=AS_IT_IS).pictures
+    named = {parent: drawn_in(parent) for parent in {path.parent for path in found}}
+    drawn = [p for p in found if (names := named[p.parent]) is None or p.name in names]
+    if not drawn:
+        raise ValueError(f"no pictures in {folder} that its {SCORES} names: draw them again")
+    return Files(drawn)
 
 
 def prompt_of(path: Path) -> str | None:
