@@ -208,6 +208,30 @@ def test_the_bias_of_the_sigmoid_is_saved_apart(size: dict[str, Any], tmp_path: 
     assert Clip.from_pretrained(tmp_path).model.logit_bias.item() == -6.5
 
 
+def test_infonce_leaves_no_bias_without_a_gradient(tmp_path: Path) -> None:
+    from dalle1.clip.losses import pair_loss, prepare_for
+
+    clip = small(layers=1, width=32)
+    prepare_for(clip.model, "sigmoid")
+    clip.save_pretrained(tmp_path)
+    model = Clip.from_pretrained(tmp_path).model.requires_grad_(True)
+    prepare_for(model, "infonce")
+    ids = clip.tokenize(["a red cube", "a blue ball"])["input_ids"]
+    pair_loss(model, torch.rand(2, 3, 32, 32), ids).total.backward()
+    assert [name for name, x in model.named_parameters() if x.grad is None] == []
+    Clip(model, clip.tokenizer, clip.processor).save_pretrained(tmp_path)
+    assert not hasattr(Clip.from_pretrained(tmp_path).model, "logit_bias")
+
+
+def test_only_cpus_train_by_the_eager_attention() -> None:
+    from dalle1.clip.towers import quicken
+
+    clip = small(layers=1, width=32)
+    for device, expected in (("cuda", "sdpa"), ("cpu", "eager")):
+        quicken(clip.model, torch.device(device))
+        assert clip.model.config.vision_config._attn_implementation == expected
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [
