@@ -331,7 +331,8 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
     from dalle1.evaluation.report import table, write_report
     from dalle1.evaluation.samples import Pictures, clip_score, distances, features, inception
 
-    clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
+    device = pick_device(options.device)
+    clip = Clip.from_pretrained(options.clip, device, options.precision)
     source = drawn_pictures(options.pictures)
     drawn = Pictures(source, options.most)
     scores: dict[str, float] = {"pictures": len(drawn)}
@@ -357,7 +358,7 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
             **dict(distances(clip, drawn, real, options.blur)),
         }
         if options.inception:
-            scores |= inception(drawn, real, options.blur)
+            scores |= inception(drawn, real, options.blur, device=device)
     write_report(options.out / "samples.json", options, scores)
     print(table(scores.items()))
     print(f"wrote {options.out / 'samples.json'}")

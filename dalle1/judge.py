@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -27,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from dalle1.files import write_whole
 
 PICTURE_SIZE = 128  # of what the judge learns from; it takes any size and makes it smaller
 BUNDLED = Path(__file__).parent / "bundled" / "judge.safetensors"
@@ -136,26 +137,22 @@ def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
 
 def save_judge(judge: Eye, path: str | Path) -> None:
     """Write the weights as half-precision safetensors, with the config in the metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
         for name, tensor in judge.state_dict().items()
     }
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
-    unfinished.replace(path)
+    write_whole(Path(path), save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
 
 
 def load_judge(path: str | Path = BUNDLED) -> Judge:
     """Read a judge back, ready to use; a `ValueError` if the file is not one."""
-    return read_judge(path, Judge)
+    return read_judge(path, Judge, "evaluate.py judge")
 
 
-def read_judge(path: str | Path, kind: type[AnyJudge]) -> AnyJudge:
-    """Read a judge of some kind; see `load_judge`."""
+def read_judge(path: str | Path, kind: type[AnyJudge], command: str) -> AnyJudge:
+    """Read a judge of the kind that `command` trains; see `load_judge`."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no judge at {path}: train one with `evaluate.py judge`")
+        raise FileNotFoundError(f"no judge at {path}: train one with `{command}`")
     try:
         with safe_open(path, framework="pt") as file:
             fields = json.loads((file.metadata() or {})["config"])
@@ -165,7 +162,7 @@ def read_judge(path: str | Path, kind: type[AnyJudge]) -> AnyJudge:
         judge.load_state_dict(tensors)
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a judge of `evaluate.py judge`: {reason}") from error
+        raise ValueError(f"{path} is not a judge of `{command}`: {reason}") from error
     return judge.eval()
 
 
@@ -186,13 +183,11 @@ class Renderings:
 
 def single_objects(split: str, seed: str) -> Iterator[tuple[Image.Image, Verdict]]:
     """Yield Toybox pictures of one object, without end, each with what a judge should say."""
-    from dalle1.data.toybox import render, sample_scene
+    from dalle1.data.toybox import render
+    from dalle1.data.toybox.kinds import scenes
 
-    rng = random.Random(seed)
-    while True:
-        scene = sample_scene(rng, split)
-        if len(scene.items) == 1:
-            yield render(scene, PICTURE_SIZE), Verdict(scene.items[0].noun, scene.items[0].fill)
+    for scene in scenes(split, seed, "one"):
+        yield render(scene, PICTURE_SIZE), Verdict(scene.items[0].noun, scene.items[0].fill)
 
 
 def render_many(config: JudgeConfig, count: int, split: str, seed: str) -> Renderings:

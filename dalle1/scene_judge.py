@@ -9,7 +9,6 @@ Legend: B batch, C channels, h w places.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dalle1.data.toybox import Scene, render, sample_scene
+from dalle1.data.toybox import Scene, render
+from dalle1.data.toybox.kinds import Kind, scenes
 from dalle1.judge import (
     PICTURE_SIZE,
     Eye,
@@ -111,21 +111,7 @@ class SceneJudge(Eye):
 
 def load_scene_judge(path: str | Path = BUNDLED) -> SceneJudge:
     """Read a judge of scenes back, ready to use; a `ValueError` if the file is not one."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no judge of scenes at {path}: train one with `evaluate.py judge --scenes`"
-        )
-    return read_judge(path, SceneJudge)
-
-
-def scenes(split: str, seed: str, kind: str = "any") -> Iterator[Scene]:
-    """Yield scenes without end: of `any` kind, or with a `count` above one, or a `relation`."""
-    rng = random.Random(seed)
-    while True:
-        scene = sample_scene(rng, split)
-        counted = scene.relation is None and len(scene.items) > 1
-        if kind == "any" or (counted if kind == "count" else scene.relation is not None):
-            yield scene
+    return read_judge(path, SceneJudge, "evaluate.py judge --scenes")
 
 
 def answers_of(scene: Scene, config: JudgeConfig) -> list[int]:
@@ -145,9 +131,8 @@ def train_scene_judge(
     config: JudgeConfig, *, pictures: int, steps: int, seed: int = 0, batch_size: int = 64
 ) -> SceneJudge:
     """Render scenes of all pairs, half of them relations, and train a judge on them."""
-    streams = [
-        scenes("all", f"train {seed} {i}", kind) for i, kind in enumerate(("any", "relation"))
-    ]
+    kinds: tuple[Kind, ...] = ("any", "relation")
+    streams = [scenes("all", f"train {seed} {i}", kind) for i, kind in enumerate(kinds)]
     drawn, answers = [], []
     for i in tqdm(range(pictures), desc="rendering scenes", unit="picture", leave=False):
         scene = next(streams[i % 2])
@@ -164,7 +149,7 @@ def train_scene_judge(
 
 
 def scene_accuracy(
-    judge: SceneJudge, kind: str, count: int, seed: str, degraded: bool = False
+    judge: SceneJudge, kind: Kind, count: int, seed: str, degraded: bool = False
 ) -> Iterator[tuple[str, float]]:
     """Yield how often each head is right that is asked, and all of a scene is.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dalle1.clip import Clip, ClipSize, tiny_clip
+from dalle1.clip import Clip, ClipSize, new_clip
 from dalle1.clip.resnet import ModifiedResNet
 from dalle1.presets import CLIP_PRESETS
 from dalle1.text import Tokenizer
@@ -162,7 +162,7 @@ def test_presets_have_the_sizes_of_the_released_models(name: str) -> None:
 def small(**size: Any) -> Clip:
     torch.manual_seed(0)
     vocabulary = Tokenizer.train(["a red cube", "a blue ball"], 300)
-    return tiny_clip(vocabulary, **{**TEXT, "image_size": 32, **size})
+    return new_clip(vocabulary, ClipSize(**{**TEXT, "image_size": 32, **size}))
 
 
 @pytest.fixture(scope="module")

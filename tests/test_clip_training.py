@@ -99,7 +99,9 @@ def test_a_training_on_a_single_pair(tmp_path: Path) -> None:
 def test_captions_are_cut_where_the_longest_ends(tmp_path: Path) -> None:
     config: ClipRecipe = parse_preset(CLIP_PRESETS, [*VIT, "--out", str(tmp_path)], "")
     run = train_clip.ClipTraining(config)
-    ids = run.clip.tokenize(["a red cube", "a ball"], full_length=True)["input_ids"]
+    ids = torch.stack(
+        [train_clip.tokens(config, run.clip.tokenizer, text) for text in ("a red cube", "a ball")]
+    )
     cut = run.trimmed(ids)
     assert cut.shape[1] == run.clip.tokenize(["a red cube"])["input_ids"].shape[1] < ids.shape[1]
     whole, short = (

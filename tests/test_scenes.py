@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import evaluate
 from dalle1.data.toybox import FILLS, NOUNS, Item, Scene, render
+from dalle1.data.toybox.kinds import scenes
 from dalle1.data.toybox.scene import TRAINING
 from dalle1.evaluation.scenes import KINDS, check_scene_judge, choose_scenes, plain_caption
 from dalle1.judge import JudgeConfig, save_judge
@@ -22,7 +23,6 @@ from dalle1.scene_judge import (
     answers_of,
     load_scene_judge,
     scene_accuracy,
-    scenes,
     train_scene_judge,
     truth,
 )
@@ -166,7 +166,7 @@ def test_the_judge_of_scenes_is_sought_before_anything_is_drawn(
     monkeypatch.setattr(evaluate, "load_model", load)
     nowhere = str(tmp_path / "none.safetensors")
     for flags, message in (
-        (["--num-scenes", "3", "--scene-judge", nowhere], "no judge of scenes at"),
+        (["--num-scenes", "3", "--scene-judge", nowhere], "no judge at"),
         (["--num-scenes", "-1"], "num_scenes must be 0 or more, got -1"),
     ):
         with pytest.raises(SystemExit):

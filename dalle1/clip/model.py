@@ -150,10 +150,10 @@ class Clip:
 
         return size_of(self.model)
 
-    def tokenize(self, captions: Sequence[str], *, full_length: bool = False) -> dict[str, Tensor]:
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Prepare captions as inputs of `get_text_features`, on the CPU.
 
-        They are padded to the longest, or to `text_len` with `full_length` (SigLIP: always).
+        They are padded to the longest (SigLIP: to `text_len`).
         Captions beyond the model's limit are cut, with a warning.
         """
         if isinstance(captions, str) or not captions:
@@ -172,7 +172,7 @@ class Clip:
             captions,
             truncation=True,
             max_length=self.text_len,
-            padding="max_length" if full_length or is_siglip else True,
+            padding="max_length" if is_siglip else True,
             return_tensors="pt",
         )
         # SigLIP was trained on full-length text with its padding visible; it pools the last token.
@@ -261,11 +261,6 @@ def new_clip(tokenizer: Tokenizer, size: ClipSize) -> Clip:
             image_std=[NEW_STD] * 3,
         )
     return Clip(model, text_tokenizer, processor)
-
-
-def tiny_clip(tokenizer: Tokenizer, **sizes: Any) -> Clip:
-    """Build a CLIP with random weights, of `ClipSize`'s defaults but for `sizes`."""
-    return new_clip(tokenizer, ClipSize(**sizes))
 
 
 def _tokenizer_with_ends(tokenizer: Tokenizer, text_len: int) -> PreTrainedTokenizerBase:

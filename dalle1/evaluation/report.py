@@ -37,7 +37,6 @@ def table(scores: Iterable[tuple[str, float]]) -> str:
     for name, value in values.items():
         if not name.endswith(CHANCE):
             chance = values.get(name + CHANCE)
-            rows.append(
-                f"{name:{width}} {value:10.4g}" + (f"   chance {chance:.3g}" if chance else "")
-            )
+            number = f"{value:10.4g}" if abs(value) < 1e4 else f"{value:10.0f}"
+            rows.append(f"{name:{width}} {number}" + (f"   chance {chance:.3g}" if chance else ""))
     return "\n".join(rows)

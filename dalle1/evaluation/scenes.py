@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 from dalle1.data.toybox import Scene
 from dalle1.data.toybox.captions import NUMBERS, article, plural
+from dalle1.data.toybox.kinds import Kind, scenes
 from dalle1.data.toybox.scene import TRAINING
 from dalle1.evaluation.toybox import TRUSTED
-from dalle1.scene_judge import SceneJudge, SceneVerdict, scene_accuracy, scenes
+from dalle1.scene_judge import SceneJudge, SceneVerdict, scene_accuracy
 
 if TYPE_CHECKING:
     from dalle1.pipeline import DallE
 
-KINDS = ("count", "relation")
+KINDS: tuple[Kind, ...] = ("count", "relation")
 COUNTS = 2  # two or three alike
 
 
@@ -56,7 +57,7 @@ def plain_caption(scene: Scene) -> str:
     return f" {scene.relation} ".join(f"{article(x.fill)} {x.noun}" for x in scene.items)
 
 
-def choose_scenes(kind: str, count: int, seed: int) -> list[ScenePrompt]:
+def choose_scenes(kind: Kind, count: int, seed: int) -> list[ScenePrompt]:
     """Choose `count` prompts of a kind, of pairs that training sees, each a different one.
 
     ValueError where there are not so many.
