@@ -90,7 +90,9 @@ class DVAEOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Train the judge afresh and measure it on renderings it has not seen."""
+    """Train the judge afresh and measure it on renderings it has not seen.
+
+    Interrupted, the same command goes on."""
 
     out: Path
     """File to write, a .safetensors."""
@@ -374,18 +376,20 @@ def run_judge(options: JudgeOptions) -> dict[str, float]:
     options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
     config = JudgeConfig(nouns=tuple(NOUNS), fills=tuple(FILLS))
     steps = max(1, round(options.minutes * STEPS_PER_MINUTE))
+    how: dict[str, Any] = {"steps": steps, "seed": options.seed}
+    how["kept"] = options.out.with_name(f".{options.out.name}.training")
     if options.scenes:
         from dalle1.evaluation.report import table
         from dalle1.evaluation.scenes import check_scene_judge
         from dalle1.scene_judge import train_scene_judge
 
-        seen = train_scene_judge(config, pictures=options.pictures, steps=steps, seed=options.seed)
+        seen = train_scene_judge(config, pictures=options.pictures, **how)
         save_judge(seen, options.out)
         scores = dict(check_scene_judge(seen, CHECK_PICTURES, options.seed))
         print(f"{table(scores.items())}\nwrote {options.out}")
         return scores
     data = render_many(config, options.pictures, "all", f"train {options.seed}")
-    judge = train_judge(config, data, steps=steps, seed=options.seed)
+    judge = train_judge(config, data, **how)
     save_judge(judge, options.out)
     scores = dict(check_judge(judge, CHECK_PICTURES, options.seed))
     report_judge(scores, CHECK_PICTURES)

@@ -10,13 +10,14 @@ Legend: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from dalle1.files import write_whole
 
 PICTURE_SIZE = 128  # of what the judge learns from; it takes any size and makes it smaller
+KEEP_EVERY = 200  # steps of a training
 BUNDLED = Path(__file__).parent / "bundled" / "judge.safetensors"
 
 
@@ -255,7 +257,13 @@ def _resampling(height: int, size: int, shift: Tensor, zoom: Tensor, sigma: Tens
 
 
 def train_judge(
-    config: JudgeConfig, data: Renderings, *, steps: int, seed: int = 0, batch_size: int = 64
+    config: JudgeConfig,
+    data: Renderings,
+    *,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    kept: Path | None = None,
 ) -> Judge:
     """Train a judge from nothing; the same arguments on the same machine give the same weights."""
 
@@ -264,7 +272,8 @@ def train_judge(
         # Mean over the batch, the two questions with equal weight.
         return question(noun, data.nouns[chosen]) + question(fill, data.fills[chosen])
 
-    return train(Judge, config, data.pictures, loss, steps=steps, seed=seed, batch_size=batch_size)
+    how: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": batch_size, "kept": kept}
+    return train(Judge, config, data.pictures, loss, **how)
 
 
 def question(logits: Tensor, answers: Tensor) -> Tensor:
@@ -283,16 +292,30 @@ def train(
     steps: int,
     seed: int,
     batch_size: int,
+    kept: Path | None = None,
 ) -> AnyJudge:
-    """Train a judge on degraded `pictures`; loss_fn is of (judge, images, their indices)."""
+    """Train a judge on degraded `pictures`; loss_fn is of (judge, images, their indices).
+
+    Where `kept` is given, the state of the training is kept there now and then, until it is done:
+    the same call goes on after an interruption. ValueError where it is of another training.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = kind(config).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
-    progress = tqdm(range(steps), desc="training the judge", unit="step")
+    parts: dict[str, Any] = {"judge": judge, "optimizer": optimizer, "schedule": schedule}
+    settings = {**asdict(config), "steps": steps, "seed": seed, "batch_size": batch_size}
+    settings |= {"pictures": len(pictures), "kind": kind.__name__}
+    start = _restored(kept, settings, parts, generator)
+    progress = tqdm(range(start, steps), desc="training the judge", unit="step")
     for step in progress:
+        if kept and step > start and step % KEEP_EVERY == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"settings": settings, "step": step, "generator": generator.get_state()}
+            torch.save(state, content := io.BytesIO())
+            write_whole(kept, content.getvalue())
         chosen = torch.randint(len(pictures), (batch_size,), generator=generator)
         images = degrade(pictures[chosen].float() / 255, config.image_size, generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -303,7 +326,24 @@ def train(
         schedule.step()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
+    if kept:
+        kept.unlink(missing_ok=True)
     return judge.eval()
+
+
+def _restored(
+    kept: Path | None, settings: dict[str, Any], parts: dict[str, Any], generator: torch.Generator
+) -> int:
+    """Bring a training to where it was kept; give the step to go on with."""
+    if kept is None or not kept.is_file():
+        return 0
+    state = torch.load(kept, weights_only=True)
+    if state["settings"] != settings:
+        raise ValueError(f"{kept} is of a training with other settings: remove it, or repeat those")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    generator.set_state(state["generator"])
+    return int(state["step"])
 
 
 @torch.inference_mode()

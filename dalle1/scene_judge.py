@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -128,9 +129,18 @@ def answers_of(scene: Scene, config: JudgeConfig) -> list[int]:
 
 
 def train_scene_judge(
-    config: JudgeConfig, *, pictures: int, steps: int, seed: int = 0, batch_size: int = 64
+    config: JudgeConfig,
+    *,
+    pictures: int,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    kept: Path | None = None,
 ) -> SceneJudge:
-    """Render scenes of all pairs, half of them relations, and train a judge on them."""
+    """Render scenes of all pairs, half of them relations, and train a judge on them.
+
+    `kept` is where the training may be interrupted to; see `judge.train`.
+    """
     kinds: tuple[Kind, ...] = ("any", "relation")
     streams = [scenes("all", f"train {seed} {i}", kind) for i, kind in enumerate(kinds)]
     drawn, answers = [], []
@@ -144,8 +154,8 @@ def train_scene_judge(
         asked = zip(judge.ask(images), targets[chosen].unbind(1))
         return torch.stack([question(logits, right) for logits, right in asked]).sum()
 
-    options = {"steps": steps, "seed": seed, "batch_size": batch_size}
-    return train(SceneJudge, config, torch.cat(drawn), loss, **options)
+    options: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": batch_size}
+    return train(SceneJudge, config, torch.cat(drawn), loss, kept=kept, **options)
 
 
 def scene_accuracy(
