@@ -165,8 +165,9 @@ def beside(shard: Path, what: str, options: FilterOptions) -> Path:
 def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[LeftOut]:
     """Write the kept pairs of one shard, unless they are there; give what was left out of it.
 
-    What stands beside it is written first. A shard that was cut short is read anew each time, as
-    it may have been mended; of one that cannot be read at all, nothing is written.
+    The similarities are written first, so that a shard without them is a user's own, and what was
+    left out last, which makes it done. A shard that was cut short is read anew each time, as it may
+    have been mended; of one that cannot be read at all, nothing is written.
     """
     note, target = beside(shard, LEFT_OUT, options), options.out / shard.name
     if target.exists() and note.exists():
@@ -195,8 +196,8 @@ def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[LeftOu
     values = io.BytesIO()
     np.save(values, np.array(every))
     write_whole(beside(shard, SIMILARITIES, options), values.getvalue())
-    write_whole(note, "".join(f"{json.dumps(asdict(x))}\n" for x in left_out))
     os.replace(unfinished, target)
+    write_whole(note, "".join(f"{json.dumps(asdict(x))}\n" for x in left_out))
     return left_out
 
 
