@@ -16,14 +16,14 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dalle1.cli import clear_errors
+from dalle1.cli import clear_errors, notes, parse
 
 if TYPE_CHECKING:
     from dalle1.pipeline import DallE
@@ -64,6 +64,8 @@ class ToyboxOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.judge_pictures < 2:
             raise ValueError(f"judge_pictures must be at least 2, got {self.judge_pictures}")
+        if self.num_scenes < 0:
+            raise ValueError(f"num_scenes must be 0 or more, got {self.num_scenes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,9 @@ class DVAEOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Train the judge afresh and measure it on renderings it has not seen."""
+    """Train the judge afresh and measure it on renderings it has not seen.
+
+    Interrupted, the same command goes on."""
 
     out: Path
     """File to write, a .safetensors."""
@@ -132,8 +136,7 @@ class ClipOptions:
     out: Path = Path("runs/clip-evaluation")
     """Folder for clip.json."""
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+    def __post_init__(self) -> None:
         least = 4 if self.data == "toybox" else 0
         if self.pictures < least:
             raise ValueError(f"pictures is {self.pictures}, expected at least {least}")
@@ -163,8 +166,7 @@ class SamplesOptions:
     out: Path = Path("runs/samples-evaluation")
     """Folder for samples.json."""
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+    def __post_init__(self) -> None:
         if not self.blur or min(self.blur) < 0:
             raise ValueError(f"blur is {self.blur}, expected radii of 0 or more")
         if self.most < 2:
@@ -191,12 +193,14 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     )
     from dalle1.judge import BUNDLED, load_judge
 
+    # All that may be refused comes before the work.
     judge = load_judge(options.judge or BUNDLED)
+    prompts = [p for s in SPLITS for p in choose_prompts(s, options.num_prompts, options.seed)]
+    ask_scenes = scenes_asked(options) if options.num_scenes else None
     model = model or load_model(options)
-    options.out.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
+    options.out.mkdir(parents=True, exist_ok=True)
     scores = dict(check_judge(judge, options.judge_pictures, options.seed))
     report_judge(scores, options.judge_pictures)
-    prompts = [p for s in SPLITS for p in choose_prompts(s, options.num_prompts, options.seed)]
     answers, shown = [], []
     for prompt in tqdm(prompts, desc="drawing", unit="prompt"):
         answer, picture = ask(model, judge, prompt, options.num_candidates)
@@ -204,8 +208,8 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
         if prompt.split == "heldout":
             shown.append((picture, prompt.text, answer.right(answer.best or 0)["both"]))
     scores.update(toybox_scores(answers))
-    if options.num_scenes:
-        scores.update(run_scenes(options, model))
+    if ask_scenes:
+        scores.update(ask_scenes(model))
     intervals = {
         name: wilson(share, options.num_prompts)
         for name, share in scores.items()
@@ -215,30 +219,39 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     write_report(path, options, scores, intervals=intervals, prompts=details(answers))
     grid(shown).save(options.out / "heldout.png")
     print(toybox_table(scores, options.num_prompts, options.num_candidates))
-    print(table((k, v) for k, v in scores.items() if k.startswith(("count", "relation"))))
+    if ask_scenes:
+        print(table((k, v) for k, v in scores.items() if k.startswith(("count", "relation"))))
     if any(answer.best is None for answer in answers):
         print("the model has no CLIP, so there is no best of N", file=sys.stderr)
     print(f"wrote {path} and {options.out / 'heldout.png'}")
     return scores
 
 
-def run_scenes(options: ToyboxOptions, model: DallE) -> dict[str, float]:
-    """Draw prompts of counts and relations, have them judged, and give the shares by name."""
+def scenes_asked(options: ToyboxOptions) -> Callable[[DallE], dict[str, float]]:
+    """Load the judge of counts and relations and choose prompts; what is given draws them.
+
+    It checks the judge, draws, has the pictures judged, and gives the shares by name.
+    """
     from tqdm import tqdm
 
     from dalle1.evaluation import scenes
     from dalle1.scene_judge import BUNDLED, load_scene_judge
 
     judge = load_scene_judge(options.scene_judge or BUNDLED)
-    scores = dict(scenes.check_scene_judge(judge, options.judge_pictures, options.seed))
-    for kind in scenes.KINDS:
-        asked = scenes.choose_scenes(kind, options.num_scenes, options.seed)
-        answers = [
-            scenes.ask(model, judge, prompt, options.num_candidates)
-            for prompt in tqdm(asked, desc=f"drawing {kind}s", unit="prompt")
-        ]
-        scores.update(scenes.scene_scores(kind, answers))
-    return scores
+    asked = {k: scenes.choose_scenes(k, options.num_scenes, options.seed) for k in scenes.KINDS}
+
+    def ask(model: DallE) -> dict[str, float]:
+        scores = dict(scenes.check_scene_judge(judge, options.judge_pictures, options.seed))
+        scenes.report_scene_judge(scores, options.judge_pictures)
+        for kind, prompts in asked.items():
+            answers = [
+                scenes.ask(model, judge, prompt, options.num_candidates)
+                for prompt in tqdm(prompts, desc=f"drawing {kind}s", unit="prompt")
+            ]
+            scores.update(scenes.scene_scores(kind, answers))
+        return scores
+
+    return ask
 
 
 def load_model(options: ToyboxOptions) -> DallE:
@@ -294,7 +307,6 @@ def run_clip(options: ClipOptions) -> dict[str, float]:
     from dalle1.evaluation.report import table, write_report
     from dalle1.evaluation.toybox_probes import toybox_probes
 
-    options.check()
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
     if options.data == "toybox":
         if options.templates:
@@ -314,17 +326,16 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
     """Measure drawn pictures, print and write the numbers, and return them."""
     from dalle1.clip import Clip
     from dalle1.data import open_source
-    from dalle1.data.folder import Folder
     from dalle1.data.reading import AS_IT_IS
     from dalle1.data.streams import Streamed
     from dalle1.device import pick_device
-    from dalle1.evaluation.own import prompt_of
+    from dalle1.evaluation.own import drawn_pictures, prompt_of
     from dalle1.evaluation.report import table, write_report
     from dalle1.evaluation.samples import Pictures, clip_score, distances, features, inception
 
-    options.check()
-    clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
-    source = Folder(options.pictures, "encode", captions=False, reading=AS_IT_IS)
+    device = pick_device(options.device)
+    clip = Clip.from_pretrained(options.clip, device, options.precision)
+    source = drawn_pictures(options.pictures)
     drawn = Pictures(source, options.most)
     scores: dict[str, float] = {"pictures": len(drawn)}
     prompts = [prompt_of(path) for path in source.pictures[: len(drawn)]]
@@ -349,7 +360,7 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
             **dict(distances(clip, drawn, real, options.blur)),
         }
         if options.inception:
-            scores |= inception(drawn, real, options.blur)
+            scores |= inception(drawn, real, options.blur, device=device)
     write_report(options.out / "samples.json", options, scores)
     print(table(scores.items()))
     print(f"wrote {options.out / 'samples.json'}")
@@ -365,18 +376,20 @@ def run_judge(options: JudgeOptions) -> dict[str, float]:
     options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
     config = JudgeConfig(nouns=tuple(NOUNS), fills=tuple(FILLS))
     steps = max(1, round(options.minutes * STEPS_PER_MINUTE))
+    how: dict[str, Any] = {"steps": steps, "seed": options.seed}
+    how["kept"] = options.out.with_name(f".{options.out.name}.training")
     if options.scenes:
         from dalle1.evaluation.report import table
         from dalle1.evaluation.scenes import check_scene_judge
         from dalle1.scene_judge import train_scene_judge
 
-        seen = train_scene_judge(config, pictures=options.pictures, steps=steps, seed=options.seed)
+        seen = train_scene_judge(config, pictures=options.pictures, **how)
         save_judge(seen, options.out)
         scores = dict(check_scene_judge(seen, CHECK_PICTURES, options.seed))
         print(f"{table(scores.items())}\nwrote {options.out}")
         return scores
     data = render_many(config, options.pictures, "all", f"train {options.seed}")
-    judge = train_judge(config, data, steps=steps, seed=options.seed)
+    judge = train_judge(config, data, **how)
     save_judge(judge, options.out)
     scores = dict(check_judge(judge, CHECK_PICTURES, options.seed))
     report_judge(scores, CHECK_PICTURES)
@@ -396,8 +409,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[DVAEOptions, tyro.conf.subcommand("dvae")]
         | Annotated[JudgeOptions, tyro.conf.subcommand("judge")]
     )
-    with clear_errors():
-        options = tyro.cli(command, args=arguments, description=__doc__)
+    with clear_errors(), notes():
+        options = parse(command, arguments, __doc__)
         runs: dict[type, Any] = {
             ToyboxOptions: run_toybox,
             SamplesOptions: run_samples,

@@ -1,10 +1,13 @@
-"""What every command shares: a preset first, clear errors, a progress bar."""
+"""What every command shares: how it is read, a preset first, clear errors, a progress bar."""
 
 from __future__ import annotations
 
+import io
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -50,6 +53,49 @@ def clear_errors() -> Iterator[None]:
         raise SystemExit(130) from interrupt
 
 
+@contextmanager
+def notes() -> Iterator[None]:
+    """Print warnings as lines that begin with `note:`, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        yield
+
+
+def parse(kind: Any, args: Sequence[str] | None, about: str, **options: Any) -> Any:
+    """Read the command line into dataclasses, by tyro.
+
+    Args:
+        kind: a dataclass, or a union of them.
+        args: the command line; None reads the process's.
+        about: what the command does, for --help.
+        options: more for `tyro.cli`.
+
+    Raises: ValueError, as it is, where `__post_init__` refuses a setting; tyro would frame it.
+    """
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(kind, args=args, description=about, **options)
+    except SystemExit as stop:
+        refusal: BaseException | None = stop
+        while refusal is not None and not _is_of_a_setting(refusal):
+            refusal = refusal.__context__
+        if refusal is not None:
+            said.truncate(0)
+            raise refusal from None
+        raise
+    finally:
+        sys.stderr.write(said.getvalue())
+
+
+def _is_of_a_setting(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    names = {frame.f_code.co_name for frame, _ in frames}
+    return isinstance(error, ValueError) and "__post_init__" in names
+
+
 def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, about: str) -> Config:
     """Read a preset's name, then flags that override its fields.
 
@@ -58,8 +104,6 @@ def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, abou
         args: the command line; None reads the process's.
         about: what the command does, for --help.
     """
-    import tyro
-
     words = list(sys.argv[1:] if args is None else args)
     # The command deepspeed adds it to every process's; the environment says the same.
     words = [word for word in words if not word.startswith("--local_rank=")]
@@ -71,7 +115,7 @@ def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, abou
         raise ValueError(f"no preset {words[0]!r}; there are: {names}")
     else:
         default = presets[words.pop(0)]
-    return tyro.cli(type(default), default=default, args=words, description=about)
+    return parse(type(default), words, about, default=default)
 
 
 def bar(**options: Any) -> tqdm:

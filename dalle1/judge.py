@@ -10,14 +10,14 @@ Legend: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dalle1.files import write_whole
+
 PICTURE_SIZE = 128  # of what the judge learns from; it takes any size and makes it smaller
+KEEP_EVERY = 200  # steps of a training
 BUNDLED = Path(__file__).parent / "bundled" / "judge.safetensors"
 
 
@@ -74,19 +77,17 @@ class ResidualBlock(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-class Judge(nn.Module):
-    """A small residual network with two heads."""
+class Eye(nn.Module):
+    """A small residual network without a head: what every judge looks with."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         self.config = config
-        stem, *_, last = config.widths
+        stem = config.widths[0]
         self.stem = nn.Sequential(
             nn.Conv2d(3, stem, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(stem), nn.ReLU()
         )
         self.stages = nn.Sequential(*(ResidualBlock(a, b) for a, b in pairwise(config.widths)))
-        self.noun = nn.Linear(2 * last, len(config.nouns))
-        self.fill = nn.Linear(2 * last, len(config.fills))
 
     def features(self, images: Tensor) -> Tensor:
         """Look at `images` [B, 3, H, W] in [0, 1]: [B, C, h, w]."""
@@ -96,12 +97,19 @@ class Judge(nn.Module):
         x = (2 * images - 1).to(memory_format=torch.channels_last)
         return self.stages(self.stem(x))
 
+
+class Judge(Eye):
+    """An eye with two heads: for the noun and for the fill of one thing."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__(config)
+        last = config.widths[-1]
+        self.noun = nn.Linear(2 * last, len(config.nouns))
+        self.fill = nn.Linear(2 * last, len(config.fills))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of nouns and fills for `images` [B, 3, H, W] in [0, 1]."""
-        return self.single(self.features(images))
-
-    def single(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits of nouns and fills of what `features` saw."""
+        x = self.features(images)
         # The mean tells textures, the maximum tells parts that are small or at the edge.
         x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)  # [B, 2C]
         return self.noun(x), self.fill(x)
@@ -120,7 +128,7 @@ class Judge(nn.Module):
         return found
 
 
-AnyJudge = TypeVar("AnyJudge", bound=Judge)
+AnyJudge = TypeVar("AnyJudge", bound=Eye)
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
@@ -129,28 +137,24 @@ def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
 
 
-def save_judge(judge: Judge, path: str | Path) -> None:
+def save_judge(judge: Eye, path: str | Path) -> None:
     """Write the weights as half-precision safetensors, with the config in the metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
         for name, tensor in judge.state_dict().items()
     }
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
-    unfinished.replace(path)
+    write_whole(Path(path), save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
 
 
 def load_judge(path: str | Path = BUNDLED) -> Judge:
     """Read a judge back, ready to use; a `ValueError` if the file is not one."""
-    return read_judge(path, Judge)
+    return read_judge(path, Judge, "evaluate.py judge")
 
 
-def read_judge(path: str | Path, kind: type[AnyJudge]) -> AnyJudge:
-    """Read a judge of some kind; see `load_judge`."""
+def read_judge(path: str | Path, kind: type[AnyJudge], command: str) -> AnyJudge:
+    """Read a judge of the kind that `command` trains; see `load_judge`."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no judge at {path}: train one with `evaluate.py judge`")
+        raise FileNotFoundError(f"no judge at {path}: train one with `{command}`")
     try:
         with safe_open(path, framework="pt") as file:
             fields = json.loads((file.metadata() or {})["config"])
@@ -160,7 +164,7 @@ def read_judge(path: str | Path, kind: type[AnyJudge]) -> AnyJudge:
         judge.load_state_dict(tensors)
     except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a judge of `evaluate.py judge`: {reason}") from error
+        raise ValueError(f"{path} is not a judge of `{command}`: {reason}") from error
     return judge.eval()
 
 
@@ -181,13 +185,11 @@ class Renderings:
 
 def single_objects(split: str, seed: str) -> Iterator[tuple[Image.Image, Verdict]]:
     """Yield Toybox pictures of one object, without end, each with what a judge should say."""
-    from dalle1.data.toybox import render, sample_scene
+    from dalle1.data.toybox import render
+    from dalle1.data.toybox.kinds import scenes
 
-    rng = random.Random(seed)
-    while True:
-        scene = sample_scene(rng, split)
-        if len(scene.items) == 1:
-            yield render(scene, PICTURE_SIZE), Verdict(scene.items[0].noun, scene.items[0].fill)
+    for scene in scenes(split, seed, "one"):
+        yield render(scene, PICTURE_SIZE), Verdict(scene.items[0].noun, scene.items[0].fill)
 
 
 def render_many(config: JudgeConfig, count: int, split: str, seed: str) -> Renderings:
@@ -225,12 +227,16 @@ def degrade(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     down, across = axis(), axis()
     x = down[:, None] @ images @ across[:, None].mT  # [B, 3, size, size]
     block = size * 8 // 128  # one patch of the VAE
-    factor = (2, 4, block)[int(torch.randint(3, (), generator=generator))]
-    mode = "nearest" if factor == block else "bilinear"
-    coarse = F.interpolate(F.avg_pool2d(x, factor), (size, size), mode=mode)
     # A third of the pictures keep all their detail; the coarsest blocks only ever shine through.
-    most = {2: 1.0, 4: 0.6, block: 0.35}[factor]
-    x = x.lerp_(coarse, uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0) * most)
+    kinds = torch.randint(3, (count,), generator=generator)
+    share = uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0)
+    for kind, (factor, most) in enumerate(((2, 1.0), (4, 0.6), (block, 0.35))):
+        chosen = (kinds == kind).nonzero()[:, 0]
+        if len(chosen):
+            pooled = F.avg_pool2d(x[chosen], factor)
+            mode = "nearest" if factor == block else "bilinear"
+            coarse = F.interpolate(pooled, (size, size), mode=mode)
+            x[chosen] = x[chosen].lerp_(coarse, share[chosen] * most)
     x = x.mul_(uniform(0.95, 1.05, count, 3, 1, 1)).add_(uniform(-0.03, 0.03, count, 1, 1, 1))
     noise = torch.randn(x.shape, generator=generator)
     return x.add_(noise.mul_(uniform(-0.03, 0.04, count, 1, 1, 1).clamp_(min=0))).clamp_(0, 1)
@@ -251,7 +257,13 @@ def _resampling(height: int, size: int, shift: Tensor, zoom: Tensor, sigma: Tens
 
 
 def train_judge(
-    config: JudgeConfig, data: Renderings, *, steps: int, seed: int = 0, batch_size: int = 64
+    config: JudgeConfig,
+    data: Renderings,
+    *,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    kept: Path | None = None,
 ) -> Judge:
     """Train a judge from nothing; the same arguments on the same machine give the same weights."""
 
@@ -260,7 +272,8 @@ def train_judge(
         # Mean over the batch, the two questions with equal weight.
         return question(noun, data.nouns[chosen]) + question(fill, data.fills[chosen])
 
-    return train(Judge, config, data.pictures, loss, steps=steps, seed=seed, batch_size=batch_size)
+    how: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": batch_size, "kept": kept}
+    return train(Judge, config, data.pictures, loss, **how)
 
 
 def question(logits: Tensor, answers: Tensor) -> Tensor:
@@ -279,16 +292,30 @@ def train(
     steps: int,
     seed: int,
     batch_size: int,
+    kept: Path | None = None,
 ) -> AnyJudge:
-    """Train a judge on degraded `pictures`; loss_fn is of (judge, images, their indices)."""
+    """Train a judge on degraded `pictures`; loss_fn is of (judge, images, their indices).
+
+    Where `kept` is given, the state of the training is kept there now and then, until it is done:
+    the same call goes on after an interruption. ValueError where it is of another training.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = kind(config).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
-    progress = tqdm(range(steps), desc="training the judge", unit="step")
+    parts: dict[str, Any] = {"judge": judge, "optimizer": optimizer, "schedule": schedule}
+    settings = {**asdict(config), "steps": steps, "seed": seed, "batch_size": batch_size}
+    settings |= {"pictures": len(pictures), "kind": kind.__name__}
+    start = _restored(kept, settings, parts, generator)
+    progress = tqdm(range(start, steps), desc="training the judge", unit="step")
     for step in progress:
+        if kept and step > start and step % KEEP_EVERY == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"settings": settings, "step": step, "generator": generator.get_state()}
+            torch.save(state, content := io.BytesIO())
+            write_whole(kept, content.getvalue())
         chosen = torch.randint(len(pictures), (batch_size,), generator=generator)
         images = degrade(pictures[chosen].float() / 255, config.image_size, generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -299,7 +326,39 @@ def train(
         schedule.step()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
+    if kept:
+        kept.unlink(missing_ok=True)
     return judge.eval()
+
+
+def _restored(
+    kept: Path | None, settings: dict[str, Any], parts: dict[str, Any], generator: torch.Generator
+) -> int:
+    """Bring a training to where it was kept; give the step to go on with."""
+    if kept is None or not kept.is_file():
+        return 0
+    state = torch.load(kept, weights_only=True)
+    if state["settings"] != settings:
+        raise ValueError(f"{kept} is of a training with other settings: remove it, or repeat those")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    generator.set_state(state["generator"])
+    return int(state["step"])
+
+
+@torch.inference_mode()
+def answer_in_batches(
+    ask: Callable[[Tensor], Sequence[Tensor]], pictures: Tensor, config: JudgeConfig, degraded: bool
+) -> list[Tensor]:
+    """Give the answer [N] to each question of bytes [N, 3, H, W]; degraded: as in training."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for batch in pictures.split(64):
+        images = batch.float() / 255
+        if degraded:
+            images = degrade(images, config.image_size, generator)
+        found.append([logits.argmax(1) for logits in ask(images)])
+    return [torch.cat(answers) for answers in zip(*found)]
 
 
 def accuracy(
@@ -310,17 +369,8 @@ def accuracy(
     With `degraded` the pictures are first treated as in training.
     """
     data = render_many(judge.config, count, split, seed)
-    generator = torch.Generator().manual_seed(0)
-    nouns, fills = [], []
-    with torch.inference_mode():
-        for batch in data.pictures.split(64):
-            images = batch.float() / 255
-            if degraded:
-                images = degrade(images, judge.config.image_size, generator)
-            noun, fill = judge(images)
-            nouns.append(noun.argmax(1))
-            fills.append(fill.argmax(1))
-    noun_right, fill_right = torch.cat(nouns) == data.nouns, torch.cat(fills) == data.fills
+    nouns, fills = answer_in_batches(judge, data.pictures, judge.config, degraded)
+    noun_right, fill_right = nouns == data.nouns, fills == data.fills
     yield "noun", noun_right.float().mean().item()
     yield "fill", fill_right.float().mean().item()
     yield "both", (noun_right & fill_right).float().mean().item()

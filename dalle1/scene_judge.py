@@ -1,31 +1,32 @@
 """A judge of whole scenes: how many things there are, and of two, which one is where.
 
-Beside what `dalle1.judge` asks of a single thing, from the same kind of network, trained on
-degraded renderings as well. It answers from a map of the picture, not from its mean, since it must
-know where it saw what. "Near" is left or above, "far" right or below.
+It looks with the same kind of network as `dalle1.judge`, trained on degraded renderings as well. It
+answers from a map of the picture, not from its mean, since it must know where it saw what.
+"Near" is left or above, "far" right or below.
 
 Legend: B batch, C channels, h w places.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dalle1.data.toybox import Scene, render, sample_scene
+from dalle1.data.toybox import Scene, render
+from dalle1.data.toybox.kinds import Kind, scenes
 from dalle1.judge import (
     PICTURE_SIZE,
-    Judge,
+    Eye,
     JudgeConfig,
+    answer_in_batches,
     as_tensor,
-    degrade,
     question,
     read_judge,
     train,
@@ -34,6 +35,8 @@ from dalle1.judge import (
 BUNDLED = Path(__file__).parent / "bundled" / "scene_judge.safetensors"
 LAYOUTS = ("one", "two", "three", "across", "down")
 """Things alike, or two in a row or a column."""
+HEADS = ("layout", "fill", "noun", "near fill", "near noun", "far fill", "far noun")
+"""What is asked of a picture: fill and noun of things alike, of the near one, of the far one."""
 PLACES = 32  # channels of the map that scenes are read from
 NONE = -1  # a question that a scene leaves open
 
@@ -65,8 +68,8 @@ def truth(scene: Scene) -> tuple[str, tuple[tuple[str, str], ...]]:
     return layout, pairs if near_first else pairs[::-1]
 
 
-class SceneJudge(Judge):
-    """A judge that reads off a map of the picture as well."""
+class SceneJudge(Eye):
+    """An eye whose answers are read off a map of the picture."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__(config)
@@ -109,21 +112,7 @@ class SceneJudge(Judge):
 
 def load_scene_judge(path: str | Path = BUNDLED) -> SceneJudge:
     """Read a judge of scenes back, ready to use; a `ValueError` if the file is not one."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no judge of scenes at {path}: train one with `evaluate.py judge --scenes`"
-        )
-    return read_judge(path, SceneJudge)
-
-
-def scenes(split: str, seed: str, kind: str = "any") -> Iterator[Scene]:
-    """Yield scenes without end: of `any` kind, or with a `count` above one, or a `relation`."""
-    rng = random.Random(seed)
-    while True:
-        scene = sample_scene(rng, split)
-        counted = scene.relation is None and len(scene.items) > 1
-        if kind == "any" or (counted if kind == "count" else scene.relation is not None):
-            yield scene
+    return read_judge(path, SceneJudge, "evaluate.py judge --scenes")
 
 
 def answers_of(scene: Scene, config: JudgeConfig) -> list[int]:
@@ -140,12 +129,20 @@ def answers_of(scene: Scene, config: JudgeConfig) -> list[int]:
 
 
 def train_scene_judge(
-    config: JudgeConfig, *, pictures: int, steps: int, seed: int = 0, batch_size: int = 64
+    config: JudgeConfig,
+    *,
+    pictures: int,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    kept: Path | None = None,
 ) -> SceneJudge:
-    """Render scenes of all pairs, half of them relations, and train a judge on them."""
-    streams = [
-        scenes("all", f"train {seed} {i}", kind) for i, kind in enumerate(("any", "relation"))
-    ]
+    """Render scenes of all pairs, half of them relations, and train a judge on them.
+
+    `kept` is where the training may be interrupted to; see `judge.train`.
+    """
+    kinds: tuple[Kind, ...] = ("any", "relation")
+    streams = [scenes("all", f"train {seed} {i}", kind) for i, kind in enumerate(kinds)]
     drawn, answers = [], []
     for i in tqdm(range(pictures), desc="rendering scenes", unit="picture", leave=False):
         scene = next(streams[i % 2])
@@ -157,22 +154,24 @@ def train_scene_judge(
         asked = zip(judge.ask(images), targets[chosen].unbind(1))
         return torch.stack([question(logits, right) for logits, right in asked]).sum()
 
-    options = {"steps": steps, "seed": seed, "batch_size": batch_size}
-    return train(SceneJudge, config, torch.cat(drawn), loss, **options)
+    options: dict[str, Any] = {"steps": steps, "seed": seed, "batch_size": batch_size}
+    return train(SceneJudge, config, torch.cat(drawn), loss, kept=kept, **options)
 
 
 def scene_accuracy(
-    judge: SceneJudge, kind: str, count: int, seed: str, degraded: bool = False
-) -> float:
-    """Give how often the judge is right about all of a scene, on fresh renderings of all pairs."""
+    judge: SceneJudge, kind: Kind, count: int, seed: str, degraded: bool = False
+) -> Iterator[tuple[str, float]]:
+    """Yield how often each head is right that is asked, and all of a scene is.
+
+    On `count` fresh renderings of all pairs; with `degraded`, treated as in training.
+    """
     stream = scenes("all", seed, kind)
     shown = [next(stream) for _ in range(count)]
-    pictures = [render(scene, PICTURE_SIZE) for scene in shown]
-    if degraded:
-        from dalle1.data.images import to_pil
-
-        generator = torch.Generator().manual_seed(0)
-        images = degrade(as_tensor(pictures).float() / 255, judge.config.image_size, generator)
-        pictures = to_pil(images)
-    seen = judge.scene_verdicts(pictures)
-    return sum(v.shows(scene) for v, scene in zip(seen, shown)) / count
+    pictures = as_tensor([render(scene, PICTURE_SIZE) for scene in shown])
+    truths = torch.tensor([answers_of(scene, judge.config) for scene in shown])  # [count, heads]
+    answers = answer_in_batches(judge.ask, pictures, judge.config, degraded)
+    asked, right = truths != NONE, torch.stack(answers, 1) == truths
+    for i, name in enumerate(HEADS):
+        if asked[:, i].any():
+            yield name, right[asked[:, i], i].float().mean().item()
+    yield "all", (right | ~asked).all(1).float().mean().item()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from dalle1 import judge as judges
 from dalle1.data.toybox import FILLS, NOUNS, is_held_out, render, sample_scene
 from dalle1.evaluation.report import wilson
 from dalle1.evaluation.toybox import choose_prompts
@@ -221,6 +222,7 @@ def test_the_verdict_on_a_picture_does_not_depend_on_its_neighbours() -> None:
         (["toybox", "--num-prompts", "0"], "num_prompts"),
         (["toybox", "--judge", "nowhere.safetensors"], "no judge at nowhere.safetensors"),
         (["judge", "--out", "x", "--minutes", "0"], "minutes"),
+        (["samples", "--pictures", "x", "--most", "1"], "most is 1, expected at least 2"),
     ],
 )
 def test_mistakes_are_told_in_a_line(
@@ -229,7 +231,48 @@ def test_mistakes_are_told_in_a_line(
     with pytest.raises(SystemExit) as stop:
         evaluate.main(arguments)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judges, "KEEP_EVERY", 2)
+    kept, data = tmp_path / "kept", squares(8)
+    how: dict[str, Any] = {"steps": 5, "batch_size": 4}
+    whole = train_judge(TINY, data, **how)
+    calls, question = [], judges.question
+
+    def interrupted(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 8:  # two questions a step: in the fourth
+            raise KeyboardInterrupt
+        return question(*arguments)
+
+    monkeypatch.setattr(judges, "question", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_judge(TINY, data, kept=kept, **how)
+    with pytest.raises(ValueError, match="of a training with other settings"):
+        train_judge(TINY, data, kept=kept, steps=6, batch_size=4)
+    judge = train_judge(TINY, data, kept=kept, **how)
+    assert len(calls) == 8 + 2 * 3  # from the third step on
+    assert all(map(torch.equal, judge.state_dict().values(), whole.state_dict().values()))
+    assert not kept.exists()
+
+
+def test_one_batch_is_degraded_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, counts = torch.nn.functional.avg_pool2d, {}
+
+    def counting(images: torch.Tensor, factor: int) -> torch.Tensor:
+        counts[factor] = len(images)
+        return pool(images, factor)
+
+    monkeypatch.setattr(torch.nn.functional, "avg_pool2d", counting)
+    degrade(torch.rand(48, 3, 128, 128), 96, torch.Generator().manual_seed(1))
+    assert counts.keys() == {2, 4, 6}
+    assert sum(counts.values()) == 48
+    assert min(counts.values()) > 8
 
 
 def test_a_file_that_is_no_judge_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module imports from its own layer and from those below; "x.*" is x and all in it.
 LAYERS = [
     ["dvae.*"],
-    ["dalle1.masks", "dalle1.text", "dalle1.cli", "dalle1.device", "dalle1.packed"],
+    ["dalle1.masks", "dalle1.text", "dalle1.cli", "dalle1.device", "dalle1.files", "dalle1.packed"],
     ["dalle1.attention"],
     ["dalle1.transformer", "dalle1.clip.*", "dalle1.data.*"],
     ["dalle1.training.*", "dalle1.cache", "dalle1.sampler", "dalle1.importers.*"],

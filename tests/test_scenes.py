@@ -7,10 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import evaluate
 from dalle1.data.toybox import FILLS, NOUNS, Item, Scene, render
-from dalle1.evaluation.scenes import check_scene_judge, choose_scenes, plain_caption
+from dalle1.data.toybox.kinds import scenes
+from dalle1.data.toybox.scene import TRAINING
+from dalle1.evaluation.scenes import KINDS, check_scene_judge, choose_scenes, plain_caption
 from dalle1.judge import JudgeConfig, save_judge
 from dalle1.scene_judge import (
     NONE,
@@ -18,7 +22,7 @@ from dalle1.scene_judge import (
     SceneVerdict,
     answers_of,
     load_scene_judge,
-    scenes,
+    scene_accuracy,
     train_scene_judge,
     truth,
 )
@@ -114,13 +118,15 @@ def test_scenes_are_counted_from_the_command_line(
             return [SceneVerdict(*truth(asked[x])) if x in asked else nothing for x in pictures]
 
     model: Any = FakeModel()
+    told = {f"judge/{kind}/{what}": 0.9 for kind in KINDS for what in ("layout", "all")}
     monkeypatch.setattr("dalle1.scene_judge.load_scene_judge", lambda path: FakeJudge())
-    monkeypatch.setattr(
-        "dalle1.evaluation.scenes.check_scene_judge", lambda *_: [("judge/count", 1)]
-    )
+    monkeypatch.setattr("dalle1.evaluation.scenes.check_scene_judge", lambda *_: told.items())
     options = evaluate.ToyboxOptions(num_scenes=3, num_candidates=4, out=tmp_path)
-    scores = evaluate.run_scenes(options, model)
-    assert scores.pop("judge/count") == 1
+    scores = evaluate.scenes_asked(options)(model)
+    assert {name: scores.pop(name) for name in told} == told
+    said = capsys.readouterr()
+    assert "judge on 250 real renderings of relations: layout 90.0%, all 90.0%" in said.out
+    assert said.err.count("warning: the judge is below 98%: trust it less") == 2
     assert scores == {
         f"{kind}/{choice}/{what}": share
         for kind in ("count", "relation")
@@ -139,10 +145,60 @@ def test_a_judge_of_scenes_trains_from_the_command_line(
     judge = load_scene_judge(out)
     assert judge.config.nouns == NOUNS
     names = [name for name, _ in check_scene_judge(judge, 4, 0)]
+    sides = [f"{side} {what}" for side in ("near", "far") for what in ("fill", "noun")]
+    heads = {"count": ["layout", "fill", "noun", "all"], "relation": ["layout", *sides, "all"]}
     assert names == [
-        "judge/count",
-        "judge/count, degraded",
-        "judge/relation",
-        "judge/relation, degraded",
+        f"judge/{kind}{how}/{what}"
+        for kind in KINDS
+        for how in ("", ", degraded")
+        for what in heads[kind]
     ]
-    assert "judge/relation, degraded" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(name in said for name in names)
+
+
+def test_the_judge_of_scenes_is_sought_before_anything_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(options: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(evaluate, "load_model", load)
+    nowhere = str(tmp_path / "none.safetensors")
+    for flags, message in (
+        (["--num-scenes", "3", "--scene-judge", nowhere], "no judge at"),
+        (["--num-scenes", "-1"], "num_scenes must be 0 or more, got -1"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main(["toybox", "--out", str(tmp_path), *flags])
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+
+
+def test_more_counts_than_there_are_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match=rf"expected at most {2 * len(TRAINING)}: two or three"):
+        choose_scenes("count", 2 * len(TRAINING) + 1, 0)
+
+
+def test_accuracy_by_head_is_counted_by_hand() -> None:
+    """A judge that calls everything two things alike, of the first fill and the first noun."""
+
+    class Same:
+        config = TINY
+
+        def ask(self, images: torch.Tensor) -> list[torch.Tensor]:
+            sizes = (5, *(len(FILLS), len(NOUNS)) * 3)
+            answers = (1, 0, 0, 0, 0, 0, 0)
+            return [F.one_hot(torch.tensor([i] * len(images)), n) for i, n in zip(answers, sizes)]
+
+    judge: Any = Same()
+    stream = scenes("all", "by hand", "count")
+    shown = [next(stream) for _ in range(40)]
+    two = [len(s.items) == 2 for s in shown]
+    pairs = [s.items[0].pair for s in shown]
+    found = dict(scene_accuracy(judge, "count", 40, "by hand"))
+    assert found["layout"] == pytest.approx(sum(two) / 40)
+    assert found["fill"] == pytest.approx([fill for fill, _ in pairs].count(FILLS[0]) / 40)
+    assert found["noun"] == pytest.approx([noun for _, noun in pairs].count(NOUNS[0]) / 40)
+    assert found["all"] == sum(t and p == (FILLS[0], NOUNS[0]) for t, p in zip(two, pairs)) / 40

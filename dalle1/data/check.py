@@ -26,7 +26,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from dalle1.cli import bar, clear_errors
+from dalle1.cli import bar, clear_errors, parse
 from dalle1.data.batches import LEFT_OUT, SHARDS, Batch, Source, in_order, of_shards
 from dalle1.data.images import TooSmall, grid, to_tensor
 from dalle1.data.left_out import DAMAGE, Tally
@@ -212,7 +212,7 @@ def _tile(thumb: torch.Tensor, caption: str) -> Image.Image:
 
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
-        config = tyro.cli(CheckConfig, args=args, description=__doc__.splitlines()[0])
+        config = parse(CheckConfig, args, __doc__.splitlines()[0])
         if check(config)["damaged"] > config.max_bad_fraction:
             raise SystemExit(1)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.cli import bar, clear_errors
+from dalle1.cli import bar, clear_errors, parse
 from dalle1.data.batches import LEFT_OUT, SHARDS, Batch, Prepare, Source, in_order, of_shards
 from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
 from dalle1.data.left_out import Tally
@@ -356,10 +356,8 @@ def _write_shard(path: Path, encoded: Iterator[Encoded], number: int, source: So
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    import tyro
-
     with clear_errors():
-        config = tyro.cli(EncodeConfig, args=args, description=__doc__.splitlines()[0])
+        config = parse(EncodeConfig, args, __doc__.splitlines()[0])
         encode(config)
         print(f"Codes are in {config.out}")
 

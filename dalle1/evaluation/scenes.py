@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dalle1.data.toybox import Scene
 from dalle1.data.toybox.captions import NUMBERS, article, plural
-from dalle1.scene_judge import SceneJudge, SceneVerdict, scene_accuracy, scenes
+from dalle1.data.toybox.kinds import Kind, scenes
+from dalle1.data.toybox.scene import TRAINING
+from dalle1.evaluation.toybox import TRUSTED
+from dalle1.scene_judge import SceneJudge, SceneVerdict, scene_accuracy
 
 if TYPE_CHECKING:
     from dalle1.pipeline import DallE
 
-KINDS = ("count", "relation")
+KINDS: tuple[Kind, ...] = ("count", "relation")
+COUNTS = 2  # two or three alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +57,16 @@ def plain_caption(scene: Scene) -> str:
     return f" {scene.relation} ".join(f"{article(x.fill)} {x.noun}" for x in scene.items)
 
 
-def choose_scenes(kind: str, count: int, seed: int) -> list[ScenePrompt]:
-    """Choose `count` prompts of a kind, of pairs that training sees, each a different one."""
+def choose_scenes(kind: Kind, count: int, seed: int) -> list[ScenePrompt]:
+    """Choose `count` prompts of a kind, of pairs that training sees, each a different one.
+
+    ValueError where there are not so many.
+    """
+    if kind == "count" and count > COUNTS * len(TRAINING):
+        raise ValueError(
+            f"num_scenes is {count}, expected at most {COUNTS * len(TRAINING)}: two or three "
+            f"things of each of {len(TRAINING)} training pairs"
+        )
     stream = scenes("validation", f"evaluate {kind} {seed}", kind)
     rng = random.Random(f"evaluate {kind} {seed}")
     found: dict[str, ScenePrompt] = {}
@@ -91,8 +104,24 @@ def scene_scores(kind: str, answers: Sequence[SceneAnswer]) -> Iterator[tuple[st
 
 
 def check_scene_judge(judge: SceneJudge, pictures: int, seed: int) -> Iterator[tuple[str, float]]:
-    """Yield how often the judge is right about all of a scene, on real renderings of each kind."""
+    """Yield how often the judge is right on real renderings of each kind, and on degraded ones.
+
+    Names: `judge/KIND/WHAT` and `judge/KIND, degraded/WHAT`; WHAT is a head's name, or all.
+    """
     for kind in KINDS:
-        yield f"judge/{kind}", scene_accuracy(judge, kind, pictures // 2, f"check {kind} {seed}")
-        degraded = scene_accuracy(judge, kind, pictures // 2, f"blurred {kind} {seed}", True)
-        yield f"judge/{kind}, degraded", degraded
+        for name, degraded in ((kind, False), (f"{kind}, degraded", True)):
+            phrase = f"{'blurred' if degraded else 'check'} {kind} {seed}"
+            for what, share in scene_accuracy(judge, kind, pictures // 2, phrase, degraded):
+                yield f"judge/{name}/{what}", share
+
+
+def report_scene_judge(scores: Mapping[str, float], pictures: int) -> None:
+    """Print how often the judge is right, with a warning when that is not often enough."""
+    for kind in KINDS:
+        found = scores[f"judge/{kind}/all"]
+        print(
+            f"judge on {pictures // 2} real renderings of {kind}s: "
+            f"layout {scores[f'judge/{kind}/layout']:.1%}, all {found:.1%}"
+        )
+        if found < TRUSTED:
+            print(f"warning: the judge is below {TRUSTED:.0%}: trust it less", file=sys.stderr)
