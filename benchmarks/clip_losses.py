@@ -57,6 +57,7 @@ def plot(results: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
             values = [value[kind] for value in by_size.values()]
             ax.plot(list(by_size), values, "o-", label=LOSSES[loss])
         ax.set(title=kind, xlabel="pairs in a batch", xscale="log")
+        ax.minorticks_off()
         ax.set_xticks(list(by_size), list(map(str, by_size)))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="R@1 among 256")

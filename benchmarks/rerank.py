@@ -58,6 +58,7 @@ def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
         for name, values in lines.items():
             ax.plot(SIZES, values, "o-", label=name)
         ax.set(title=f"{split} pairs", xlabel="candidates", xscale="log")
+        ax.minorticks_off()
         ax.set_xticks(SIZES, list(map(str, SIZES)))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="the best one is right")
