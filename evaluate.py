@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dalle1.cli import clear_errors
+from dalle1.cli import clear_errors, notes, parse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,7 +93,9 @@ class DVAEOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Train the judge afresh and measure it on renderings it has not seen."""
+    """Train the judge afresh and measure it on renderings it has not seen.
+
+    Interrupted, the same command goes on."""
 
     out: Path
     """File to write, a .safetensors."""
@@ -134,8 +136,7 @@ class ClipOptions:
     out: Path = Path("runs/clip-evaluation")
     """Folder for clip.json."""
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+    def __post_init__(self) -> None:
         least = 4 if self.data == "toybox" else 0
         if self.pictures < least:
             raise ValueError(f"pictures is {self.pictures}, expected at least {least}")
@@ -165,8 +166,7 @@ class SamplesOptions:
     out: Path = Path("runs/samples-evaluation")
     """Folder for samples.json."""
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+    def __post_init__(self) -> None:
         if not self.blur or min(self.blur) < 0:
             raise ValueError(f"blur is {self.blur}, expected radii of 0 or more")
         if self.most < 2:
@@ -184,14 +184,15 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     from dalle1.evaluation.report import write_report
     from dalle1.judge import BUNDLED, load_judge
 
+    # All that may be refused comes before the work.
     judge = load_judge(options.judge or BUNDLED)
+    batches = list(toybox.batches_of(options.num_prompts, options.best_of, options.seed))
     if model is None:
         how = {"device": options.device, "precision": options.precision}
         model = DallE.from_pretrained(options.model, **how)
-    options.out.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
+    options.out.mkdir(parents=True, exist_ok=True)
     scores = dict(toybox.check_judge(judge, options.judge_pictures, options.seed))
     toybox.report_judge(scores, options.judge_pictures)
-    batches = list(toybox.batches_of(options.num_prompts, options.best_of, options.seed))
     answers: list[toybox.Answer] = []
     shown: list[tuple[Image, str, bool]] = []
     with tqdm(
@@ -265,7 +266,6 @@ def run_clip(options: ClipOptions) -> dict[str, float]:
     from dalle1.evaluation.report import table, write_report
     from dalle1.evaluation.toybox_probes import toybox_probes
 
-    options.check()
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
     if options.data == "toybox":
         if options.templates:
@@ -285,17 +285,16 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
     """Measure drawn pictures, print and write the numbers, and return them."""
     from dalle1.clip import Clip
     from dalle1.data import open_source
-    from dalle1.data.folder import Folder
     from dalle1.data.reading import AS_IT_IS
     from dalle1.data.streams import Streamed
     from dalle1.device import pick_device
-    from dalle1.evaluation.own import prompt_of
+    from dalle1.evaluation.own import drawn_pictures, prompt_of
     from dalle1.evaluation.report import table, write_report
     from dalle1.evaluation.samples import Pictures, clip_score, distances, features, inception
 
-    options.check()
-    clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
-    source = Folder(options.pictures, "encode", captions=False, reading=AS_IT_IS)
+    device = pick_device(options.device)
+    clip = Clip.from_pretrained(options.clip, device, options.precision)
+    source = drawn_pictures(options.pictures)
     drawn = Pictures(source, options.most)
     scores: dict[str, float] = {"pictures": len(drawn)}
     prompts = [prompt_of(path) for path in source.pictures[: len(drawn)]]
@@ -320,7 +319,7 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
             **dict(distances(clip, drawn, real, options.blur)),
         }
         if options.inception:
-            scores |= inception(drawn, real, options.blur)
+            scores |= inception(drawn, real, options.blur, device=device)
     write_report(options.out / "samples.json", options, scores)
     print(table(scores.items()))
     print(f"wrote {options.out / 'samples.json'}")
@@ -329,14 +328,16 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
 
 def run_judge(options: JudgeOptions) -> dict[str, float]:
     """Train a judge, measure it, write it and return its accuracy by name."""
+    from dalle1.data.toybox.kinds import scenes
     from dalle1.evaluation.toybox import check_judge, report_judge
     from dalle1.judge import JudgeConfig, save_judge
-    from dalle1.judge_training import accuracy, mixed_scenes, render_many, scenes, train_judge
+    from dalle1.judge_training import accuracy, mixed_scenes, render_many, train_judge
 
     options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
     config = JudgeConfig()
     data = render_many(config, options.pictures, mixed_scenes("all", f"train {options.seed}"))
-    judge = train_judge(config, data, steps=options.steps, seed=options.seed)
+    kept = options.out.with_name(f".{options.out.name}.training")
+    judge = train_judge(config, data, steps=options.steps, seed=options.seed, kept=kept)
     save_judge(judge, options.out)
     scores = dict(check_judge(judge, CHECK_PICTURES, options.seed))
     report_judge(scores, CHECK_PICTURES)
@@ -358,8 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[DVAEOptions, tyro.conf.subcommand("dvae")]
         | Annotated[JudgeOptions, tyro.conf.subcommand("judge")]
     )
-    with clear_errors():
-        options = tyro.cli(command, args=arguments, description=__doc__)
+    with clear_errors(), notes():
+        options = parse(command, arguments, __doc__)
         runs: dict[type, Any] = {
             ToyboxOptions: run_toybox,
             SamplesOptions: run_samples,

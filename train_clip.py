@@ -17,47 +17,55 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from dalle1.cli import clear_errors, parse_preset
 from dalle1.clip import Clip, ContrastiveLoss, new_clip, pair_loss, soften
 from dalle1.clip.losses import prepare_for
 from dalle1.data import PairSource, open_source
 from dalle1.data.batches import Example, Source, first_captions, first_examples
-from dalle1.data.images import augmented, centre_square, to_float, to_tensor
+from dalle1.data.images import augmented, refuse_small, to_float, to_tensor
 from dalle1.presets import CLIP_PRESETS, ClipRecipe
 from dalle1.text import Tokenizer
 from dalle1.training import distributed
 from dalle1.training.loop import fit, stream_from
 from dalle1.training.trainer import Batch
+from dalle1.training.trouble import training
+from dvae.weights import model_folder
 
 
 def example(
-    config: ClipRecipe,
-    tokenizer: Any,
-    training: bool,
-    source: PairSource,
-    index: int,
-    rng: random.Random,
+    config: ClipRecipe, tokenizer: Any, source: PairSource, index: int, rng: random.Random
 ) -> Example:
-    """Prepare a picture, and the tokens of a caption, cut or padded to the model's length."""
-    ids = tokenizer(
-        source.caption(index, rng),
-        truncation=True,
-        max_length=config.model.text_len,
-        padding="max_length",
-    )["input_ids"]
-    picture, size, upscale = source.image(index), config.model.image_size, config.allow_upscale
-    if training:
-        picture = augmented(picture, size, rng, config.augmentation, upscale)
-    else:
-        picture = centre_square(picture, size, upscale)
-    return {"images": to_tensor(picture), "input_ids": torch.tensor(ids)}
+    """Cut a square out of a picture, uint8, and prepare the tokens of a caption."""
+    ids = tokens(config, tokenizer, source.caption(index, rng))
+    size, upscale = config.model.image_size, config.allow_upscale
+    picture = augmented(source.image(index), size, rng, config.augmentation, upscale)
+    return {"images": to_tensor(picture), "input_ids": ids}
+
+
+def held_example(
+    config: ClipRecipe, clip: Clip, source: PairSource, index: int, rng: random.Random
+) -> Example:
+    """Prepare a picture to validate on as any user of the CLIP will, and a caption's tokens."""
+    ids = tokens(config, clip.tokenizer, source.caption(index, rng))
+    picture = source.image(index)
+    refuse_small(picture, config.model.image_size, config.allow_upscale)
+    return {"images": clip.preprocess([picture])[0], "input_ids": ids}
+
+
+def tokens(config: ClipRecipe, tokenizer: Any, caption: str) -> Tensor:
+    """Give the tokens of a caption, cut or padded to the model's length: [T]."""
+    how = {"truncation": True, "max_length": config.model.text_len, "padding": "max_length"}
+    return torch.tensor(tokenizer(caption, **how)["input_ids"])
 
 
 class ClipTraining:
     """What `fit` needs to know of a CLIP."""
 
     def __init__(self, config: ClipRecipe) -> None:
+        from dalle1.clip.towers import quicken
+
         self.config = config
         self.device = distributed.start(config.device)
         size = config.model.image_size
@@ -67,16 +75,24 @@ class ClipTraining:
         self.clip = self.initial(source)
         prepare_for(self.clip.model, config.loss)
         self.model = self.clip.model.train().requires_grad_(True).to(self.device)
+        quicken(self.model, self.device)
         prepare = partial(example, config, self.clip.tokenizer)
-        self.stream = stream_from(source, partial(prepare, True), config)
-        pairs = first_examples(held, partial(prepare, False), config.validation_pairs)
+        self.stream = stream_from(source, prepare, config)
+        as_used = partial(held_example, config, self.clip)
+        first = partial(first_examples, held, as_used, config.validation_pairs)
+        pairs = distributed.from_main(first)
         self.held = {name: tensor.to(self.device) for name, tensor in pairs.items()}
 
     def initial(self, source: Source) -> Clip:
-        """Make a new CLIP with a vocabulary of the data's captions, or take --init's."""
+        """Make a new CLIP with a vocabulary of the data's captions, or take --init's.
+
+        A training that goes on keeps the vocabulary that it has, whatever became of the data.
+        """
         config = self.config
         if config.init is None:
-            captions = first_captions(source, config.vocab_captions)
+            if (kept := model_folder(config.out) / "tokenizer.json").is_file():
+                return new_clip(PreTrainedTokenizerFast.from_pretrained(kept.parent), config.model)
+            captions = distributed.from_main(partial(first_captions, source, config.vocab_captions))
             return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
         clip = Clip.from_pretrained(config.init)
         if (changed := clip.size().differences(config.model)) is not None:
@@ -105,9 +121,9 @@ class ClipTraining:
 
     @torch.inference_mode()
     def validate(self, model: nn.Module, step: int) -> Mapping[str, float]:
-        images = self.clip.normalise(to_float(self.held["images"]))
         ids, at_once = self.trimmed(self.held["input_ids"]), self.config.encode_at_once
-        loss = pair_loss(model, images, ids, kind=self.config.loss, at_once=at_once)
+        images, kind = self.held["images"], self.config.loss
+        loss = pair_loss(model, images, ids, kind=kind, at_once=at_once)
         return {"retrieval": float(loss.accuracy), "loss": float(loss.total)}
 
     def save(self, model: nn.Module, folder: Path) -> None:
@@ -122,8 +138,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train(config: ClipRecipe) -> nn.Module:
     """Train as `config` says, resuming what is in `config.out`; give the averaged model."""
-    run = ClipTraining(config)
-    return fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
+    with training(config):
+        run = ClipTraining(config)
+        how: dict[str, Any] = {"save_model": run.save, "validate": run.validate}
+        return fit(run.model, run.loss, run.stream, config, **how)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from dalle1.presets import DVAE_PRESETS, DVAERecipe
 from dalle1.training import distributed
 from dalle1.training.loop import fit, stream_from
 from dalle1.training.trainer import Batch
+from dalle1.training.trouble import training
 from dvae import DVAE, DVAELoss, dvae_loss, evaluate
 
 
@@ -76,8 +77,8 @@ class DVAETraining:
         place = config.data, "validation", size, config.seed, False
         held = open_source(*place, reading=config, detail=size)
         whole = partial(centred, config)
-        pictures = first_examples(held, whole, config.validation_pictures)["images"]
-        self.held = to_float(pictures).to(self.device)
+        first = partial(first_examples, held, whole, config.validation_pictures)
+        self.held = to_float(distributed.from_main(first)["images"]).to(self.device)
 
     def initial(self) -> DVAE:
         """Make a new dVAE, or take the one that --init names."""
@@ -128,8 +129,9 @@ class DVAETraining:
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
         config = parse_preset(DVAE_PRESETS, args, __doc__.splitlines()[0])
-        run = DVAETraining(config)
-        fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
+        with training(config):
+            run = DVAETraining(config)
+            fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
         if distributed.is_main():
             print(f"The dVAE is in {config.out}")
 

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from dalle1.text import Tokenizer
 from dalle1.training import distributed, resblocks
 from dalle1.training.loop import Work, fit, stream_from
 from dalle1.training.trainer import Batch
+from dalle1.training.trouble import training
 from dalle1.training.zero import partitioned
 from dalle1.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.words import Words
@@ -76,7 +78,8 @@ class TransformerTraining:
         self.tokenizer = self.vocabulary()
         size, text_len = self.dvae.config.image_size, config.model.text_len
         prepare = Tokenized(size, self.tokenizer, text_len, 0.0, 0.0, None, config.allow_upscale)
-        held = first_examples(self.open("validation"), prepare, 256)
+        first = partial(first_examples, self.open("validation"), prepare, 256)
+        held = distributed.from_main(first)
         self.held = {name: tensor.to(self.device) for name, tensor in held.items()}
         prepare = replace(
             prepare,
@@ -96,7 +99,7 @@ class TransformerTraining:
                 layer.compile()
 
     def initial(self) -> Transformer:
-        """Make a new transformer, or take the one that --init names."""
+        """Make a new transformer; the one that --init names has to be of its size."""
         sizes = {
             **asdict(self.config.model),
             "text_vocab": self.tokenizer.vocab_size,
@@ -104,21 +107,21 @@ class TransformerTraining:
             "grid_size": self.dvae.grid_size,
         }
         wanted = TransformerConfig(**sizes)
-        if self.config.init is None:
-            with partitioned(self.config):
-                return Transformer(wanted)
-        model = Transformer.load(self.config.init)
-        if model.config != wanted:
-            given, named = asdict(model.config), asdict(wanted)
-            other = (f"{k} is {given[k]}, not {named[k]}" for k in given if given[k] != named[k])
-            raise ValueError(f"the transformer in {self.config.init} differs: {'; '.join(other)}")
-        return model.train().requires_grad_()
+        if self.config.init is not None:
+            given, named = asdict(Transformer.config_of(self.config.init)), asdict(wanted)
+            if other := [f"{k} is {given[k]}, not {v}" for k, v in named.items() if given[k] != v]:
+                raise ValueError(
+                    f"the transformer in {self.config.init} differs: {'; '.join(other)}"
+                )
+        with partitioned(self.config):
+            return Transformer(wanted)
 
     def vocabulary(self) -> Tokenizer:
         """Learn the BPE from the data; a training that goes on keeps the one that it has."""
         if (kept := model_folder(self.config.out) / VOCABULARY_NAME).is_file():
             return Tokenizer.load(kept)
-        captions = first_captions(self.source, self.config.vocab_captions)
+        first = partial(first_captions, self.source, self.config.vocab_captions)
+        captions = distributed.from_main(first)
         if self.config.init is None:
             return Tokenizer.train(captions, self.config.model.text_vocab)
         tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
@@ -143,7 +146,7 @@ class TransformerTraining:
         codes = batch["codes"] if "codes" in batch else self.dvae.encode(to_float(batch["images"]))
         return model.loss(batch["text"], codes, self.config.text_weight)
 
-    def measure(self, model: Transformer) -> dict[str, float]:
+    def measure(self, model: Transformer, step: int = 0) -> dict[str, float]:
         """Give the losses on the pairs that are set apart, in nats and in bits."""
         sums = {"text": 0.0, "image": 0.0}
         count = len(self.held["text"])
@@ -162,16 +165,13 @@ class TransformerTraining:
         return {name: numbers[name] for name in ("text", "image")}
 
     @torch.no_grad()
-    def validate(self, model: Transformer, step: int) -> Mapping[str, float]:
-        config = self.config
-        numbers = self.measure(model)
+    def draw(self, model: Transformer, step: int) -> None:
+        """Draw eight candidates of each prompt into OUT/samples."""
         drawn = DallE(self.dvae, model, self.tokenizer)
-        rows = [drawn.candidates(p, num_candidates=8, seed=0) for p in config.prompts]
-        if distributed.is_main():
-            folder = config.out / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            grid([c.image for row in rows for c in row], 8).save(folder / f"step-{step}.png")
-        return numbers
+        rows = [drawn.candidates(p, num_candidates=8, seed=0) for p in self.config.prompts]
+        folder = self.config.out / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid([c.image for row in rows for c in row], 8).save(folder / f"step-{step}.png")
 
     def save(self, model: Transformer, folder: Path) -> None:
         DallE(self.dvae, model, self.tokenizer).save_pretrained(folder)
@@ -180,19 +180,22 @@ class TransformerTraining:
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
         config = parse_preset(TRANSFORMER_PRESETS, args, __doc__.splitlines()[0])
-        run = TransformerTraining(config)
-        model = run.model
-        fit(
-            model,
-            run.loss,
-            run.stream,
-            config,
-            save_model=run.save,
-            validate=run.validate,
-            measure=run.measure_raw,
-            scales=run.scales,
-            work=Work(tokens=model.config.length, operations=3 * model.operations()),
-        )
+        with training(config):
+            run = TransformerTraining(config)
+            model = run.model
+            fit(
+                model,
+                run.loss,
+                run.stream,
+                config,
+                save_model=run.save,
+                validate=run.measure,
+                measure=run.measure_raw,
+                draw=run.draw,
+                scales=run.scales,
+                work=Work(tokens=model.config.length, operations=3 * model.operations()),
+                init=config.init and Transformer.file_in(config.init),
+            )
         if distributed.is_main():
             draw = f"python sample.py PROMPT --model {config.out}"
             print(f"The model is in {config.out}; draw with: {draw}")

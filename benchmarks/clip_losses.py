@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import train_clip
+from dalle1.cli import clear_errors
 from dalle1.clip import Clip
 from dalle1.evaluation.toybox_probes import retrieval_probe
+from dalle1.files import claim, write_whole
 from dalle1.presets import CLIP_PRESETS
 
 LOSSES = {"infonce": "InfoNCE", "sigmoid": "sigmoid"}
@@ -42,7 +44,7 @@ def measured(options: argparse.Namespace, loss: str, batch_size: int) -> dict[st
             kind: (found[f"{kind}/image-to-text/R@1"] + found[f"{kind}/text-to-image/R@1"]) / 2
             for kind in KINDS
         }
-        done.write_text(json.dumps(both, indent=1) + "\n")
+        write_whole(done, json.dumps(both, indent=1) + "\n")
     return json.loads(done.read_text())
 
 
@@ -55,6 +57,7 @@ def plot(results: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
             values = [value[kind] for value in by_size.values()]
             ax.plot(list(by_size), values, "o-", label=LOSSES[loss])
         ax.set(title=kind, xlabel="pairs in a batch", xscale="log")
+        ax.minorticks_off()
         ax.set_xticks(list(by_size), list(map(str, by_size)))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="R@1 among 256")
@@ -69,6 +72,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--pairs", type=int, default=64_000, help="that each training sees")
     options = parser.parse_args(args)
+    with clear_errors():
+        claim(options.out / "settings.json", {"data": options.data, "pairs": options.pairs})
     results: dict[str, dict[int, dict[str, float]]] = {loss: {} for loss in LOSSES}
     print(f"{'batch':>6} {'loss':>8} " + " ".join(f"{kind:>11}" for kind in KINDS))
     for batch_size in options.batch_sizes:

@@ -5,7 +5,8 @@
 A tiny transformer is trained once in peace. Then the same training is killed at random moments, 20
 times by SIGKILL and 5 times by SIGTERM, and started again each time; at last its disk is full, by a
 limit on the size of files. After each fault every checkpoint must be readable, and every step that
-was ever logged must have the loss that it had in peace, to the last digit. Exits with 1 if not.
+was ever logged must have the loss that it had in peace, to the last digit; no checkpoint that was
+due may be missing, and after SIGTERM not even one step. Exits with 1 if not.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from dalle1.transformer import Transformer
 from dvae import DVAE, DVAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 240
+STEPS, SAVE_EVERY = 240, 5
 SIZE = ["--model.width", "64", "--model.depth", "4", "--model.heads", "4"]
 RUN = [
     *("--data", "toybox:64", "--device", "cpu", "--num-workers", "1", "--batch-size", "4"),
-    *("--log-every", "1", "--save-every", "5", "--validate-every", "1000", "--keep", "2"),
+    *("--log-every", "1", "--save-every", str(SAVE_EVERY), "--validate-every", "35", "--keep", "2"),
     *("--prompts", "a red star", "--accumulate", "2", "--schedule", "plateau"),
     *("--plateau-window", "20", "--vocab-captions", "64"),
 ]
@@ -48,6 +49,7 @@ class Faults:
         DVAE(DVAEConfig(**size)).save(folder / "dvae")
         self.wrong: list[str] = []
         self.checked = 0
+        self.safe: dict[Path, int] = {}
         process, began = self.begin(folder / "peace")
         assert process.wait() == 0, "it does not even train in peace"
         self.duration = time.perf_counter() - began
@@ -91,12 +93,16 @@ class Faults:
         return found
 
     def check(self, out: Path, what: str) -> int:
-        """Look at all that is there after a fault; give the step that it goes on from."""
+        """Look at all that is there after a fault; give the step that it goes on from.
+
+        That is the last step that was due to be saved, of those that it logged: of the step in the
+        middle of whose checkpoint it was killed, the one before.
+        """
         for step, values in self.losses(out).items():
             if values != self.peace[step]:
                 self.wrong.append(f"{what}: step {step} differs")
-        if not (out / "latest").exists():
-            return 0
+        if (out / "latest").is_symlink() and not (out / "latest").exists():
+            self.wrong.append(f"{what}: latest points to nothing")
         for folder in [f for f in out.glob("step-*") if f.is_dir()]:
             try:
                 self.checked += 1
@@ -106,7 +112,12 @@ class Faults:
             except Exception as error:
                 self.wrong.append(f"{what}: {folder} cannot be read: {error}")
         state = load_checkpoint(out)
-        return state["step"] if state else 0
+        found = state["step"] if state else 0
+        logged = max(self.losses(out), default=0)
+        if found < (logged - 1) // SAVE_EVERY * SAVE_EVERY or found < self.safe.get(out, 0):
+            self.wrong.append(f"{what}: {logged} steps logged, {found} saved")
+        self.safe[out] = found
+        return found
 
     def kill(self, out: Path, number: signal.Signals, after: float) -> str | None:
         """Begin, wait, kill; say what came of it, None where the training was over before."""
@@ -120,6 +131,8 @@ class Faults:
         step = self.check(out, number.name)
         if number == signal.SIGTERM and process.returncode != 0:
             self.wrong.append(f"SIGTERM: exit code {process.returncode}")
+        if number == signal.SIGTERM and step < max(self.losses(out), default=0):
+            self.wrong.append(f"SIGTERM: only {step} steps saved")
         return f"{number.name} after {after:.1f} s, exit {process.returncode}, goes on from {step}"
 
     def full_disk(self) -> str:

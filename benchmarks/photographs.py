@@ -95,13 +95,17 @@ def write_shards(pairs: Sequence[tuple[str, str, Image.Image]], out: Path, shard
         (out / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4))
 
 
-def main(args: Sequence[str] | None = None) -> None:
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=128, help="side of a tile in pixels")
     parser.add_argument("--shards", action="store_true", help="write shards, not a folder")
     parser.add_argument("--shard-size", type=int, default=100, help="tiles in one shard")
-    options = parser.parse_args(args)
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    options = parse(args)
     pairs = tiles(options.size)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.shards:

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dalle1 import DallE
+from dalle1.cli import clear_errors
 from dalle1.evaluation.report import wilson
 from dalle1.evaluation.toybox import Prompt, choose_prompts
+from dalle1.files import claim, write_whole
 from dalle1.judge import BUNDLED, Judge, load_judge
 from dalle1.pipeline import Rerank
 
@@ -55,6 +56,7 @@ def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
         for name, values in lines.items():
             ax.plot(SIZES, values, "o-", label=name)
         ax.set(title=f"{split} pairs", xlabel="candidates", xscale="log")
+        ax.minorticks_off()
         ax.set_xticks(SIZES, list(map(str, SIZES)))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="the best one is right")
@@ -63,6 +65,11 @@ def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    with clear_errors():
+        measure(args)
+
+
+def measure(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of a model; the bundled one if not given")
     parser.add_argument("--clip", help="CLIP that ranks; the model's own if not given")
@@ -70,10 +77,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/rerank"))
     options = parser.parse_args(args)
+    claim(
+        options.out / "settings.json", {k: getattr(options, k) for k in ("model", "clip", "seed")}
+    )
     model = DallE.from_pretrained(options.model, clip=options.clip)
     judge = load_judge(BUNDLED)
     answers = options.out / "answers"
-    answers.mkdir(parents=True, exist_ok=True)
     curves: dict[str, dict[str, list[float]]] = {}
     for split, title in {"train": "training", "heldout": "held-out"}.items():
         looks = []
@@ -82,9 +91,7 @@ def main(args: Sequence[str] | None = None) -> None:
             seed = 1000 * options.seed + place
             path = answers / f"{prompt.text.replace(' ', '-')}-{seed}.json"
             if not path.exists():
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(looked_at(model, judge, prompt, seed)))
-                os.replace(partial, path)
+                write_whole(path, json.dumps(looked_at(model, judge, prompt, seed)))
             looks.append(json.loads(path.read_text()))
         names = {"at random": "right", **{f"by {name}": name for name in RANKERS}}
         curves[title] = {

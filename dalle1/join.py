@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from dalle1.cli import clear_errors
+from dalle1.cli import clear_errors, parse
 from dalle1.pipeline import DallE
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,10 +33,8 @@ class JoinConfig:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    import tyro
-
     with clear_errors():
-        config = tyro.cli(JoinConfig, args=args, description=__doc__.splitlines()[0])
+        config = parse(JoinConfig, args, __doc__.splitlines()[0])
         model = DallE.from_pretrained(config.model, clip=config.clip, device="cpu")
         model.save_pretrained(config.out, DTYPES[config.dtype])
         size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())

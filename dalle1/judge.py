@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dalle1.data.toybox import FILL_SURVIVES, FILLS, NOUNS, STYLES, Scene
 from dalle1.data.toybox.scene import Pair
+from dalle1.files import write_whole
 
 BUNDLED = Path(__file__).parent / "bundled" / "judge.safetensors"
 PLAIN = "plain"  # the style of a picture without one
@@ -210,15 +211,11 @@ def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
 
 def save_judge(judge: Judge, path: str | Path) -> None:
     """Write the weights as half-precision safetensors, with the config in the metadata."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
         for name, tensor in judge.state_dict().items()
     }
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
-    unfinished.replace(path)
+    write_whole(Path(path), save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
 
 
 def load_judge(path: str | Path = BUNDLED) -> Judge:

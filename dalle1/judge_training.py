@@ -5,10 +5,12 @@ Legend: B batch, H W pixels.
 
 from __future__ import annotations
 
+import io
 import math
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.data.toybox import Scene, render, sample_scene
+from dalle1.data.toybox import Scene, render
+from dalle1.data.toybox.kinds import scenes
+from dalle1.files import write_whole
 from dalle1.judge import (
     LAYOUTS,
     SLOTS,
@@ -30,6 +34,7 @@ from dalle1.judge import (
 )
 
 PICTURE_SIZE = 128  # of what the judge learns from; it takes any size
+KEEP_EVERY = 200  # steps of a training
 NONE = -1  # a question that a scene leaves open
 
 
@@ -44,20 +49,12 @@ class Renderings:
         return len(self.pictures)
 
 
-def scenes(split: str, seed: str, relation: bool | None = None) -> Iterator[Scene]:
-    """Yield scenes without end: all kinds, or those in a relation, or those that are not."""
-    rng = random.Random(seed)
-    while True:
-        scene = sample_scene(rng, split)
-        if relation is None or (scene.relation is not None) == relation:
-            yield scene
-
-
 def mixed_scenes(split: str, seed: str) -> Iterator[Scene]:
     """Yield all kinds of scenes, half of them relations, which are harder."""
-    streams = [scenes(split, f"{seed} {i}", bool(i)) for i in range(2)]
-    while True:
-        yield from map(next, streams)
+    alone = (s for s in scenes(split, f"{seed} alone") if s.relation is None)
+    related = (s for s in scenes(split, f"{seed} related") if s.relation is not None)
+    for pair in zip(alone, related):
+        yield from pair
 
 
 def answers_of(scene: Scene, config: JudgeConfig) -> list[int]:
@@ -110,12 +107,16 @@ def degrade(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     down, across = axis(), axis()
     x = down[:, None] @ images @ across[:, None].mT  # [B, 3, size, size]
     block = size * 8 // 128  # one patch of the VAE
-    factor = (2, 4, block)[int(torch.randint(3, (), generator=generator))]
-    mode = "nearest" if factor == block else "bilinear"
-    coarse = F.interpolate(F.avg_pool2d(x, factor), (size, size), mode=mode)
     # A third of the pictures keep all their detail; the coarsest blocks only ever shine through.
-    most = {2: 1.0, 4: 0.6, block: 0.35}[factor]
-    x = x.lerp_(coarse, uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0) * most)
+    kinds = torch.randint(3, (count,), generator=generator)
+    share = uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0)
+    for kind, (factor, most) in enumerate(((2, 1.0), (4, 0.6), (block, 0.35))):
+        chosen = (kinds == kind).nonzero()[:, 0]
+        if len(chosen):
+            pooled = F.avg_pool2d(x[chosen], factor)
+            mode = "nearest" if factor == block else "bilinear"
+            coarse = F.interpolate(pooled, (size, size), mode=mode)
+            x[chosen] = x[chosen].lerp_(coarse, share[chosen] * most)
     x = x.mul_(uniform(0.95, 1.05, count, 3, 1, 1)).add_(uniform(-0.03, 0.03, count, 1, 1, 1))
     noise = torch.randn(x.shape, generator=generator)
     return x.add_(noise.mul_(uniform(-0.03, 0.04, count, 1, 1, 1).clamp_(min=0))).clamp_(0, 1)
@@ -149,17 +150,38 @@ def question(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def train_judge(
-    config: JudgeConfig, data: Renderings, *, steps: int, seed: int = 0, batch_size: int = 64
+    config: JudgeConfig,
+    data: Renderings,
+    *,
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    kept: Path | None = None,
 ) -> Judge:
-    """Train a judge from nothing; the same arguments on the same machine give the same weights."""
+    """Train a judge from nothing; the same arguments on the same machine give the same weights.
+
+    Where `kept` is given, the state of the training is kept there now and then, until it is done:
+    the same call goes on after an interruption. ValueError where it is of another training.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = Judge(config).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
-    progress = tqdm(range(steps), desc="training the judge", unit="step")
+    parts: dict[str, Any] = {"judge": judge, "optimizer": optimizer, "schedule": schedule}
+    settings = {**asdict(config), "steps": steps, "seed": seed, "batch_size": batch_size}
+    settings["pictures"] = len(data)
+    start = _restored(kept, settings, parts, generator)
+    progress = tqdm(
+        range(start, steps), "training the judge", initial=start, total=steps, unit="step"
+    )
     for step in progress:
+        if kept and step > start and step % KEEP_EVERY == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"settings": settings, "step": step, "generator": generator.get_state()}
+            torch.save(state, content := io.BytesIO())
+            write_whole(kept, content.getvalue())
         chosen = torch.randint(len(data), (batch_size,), generator=generator)
         images = degrade(data.pictures[chosen].float() / 255, config.image_size, generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -171,7 +193,24 @@ def train_judge(
         schedule.step()
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
+    if kept:
+        kept.unlink(missing_ok=True)
     return judge.eval()
+
+
+def _restored(
+    kept: Path | None, settings: dict[str, Any], parts: dict[str, Any], generator: torch.Generator
+) -> int:
+    """Bring a training to where it was kept; give the step to go on with."""
+    if kept is None or not kept.is_file():
+        return 0
+    state = torch.load(kept, weights_only=True)
+    if state["settings"] != settings:
+        raise ValueError(f"{kept} is of a training with other settings: remove it, or repeat those")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    generator.set_state(state["generator"])
+    return int(state["step"])
 
 
 def accuracy(
@@ -187,8 +226,9 @@ def accuracy(
         from dalle1.data.images import to_pil
 
         generator = torch.Generator().manual_seed(0)
-        images = degrade(as_tensor(pictures).float() / 255, judge.config.image_size, generator)
-        pictures = to_pil(images)
+        size = judge.config.image_size
+        batches = as_tensor(pictures).split(64)
+        pictures = [p for x in batches for p in to_pil(degrade(x.float() / 255, size, generator))]
     found = [seen.right(scene) for seen, scene in zip(judge.verdicts(pictures), shown)]
     for what in WHAT:
         asked = [bool(right[what]) for right in found if right[what] is not None]

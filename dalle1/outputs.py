@@ -44,13 +44,17 @@ def writable(folder: Path) -> None:
         ) from error
 
 
+def drawn_in(folder: Path) -> list[str] | None:
+    """Name the pictures that the scores of a draw are of, best first; None where there are none."""
+    try:
+        return [str(entry["file"]) for entry in json.loads((folder / SCORES).read_text())]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def forget_earlier(folder: Path) -> None:
     """Remove the pictures of an earlier draw into the same folder, and nothing else."""
-    try:
-        earlier = [str(entry["file"]) for entry in json.loads((folder / SCORES).read_text())]
-    except (OSError, ValueError, TypeError, KeyError):
-        return
-    for name in earlier:
+    for name in drawn_in(folder) or ():
         if re.fullmatch(r"\d{2,}\.png", name):
             (folder / name).unlink(missing_ok=True)
 

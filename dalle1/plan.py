@@ -298,7 +298,8 @@ def network(plan: Plan) -> float:
 
 
 def smaller(plan: Plan) -> Plan | None:
-    """Find what fits: the plan with the fewest changes, the cheapest first; None if none does."""
+    """Find what fits: of the plans with the fewest changes the cheapest; None if none does."""
+    fits: list[Plan] = []
     stages: list[Literal[0, 1, 2, 3]] = [z for z in (0, 1, 2, 3) if z >= plan.zero]
     micro = [plan.micro_batch >> i for i in range(plan.micro_batch.bit_length())]
     micro = [m for m in micro if plan.batch_size % (plan.gpus * m) == 0]
@@ -317,8 +318,9 @@ def smaller(plan: Plan) -> Plan | None:
             weights=weights if plan.precision == "bf16" else plan.weights,
         )
         if memory(tried).total <= plan.gpu_memory * GIB:
-            return tried
-    return None
+            fits.append(tried)
+    before = vars(plan)
+    return min(fits, key=lambda p: sum(v != before[k] for k, v in vars(p).items()), default=None)
 
 
 def report(plan: Plan) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dalle1.attention import Attend, Attention, Linear, Mask, Rotary
 from dalle1.masks import MaskKind, layer_masks
-from dvae.weights import load_weights, model_folder, save_weights
+from dvae.weights import load_config, load_weights, model_folder, save_weights
 
 FILE_NAME = "transformer.safetensors"
 
@@ -369,8 +369,17 @@ class Transformer(nn.Module):
 
         Raises: ValueError where there is none, or it is damaged.
         """
-        path = model_folder(directory) / FILE_NAME
-        return load_weights(cls, TransformerConfig, path, device, dtype)
+        return load_weights(cls, TransformerConfig, cls.file_in(directory), device, dtype)
+
+    @classmethod
+    def config_of(cls, directory: str | Path) -> TransformerConfig:
+        """Read the config of what `load` would; ValueError where there is none."""
+        return load_config(cls, TransformerConfig, cls.file_in(directory))
+
+    @staticmethod
+    def file_in(directory: str | Path) -> Path:
+        """Give where `save` or a training keeps the weights."""
+        return model_folder(directory) / FILE_NAME
 
 
 def _score(head: nn.Linear, states: Tensor) -> Tensor:

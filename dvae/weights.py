@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config")
 
 DTYPES = {
     "F64": torch.float64,
@@ -116,6 +117,24 @@ def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None)
     return path
 
 
+@contextmanager
+def _said_plainly(path: Path, what: str) -> Iterator[None]:
+    """Turn all that a missing, damaged or foreign file can cause into one line."""
+    if not path.is_file():
+        raise ValueError(f"no {what} in {path.parent}: expected the file {path.name} there")
+    try:
+        yield
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged, or holds no {what} ({reason})") from error
+
+
+def load_config(model_class: type[Any], config_class: type[Config], path: Path) -> Config:
+    """Read the config in what `save_weights` wrote; ValueError where there is none."""
+    with _said_plainly(path, model_class.__name__), safe_open(path, "pt") as file:
+        return config_class(**json.loads((file.metadata() or {})["config"]))
+
+
 def load_weights(
     model_class: type[Model],
     config_class: type[Any],
@@ -127,21 +146,14 @@ def load_weights(
 
     Raises: ValueError where the file is missing, damaged or of another model.
     """
-    what = model_class.__name__
-    if not path.is_file():
-        raise ValueError(f"no {what} in {path.parent}: expected the file {path.name} there")
-    try:
-        with safe_open(path, "pt") as file:
-            config = config_class(**json.loads((file.metadata() or {})["config"]))
+    config = load_config(model_class, config_class, path)
+    with _said_plainly(path, model_class.__name__):
         with without_weights():
             model = model_class(config)
         empty = model.state_dict()
         read = read_tensors(path, dtype)
         weights = {name: _placed(t, empty.get(name, t), device) for name, t in read}
         model.load_state_dict(weights, strict=True, assign=True)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is damaged, or holds no {what} ({reason})") from error
     return model.to(device).eval()
 
 

@@ -85,6 +85,13 @@ def test_a_crash_while_removing_leaves_none_by_half(
     assert {f.name for f in tmp_path.iterdir()} == {"latest", "step-30"}
 
 
+def test_a_folder_of_ones_own_stays(tmp_path: Path) -> None:
+    (tmp_path / "step-2-good").mkdir()
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, {}, lambda folder: None)
+    assert sorted(f.name for f in tmp_path.glob("step-*")) == ["step-2-good", "step-4"]
+
+
 def test_model_folder(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path) is None
     assert model_folder(tmp_path) == tmp_path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import random
 import shutil
 import sys
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dalle1.clip
-from dalle1.clip import Clip, soften, tiny_clip
+from dalle1.clip import Clip, ClipSize, new_clip, soften
 from dalle1.text import Tokenizer
 
 CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]
@@ -31,7 +33,7 @@ def pictures(count: int = 4) -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def clip() -> Clip:
     torch.manual_seed(0)
-    return tiny_clip(Tokenizer.train(CAPTIONS, 300), image_size=32, text_len=12, **SMALL)
+    return new_clip(Tokenizer.train(CAPTIONS, 300), ClipSize(image_size=32, text_len=12, **SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +208,8 @@ def damage(folder: Path, how: str) -> None:
         save_file(tensors, weights, metadata={"format": "pt"})
     elif how == "another model":
         (folder / "config.json").write_text('{"model_type": "bert"}')
+    elif how == "another tokenizer":  # JSON as it should be, and not what tokenizers expects
+        (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     elif how == "no tokenizer":
         (folder / "tokenizer.json").unlink()
     else:
@@ -213,7 +217,15 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "incomplete", "another model", "no tokenizer", "no processor"]
+    "how",
+    [
+        "truncated",
+        "incomplete",
+        "another model",
+        "another tokenizer",
+        "no tokenizer",
+        "no processor",
+    ],
 )
 def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path, how: str) -> None:
     path = tmp_path / "copy"
@@ -231,9 +243,38 @@ def test_a_processor_that_does_not_fit_its_model_is_named(folder: Path, tmp_path
     path = tmp_path / "copy"
     shutil.copytree(folder, path)
     settings = json.loads((path / "preprocessor_config.json").read_text())
-    settings["size"] = {"height": 48, "width": 48}
+    settings["crop_size"] = {"height": 48, "width": 48}
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
     assert "inconsistent" in one_line(path)
+
+
+def test_a_picture_that_is_no_square_is_cut_not_squashed(clip: Clip) -> None:
+    wide = Image.new("RGB", (42, 32), "blue")
+    wide.paste("red", (0, 0, 5, 32))  # what the square in the middle leaves out
+    expected = clip.preprocess([Image.new("RGB", (32, 32), "blue")])
+    torch.testing.assert_close(clip.preprocess([wide]), expected)
+
+
+def test_squares_give_the_features_that_they_gave_when_all_were_squashed() -> None:
+    clip = Clip.from_pretrained("bundled")
+    squares = [Image.effect_noise((side, side), 90).convert("RGB") for side in (128, 77, 200, 1)]
+    squashed = copy.deepcopy(clip.processor)
+    squashed.size, squashed.do_center_crop = squashed.crop_size, False
+    before = Clip(clip.model, clip.tokenizer, squashed).embed_images(squares)
+    assert torch.equal(clip.embed_images(squares), before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_the_scale_is_saved_at_100_at_most(
+    clip: Clip, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    wild = copy.deepcopy(clip)
+    for scale, saved in ((130.0, 100.0), (33.3, 33.3)):
+        wild.model.logit_scale.data.fill_(math.log(scale))
+        wild.save_pretrained(tmp_path, dtype)
+        loaded = Clip.from_pretrained(tmp_path)
+        assert loaded.model.logit_scale.exp().item() == pytest.approx(saved, rel=1e-6)
+        assert wild.model.logit_scale.exp().item() == pytest.approx(scale, rel=1e-6)
 
 
 def test_mistakes_are_named(clip: Clip) -> None:
@@ -246,7 +287,7 @@ def test_mistakes_are_named(clip: Clip) -> None:
     with pytest.raises(ValueError, match="batch_size is 0"):
         clip.embed_images(pictures(), batch_size=0)
     with pytest.raises(ValueError, match="divide"):
-        tiny_clip(Tokenizer.train([], 256), image_size=100)
+        new_clip(Tokenizer.train([], 256), ClipSize(image_size=100))
 
 
 def test_loading_leaves_logging_as_it_was(folder: Path, capfd: pytest.CaptureFixture) -> None:
@@ -262,5 +303,5 @@ def test_the_module_alone_does_not_load_transformers() -> None:
     import subprocess
 
     code = "import sys, dalle1.clip; sys.exit('transformers' in sys.modules)"
-    root = Path(dalle1.clip.__file__).parents[1]
+    root = Path(dalle1.clip.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from dalle1.clip import Clip, tiny_clip
+from dalle1.clip import Clip, ClipSize, new_clip
 from dalle1.clip.__main__ import main
 from dalle1.data import open_source
 from dalle1.text import Tokenizer
@@ -24,7 +26,7 @@ COLOURS = ("red", "green", "blue", "black", "white")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     size = {"image_size": 32, "layers": 1, "width": 32, "text_width": 32, "text_layers": 1}
-    clip = tiny_clip(Tokenizer.train(["a red cube"], 300), text_len=16, **size)
+    clip = new_clip(Tokenizer.train(["a red cube"], 300), ClipSize(text_len=16, **size))
     clip.save_pretrained(tmp_path_factory.mktemp("clip"))
     path = tmp_path_factory.getbasetemp() / "ranker"
     clip.save_pretrained(path)
@@ -161,7 +163,10 @@ def test_filtering_keeps_what_is_similar_enough(
         before[key].pop("json", None)
         assert sample == before[key]  # to the byte
     said = capsys.readouterr().out
-    assert f"kept {len(kept)} of 8 pairs; 2 had no readable picture, or no caption" in said
+    assert (
+        f"kept {len(kept)} of 8 pairs; {6 - len(kept)} are below the threshold, 2 were left out: "
+        "1 not a picture, 1 no caption" in said
+    )
     counts = np.array([line.split()[3:5] for line in said.splitlines()[1:-1]], int)
     assert counts.sum(0).tolist() == [6, len(kept)]
     assert Image.open(out / "histogram.png").size == (640, 320)
@@ -193,11 +198,99 @@ def test_a_pair_is_never_filtered_twice_as_something_else(
     run(*command, out, "--min-similarity", "-1")
     capsys.readouterr()
     said = refused(capsys, *command, out, "--min-similarity", "0.3")
-    assert "filtered otherwise (min_similarity differ)" in said
+    assert "holds results of other settings (min_similarity differ)" in said
+    said = refused(capsys, *command, out, "--min-similarity", "-1", "--precision", "bf16")
+    assert "(precision differ)" in said
     assert "where the data is" in refused(capsys, *command, shards)
     assert "no shards at" in refused(capsys, "filter", "--data", tmp_path, "--out", out)
     assert "expected a cosine" in refused(capsys, *command, out, "--min-similarity", "28")
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_every_pair_that_a_training_reads_is_filtered(folder: Path, tmp_path: Path) -> None:
+    """Captions in .json, several of them, members anywhere in the shard and of any name."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    several = ["nothing like it", "a red cube", "still something else"]
+    files = {
+        "0.png": png("red"),
+        "1.png": png("green"),
+        "in/2.JPG": png("blue"),
+        "3.png": png("white"),
+        "0.json": json.dumps({"caption": "a red cube", "url": "x"}).encode(),
+        "1.txt": "\n".join(several).encode(),
+        "in/2.json": json.dumps(several).encode(),
+        "in/2._mask.png": b"mask",
+        "3.json": b'"a white ball"',
+        "1.json": b"{no JSON",
+        "4": b"a file without a suffix",
+    }
+    write_tar(data / "00000.tar", files)
+    run("filter", "--data", data, "--out", out, "--clip", folder, "--min-similarity", "-1")
+    before, after = (open_source(str(x), "encode") for x in (data, out))
+    assert len(before) == len(after) == 4
+    rngs = [random.Random(0), random.Random(0)]
+    for i in range(4):
+        assert before.caption(i, rngs[0]) == after.caption(i, rngs[1])
+    clip = Clip.from_pretrained(folder)
+    with tarfile.open(out / "00000.tar") as tar:
+        found = {x.name.lower(): tar.extractfile(x).read() for x in tar}  # type: ignore[union-attr]
+    for name, captions in (("1", several), ("in/2", several), ("3", ["a white ball"])):
+        picture = png({"1": "green", "in/2": "blue", "3": "white"}[name])
+        shown = [Image.open(io.BytesIO(picture))]
+        best = max(clip.score(caption, shown).item() for caption in captions)
+        facts = json.loads(found.pop(f"{name}.json"))
+        assert facts["similarity"] == pytest.approx(best, abs=1e-5)
+        if name == "1":
+            assert facts["json"] == "{no JSON"
+    facts = json.loads(found.pop("0.json"))
+    assert (facts["caption"], facts["url"]) == ("a red cube", "x")
+    rest = {k.lower(): x for k, x in files.items() if not k.endswith(".json") and k != "4"}
+    assert found == rest
+    left = [json.loads(x) for x in (out / "00000_left_out.jsonl").read_text().splitlines()]
+    assert [(x["cause"], x["where"][:2]) for x in left] == [("no picture", "4 ")]
+
+
+def test_damaged_shards_are_passed_over_and_named(
+    folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, last = tmp_path / "out", shards / "00001.tar"
+    whole = last.read_bytes()
+    with tarfile.open(last) as tar:
+        cut = tar.getmembers()[2].offset_data + 10  # within the second picture
+    last.write_bytes(whole[:cut])
     (shards / "00002.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(SystemExit):
-        run(*command, tmp_path / "other", "--min-similarity", "-1")
-    assert "00002.tar is no readable tar file" in capsys.readouterr().err
+    command = ["filter", "--data", shards, "--out", out, "--clip", folder, "--min-similarity", "-1"]
+    for _ in range(2):  # and again where it goes on
+        with pytest.raises(SystemExit) as stop:
+            run(*command)
+        assert stop.value.code == 1
+        said = capsys.readouterr()
+        assert "kept 6 of 7 pairs; 0 are below the threshold, 1 were left out" in said.out
+        assert "00001.tar: shard cut short" in said.err
+        assert "00002.tar: unreadable shard" in said.err
+        assert len(samples(out)) == 6
+    last.write_bytes(whole)
+    write_tar(shards / "00002.tar", {"20.png": png("red"), "20.txt": b"a red cube"})
+    run(*command)  # both were mended
+    assert (
+        "kept 7 of 9 pairs; 0 are below the threshold, 2 were left out" in capsys.readouterr().out
+    )
+
+
+def test_a_shard_in_the_way_is_not_written_over(
+    folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stray = tmp_path / "out" / "00001.tar"
+    write_tar(stray, {"own.txt": b"a user's"})
+    kept = stray.read_bytes()
+    said = refused(capsys, "filter", "--data", shards, "--out", stray.parent, "--clip", folder)
+    assert "was not written by this" in said
+    assert stray.read_bytes() == kept

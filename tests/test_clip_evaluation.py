@@ -1,25 +1,24 @@
-"""The evaluators of CLIPs and of samples: by hand, against SciPy, on Toybox and a user's folder."""
+"""The evaluators of CLIPs and of samples: by hand, on Toybox and a user's folder."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import evaluate
+from dalle1 import Candidate, outputs
 from dalle1.clip import Clip
 from dalle1.evaluation import toybox_probes as probes
 from dalle1.evaluation.clips import (
@@ -30,42 +29,9 @@ from dalle1.evaluation.clips import (
     zero_shot,
 )
 from dalle1.evaluation.report import table
-from dalle1.evaluation.samples import (
-    Pictures,
-    blurred,
-    clip_score,
-    cmmd,
-    distances,
-    features,
-    frechet_distance,
-    inception,
-)
 
-PALETTE = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-class ColourClip:
-    """Sees the mean colour, and reads the names of colours: a CLIP whose every answer is known."""
-
-    image_size = 32
-
-    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
-        means = [np.asarray(x.convert("RGB"), np.float32).mean((0, 1)) + 1 for x in images]
-        return F.normalize(torch.from_numpy(np.stack(means)), dim=-1)
-
-    def embed_text(self, captions: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-        colours = [
-            [sum(w == name for w in caption.replace(".", "").split()) + 1e-3 for name in PALETTE]
-            for caption in captions
-        ]
-        return F.normalize(torch.tensor(colours, dtype=torch.float32), dim=-1)
-
-
-CLIP: Any = ColourClip()
-
-
-def plain(name: str, size: int = 8) -> Image.Image:
-    return Image.new("RGB", (size, size), PALETTE[name])
+sys.path.insert(0, str(Path(__file__).parent))
+from colour_clip import CLIP, PALETTE, plain
 
 
 def test_zero_shot_counts_the_nearest_class() -> None:
@@ -74,8 +40,9 @@ def test_zero_shot_counts_the_nearest_class() -> None:
     torch.testing.assert_close(classes.norm(dim=1), torch.ones(3))
     scores = dict(zero_shot(images, [0, 1, 0, 0], classes))
     assert scores == {"top-1": 0.75, "top-1/chance": pytest.approx(1 / 3)}
-    with pytest.raises(ValueError, match=r"'a photo' has no \{\}"):
-        class_embeddings(CLIP, ["red"], ["a photo"])
+    for wrong in ("a photo", "a {} on {place}", "{} and {}", "a {} {"):
+        with pytest.raises(ValueError, match=re.escape(f"{wrong!r}, expected one {{}}")):
+            class_embeddings(CLIP, ["red"], [wrong])
 
 
 def test_top_5_is_told_of_many_classes() -> None:
@@ -166,135 +133,13 @@ def test_toybox_probes_ask_fairly(monkeypatch: pytest.MonkeyPatch) -> None:
         for pairs in ("training", "held-out"):
             assert scores[f"{pairs}/zero-shot/both"] == 1.0
             assert scores[f"{pairs}/binding/fills swapped"] == (0.0 if words_only else 1.0)
-        assert scores["retrieval/one object/image-to-text/R@1"] == 1.0
+            assert scores[f"{pairs}/binding/relation turned"] == 1.0  # another word
+        for kind in ("one object", "all kinds"):
+            assert scores[f"retrieval/{kind}/image-to-text/R@1"] == (
+                1.0 if kind == "one object" or not words_only else pytest.approx(1, abs=0.1)
+            )
         assert scores["training/zero-shot/noun/chance"] == 1 / len(probes.NOUNS)
         assert scores["linear probe/noun"] == scores["linear probe/fill"] == 1.0
-
-
-# ---- samples ----------------------------------------------------------------------------------
-
-
-def clouds(seed: int, count: int, width: int, shift: float = 0.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(width, width, generator=generator)
-    return torch.randn(count, width, generator=generator) @ mixing + shift
-
-
-@pytest.mark.parametrize(("n", "m", "width"), [(200, 150, 6), (9, 7, 12)])
-def test_frechet_distance_equals_scipy(n: int, m: int, width: int) -> None:
-    x, y = clouds(0, n, width), clouds(1, m, width, shift=0.5)
-    a, b = x.double().numpy(), y.double().numpy()
-    covariances = np.cov(a.T), np.cov(b.T)
-    jitter = 1e-10 * np.eye(width)  # SciPy's root needs a full rank
-    root = scipy.linalg.sqrtm((covariances[0] + jitter) @ (covariances[1] + jitter))
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root.real)
-    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-3)
-    assert frechet_distance(x, x + 2.0) == pytest.approx(4.0 * width, rel=1e-6)
-    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-6)
-    with pytest.raises(ValueError, match="two pictures or more"):
-        frechet_distance(x[:1], y)
-
-
-def test_cmmd_equals_numpy() -> None:
-    x, y = F.normalize(clouds(0, 20, 5), dim=1), F.normalize(clouds(1, 30, 5), dim=1)
-
-    def kernel(a: np.ndarray, b: np.ndarray) -> float:
-        gaps = ((a[:, None] - b[None]) ** 2).sum(-1)
-        return float(np.exp(-gaps / (2 * 10.0**2)).mean())
-
-    a, b = x.double().numpy(), y.double().numpy()
-    expected = 1000 * (kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
-    assert cmmd(x, y) == pytest.approx(expected, rel=1e-6)
-    assert cmmd(x, x) == pytest.approx(0.0, abs=1e-9)
-    assert cmmd(x, y) > 0
-
-
-def test_clip_score_by_hand() -> None:
-    images = torch.eye(2)
-    texts = torch.tensor([[0.6, 0.8], [0.8, -0.6]])
-    scores = dict(clip_score(images, texts))
-    assert scores["similarity"] == pytest.approx(0.0)
-    assert scores["CLIPScore"] == pytest.approx(2.5 * 0.6 / 2)
-
-
-def test_blur_is_in_proportion_and_hides_differences() -> None:
-    noise = [Image.effect_noise((64, 64), 80).convert("RGB") for _ in range(6)]
-    assert blurred(noise, 0)[0] is noise[0]
-    small, large = (np.asarray(blurred(noise, radius)[0]).std() for radius in (1, 8))
-    assert large < small < np.asarray(noise[0]).std()
-    wide = noise[0].resize((256, 256), Image.Resampling.NEAREST)
-    expected = np.asarray(blurred([wide], 8)[0].resize((64, 64), Image.Resampling.BOX), float)
-    assert np.abs(np.asarray(blurred([noise[0]], 8)[0], float) - expected).mean() < 4
-
-
-def test_distances_fall_with_likeness_and_read_pictures_once_asked() -> None:
-    read: list[int] = []
-
-    def image(index: int) -> Image.Image:
-        read.append(index)
-        return Image.new("RGB", (16, 16), (index, 40, 200))
-
-    class Source(SimpleNamespace):
-        def __len__(self) -> int:
-            return 50
-
-    pictures = Pictures(Source(image=image), 20)  # type: ignore[arg-type]
-    assert (len(pictures), read) == (20, [])
-    assert features(CLIP, pictures, batch_size=7).shape == (20, 3)
-    assert read == list(range(20))
-    near = [Image.new("RGB", (16, 16), (i, 50, 200)) for i in range(20)]
-    far = [Image.new("RGB", (16, 16), (i, 200, 50)) for i in range(20)]
-    close, distant = (dict(distances(CLIP, x, pictures, (0, 8))) for x in (near, far))
-    assert close.keys() == {f"{n}/blur {r}" for n in ("Fréchet distance", "CMMD") for r in (0, 8)}
-    assert all(close[name] < distant[name] for name in close)
-
-
-def test_inception_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = [plain("red"), plain("blue")]
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(ValueError, match="pip install torchmetrics torch-fidelity"):
-        next(inception(pictures, pictures))
-
-    def no_weights(**_: Any) -> None:
-        raise OSError("<urlopen error: no network>")
-
-    stand_in(monkeypatch, no_weights)
-    with pytest.raises(ValueError, match=r"weights are not here.*no network"):
-        next(inception(pictures, pictures))
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
-    for name, attribute in (("fid", "FrechetInceptionDistance"), ("inception", "InceptionScore")):
-        module = ModuleType(f"torchmetrics.image.{name}")
-        setattr(module, attribute, make)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    for name in ("torchmetrics", "torchmetrics.image"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-
-
-def test_inception_feeds_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Metric:
-        def __init__(self, feature: int = 0) -> None:
-            self.seen: list[tuple[Any, ...]] = []
-
-        def reset(self) -> None:
-            self.seen.clear()
-
-        def update(self, batch: torch.Tensor, real: bool | None = None) -> None:
-            assert batch.dtype == torch.uint8
-            self.seen.append((real, *batch.shape))
-
-        def compute(self) -> Any:
-            total = torch.tensor(float(sum(shape[1] for shape in self.seen)))
-            return total if self.seen[0][0] is not None else (total, total)
-
-    stand_in(monkeypatch, Metric)
-    red, blue = [plain("red")] * 5, [plain("blue")] * 3
-    scores = dict(inception(red, blue, (0, 2), batch_size=2))
-    assert scores == {"FID/blur 0": 8.0, "FID/blur 2": 8.0, "Inception Score": 5.0}
-
-
-# ---- the command ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -333,18 +178,57 @@ def test_a_folder_of_ones_own_is_measured_by_what_is_in_it(
 
 
 @pytest.mark.usefixtures("by_colour")
+def test_classes_and_captions_are_drawn_fairly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    for name, count in (("red", 40), ("green", 4)):
+        (data / name).mkdir(parents=True)
+        for i in range(count):
+            plain(name).save(data / name / f"{i:02d}.png")
+    command = ["clip", "--data", str(data), "--out", str(out), "--pictures"]
+    evaluate.main([*command, "8"])  # of 8 at random, most would be red
+    assert "linear probe/accuracy" in json.loads((out / "clip.json").read_text())["scores"]
+    assert capsys.readouterr().err == ""
+    evaluate.main([*command, "6"])
+    assert "linear probe/accuracy" not in json.loads((out / "clip.json").read_text())["scores"]
+    said = capsys.readouterr().err
+    assert said.startswith("note: the linear probe is left out: 3 pictures of 'green' were drawn")
+    assert said.count("\n") == 1
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    rows = []
+    for i in range(40):
+        name = "red" if i < 20 else "green"
+        plain(name).save(pairs / f"{i:02d}.png")
+        rows.append({"file": f"{i:02d}.png", "caption": f"{'x ' * i}{name}"})
+        (pairs / f"{i:02d}.txt").write_text(name)
+        (pairs / f"{i:02d}.foil.txt").write_text(name if i < 20 else "blue")
+    (pairs / "captions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    evaluate.main(["clip", "--data", str(pairs), "--out", str(out), "--pictures", "20"])
+    scores = json.loads((out / "clip.json").read_text())["scores"]
+    # The first 20 are all red, where no caption is nearer than another, and no foil differs.
+    assert 0.2 < scores["binding/accuracy"] < 0.8
+    assert scores["retrieval/image-to-text/R@1/chance"] == pytest.approx(1 / 20)
+
+
+@pytest.mark.usefixtures("by_colour")
 def test_samples_are_measured_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn, real, out = tmp_path / "drawn", tmp_path / "real", tmp_path / "out"
-    for folder in (drawn, real):
-        folder.mkdir()
-        for i, name in enumerate(PALETTE):
-            info = PngInfo()
-            info.add_itxt("prompt", f"a {name} thing")
-            plain(name).save(folder / f"{i}.png", pnginfo=info)
-    plain("red").save(drawn / "grid.png")  # no prompt
-    (drawn / "1.txt").write_text("a red thing")  # goes before what the PNG says
+    real.mkdir()
+    for i, name in enumerate(PALETTE):
+        info = PngInfo()
+        info.add_itxt("prompt", f"a {name} thing")
+        plain(name).save(real / f"{i}.png", pnginfo=info)
+        (drawn / name).mkdir(parents=True)
+        codes = torch.zeros(1, 1)
+        kept = [Candidate(image=plain(name), codes=codes, index=0, seed=0, score=0.5)]
+        outputs.write(drawn / name, f"a {name} thing", kept, {})
+        plain(name).save(drawn / name / "preview.png", pnginfo=info)
+    (drawn / "green" / "00.txt").write_text("a red thing")  # goes before what the PNG says
+    plain("red").save(drawn / "own.png")  # without scores beside it, and without a prompt
     command = ["samples", "--pictures", str(drawn), "--out", str(out)]
     evaluate.main([*command, "--reference", str(real), "--blur", "0", "2"])
     scores = json.loads((out / "samples.json").read_text())["scores"]
@@ -366,6 +250,10 @@ def test_samples_are_measured_from_the_command_line(
         (["clip", "--data", "PLAIN"], "nothing to measure in"),
         (["clip", "--data", "nowhere"], "no data at 'nowhere'"),
         (["clip", "--templates", "a {}"], "templates are for classes of your own"),
+        (["clip", "--data", "TWINS"], "are of the class 'a b': rename one"),
+        (["clip", "--data", "FOILED"], "0.foil.txt is not there or empty"),
+        (["samples", "--pictures", "FOILED"], "0.txt is not there or empty"),
+        (["samples", "--pictures", "HUGE"], "huge.png has too many pixels"),
         (["clip", "--pictures", "1"], "pictures is 1, expected at least 4"),
     ],
 )
@@ -375,7 +263,15 @@ def test_mistakes_are_one_line(
     for name in ("EMPTY", "PLAIN"):
         (tmp_path / name).mkdir()
     plain("red").save(tmp_path / "PLAIN" / "0.png")
-    words = [str(tmp_path / x) if x in ("EMPTY", "PLAIN") else x for x in command]
+    for name in ("TWINS/a_b/0.png", "TWINS/a b/0.png", "FOILED/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        plain("red").save(tmp_path / name)
+    caption = "a red thing" if command[0] == "clip" else " "
+    (tmp_path / "FOILED" / "0.txt").write_text(caption)
+    (tmp_path / "FOILED" / "0.foil.txt").touch()
+    (tmp_path / "HUGE").mkdir()
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "HUGE" / "huge.png")
+    words = [str(tmp_path / x) if x.isupper() else x for x in command]
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*words, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
@@ -387,6 +283,7 @@ def test_mistakes_are_one_line(
 def test_the_table_puts_chance_beside_its_number() -> None:
     lines = table({"a/b": 0.5, "a/b/chance": 0.25, "c": 3.0}.items()).splitlines()
     assert lines == ["a/b               0.5   chance 0.25", "c                   3"]
+    assert table({"pictures": 30_000}.items()) == "pictures      30000"
 
 
 def test_the_bundled_clip_is_measured() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dalle1.clip import Clip, ClipSize, tiny_clip
+from dalle1.clip import Clip, ClipSize, new_clip
 from dalle1.clip.resnet import ModifiedResNet
 from dalle1.presets import CLIP_PRESETS
 from dalle1.text import Tokenizer
@@ -130,20 +130,24 @@ def test_a_fresh_resnet_begins_as_its_shortcuts() -> None:
 
 
 class Vocabulary:
-    """What a model asks of a tokenizer: CLIP's own numbers."""
+    """What a model asks of a tokenizer."""
 
-    bos_token_id, eos_token_id, pad_token_id = 49406, 49407, 49407
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = size - 2, size - 1, size - 1
 
     def __len__(self) -> int:
-        return 49408
+        return self.size
 
 
-# The numbers of weights of OpenAI's released models.
-RELEASED = {
-    "rn50": 102_007_137,
-    "vit-b-32": 151_277_313,
-    "vit-b-16": 149_620_737,
-    "vit-l-14": 427_616_513,
+# Tokens, and weights: of OpenAI's released models with their vocabulary, of ours with a full one.
+SIZES = {
+    "toy": (1027, 2_513_665),
+    "small": (1027, 1_912_473),
+    "rn50": (49_408, 102_007_137),
+    "vit-b-32": (49_408, 151_277_313),
+    "vit-b-16": (49_408, 149_620_737),
+    "vit-l-14": (49_408, 427_616_513),
 }
 
 
@@ -152,17 +156,16 @@ def test_presets_have_the_sizes_of_the_released_models(name: str) -> None:
     from dalle1.clip.towers import new_model, size_of
 
     with torch.device("meta"):
-        model = new_model(CLIP_PRESETS[name].model, Vocabulary())
+        model = new_model(CLIP_PRESETS[name].model, Vocabulary(SIZES[name][0]))
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == RELEASED.get(name, count)
-    assert count > 1e8 or name in ("toy", "small")
+    assert count == SIZES[name][1]
     assert size_of(model) == CLIP_PRESETS[name].model
 
 
 def small(**size: Any) -> Clip:
     torch.manual_seed(0)
     vocabulary = Tokenizer.train(["a red cube", "a blue ball"], 300)
-    return tiny_clip(vocabulary, **{**TEXT, "image_size": 32, **size})
+    return new_clip(vocabulary, ClipSize(**{**TEXT, "image_size": 32, **size}))
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +209,30 @@ def test_the_bias_of_the_sigmoid_is_saved_apart(size: dict[str, Any], tmp_path: 
     clip.save_pretrained(tmp_path, dtype=torch.float16)
     assert "logit_bias" not in load_file(tmp_path / "model.safetensors")
     assert Clip.from_pretrained(tmp_path).model.logit_bias.item() == -6.5
+
+
+def test_infonce_leaves_no_bias_without_a_gradient(tmp_path: Path) -> None:
+    from dalle1.clip.losses import pair_loss, prepare_for
+
+    clip = small(layers=1, width=32)
+    prepare_for(clip.model, "sigmoid")
+    clip.save_pretrained(tmp_path)
+    model = Clip.from_pretrained(tmp_path).model.requires_grad_(True)
+    prepare_for(model, "infonce")
+    ids = clip.tokenize(["a red cube", "a blue ball"])["input_ids"]
+    pair_loss(model, torch.rand(2, 3, 32, 32), ids).total.backward()
+    assert [name for name, x in model.named_parameters() if x.grad is None] == []
+    Clip(model, clip.tokenizer, clip.processor).save_pretrained(tmp_path)
+    assert not hasattr(Clip.from_pretrained(tmp_path).model, "logit_bias")
+
+
+def test_only_cpus_train_by_the_eager_attention() -> None:
+    from dalle1.clip.towers import quicken
+
+    clip = small(layers=1, width=32)
+    for device, expected in (("cuda", "sdpa"), ("cpu", "eager")):
+        quicken(clip.model, torch.device(device))
+        assert clip.model.config.vision_config._attn_implementation == expected
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,33 @@ def test_encoding_goes_on_where_it_stopped(
     assert all(torch.equal(a, b) for a, b in zip(before, again))
 
 
+def test_codes_take_little_memory_and_no_second_reading(
+    encoded: tuple[EncodeConfig, DVAE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = encoded
+    scanned: list[Path] = []
+    scan = codes.index_shard
+    monkeypatch.setattr(codes, "index_shard", lambda s: scanned.append(s) or scan(s))
+    source = source_of(config)
+    assert isinstance(source.entries, np.memmap)
+    assert source.entries.nbytes == 40 * 10
+    assert not scanned
+    before = [(source.captions(i), source.crops(i).tolist()) for i in range(10)]
+    # Shards that changed, or that were encoded before there was such a file, are looked through.
+    with (config.out / "00001.tar").open("ab") as file:
+        file.write(bytes(10240))
+    for _ in range(2):
+        source = source_of(config)
+        assert len(scanned) == 3
+        assert [(source.captions(i), source.crops(i).tolist()) for i in range(10)] == before
+        (config.out / "entries.npy").unlink(missing_ok=True)
+        scanned.clear()
+    encode(config)
+    scanned.clear()
+    assert len(source_of(config)) == 10
+    assert not scanned
+
+
 def source_of(config: EncodeConfig) -> CodeSource:
     return CodeSource(config.out)
 

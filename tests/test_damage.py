@@ -6,6 +6,7 @@ import io
 import json
 import random
 import struct
+import sys
 import zlib
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ from dalle1.data.left_out import Tally
 from dalle1.data.shards import index_shard
 from dalle1.data.streams import Streamed
 from dvae import DVAE, DVAEConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from launch import in_two_processes
 
 SIZE = 32
 SHARDS, SHARD = 10, 100
@@ -203,10 +207,42 @@ def test_codes_are_made_of_the_900(
             encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "0.01"])
         encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "1"])
     indexed, streamed = (CodeSource(tmp_path / how, "encode") for how in ("indexed", "streamed"))
-    assert indexed.captions == streamed.captions
-    assert len(indexed) == 900
-    assert all(np.array_equal(a, b) for a, b in zip(indexed.codes, streamed.codes, strict=True))
+    assert len(indexed) == len(streamed) == 900
+    assert all(indexed.captions(i) == streamed.captions(i) for i in range(900))
+    assert all(np.array_equal(indexed.crops(i), streamed.crops(i)) for i in range(900))
     mixed = f"{data_of(shards, 'indexed')}::1,toybox:5::2"
     with pytest.raises(SystemExit):
         encode([*flags, "--data", mixed])
     assert "encode each source by itself" in capsys.readouterr().err
+
+
+def test_counts_are_of_all_processes_and_go_on(tmp_path: Path) -> None:
+    for i in range(20):
+        Image.new("RGB", (4, 4), (i, 2 * i, 0)).save(tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text(f"picture {i}")
+    for i in (2, 7, 11):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"")
+    (tmp_path / "05.txt").unlink()
+    script, out = Path(__file__).with_name("two_readers.py"), tmp_path / "out"
+    printed = in_two_processes(script, tmp_path, out)
+    told = [json.loads(text.splitlines()[-1]) for text in printed]
+    logs = {
+        name: [json.loads(x) for x in (out / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    }
+    counts = {
+        name: [
+            {k: v for k, v in line.items() if k.startswith(("left", "skip"))}
+            for line in log
+            if "total" in line
+        ]
+        for name, log in logs.items()
+    }
+    assert counts["cut"] == counts["whole"]
+    both = sum((Counter(process.pop("left out")) for process in told), Counter())
+    assert both["no caption"] == 1  # of opening the folder
+    assert both["empty file"] >= 6  # of two epochs
+    left_out = {f"left out/{cause}": count for cause, count in both.items()}
+    assert counts["whole"][-1] == {**left_out, "skipped_updates": 1}
+    captions = ["picture 0", "picture 1", "picture 2"]
+    assert told == [{"made": [0, 1, 2], "error": "nothing is usable", "captions": captions}] * 2

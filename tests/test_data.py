@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import signal
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -13,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data import batches
+from dalle1.cli import clear_errors
+from dalle1.data import batches, open_source
 from dalle1.data.batches import LEFT_OUT, in_order
 from dalle1.data.images import (
     FOR_TRANSFORMER,
@@ -271,3 +278,27 @@ def test_grid() -> None:
     assert [sheet.getpixel((11 + 12 * i, 15)) for i in range(3)] == [RED, GREEN, WHITE]
     assert sheet.getpixel((0, 0)) == sheet.getpixel((12, 5)) == WHITE
     assert grid(images[:2], 8).size == (2 * 14 + 4, 6 + 8)
+
+
+@dataclass(frozen=True)
+class Killing:
+    """Prepares examples, and at one index dies as a process that takes too much memory does."""
+
+    def __call__(self, source: Any, index: int, rng: random.Random) -> Mapping[str, torch.Tensor]:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"index": torch.tensor(index)}
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_killed_worker_is_told_in_one_line(
+    drawn: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = open_source("toybox:9", size=32)
+    found = in_order(source, Killing(), range(9), 1, num_workers=1)
+    # Torch tells at any moment, also between batches.
+    slowly = (time.sleep(0 if drawn else 0.1) for _ in found)
+    with pytest.raises(SystemExit), clear_errors():
+        deque(slowly)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: a process that prepares .* killed.* --num-workers.*\n", said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from dalle1.training import distributed
-from dalle1.training.loop import RunConfig, memory_advice
+from dalle1.training.loop import RunConfig
 from dalle1.training.trainer import engine_for
 from dalle1.training.zero import deepspeed_config
 
@@ -85,6 +86,11 @@ def test_a_batch_is_shared_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             "offload_param.device is nvme",
         ),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload in .* not supp"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": None}}, "is null in .*, expected"),
+        ({"zero_optimization": None}, "zero_optimization is null"),
+        ({"zero_force_ds_cpu_optimizer": True}, "asks for DeepSpeed's own AdamW"),
+        ({"bf16": True}, "bf16 is true in .*, expected an object"),
         ({"bf16": {"enabled": True}}, "check_grad_overflow"),
         ([1], "holds a list, expected an object"),
     ],
@@ -115,23 +121,32 @@ def test_a_config_of_ones_own_goes_to_deepspeed_as_it_is(tmp_path: Path) -> None
     assert got == {**given, **filled, "gradient_clipping": 4.0}
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-        MemoryError(),
-    ],
-)
-def test_out_of_memory_says_what_to_lower(tmp_path: Path, error: Exception) -> None:
-    advice = r"out of memory.*--accumulate 2 \(32 samples at once now\).*--zero 1"
-    with (
-        pytest.raises(ValueError, match=advice),
-        memory_advice(RunConfig(out=tmp_path, device="cpu")),
-    ):
-        raise error
+def test_torch_updates_what_a_config_of_ones_own_offloads(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    sharing = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    path.write_text(json.dumps({"zero_optimization": sharing}))
+    got = deepspeed_config(RunConfig(out=tmp_path, deepspeed=path))
+    assert got["zero_optimization"] == sharing
+    assert got["zero_force_ds_cpu_optimizer"] is False
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="another"), memory_advice(RunConfig(out=tmp_path)):
-        raise RuntimeError("another")
+@pytest.mark.parametrize(("said", "requeued"), [("Stopped at step 3", True), ("The model", False)])
+def test_slurm_is_asked_to_go_on_after_a_signal_only(
+    tmp_path: Path, said: str, requeued: bool
+) -> None:
+    commands = {
+        "srun": f"echo $MASTER_ADDR:$MASTER_PORT \"$@\" > started; echo '{said}'",
+        "scontrol": 'if [ "$1" = show ]; then echo first; else echo "$@" > requeued; fi',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n", "PRESET": "toy"}
+    script = Path(__file__).parent.parent / "docs/slurm.sh"
+    command = ["bash", str(script), "--steps", "9"]
+    subprocess.run(command, cwd=tmp_path, env={**env, "SLURM_JOB_ID": "20007"}, check=True)
+    started = (tmp_path / "started").read_text()
+    assert started.startswith("first:20007 ")
+    assert "train_transformer.py toy" in started
+    assert started.endswith("--steps 9\n")
+    assert (tmp_path / "requeued").exists() == requeued

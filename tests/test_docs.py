@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import tyro
 
+import evaluate
 import sample
 from dalle1.cli import parse_preset
 from dalle1.data.check import CheckConfig
@@ -31,15 +33,37 @@ PRESETS: dict[str, Any] = {
 MODULES: dict[str, Any] = {"dalle1.data.check": CheckConfig, "dalle1.data.codes": EncodeConfig}
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[1:4]))
-def test_every_command_of_the_guide_is_understood(words: list[str]) -> None:
+def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give the options that a command is understood to have, without running it."""
     assert words[0] == "python"
     if words[1] == "-m":
-        assert tyro.cli(MODULES[words[2]], args=words[3:]).out.parts[0] == "runs"
-    elif words[1] in PRESETS:
-        assert parse_preset(PRESETS[words[1]], words[2:], "").out.parts[0] == "runs"
-    else:
-        assert (ROOT / words[1]).is_file()
+        return tyro.cli(MODULES[words[2]], args=words[3:])
+    script, args = words[1], words[2:]
+    if script in PRESETS:
+        return parse_preset(PRESETS[script], args, "")
+    if script == "sample.py":
+        return sample.parse(args)
+    if script == "benchmarks/photographs.py":
+        return runpy.run_path(str(ROOT / script))["parse"](args)
+    assert script == "evaluate.py"
+    given: list[Any] = []
+    for name in [name for name in vars(evaluate) if name.startswith("run_")]:
+        monkeypatch.setattr(evaluate, name, given.append)
+    evaluate.main(args)
+    return given[0]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[1:4]))
+def test_every_command_of_the_guide_is_understood(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert understood(words, monkeypatch).out.parts[0] == "runs"
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[1:4]))
+def test_a_flag_that_is_none_is_noticed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises((SystemExit, ValueError)):
+        understood([*words, "--no-such-flag", "1"], monkeypatch)
 
 
 def test_the_guide_leads_from_pictures_to_samples() -> None:

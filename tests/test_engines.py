@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint
 from dalle1.transformer import Transformer
+from dvae import DVAE, DVAEConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import two_processes
@@ -123,6 +124,25 @@ def test_all_processes_skip_what_is_no_number_in_one(runs: tuple[Path, list[str]
     assert state is not None
     assert state["updates"] == 3
     assert all(t.isfinite().all() for t in load_file(out / "latest" / TENSORS_NAME).values())
+
+
+def test_a_recipe_is_trained_in_two_processes_that_share_all_weights(tmp_path: Path) -> None:
+    size = DVAEConfig(image_size=32, width=8, codebook_size=16, code_width=8, blocks_per_group=1)
+    DVAE(size).save(tmp_path / "dvae")
+    two_processes.keep_nothing_whole(tmp_path / "apart.json")
+    tiny = "--model.width 16 --model.depth 2 --model.heads 2 --model.text-len 8"
+    run = "--steps 2 --batch-size 4 --num-workers 0 --device cpu --data toybox:16"
+    train = ["train_transformer.py", "toy", *tiny.split(), *run.split()]
+    folders = ["--dvae", tmp_path / "dvae", "--deepspeed", tmp_path / "apart.json"]
+    folders += ["--out", tmp_path / "out", "--model.text-vocab", 260, "--vocab-captions", 4]
+    in_two_processes(*train, *folders, "--prompts", "a red star")
+    assert (tmp_path / "out/samples/step-2.png").exists()
+    assert log_of(tmp_path / "out", "validation/image").keys() == {2}
+    assert Transformer.load(tmp_path / "out").config.depth == 2
+    size = "--crop-size 32 --model.image-size 32 --model.width 8 --model.codebook-size 16"
+    folders = ["--deepspeed", tmp_path / "apart.json", "--out", tmp_path / "dvae2"]
+    in_two_processes("train_dvae.py", "toy", *size.split(), *run.split(), *folders)
+    assert (tmp_path / "dvae2/samples/step-2.png").exists()
 
 
 def test_only_the_main_process_speaks(runs: tuple[Path, list[str]]) -> None:

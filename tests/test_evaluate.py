@@ -16,7 +16,7 @@ import evaluate
 from dalle1.data.toybox import FILLS, NOUNS, is_held_out, is_style_held_out
 from dalle1.evaluation.report import wilson
 from dalle1.evaluation.toybox import KINDS, SPLITS, batches_of, choose_prompts
-from dalle1.judge import WHAT, JudgeConfig, Verdict, truth
+from dalle1.judge import WHAT, Judge, JudgeConfig, Verdict, save_judge, truth
 
 SETTINGS: dict[str, Any] = {"num_prompts": (10, 4), "best_of": (1, 3), "judge_pictures": 8}
 
@@ -150,6 +150,24 @@ def test_prompts_are_of_all_kinds_and_repeatable() -> None:
     assert len(choose_prompts("heldout", 400, seed=0)) == 400
 
 
+def test_what_may_be_refused_comes_before_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    judge = tmp_path / "judge.safetensors"
+    save_judge(Judge(JudgeConfig(image_size=32, widths=(8, 16))), judge)
+    monkeypatch.setattr("dalle1.DallE.from_pretrained", load)
+    for flags, message in (
+        (["--judge", str(judge), "--num-prompts", "401", "1", "1"], "expected at most 400"),
+        (["--judge", str(tmp_path / "none.safetensors")], "no judge at"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main(["toybox", "--out", str(tmp_path), *flags])
+        assert message in capsys.readouterr().err
+
+
 def test_wilson_by_hand() -> None:
     # 8 of 10: centre (0.8 + 0.19208) / 1.38416, half 1.96 √(0.016 + 0.009604) / 1.38416.
     low, high = wilson(0.8, 10)
@@ -165,6 +183,7 @@ def test_wilson_by_hand() -> None:
         (["toybox", "--num-prompts", "5"], "expected one number of prompts for each"),
         (["toybox", "--judge", "nowhere.safetensors"], "no judge at nowhere.safetensors"),
         (["judge", "--out", "x", "--steps", "0"], "steps"),
+        (["samples", "--pictures", "x", "--most", "1"], "most is 1, expected at least 2"),
     ],
 )
 def test_mistakes_are_told_in_a_line(
@@ -173,4 +192,7 @@ def test_mistakes_are_told_in_a_line(
     with pytest.raises(SystemExit) as stop:
         evaluate.main(arguments)
     assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1

@@ -27,6 +27,7 @@ LAYERS = [
         "dalle1.text",
         "dalle1.cli",
         "dalle1.device",
+        "dalle1.files",
         "dalle1.packed",
     ],
     ["dalle1.attention"],

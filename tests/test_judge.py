@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 import evaluate
+from dalle1 import judge_training
 from dalle1.data.toybox import FILLS, NOUNS, STYLES, Item, Scene, render
 from dalle1.data.toybox.captions import plain_caption
-from dalle1.judge import BUNDLED, Judge, JudgeConfig, Verdict, load_judge, save_judge, truth
+from dalle1.data.toybox.kinds import scenes
+from dalle1.evaluation.toybox import SPLITS, report_judge
+from dalle1.judge import BUNDLED, WHAT, Judge, JudgeConfig, Verdict, load_judge, save_judge, truth
 from dalle1.judge_training import (
     NONE,
     Renderings,
@@ -22,7 +26,6 @@ from dalle1.judge_training import (
     degrade,
     mixed_scenes,
     render_many,
-    scenes,
     train_judge,
 )
 
@@ -133,6 +136,70 @@ def test_training_repeats_itself() -> None:
     data = render_many(TINY, 8, mixed_scenes("all", "x"))
     one, other = (train_judge(TINY, data, steps=3, batch_size=4) for _ in range(2))
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_training, "KEEP_EVERY", 2)
+    kept, data = tmp_path / "kept", render_many(TINY, 8, mixed_scenes("all", "x"))
+    how: dict[str, Any] = {"steps": 5, "batch_size": 4}
+    whole = train_judge(TINY, data, **how)
+    calls, loss_of = [], judge_training.loss_of
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(judge_training, "loss_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_judge(TINY, data, kept=kept, **how)
+    with pytest.raises(ValueError, match="of a training with other settings"):
+        train_judge(TINY, data, kept=kept, steps=6, batch_size=4)
+    judge = train_judge(TINY, data, kept=kept, **how)
+    assert len(calls) == 4 + 3  # from the third step on
+    assert all(map(torch.equal, judge.state_dict().values(), whole.state_dict().values()))
+    assert not kept.exists()
+
+
+def test_one_batch_is_degraded_in_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, counts = torch.nn.functional.avg_pool2d, {}
+
+    def counting(images: torch.Tensor, factor: int) -> torch.Tensor:
+        counts[factor] = len(images)
+        return pool(images, factor)
+
+    monkeypatch.setattr(torch.nn.functional, "avg_pool2d", counting)
+    degrade(torch.rand(48, 3, 128, 128), 112, torch.Generator().manual_seed(1))
+    assert counts.keys() == {2, 4, 7}
+    assert sum(counts.values()) == 48
+    assert min(counts.values()) > 8
+
+
+def test_accuracy_is_counted_by_what_is_asked() -> None:
+    """A judge that calls everything one plain red cube."""
+
+    class Same:
+        config = TINY
+
+        def verdicts(self, pictures: list[Image.Image]) -> list[Verdict]:
+            return [Verdict("one", (CUBE,))] * len(pictures)
+
+    judge: Any = Same()
+    shown = [scene(CUBE), scene(BALL), scene(CUBE, style="sketch"), scene(CUBE, CUBE)]
+    for degraded in (False, True):
+        found = dict(accuracy(judge, iter(shown), 4, degraded))
+        assert found.pop("fill") == pytest.approx(2 / 3)  # a sketch hides it
+        assert found == {"noun": 0.75, "layout": 0.75, "style": 0.75, "all": 0.25}
+
+
+def test_a_judge_that_is_often_wrong_is_trusted_less(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {f"judge/{split}/{what}": 0.99 for split in SPLITS for what in WHAT}
+    report_judge(scores, 10)
+    assert "on 5 real renderings of held-out pairs: noun 99.0%" in (said := capsys.readouterr()).out
+    assert not said.err
+    report_judge(scores | {"judge/train/all": 0.97}, 10)
+    assert capsys.readouterr().err == "warning: the judge is below 98%: trust it less\n"
 
 
 def test_degraded_pictures_stay_pictures() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dalle1 import DallE, pipeline
 from dalle1.cache import drawing_bytes
-from dalle1.clip import tiny_clip
+from dalle1.clip import ClipSize, new_clip
 from dalle1.device import PRECISIONS
 from dalle1.pipeline import in_batches, room
 from dalle1.sampler import FREE
@@ -55,7 +55,7 @@ def plain() -> DallE:
 def ranked(plain: DallE) -> DallE:
     torch.manual_seed(0)
     small = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
-    clip = tiny_clip(plain.tokenizer, image_size=32, text_len=12, **small)
+    clip = new_clip(plain.tokenizer, ClipSize(image_size=32, text_len=12, **small))
     return DallE(plain.dvae, plain.transformer, plain.tokenizer, clip)
 
 

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from dalle1 import plan
-from dalle1.plan import PLANS, Plan, activations, memory, network, parameters, report, seconds
+from dalle1.plan import (
+    PLANS,
+    Plan,
+    activations,
+    memory,
+    network,
+    parameters,
+    report,
+    seconds,
+    smaller,
+)
 from dalle1.transformer import Transformer, TransformerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +79,16 @@ def test_time_and_network_by_hand() -> None:
     sent = [network(replace(PLAN, zero=zero)) / P for zero in (0, 1, 2, 3)]
     assert PLAN.accumulate == 4
     assert sent == pytest.approx([6, 6, 5 * 4 * 0.75, 3 * 4 * 4 * 0.75])
+
+
+def test_what_fits_is_found_with_the_fewest_changes() -> None:
+    loose = replace(PLAN, checkpointing=False, gpu_memory=1e3)
+    for change in ({"checkpointing": True}, {"zero": 1}, {"micro_batch": 1}):
+        enough = memory(replace(loose, **change)).total / 2**30
+        found = smaller(replace(loose, gpu_memory=enough))
+        assert found is not None
+        changed = {k: v for k, v in vars(found).items() if v != vars(loose)[k]}
+        assert len(changed.keys() - {"gpu_memory"}) == 1
 
 
 def test_a_report_says_what_would_fit() -> None:

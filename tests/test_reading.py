@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 
 from dalle1.data import open_source
+from dalle1.data.codes import open_codes
 from dalle1.data.folder import Folder
 from dalle1.data.left_out import DAMAGE, RULES, LeftOut, Tally, Unusable
 from dalle1.data.pairs import Joined, split_sources, turn
 from dalle1.data.reading import Reading, captions_in, clean, draw_caption, read_picture
 from dalle1.data.shards import Shards
+from dalle1.data.streams import Streamed
 
 RNG = random.Random(0)
 AS_IT_IS = Reading()
@@ -190,6 +192,16 @@ def test_sources_and_weights() -> None:
     assert split_sources("a") == (["a"], None)
     assert split_sources("a,b{1,2}.tar") == (["a", "b{1,2}.tar"], None)
     assert split_sources("a::2,pipe:cat b::0.5") == (["a", "pipe:cat b"], [2.0, 0.5])
+    long = "https://host/a.tar?token=" + "x" * 5000
+    assert split_sources(long) == ([long], None)
+    own = "pipe:ssh host 'cat a,b::2 {x}'"
+    assert split_sources(f'{own}::2,pipe:cat "c,d" e::1') == ([own, 'pipe:cat "c,d" e'], [2, 1])
+    assert split_sources("mum's,http://[::1]:80/a.tar") == (
+        ["mum's", "http://[::1]:80/a.tar"],
+        None,
+    )
+    with pytest.raises(ValueError, match=r"the quote ' is never closed"):
+        split_sources("pipe:cat 'a,b")
     for wrong in ("a::2,b", "a::x,b::1", "a::0,b::1", "a::-1,b::1", "a::nan,b::1"):
         with pytest.raises(ValueError, match="expected a weight for each source"):
             split_sources(wrong)
@@ -237,6 +249,17 @@ def test_several_sources_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(open_source("pipe")) == 1
     with pytest.raises(ValueError, match=r"no data at '.*gone'"):
         open_source(f"{tmp_path / 'a'},{tmp_path / 'gone'}")
+
+
+@pytest.mark.parametrize("scheme", ["https://host/a.tar?token=", "pipe:curl -H token:", ""])
+def test_long_sources_are_no_paths(scheme: str, tmp_path: Path) -> None:
+    data = scheme + "x" * 5000
+    assert open_codes(data, "train", tmp_path) is None
+    if scheme:
+        assert isinstance(open_source(data), Streamed)
+    else:
+        with pytest.raises(ValueError, match="no data at 'xxx"):
+            open_source(data)
 
 
 # What is left out

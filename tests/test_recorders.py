@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle1.data.left_out import LeftOut
 from dalle1.training.loop import RunConfig, fit
 from dalle1.training.progress import Progress
 
@@ -65,8 +64,8 @@ def test_recorders_are_given_what_the_log_is(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/step-4.png").touch()
     with Progress(tmp_path, 0, 10, 4, [recorder]) as progress:
-        progress.advance([LeftOut("too small", "a", "why")] * 3)
-        progress.log(2, {"total": torch.tensor(0.5)})
+        progress.advance()
+        progress.log(2, {"total": torch.tensor(0.5), "left out/too small": 3})
         progress.report(4, {"psnr": 20.0})
     lines = log_of(tmp_path)
     assert lines[0]["left out/too small"] == 3

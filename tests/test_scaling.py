@@ -6,6 +6,8 @@ import copy
 import math
 import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle1.training import resblocks
+from dalle1.training.loop import RunConfig
 from dalle1.training.scaling import (
     BACKOFF,
     FIRST,
@@ -25,6 +28,7 @@ from dalle1.training.scaling import (
     scaled,
 )
 from dalle1.training.schedules import Plateau
+from dalle1.training.trainer import Trainer
 from dalle1.transformer import Transformer, TransformerConfig
 
 DEPTH, WIDTH = 22, 8
@@ -133,6 +137,24 @@ def test_gradients_that_are_no_numbers_do_not_pass_on() -> None:
     assert x.grad.tolist() == [3.0, 8.0, 1.5]
 
 
+@pytest.mark.parametrize("kind", [LossScale, lambda model: GradientScales([[model]])])
+def test_a_scale_that_cannot_fall_is_stuck(kind: Callable[[nn.Module], Any]) -> None:
+    model = nn.Linear(1, 1)
+    scale, falls = kind(model), 0
+    for _ in range(2000):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.inf)
+        assert not scale.unscale()
+        if scale.stuck:
+            break
+        falls += 1
+    # Of a resblock's: 12 falls by √2, 126 updates apart.
+    assert falls == (16 if kind is LossScale else 11 * 126 + 1)
+    model.weight.grad, model.bias.grad = torch.ones(1, 1), torch.ones(1)
+    assert scale.unscale()
+    assert not scale.stuck
+
+
 def test_the_ordinary_loss_scale() -> None:
     model = nn.Linear(2, 1)
     scale = LossScale(model, first=8.0, patience=3)
@@ -215,3 +237,24 @@ def test_plateaus_by_hand() -> None:
     other = Plateau(window=2, most=2, least=0.1)
     other.load_state_dict(plateau.state_dict())
     assert other.state_dict() == plateau.state_dict()
+
+
+@pytest.mark.gpu
+def test_a_transformer_learns_in_fp16_on_a_gpu(tmp_path: Path) -> None:
+    size = TransformerConfig(
+        text_vocab=10, text_len=4, grid_size=4, width=32, depth=4, heads=2, codebook_size=8
+    )
+    torch.manual_seed(0)
+    model = Transformer(size).cuda()
+    config = RunConfig(out=tmp_path, batch_size=4, precision="fp16", device="cuda", warmup_steps=1)
+    trainer = Trainer(model, config, resblocks.prepare(model, checkpointing=True, scaling=True))
+    draw = torch.Generator().manual_seed(0)
+    text = torch.randint(10, (4, 4), generator=draw).cuda()
+    codes = torch.randint(8, (4, 4, 4), generator=draw).cuda()
+    losses = [
+        float(trainer.update(lambda m, b, *_: m.loss(b["text"], b["codes"]), batch)["total"])
+        for batch in [{"text": text, "codes": codes}] * 200
+    ]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < 0.2 * losses[0]
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -20,7 +20,7 @@ import sample
 import train_clip
 import train_dvae
 import train_transformer
-from dalle1.clip import tiny_clip
+from dalle1.clip import ClipSize, new_clip
 from dalle1.data import codes
 from dalle1.presets import TRANSFORMER_PRESETS
 from dalle1.text import Tokenizer
@@ -164,7 +164,7 @@ def test_pictures_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> Non
 def test_with_a_clip_the_best_come_first(runs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
-    clip = tiny_clip(Tokenizer.train([PROMPT], 260), image_size=32, text_len=12, **small)
+    clip = new_clip(Tokenizer.train([PROMPT], 260), ClipSize(image_size=32, text_len=12, **small))
     clip.save_pretrained(tmp_path / "clip")
     draw(runs, tmp_path / "out", PROMPT, "--clip", str(tmp_path / "clip"))
     scores = [s["score"] for s in json.loads((tmp_path / "out" / "scores.json").read_text())]

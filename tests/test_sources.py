@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import tarfile
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
-from dalle1.data import open_source
+from dalle1.data import batches, open_source
+from dalle1.data.batches import LEFT_OUT
+from dalle1.data.check import main as check
 from dalle1.data.folder import Folder
 from dalle1.data.left_out import Unusable
 from dalle1.data.pairs import ENDLESS
@@ -273,6 +279,42 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"this is no tar" * 100)
     with pytest.raises(ValueError, match=r"no pairs .*x\.tar \(unreadable shard"):
         open_source(str(path))
+
+
+def test_a_shard_that_is_gone_is_left_out_of_a_training(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        tar(tmp_path / f"{name}.tar", {f"{i}.png": png(RED) for i in range(4)})
+    source = open_source(str(tmp_path), captions=False)
+
+    def prepare(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+        return {"pixel": torch.tensor(source.image(index).getpixel((0, 0)))}
+
+    (tmp_path / "b.tar").unlink()
+    stream = batches(source, prepare, batch_size=1)
+    left_out = [pair for batch in islice(stream, 20) for pair in batch[LEFT_OUT]]
+    assert {(pair.cause, pair.where) for pair in left_out} == {
+        ("unreadable file", str(tmp_path / "b.tar"))
+    }
+    assert isinstance(source, Shards)
+    assert source.name(5) == f"pair 5 in {tmp_path}/b.tar"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_shards_of_a_pattern_that_are_not_there_are_named(
+    tmp_path: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if streamed:
+        monkeypatch.setattr("dalle1.data.sources.INDEXED_BYTES", 0)
+    gone = [3, 40, 99]
+    for number in set(range(100)) - {*gone}:
+        tar(tmp_path / f"{number:05d}.tar", {f"{number:05d}.png": png(RED)})
+    data, out = f"{tmp_path}/{{00000..00099}}.tar", tmp_path / "check"
+    check([data, "--no-captions", "--out", str(out), "--num-workers", "0"])
+    assert json.loads((out / "check.json").read_text())["pairs"] == 97
+    named = [json.loads(line) for line in (out / "left-out.jsonl").read_text().splitlines()]
+    assert [(pair["cause"], pair["where"]) for pair in named] == [
+        ("unreadable shard", f"{tmp_path}/{number:05d}.tar") for number in gone
+    ]
 
 
 def test_every_suffix_is_one_that_pillow_reads() -> None:

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dalle1.device import keep_freed_memory
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint
 from dalle1.training.loop import RunConfig, fit
 from dalle1.training.progress import Progress
@@ -112,6 +111,10 @@ def log_of(out: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     machine = ("samples_per_second", "memory_gib")
     return [{k: v for k, v in line.items() if k not in machine} for line in lines]
+
+
+def validations(out: Path) -> list[dict[str, float]]:
+    return [line for line in log_of(out) if "validation/norm" in line]
 
 
 def flat(state: Any) -> list[Tensor]:
@@ -299,15 +302,16 @@ def test_resumed_after_a_crash_is_uninterrupted(
     assert log_of(tmp_path) == log_of(whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 4), (signal.SIGINT, 5)])
 def test_signal_saves_and_resumes(
     tmp_path: Path,
     whole: tuple[Path, Noisy],
     number: signal.Signals,
+    at: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def knock(step: int) -> None:
-        if step == 4:
+        if step == at:
             os.kill(os.getpid(), number)
 
     first, second = Noisy(knock), Noisy()
@@ -315,14 +319,32 @@ def test_signal_saves_and_resumes(
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, first)
     assert stop.value.code == 0
-    assert list(first.given) == [0, 1, 2, 3, 4]  # that step is finished, and no further one
-    assert f"Stopped at step 5, saved in {tmp_path}" in capsys.readouterr().out
-    assert os.readlink(tmp_path / "latest") == "step-5"
+    assert list(first.given) == [*range(at + 1)]  # that step is finished, and no further one
+    assert f"Stopped at step {at + 1}, saved in {tmp_path}" in capsys.readouterr().out
+    assert os.readlink(tmp_path / "latest") == f"step-{at + 1}"
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     train(tmp_path, second)
-    assert "Going on at step 5 of 12" in capsys.readouterr().out
+    assert f"Going on at step {at + 1} of 12" in capsys.readouterr().out
+    assert validations(tmp_path) == validations(whole[0])  # after step 6 there was no time for it
     assert {**first.given, **second.given} == whole[1].given
     assert_same_training(tmp_path, whole[0])
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5])
+def test_a_second_interrupt_is_obeyed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    times = iter([0.0, seconds, seconds])
+    monkeypatch.setattr("dalle1.training.trouble.monotonic", lambda: next(times))
+
+    def knock_twice(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt if seconds > 1 else SystemExit):
+        train(tmp_path, Noisy(knock_twice))
+    assert os.readlink(tmp_path / "latest") == ("step-3" if seconds > 1 else "step-5")
 
 
 def test_a_finished_training_is_left_alone(tmp_path: Path) -> None:
@@ -393,22 +415,6 @@ def test_log_drops_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is '?{value}'?, expected"):
         RunConfig(out=Path("out"), **{name: value})
-
-
-def test_keeping_freed_memory_may_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "darwin")
-    keep_freed_memory()
-    monkeypatch.setattr("sys.platform", "linux")  # one without glibc
-
-    tried = []
-
-    def missing(name: str) -> None:
-        tried.append(name)
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr("ctypes.CDLL", missing)
-    keep_freed_memory()
-    assert tried == ["libc.so.6"]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -34,6 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero2-offload": {"zero": 2, "offload": "cpu", "steps": 5},
     "zero3-offload": {"zero": 3, "offload": "cpu", "accumulate": 2, "steps": 5},
     "zero3-resumed": {"zero": 3, "keep": 1},  # of one process in plain torch
+    "zero3-apart": {"deepspeed": Path("apart.json")},  # weights that are nowhere whole
     "zero2-bf16": {"zero": 2, "weights": "bf16", "precision": "bf16", "steps": 5},
     "zero3-bf16": {"zero": 3, "weights": "bf16", "precision": "bf16", "steps": 5},
     "zero3-stopped": {"zero": 3},
@@ -158,7 +160,21 @@ def train(out: Path, loss: Any = loss, **changes: Any) -> None:
     fit(model, loss, stream, config, save_model=save, validate=validate)
 
 
+def keep_nothing_whole(path: Path) -> None:
+    """Write a config of DeepSpeed in which no weight is small enough to stay in every process."""
+    sharing = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "memory_efficient_linear": False,
+    }
+    path.write_text(json.dumps({"zero_optimization": sharing}))
+
+
 def main(out: Path) -> None:
+    os.chdir(out)
+    if distributed.start("cpu") and distributed.is_main():
+        keep_nothing_whole(out / "apart.json")
+    distributed.barrier()
     special = {"zero3-stopped": knock, "zero3-skipping": diverge}
     for name, changes in RUNS.items():
         try:

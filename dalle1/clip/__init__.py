@@ -5,7 +5,7 @@ filter` keeps the pairs of a data set that fit each other.
 """
 
 from dalle1.clip.losses import ContrastiveLoss, contrastive_loss, pair_loss, sigmoid_loss
-from dalle1.clip.model import Clip, new_clip, soften, tiny_clip
+from dalle1.clip.model import Clip, new_clip, soften
 from dalle1.clip.size import ClipSize
 
 __all__ = [
@@ -17,5 +17,4 @@ __all__ = [
     "pair_loss",
     "sigmoid_loss",
     "soften",
-    "tiny_clip",
 ]

@@ -6,14 +6,12 @@ python -m dalle1.clip filter --data SHARDS --out KEPT --min-similarity 0.28
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from dalle1.cli import clear_errors
+from dalle1.cli import clear_errors, notes, parse
 from dalle1.clip import filter, rank
 
 
@@ -23,13 +21,12 @@ def main(args: Sequence[str] | None = None) -> None:
         Annotated[rank.RankOptions, tyro.conf.subcommand("rank")]
         | Annotated[filter.FilterOptions, tyro.conf.subcommand("filter")]
     )
-    with clear_errors(), warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-        options = tyro.cli(command, args=args, description=__doc__)
+    with clear_errors(), notes():
+        options = parse(command, args, __doc__)
         if isinstance(options, rank.RankOptions):
             rank.run(options)
-        else:
-            filter.filter_shards(options)
+        elif filter.filter_shards(options)["damaged"]:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 Kind = Literal["infonce", "sigmoid"]
 
 MAX_LOG_SCALE = math.log(100.0)  # Radford et al. 2021, §2.5
+BIAS = "logit_bias"  # of the sigmoid loss
 SIGMOID_START = (math.log(10.0), -10.0)  # Zhai et al. 2023, §3.2: log of the scale, and the bias
 
 
@@ -108,9 +109,15 @@ def pair_loss(
 def prepare_for(model: nn.Module, kind: Kind) -> None:
     """Give a model the scale and the bias that the sigmoid loss begins with.
 
-    Where it has a bias, it was trained so before, and both stay.
+    Where it has a bias, it was trained so before, and both stay. InfoNCE has none: a bias that was
+    there is taken away, since it would be a parameter without a gradient.
     """
-    if kind == "sigmoid" and not hasattr(model, "logit_bias"):
+    if kind == "infonce" and hasattr(model, BIAS):
+        delattr(model, BIAS)
+        config = getattr(model, "config", None)
+        if hasattr(config, BIAS):
+            delattr(config, BIAS)
+    if kind == "sigmoid" and not hasattr(model, BIAS):
         scale, bias = SIGMOID_START
         model.logit_bias = nn.Parameter(torch.tensor(bias))
         model.logit_scale.data.fill_(scale)  # type: ignore[union-attr, operator]

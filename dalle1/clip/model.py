@@ -24,11 +24,10 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from tokenizers import processors
 from torch import Tensor, nn
 
-from dalle1.clip.losses import unit_features
+from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
 from dalle1.clip.size import ClipSize
 from dalle1.device import autocast
 from dalle1.text import Tokenizer
@@ -38,14 +37,9 @@ if TYPE_CHECKING:  # transformers takes seconds to import: it is imported where 
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "clip"
+SCALE = "logit_scale"
 START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
-BIAS = "logit_bias"  # of the sigmoid loss
 NEW_MEAN = NEW_STD = 0.5  # of the pixels that a new model reads
-
-_LOAD_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError),
-    SafetensorError,
-)
 
 
 def soften(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -101,7 +95,7 @@ class Clip:
                 with _quiet_transformers():
                     parts = _load(name, local_files_only=local_only)
                 break
-            except _LOAD_ERRORS as error:
+            except Exception as error:  # tokenizers raises nothing more special
                 failure = error
         else:
             reason = " ".join(str(failure).split())[:300] or type(failure).__name__
@@ -115,16 +109,19 @@ class Clip:
     def save_pretrained(self, directory: Path, dtype: torch.dtype | None = None) -> None:
         """Write plain Hugging Face files that transformers loads by itself.
 
-        `dtype` is the type of the stored weights (default: as they are); files already in
-        `directory` are replaced one by one, and only once all new ones are complete.
+        `dtype` is the type of the stored weights (default: as they are), but for single numbers;
+        files already in `directory` are replaced one by one, and only once all new ones are
+        complete. The scale is saved at 100 at most, the paper's limit (SigLIP has none).
         """
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         model = self.model if dtype is None else copy.deepcopy(self.model).to(dtype)
-        weights = model.state_dict()
-        if BIAS in weights and model.config.model_type != "siglip":
-            # transformers' CLIPModel has no such weight, and takes it for a mistake.
-            setattr(model.config, BIAS, float(weights.pop(BIAS)))
+        numbers = {k: x for k, x in self.model.state_dict().items() if x.ndim == 0}
+        weights = model.state_dict() | numbers
+        if model.config.model_type != "siglip":
+            weights[SCALE] = weights[SCALE].clamp(max=MAX_LOG_SCALE)
+            if BIAS in weights:  # transformers' CLIPModel has no such weight: a mistake to it
+                setattr(model.config, BIAS, float(weights.pop(BIAS)))
         unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         try:
             with _quiet_transformers():
@@ -153,10 +150,10 @@ class Clip:
 
         return size_of(self.model)
 
-    def tokenize(self, captions: Sequence[str], *, full_length: bool = False) -> dict[str, Tensor]:
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Prepare captions as inputs of `get_text_features`, on the CPU.
 
-        They are padded to the longest, or to `text_len` with `full_length` (SigLIP: always).
+        They are padded to the longest (SigLIP: to `text_len`).
         Captions beyond the model's limit are cut, with a warning.
         """
         if isinstance(captions, str) or not captions:
@@ -175,7 +172,7 @@ class Clip:
             captions,
             truncation=True,
             max_length=self.text_len,
-            padding="max_length" if full_length or is_siglip else True,
+            padding="max_length" if is_siglip else True,
             return_tensors="pt",
         )
         # SigLIP was trained on full-length text with its padding visible; it pools the last token.
@@ -246,29 +243,29 @@ class Clip:
             )
 
 
-def new_clip(tokenizer: Tokenizer, size: ClipSize) -> Clip:
-    """Build a CLIP with random weights (torch's global generator) and a vocabulary of ours."""
+def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, size: ClipSize) -> Clip:
+    """Build a CLIP with random weights (torch's global generator).
+
+    Args:
+        tokenizer: one of ours, or another CLIP's.
+    """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    text_tokenizer = _tokenizer_with_ends(tokenizer, size.text_len)
-    side = {"height": size.image_size, "width": size.image_size}
+    own = isinstance(tokenizer, Tokenizer)
+    text_tokenizer = _tokenizer_with_ends(tokenizer, size.text_len) if own else tokenizer
+    side = size.image_size
     with _quiet_transformers():
         from dalle1.clip.towers import new_model
 
         model = new_model(size, text_tokenizer)
         processor = CLIPImageProcessorPil(
-            size=side,
-            crop_size=side,
-            do_center_crop=False,
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            do_center_crop=True,
             image_mean=[NEW_MEAN] * 3,
             image_std=[NEW_STD] * 3,
         )
     return Clip(model, text_tokenizer, processor)
-
-
-def tiny_clip(tokenizer: Tokenizer, **sizes: Any) -> Clip:
-    """Build a CLIP with random weights, of `ClipSize`'s defaults but for `sizes`."""
-    return new_clip(tokenizer, ClipSize(**sizes))
 
 
 def _tokenizer_with_ends(tokenizer: Tokenizer, text_len: int) -> PreTrainedTokenizerBase:

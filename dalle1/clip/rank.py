@@ -18,6 +18,7 @@ from dalle1.clip.model import Clip
 from dalle1.data.images import grid
 from dalle1.data.reading import AS_IT_IS, PICTURES, read_picture
 from dalle1.device import pick_device
+from dalle1.files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,7 @@ class RankOptions:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What matrix products are computed in."""
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be; not on creation, where tyro would frame it."""
+    def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -110,7 +110,6 @@ def _readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
 
 def run(options: RankOptions) -> list[Ranked]:
     """Rank as `options` say, print the table and write grid.png and scores.json."""
-    options.check()
     files = pictures_in(options.files)
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +118,7 @@ def run(options: RankOptions) -> list[Ranked]:
     for entry in ranked:
         print(f"{entry.similarity:10.4f} {entry.probability:11.4f} {entry.file}")
     scores = {"prompt": options.prompt, "clip": options.clip, "pictures": list(map(asdict, ranked))}
-    (options.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    write_whole(options.out / "scores.json", json.dumps(scores, indent=1) + "\n")
     best = [entry.file for entry in ranked[: options.num_images]]
     cells = [thumbnail(read_picture(Path(file).read_bytes(), file, AS_IT_IS)) for file in best]
     grid(cells, min(len(cells), 4)).save(options.out / "grid.png")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 EXPANSION = 4  # channels that leave a block, over those of its 3×3 convolution
 REDUCTION = 32  # pixels a side that one place of the last grid stands for
+WIDENING = 8 * EXPANSION  # channels of the last stage, over those after the stem
 
 
 class Bottleneck(nn.Module):

@@ -25,7 +25,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from dalle1.data.left_out import LeftOut, Tally, Unusable
+from dalle1.cli import worker_advice, worker_killed
+from dalle1.data.left_out import LeftOut, ShardRead, Tally, Unusable
 from dalle1.data.pairs import (
     CaptionSource,
     Joined,
@@ -34,7 +35,7 @@ from dalle1.data.pairs import (
     name_of,
     pair_at,
 )
-from dalle1.data.streams import Pair, Streamed
+from dalle1.data.streams import Found, Pair, Streamed
 
 Source = CaptionSource | Streamed
 Example = Mapping[str, Tensor]
@@ -45,6 +46,9 @@ Batch = dict[str, Any]
 
 LEFT_OUT = "left out"
 """In every batch: what was left out in making it, a list of `LeftOut`."""
+
+SHARDS = "shards"
+"""In batches of streamed shards: those that came to their end in it, a list of `ShardRead`."""
 
 PLACE = "place"
 """In batches of streamed shards: what `batches` goes on from, made of dicts, lists and numbers."""
@@ -63,20 +67,20 @@ class Readers:
 
 
 class _Prepared(Dataset):
-    """A source whose examples are made by `prepare`, with randomness from (seed, place)."""
+    """A source whose examples are made by `prepare`, with randomness from (seed, position)."""
 
     def __init__(self, source: CaptionSource, prepare: Prepare, seed: int) -> None:
         self.source, self.prepare, self.seed = source, prepare, seed
 
-    def __getitem__(self, place: int) -> Batch:
-        index = pair_at(self.source, place, self.seed)
-        rng = random.Random(f"{self.seed}/{place}")
+    def __getitem__(self, position: int) -> Batch:
+        index = pair_at(self.source, position, self.seed)
+        rng = random.Random(f"{self.seed}/{position}")
         left_out: list[LeftOut] = []
         while len(left_out) < ATTEMPTS:
             try:
                 return {**self.prepare(self.source, index, rng), LEFT_OUT: left_out}
             except Unusable as error:
-                left_out.append(LeftOut.because(error, name_of(self.source, index)))
+                left_out.append(_left_out(error, self.source, index))
                 index = any_pair(self.source, rng)
         raise _hopeless(left_out[-1])
 
@@ -91,7 +95,7 @@ class _Listed(Dataset):
         try:
             return {**self.prepare(self.source, index, random.Random(index)), LEFT_OUT: []}
         except Unusable as error:
-            return {LEFT_OUT: [LeftOut.because(error, name_of(self.source, index))]}
+            return {LEFT_OUT: [_left_out(error, self.source, index)]}
 
 
 class _Streaming(IterableDataset):
@@ -113,15 +117,20 @@ class _Streaming(IterableDataset):
         while True:
             examples: list[Batch] = []
             left_out: list[LeftOut] = []
+            shards: list[ShardRead] = []
             while len(examples) < self.size:
                 pair, place = next(pairs)
+                if isinstance(pair, ShardRead):
+                    shards.append(pair)
+                    continue
                 try:
                     examples.append(self._example(pair, f"{self.seed}/{reader}/{place}"))
                 except Unusable as error:
                     left_out.append(LeftOut.because(error, pair.where))
                 if len(left_out) == ATTEMPTS * self.size:
                     raise _hopeless(left_out[-1])
-            yield {**_stack(examples), LEFT_OUT: left_out, PLACE: (reader, place)}
+            told = {LEFT_OUT: left_out, SHARDS: shards, PLACE: (reader, place)}
+            yield {**_stack(examples), **told}
 
     def _example(self, pair: Pair | LeftOut, seed: str) -> Batch:
         if isinstance(pair, LeftOut):
@@ -129,8 +138,8 @@ class _Streaming(IterableDataset):
         return {**self.prepare(pair, 0, random.Random(seed)), LEFT_OUT: []}
 
 
-class _Places(Sampler[list[int]]):
-    """The places of one rank's share of each batch in the stream, from step `start` on."""
+class _Positions(Sampler[list[int]]):
+    """The positions of one rank's share of each batch in the stream, from step `start` on."""
 
     def __init__(self, batch_size: int, start: int, rank: int, share: int) -> None:
         self.batch_size, self.start, self.rank, self.share = batch_size, start, rank, share
@@ -160,7 +169,8 @@ def batches(
     With an index, the shares of all ranks together are the batch that one process would have, the
     same for any number of workers. Streamed shards are split over ranks and workers.
 
-    A pair that is unusable is left out, named under `LEFT_OUT`, and another one taken.
+    A pair that is unusable is left out, named under `LEFT_OUT`, and another one taken. The first
+    batch of all names what was left out on opening the source, too.
 
     Args:
         batch_size: pairs a step of all ranks together.
@@ -175,6 +185,7 @@ def batches(
         )
     share = batch_size // world_size
     tally = tally or Tally(1.0)
+    opening: list[LeftOut] = []
     if isinstance(source, Streamed):
         readers = split_readers(source, num_workers, rank, world_size, place, tally.say)
         loaded = _run(
@@ -187,15 +198,18 @@ def batches(
     else:
         if rank == 0:  # every rank opened the same
             tally.open(len(source), left_out_of(source))
+            opening = left_out_of(source) if start == 0 else []
         stream = _run(
             _Prepared(source, prepare, seed),
             num_workers,
-            batch_sampler=_Places(batch_size, start, rank, share),
+            batch_sampler=_Positions(batch_size, start, rank, share),
             collate_fn=_stack,
         )
     with closing(stream):
         for batch in stream:
-            tally.add(share, batch[LEFT_OUT])
+            tally.add(share, batch[LEFT_OUT], batch.pop(SHARDS, ()))
+            batch[LEFT_OUT] += opening
+            opening = []
             yield batch
 
 
@@ -264,27 +278,29 @@ def in_order(
     yield from _run(listed, num_workers, batch_sampler=examples, collate_fn=_stack)
 
 
-class _Shard(IterableDataset):
-    """The examples of one streamed shard, each with its number under `index`."""
+class _Found(Dataset):
+    """What is found in shards, as examples, each pair's with its number under `index`."""
 
-    def __init__(self, source: Streamed, url: str, prepare: Prepare) -> None:
-        self.source, self.url, self.prepare = source, url, prepare
+    def __init__(self, prepare: Prepare) -> None:
+        self.prepare = prepare
 
-    def __iter__(self) -> Iterator[Batch]:
-        for number, pair in self.source.shard(self.url):
-            if isinstance(pair, LeftOut):
-                yield {LEFT_OUT: [pair]}
-            else:
-                example = _Listed(pair, self.prepare)[0]
-                yield {**example, "index": number} if len(example) > 1 else example
+    def __getitem__(self, numbered: tuple[int, Found]) -> Batch:
+        number, found = numbered
+        if isinstance(found, ShardRead):
+            return {LEFT_OUT: [], SHARDS: [found]}
+        if isinstance(found, LeftOut):
+            return {LEFT_OUT: [found]}
+        example = _Listed(found, self.prepare)[0]
+        return {**example, "index": number} if len(example) > 1 else example
 
 
-def of_shard(
-    source: Streamed, url: str, prepare: Prepare, batch_size: int, num_workers: int = 0
+def of_shards(
+    source: Streamed, urls: Iterable[str], prepare: Prepare, batch_size: int, num_workers: int = 0
 ) -> Generator[Batch]:
-    """Yield the examples of one shard once each, as `in_order` does, read by one worker at most."""
-    shard = _Shard(source, url, prepare)
-    yield from _run(shard, min(1, num_workers), batch_size=batch_size, collate_fn=_stack)
+    """Yield the examples of shards once each, as `in_order` does; the workers decode them."""
+    found = (numbered for url in urls for numbered in source.shard(url))
+    groups = iter(lambda: [*islice(found, batch_size)], [])
+    yield from _run(_Found(prepare), num_workers, batch_sampler=groups, collate_fn=_stack)
 
 
 def usable(
@@ -295,7 +311,7 @@ def usable(
         pairs: Iterable[Any] = source.held_out() if split == "validation" else source.once()
         found = ((pair, 0) for pair in pairs)
     elif isinstance(source, Joined):  # of each its share
-        found = ((source, source.index_at(place, 0)) for place in range(len(source)))
+        found = ((source, source.index_at(position, 0)) for position in range(len(source)))
     else:
         found = ((source, index) for index in range(len(source)))
     for number, (pair, index) in enumerate(found):
@@ -305,7 +321,7 @@ def usable(
             yield prepare(pair, index, random.Random(number))
         except Unusable as error:
             if left_out is not None:
-                left_out.append(LeftOut.because(error, name_of(pair, index)))
+                left_out.append(_left_out(error, pair, index))
 
 
 def first_examples(source: Source, prepare: Prepare, count: int) -> dict[str, Tensor]:
@@ -323,12 +339,19 @@ def first_examples(source: Source, prepare: Prepare, count: int) -> dict[str, Te
 
 def first_captions(source: Source, count: int) -> list[str]:
     """Give a caption of each of the first `count` usable pairs, to learn a vocabulary from."""
+    if isinstance(source, Streamed):
+        source = source.without_pictures()
     captions: Iterator[Any] = usable(source, _caption_of)
     return list(islice(captions, count))
 
 
 def _caption_of(source: CaptionSource, index: int, rng: random.Random) -> Any:
     return source.caption(index, rng)
+
+
+def _left_out(error: Unusable, source: CaptionSource, index: int) -> LeftOut:
+    """Name a pair only where the error does not: to look its name up may be another reading."""
+    return LeftOut.because(error, error.where or name_of(source, index))
 
 
 def _hopeless(last: LeftOut) -> ValueError:
@@ -338,9 +361,10 @@ def _hopeless(last: LeftOut) -> ValueError:
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:
-    left_out = [pair for example in examples for pair in example[LEFT_OUT]]
-    tensors = [{name: e[name] for name in e if name != LEFT_OUT} for e in examples if len(e) > 1]
-    return {**(default_collate(tensors) if tensors else {}), LEFT_OUT: left_out}
+    told = {name: [x for e in examples for x in e.get(name, ())] for name in (LEFT_OUT, SHARDS)}
+    tensors = [{name: e[name] for name in e if name not in told} for e in examples]
+    tensors = [example for example in tensors if example]
+    return {**(default_collate(tensors) if tensors else {}), **told}
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -358,7 +382,12 @@ def _run(data: Dataset, num_workers: int, **options: Any) -> Generator[Batch]:
     )
     stream = iter(loader)
     try:
-        yield from stream
+        with worker_advice():
+            yield from stream
+    except (ConnectionError, EOFError) as error:
+        if str(error).startswith("Caught"):  # in a worker, which is alive
+            raise
+        raise worker_killed(error) from error  # what it was handing over is cut off
     finally:
         if num_workers:
             # By itself it waits until nobody refers to it any more, which an error's traceback

@@ -26,8 +26,8 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from dalle1.cli import bar, clear_errors
-from dalle1.data.batches import LEFT_OUT, Batch, Source, in_order, of_shard
+from dalle1.cli import bar, clear_errors, parse
+from dalle1.data.batches import LEFT_OUT, SHARDS, Batch, Source, in_order, of_shards
 from dalle1.data.images import TooSmall, grid, to_tensor
 from dalle1.data.left_out import DAMAGE, Tally
 from dalle1.data.pairs import ENDLESS, PairSource, left_out_of
@@ -84,6 +84,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
     source = open_source(config.data, "encode", captions=config.captions, reading=all_of_it)
     tally = Tally(1.0, named, say=tqdm.write)
     tally.open(0, left_out_of(source))  # type: ignore[arg-type]
+    tally.shards.add(getattr(source, "shards_read", ()))
     start = time.perf_counter()
     found = _read(source, config, tally)
     seconds = time.perf_counter() - start
@@ -106,7 +107,7 @@ def _read(source: PairSource | Streamed, config: CheckConfig, tally: Tally) -> F
     with bar(total=min(ends, default=None), unit="pair") as progress:
         for batch in _batches(source, config):
             count = len(batch.get("width", ()))
-            tally.add(count, batch[LEFT_OUT])
+            tally.add(count, batch[LEFT_OUT], batch[SHARDS])
             progress.update(count + len(batch[LEFT_OUT]))
             if count:
                 _note(found, batch, config.shown, rng)
@@ -120,7 +121,7 @@ def _batches(source: Source, config: CheckConfig) -> Iterator[Batch]:
     size = min(32, config.limit or 32)
     if isinstance(source, Streamed):
         urls = chain.from_iterable(source.groups)
-        return chain.from_iterable(of_shard(source, u, prepare, size, workers) for u in urls)
+        return of_shards(source, urls, prepare, size, workers)
     count = min(len(source), config.limit or len(source))
     return in_order(source, prepare, range(count), size, workers)
 
@@ -145,16 +146,17 @@ def _note(found: Findings, batch: Batch, shown: int, rng: random.Random) -> None
         found.captions.append(caption)
         if len(found.shown) < shown:
             found.shown.append((thumb.clone(), caption))
-        elif (place := rng.randrange(len(found.captions))) < shown:
-            found.shown[place] = (thumb.clone(), caption)
+        elif (chosen := rng.randrange(len(found.captions))) < shown:
+            found.shown[chosen] = (thumb.clone(), caption)
 
 
 def _report(found: Findings, tally: Tally, config: CheckConfig) -> dict[str, Any]:
     pairs, damaged = len(found.widths), sum(tally.counts[cause] for cause in DAMAGE)
+    lost = tally.shards.lost_pairs()
     report: dict[str, Any] = {
         "pairs": pairs,
         "left_out": dict(tally.counts.most_common()),
-        "damaged": damaged / (pairs + tally.counts.total()),
+        "damaged": (damaged + lost) / (pairs + tally.counts.total() + lost),
         "width": _spread(found.widths),
         "height": _spread(found.heights),
     }
@@ -210,7 +212,7 @@ def _tile(thumb: torch.Tensor, caption: str) -> Image.Image:
 
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
-        config = tyro.cli(CheckConfig, args=args, description=__doc__.splitlines()[0])
+        config = parse(CheckConfig, args, __doc__.splitlines()[0])
         if check(config)["damaged"] > config.max_bad_fraction:
             raise SystemExit(1)
 

@@ -15,9 +15,9 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.cli import bar, clear_errors
-from dalle1.data.batches import LEFT_OUT, Batch, Prepare, Source, in_order, of_shard
+from dalle1.cli import bar, clear_errors, parse
+from dalle1.data.batches import LEFT_OUT, SHARDS, Batch, Prepare, Source, in_order, of_shards
 from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
 from dalle1.data.left_out import Tally
 from dalle1.data.pairs import ENDLESS, Joined, PairSource, part, split_sources
@@ -41,6 +41,9 @@ from dvae.model import FILE_NAME as DVAE_FILE
 from dvae.weights import model_folder
 
 INDEX_NAME = "codes.json"
+
+ENTRIES_NAME = "entries.npy"
+"""Where each pair is: shard, and offset and size of its codes and of its captions; int64 [N, 5]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,11 @@ def fingerprint(dvae_dir: Path) -> str:
 
 
 class CodeSource:
-    """Pairs of caption and codes, held in memory: 512 bytes a crop for a grid of 16 × 16."""
+    """Pairs of caption and codes, read from their shards when they are asked for.
+
+    What it takes is 40 bytes a pair, mapped from `ENTRIES_NAME`: once for all processes of a
+    machine. In a folder without, or with other shards than it was made of, each makes its own.
+    """
 
     def __init__(self, folder: Path, split: str = "train") -> None:
         try:
@@ -102,30 +109,75 @@ class CodeSource:
                 f"{folder} holds {len(shards)} of {expected} shards: its encoding was stopped; the "
                 "same command goes on"
             )
-        entries = [(shard, files) for shard in shards for files in _whole_samples(shard)]
-        self.codes: list[np.ndarray] = []
-        self.captions: list[list[str]] = []
-        for shard, files in part(entries, split):
-            self.codes.append(np.load(io.BytesIO(read_member(shard, files[".npy"]))))
-            self.captions.append(json.loads(read_member(shard, files[".json"]))["captions"])
+        path = folder / ENTRIES_NAME
+        known = path.is_file() and index.get("bytes") == _sizes(shards)
+        entries = np.load(path, mmap_mode="r") if known else _entries(shards)
+        kept = part(range(len(entries)), split)
+        self.shards, self.entries = shards, entries[kept.start : kept.stop]
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self.entries)
+
+    def captions(self, index: int) -> list[str]:
+        """Give all captions of pair `index`."""
+        return json.loads(self._read(index, 3))["captions"]
 
     def caption(self, index: int, rng: random.Random) -> str:
-        return rng.choice(self.captions[index])
+        return rng.choice(self.captions(index))
+
+    def crops(self, index: int) -> np.ndarray:
+        """Give the codes of all crops of pair `index`: [crops, W, W]."""
+        content = self._read(index, 1)
+        begin = 10 + int.from_bytes(content[8:10], "little")
+        shape, kind = _form(content[:begin])
+        return np.frombuffer(content, kind, offset=begin).reshape(-1, *shape[-2:])
 
     def code_grid(self, index: int, rng: random.Random) -> Tensor:
         """Give the codes of one of the crops of pair `index`: [W, W], int64."""
-        crops = self.codes[index].reshape(-1, *self.codes[index].shape[-2:])
-        return torch.from_numpy(rng.choice(crops).astype(np.int64))
+        return torch.from_numpy(rng.choice(self.crops(index)).astype(np.int64))
+
+    def _read(self, index: int, first: int) -> bytes:
+        number, offset, size = self.entries[index, [0, first, first + 1]].tolist()
+        return read_member(self.shards[number], (offset, size))
 
 
-def _whole_samples(shard: Path) -> Iterable[dict[str, tuple[int, int]]]:
-    samples, damage = index_shard(shard)
-    if damage:
-        raise ValueError(f"{shard} is damaged ({damage.why}); remove it, and encode it again")
-    return samples.values()
+@lru_cache(maxsize=8)
+def _form(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Give shape and kind of an array by the header of its .npy, which most have in common."""
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, _, kind = np.lib.format.read_array_header_1_0(file)
+    return shape, kind
+
+
+def _entries(shards: Sequence[Path]) -> np.ndarray:
+    """Find the pairs in shards of codes, as in `ENTRIES_NAME`."""
+    rows: list[tuple[int, ...]] = []
+    for number, shard in enumerate(shards):
+        samples, damage = index_shard(shard)
+        if damage:
+            raise ValueError(f"{shard} is damaged ({damage.why}); remove it, and encode it again")
+        rows += ((number, *files[".npy"], *files[".json"]) for files in samples.values())
+    return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+
+def _sizes(shards: Sequence[Path]) -> list[int]:
+    return [shard.stat().st_size for shard in shards]
+
+
+def _write_entries(folder: Path) -> None:
+    """Write where all pairs are; codes.json then has what tells other shards from these."""
+    shards, path = sorted(folder.glob("*.tar")), folder / INDEX_NAME
+    with (folder / "entries.partial").open("wb") as file:
+        np.save(file, _entries(shards))
+    os.replace(file.name, folder / ENTRIES_NAME)
+    _write_json(path, {**json.loads(path.read_text()), "bytes": _sizes(shards)})
+
+
+def _write_json(path: Path, thing: Any) -> None:
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(thing, indent=1))
+    os.replace(partial_path, path)
 
 
 class JoinedCodes(Joined):
@@ -139,8 +191,8 @@ class JoinedCodes(Joined):
 
 def open_codes(data: str, split: str, dvae_dir: Path) -> CodeSource | JoinedCodes | None:
     """Open --data if it is a folder of codes, or several; refuse codes of another dVAE."""
-    names, weights = ([data], None) if Path(data).exists() else split_sources(data)
-    coded = [(Path(name) / INDEX_NAME).is_file() for name in names]
+    names, weights = split_sources(data)
+    coded = [os.path.isfile(os.path.join(name, INDEX_NAME)) for name in names]
     if not any(coded):
         return None
     if not all(coded):
@@ -180,6 +232,7 @@ def encode(config: EncodeConfig) -> None:
                 written += _write_shard(path, encoded, number, source)
     if not written:
         raise ValueError(f"all pictures were left out: {tally}; see {tally.file}")
+    _write_entries(config.out)
     if tally.counts:
         print(f"Left out {tally}; each is named in {tally.file}")
 
@@ -209,7 +262,7 @@ def _shards(
     size, workers = config.batch_size, config.num_workers
     if isinstance(source, Streamed):
         urls = [url for group in source.groups for url in group]
-        return [partial(of_shard, source, url, prepare, size, workers) for url in urls]
+        return [partial(of_shards, source, [url], prepare, size, workers) for url in urls]
     begins = range(0, len(source), config.shard_size)
     parts = [range(b, min(b + config.shard_size, len(source))) for b in begins]
     return [partial(in_order, source, prepare, indices, size, workers) for indices in parts]
@@ -262,9 +315,7 @@ def _claim(config: EncodeConfig, model: DVAE, source: Source, shards: int) -> No
             f"{config.out} holds codes of another dVAE or other data or settings ({changed} "
             "differ); give another --out"
         )
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(index, indent=1))
-    os.replace(partial_path, path)
+    _write_json(path, index)
 
 
 Encoded = tuple[int, np.ndarray, list[str]]
@@ -278,7 +329,7 @@ def _encoded(
     device = next(model.parameters()).device
     for batch in batches:
         images, left_out = batch.get("images", ()), batch[LEFT_OUT]
-        tally.add(len(images), left_out)
+        tally.add(len(images), left_out, batch[SHARDS])
         progress.update(len(images) + len(left_out))
         if not len(images):
             continue
@@ -305,10 +356,8 @@ def _write_shard(path: Path, encoded: Iterator[Encoded], number: int, source: So
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    import tyro
-
     with clear_errors():
-        config = tyro.cli(EncodeConfig, args=args, description=__doc__.splitlines()[0])
+        config = parse(EncodeConfig, args, __doc__.splitlines()[0])
         encode(config)
         print(f"Codes are in {config.out}")
 

@@ -69,7 +69,7 @@ class Folder:
             return pictures
         paired = []
         for picture in pictures:
-            if _caption_file(picture):
+            if caption_file(picture):
                 paired.append(picture)
             else:
                 why = "there is no .txt or .json beside it"
@@ -102,7 +102,7 @@ class Folder:
         picture = self.pictures[index]
         if picture in self.listed:
             return draw_caption(self.listed[picture], str(picture), self.reading, rng)
-        path = _caption_file(picture)
+        path = caption_file(picture)
         if path is None:
             raise Unusable("no caption", "its caption is gone", str(picture))
         captions = captions_in(_content(path), path.suffix, str(path))
@@ -120,7 +120,8 @@ def _content(path: Path) -> bytes:
         raise Unusable("unreadable file", f"{error}", str(path)) from error
 
 
-def _caption_file(picture: Path) -> Path | None:
+def caption_file(picture: Path) -> Path | None:
+    """Find the captions beside a picture."""
     beside = (picture.with_suffix(suffix) for suffix in CAPTIONS)
     return next((path for path in beside if path.is_file()), None)
 

@@ -80,7 +80,7 @@ def augmented(
 
     Raises: TooSmall where the picture is smaller than that, unless `allow_upscale`.
     """
-    _refuse_small(image, size, allow_upscale)
+    refuse_small(image, size, allow_upscale)
     side = min(image.size)
     left, top = (_within(how.band, length - side, rng) for length in image.size)
     image = _square(image, left, top, side)
@@ -97,7 +97,7 @@ def centre_square(image: Image.Image, size: int, allow_upscale: bool = False) ->
 
     Raises: TooSmall where the picture is smaller than that, unless `allow_upscale`.
     """
-    _refuse_small(image, size, allow_upscale)
+    refuse_small(image, size, allow_upscale)
     scale = size / min(image.size)
     if scale != 1:
         width, height = (round(scale * length) for length in image.size)
@@ -106,7 +106,8 @@ def centre_square(image: Image.Image, size: int, allow_upscale: bool = False) ->
     return _square(image, left, top, size)
 
 
-def _refuse_small(image: Image.Image, size: int, allow_upscale: bool) -> None:
+def refuse_small(image: Image.Image, size: int, allow_upscale: bool) -> None:
+    """Raise TooSmall where a picture is smaller than `size` × `size`, unless `allow_upscale`."""
     if min(image.size) < size and not allow_upscale:
         raise TooSmall(
             f"a picture of {image.width} × {image.height} is smaller than {size} × {size}; "

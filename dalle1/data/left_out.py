@@ -11,11 +11,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+LOST = ("shard cut short", "unreadable shard")
+"""Causes by which an unknown number of pairs is lost."""
 
 DAMAGE = (
     *("empty file", "not a picture", "damaged picture", "too many pixels", "no picture"),
     *("no caption", "caption not UTF-8", "damaged captions", "unreadable file"),
-    *("shard cut short", "unreadable shard"),
+    *LOST,
 )
 """Causes that tell of damaged data; too much of them stops a training."""
 
@@ -24,6 +28,10 @@ RULES = ("too small", "too elongated", "caption too short", "caption too long")
 
 WINDOW = 1_000
 """Pairs over which the share of damaged ones is measured."""
+
+
+FEW_SHARDS = 20
+"""Of fewer shards that were met nothing is concluded."""
 
 
 class Unusable(ValueError):
@@ -50,6 +58,54 @@ class LeftOut:
         return cls(error.cause, error.where or where, error.why)
 
 
+class ShardRead(NamedTuple):
+    """A shard that was read as far as it goes."""
+
+    url: str
+    pairs: int
+    """Pairs that were met in it, with what was left out: an unreadable shard counts as one."""
+    whole: bool
+
+
+class ShardLosses:
+    """Tells how many pairs went with shards that are damaged, taking them to be as long as others.
+
+    Args:
+        max_bad_fraction: so many of all pairs may be lost in this way.
+    """
+
+    def __init__(self, max_bad_fraction: float) -> None:
+        self.max_bad_fraction = max_bad_fraction
+        self.whole, self.damaged = (0, 0), (0, 0)  # shards, pairs in them
+
+    def add(self, shards: Iterable[ShardRead], fewest: int = FEW_SHARDS) -> None:
+        """Take in shards. ValueError where, of at least `fewest`, too much is lost."""
+        for shard in shards:
+            count, pairs = self.whole if shard.whole else self.damaged
+            now = count + 1, pairs + shard.pairs
+            if shard.whole:
+                self.whole = now
+                continue
+            self.damaged = now
+            opened, lost = self.whole[0] + self.damaged[0], self.lost_shards()
+            if opened >= fewest and lost > self.max_bad_fraction * opened:
+                raise ValueError(
+                    f"{self.damaged[0]} of {opened} shards cannot be read, or not to their end, "
+                    f"and with them {lost / opened:.1%} of all pairs, more than --max-bad-fraction "
+                    f"{self.max_bad_fraction:g} allows; the last is {shard.url}"
+                )
+
+    def lost_shards(self) -> float:
+        """Estimate what is lost, in shards."""
+        (whole, pairs), (damaged, found) = self.whole, self.damaged
+        return max(0.0, damaged - found * whole / pairs) if pairs else float(damaged)
+
+    def lost_pairs(self) -> float:
+        """Estimate what is lost, in pairs; 0 where no shard is whole."""
+        whole, pairs = self.whole
+        return self.lost_shards() * pairs / whole if whole else 0.0
+
+
 class Tally:
     """Counts what is left out, says the first of each cause, and names each one once in a file.
 
@@ -65,6 +121,7 @@ class Tally:
         self.max_bad_fraction, self.file, self.say = max_bad_fraction, file, say
         self.counts: Counter[str] = Counter()
         self.recent: deque[tuple[int, int]] = deque()  # (pairs met, damaged ones) of each batch
+        self.shards = ShardLosses(max_bad_fraction)
         self.named = _names_in(file) if file else set()
 
     def open(self, pairs: int, left_out: Iterable[LeftOut]) -> None:
@@ -73,10 +130,11 @@ class Tally:
         self._record(found)
         self._refuse(pairs + len(found), _damaged(found))
 
-    def add(self, used: int, left_out: Iterable[LeftOut]) -> None:
-        """Take in a batch. ValueError where the data is wrong."""
+    def add(self, used: int, left_out: Iterable[LeftOut], shards: Iterable[ShardRead] = ()) -> None:
+        """Take in a batch, and the shards that it ended. ValueError where the data is wrong."""
         found = list(left_out)
         self._record(found)
+        self.shards.add(shards)
         self.recent.append((used + len(found), _damaged(found)))
         met = sum(pairs for pairs, _ in self.recent)
         while met - self.recent[0][0] >= WINDOW:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -63,12 +65,12 @@ def left_out_of(source: CaptionSource) -> list[LeftOut]:
     return getattr(source, "left_out", [])
 
 
-def index_at(place: int, length: int, seed: int) -> int:
-    """Give the pair at a place of the endless stream: each epoch is a permutation of its own."""
+def index_at(position: int, length: int, seed: int) -> int:
+    """Give the pair at a position of the endless stream: each epoch is a permutation of its own."""
     if length >= ENDLESS:
-        return place % length
-    epoch, position = divmod(place, length)
-    return int(_order(length, seed, epoch)[position])
+        return position % length
+    epoch, within = divmod(position, length)
+    return int(_order(length, seed, epoch)[within])
 
 
 @lru_cache(maxsize=8)
@@ -77,23 +79,23 @@ def _order(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def turn(place: int, weights: Sequence[float]) -> tuple[int, int]:
-    """Say which of several sources has its turn at a place, and how many turns it had before.
+def turn(position: int, weights: Sequence[float]) -> tuple[int, int]:
+    """Say which of several sources has its turn at a position, and how many turns it had before.
 
-    Turns are spread evenly: after n places, each source had its share of n, within 1 (within k − 1
-    for k sources).
+    Turns are spread evenly: after n positions, each source had its share of n, within 1 (within
+    k − 1 for k sources).
     """
     for i in range(len(weights) - 1):
-        share = _share(tuple(weights[i:]))
-        before, after = (n * share.numerator // share.denominator for n in (place, place + 1))
+        own = _fraction(tuple(weights[i:]))
+        before, after = (n * own.numerator // own.denominator for n in (position, position + 1))
         if after > before:
             return i, before
-        place -= before
-    return len(weights) - 1, place
+        position -= before
+    return len(weights) - 1, position
 
 
 @lru_cache(maxsize=64)
-def _share(weights: tuple[float, ...]) -> Fraction:
+def _fraction(weights: tuple[float, ...]) -> Fraction:
     exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
     return exact[0] / sum(exact)
 
@@ -111,15 +113,17 @@ class Joined:
             raise ValueError("one of the sources has no end; give weights, as in toybox::1,b::2")
         self.ends = list(accumulate(len(source) for source in sources))
         self.left_out = list(chain.from_iterable(left_out_of(source) for source in sources))
+        read = (getattr(source, "shards_read", ()) for source in sources)
+        self.shards_read = list(chain.from_iterable(read))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def index_at(self, place: int, seed: int) -> int:
-        """Give the pair at a place of the endless stream."""
+    def index_at(self, position: int, seed: int) -> int:
+        """Give the pair at a position of the endless stream."""
         if self.weights is None:
-            return index_at(place, len(self), seed)
-        i, count = turn(place, self.weights)
+            return index_at(position, len(self), seed)
+        i, count = turn(position, self.weights)
         return self.ends[i] - len(self.sources[i]) + index_at(count, len(self.sources[i]), seed)
 
     def draw(self, rng: random.Random) -> int:
@@ -145,28 +149,35 @@ class Joined:
         return name_of(*self._find(index))
 
 
-def pair_at(source: CaptionSource, place: int, seed: int) -> int:
-    """Give the index of the pair at a place of the endless stream of a source."""
+def pair_at(source: CaptionSource, position: int, seed: int) -> int:
+    """Give the index of the pair at a position of the endless stream of a source."""
     if isinstance(source, Joined):
-        return source.index_at(place, seed)
-    return index_at(place, len(source), seed)
+        return source.index_at(position, seed)
+    return index_at(position, len(source), seed)
 
 
 def any_pair(source: CaptionSource, rng: random.Random) -> int:
-    """Give the index of any pair of a source, to take the place of an unusable one."""
+    """Give the index of any pair of a source, to stand in for an unusable one."""
     return source.draw(rng) if isinstance(source, Joined) else rng.randrange(len(source))
 
 
 def split_sources(data: str) -> tuple[list[str], list[float] | None]:
-    """Cut `a::2,b::1` into names and weights; commas within braces are a pattern's.
+    """Cut `a::2,b::1` into names and weights.
 
-    Raises: ValueError where only some have a weight, or one is no positive number.
+    Commas within braces are a pattern's, and what is within quotes in a pipe's command is its own:
+    `pipe:cat 'a,b.tar'`. What is there under the whole name is one source.
+
+    Raises: ValueError where only some have a weight, one is no positive number, or a quote is open.
     """
+    if os.path.exists(data):
+        return [data], None
     names, weights = [], []
     for word in _at_commas(data):
-        name, colons, weight = word.rpartition("::")
-        names.append(name if colons else word)
-        weights.append(weight if colons else None)
+        name, weight = word, None
+        if found := re.fullmatch(r"(.*)::([^:/'\"]*)", word, re.DOTALL):
+            name, weight = found.groups()
+        names.append(name)
+        weights.append(weight)
     if all(weight is None for weight in weights):
         return names, None
     try:
@@ -180,10 +191,17 @@ def split_sources(data: str) -> tuple[list[str], list[float] | None]:
 
 
 def _at_commas(data: str) -> Iterable[str]:
-    depth, begin = 0, 0
+    depth, begin, quote = 0, 0, ""
     for i, letter in enumerate(data):
-        depth += (letter == "{") - (letter == "}")
-        if letter == "," and depth == 0:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and data.startswith("pipe:", begin):
+            quote = letter
+        else:
+            depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth == 0 and not quote:
             yield data[begin:i]
             begin = i + 1
+    if quote:
+        raise ValueError(f"data is {data!r}: the quote {quote} is never closed")
     yield data[begin:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from dalle1.data.left_out import LeftOut, Unusable
+from dalle1.data.left_out import LeftOut, ShardLosses, ShardRead, Unusable
 from dalle1.data.pairs import part
 from dalle1.data.reading import (
     CAPTIONS,
@@ -23,12 +23,8 @@ from dalle1.data.reading import (
     read_picture,
 )
 
-Place = tuple[int, int]
+Span = tuple[int, int]
 """Offset and size in bytes of a file within a shard."""
-
-
-FEW_SHARDS = 20
-"""Of so many shards or more, too large a part that cannot be read stops a training."""
 
 
 class Shards:
@@ -38,6 +34,9 @@ class Shards:
 
     Attributes:
         left_out: samples without picture or caption, and shards that end too early.
+        shards_read: each shard, with how much of it could be read.
+
+    Raises: ValueError where there is no pair, or too many shards are damaged.
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class Shards:
     ) -> None:
         self.shards, self.reading, self.detail = shards, reading or Reading(), detail
         self.left_out: list[LeftOut] = []
+        self.shards_read: list[ShardRead] = []
         rows: list[tuple[int, ...]] = []
         for number, shard in enumerate(shards):
             rows += self._index(number, shard, captions)
@@ -59,9 +59,9 @@ class Shards:
                 f"no pairs in {len(shards)} shards, {shards[0]} the first: expected a picture and "
                 f"a .txt or .json under the same name{first}"
             )
-        if lost := lost_shards(self.left_out):
-            refuse_lost(lost, len(shards), self.left_out[-1], self.reading)
-        # Shard, picture's place, caption's place, caption's suffix: as numbers, forked workers
+        losses = ShardLosses(self.reading.max_bad_fraction)
+        losses.add(sorted(self.shards_read, key=lambda shard: not shard.whole), len(shards))
+        # Shard, picture's span, caption's span, caption's suffix: as numbers, forked workers
         # share them.
         table = np.array(rows, dtype=np.int64)
         kept = part(range(len(rows)), split)
@@ -69,6 +69,7 @@ class Shards:
 
     def _index(self, number: int, shard: Path, captions: bool) -> Iterator[tuple[int, ...]]:
         samples, damage = index_shard(shard)
+        before, kept = len(self.left_out), 0
         if damage:
             self.left_out.append(damage)
         for i, (key, files) in enumerate(samples.items()):
@@ -77,17 +78,24 @@ class Shards:
                 picture = next(files[suffix] for suffix in PICTURES if suffix in files)
                 suffix = next((s for s in CAPTIONS if s in files), "")
                 kind = CAPTIONS.index(suffix) if suffix else -1
+                kept += 1
                 yield (number, *picture, *files.get(suffix, (0, 0)), kind)
             elif not (damage and i == len(samples) - 1):  # else it is what was cut off
                 self.left_out.append(LeftOut.because(lacking, f"{key} in {shard}"))
+        met = kept + len(self.left_out) - before
+        self.shards_read.append(ShardRead(str(shard), met, not damage))
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def name(self, index: int) -> str:
         number, offset = (int(value) for value in self.entries[index][:2])
-        header = read_member(self.shards[number], (offset - tarfile.BLOCKSIZE, 100))
-        return f"{header.partition(bytes(1))[0].decode(errors='replace')} in {self.shards[number]}"
+        shard = self.shards[number]
+        try:
+            header = read_member(shard, (offset - tarfile.BLOCKSIZE, 100))
+        except OSError:  # it could be read when it was indexed
+            return f"pair {index} in {shard}"
+        return f"{header.partition(bytes(1))[0].decode(errors='replace')} in {shard}"
 
     def _read(self, index: int, first: int) -> bytes:
         number, offset, size = self.entries[index, [0, first, first + 1]].tolist()
@@ -113,20 +121,6 @@ class Shards:
             yield
         except Unusable as error:
             raise Unusable(error.cause, error.why, error.where or self.name(index)) from error
-
-
-def lost_shards(left_out: Iterable[LeftOut]) -> int:
-    """Count the shards that could not be read at all."""
-    return sum(damaged.cause == "unreadable shard" for damaged in left_out)
-
-
-def refuse_lost(lost: int, opened: int, last: LeftOut, reading: Reading) -> None:
-    """Stop where many shards are lost: each is a thousand pairs, of which a tally would see one."""
-    if opened >= FEW_SHARDS and lost > reading.max_bad_fraction * opened:
-        raise ValueError(
-            f"{lost} of {opened} shards cannot be read, more than --max-bad-fraction "
-            f"{reading.max_bad_fraction:g} allows; the last left out is {_told(last)}"
-        )
 
 
 def lacks(files: Mapping[str, Any], captions: bool) -> Unusable | None:
@@ -168,14 +162,14 @@ def members(
                 yield folder + slash + stem, dot + suffix.lower(), member, tar
 
 
-def index_shard(shard: Path) -> tuple[dict[str, dict[str, Place]], LeftOut | None]:
-    """Find the samples of a .tar shard, by key, each as suffix → place; and what damage it has."""
-    samples: dict[str, dict[str, Place]] = {}
+def index_shard(shard: Path) -> tuple[dict[str, dict[str, Span]], LeftOut | None]:
+    """Find the samples of a .tar shard, by key, each as suffix → span; and what damage it has."""
+    samples: dict[str, dict[str, Span]] = {}
     try:
         with shard.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            # "r:", as in a compressed one, places would mean nothing.
+            # "r:", as in a compressed one, offsets would mean nothing.
             for key, suffix, member, _ in members(file, "r:"):
                 if member.offset_data + member.size <= size:
                     samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
@@ -185,11 +179,11 @@ def index_shard(shard: Path) -> tuple[dict[str, dict[str, Place]], LeftOut | Non
     return samples, None
 
 
-def read_member(shard: Path, place: Place) -> bytes:
+def read_member(shard: Path, span: Span) -> bytes:
     """Read one file out of a shard."""
     with shard.open("rb") as file:
-        file.seek(place[0])
-        return file.read(place[1])
+        file.seek(span[0])
+        return file.read(span[1])
 
 
 def _told(left_out: LeftOut) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -46,13 +47,15 @@ def open_source(
     Raises: ValueError where there is nothing of the kind.
     """
     reading = reading or Reading()
-    whole = Path(data).exists()
-    names, weights = ([data], None) if whole else split_sources(data)
+    names, weights = split_sources(data)
     shards = [shards_of(name) for name in names]
     if any(group and _is_streamed(group) for group in shards):
         for name, group in zip(names, shards, strict=True):
             if not group:
-                raise ValueError(f"{name} is no shards, and cannot be mixed with streamed ones")
+                raise ValueError(
+                    f"{name} is no shards, and cannot be mixed with streamed ones; if it is part "
+                    "of a command or URL, put quotes around it or write its comma as %2C"
+                )
         groups = shards if weights else [[url for group in shards for url in group]]
         return Streamed(groups, weights, split, captions, reading, detail)
     sources: list[PairSource] = []
@@ -60,7 +63,7 @@ def open_source(
         if group:
             paths = [Path(path) for path in group]
             sources.append(Shards(paths, split, captions, reading, detail))
-        elif Path(name).is_dir():
+        elif os.path.isdir(name):
             sources.append(Folder(Path(name), split, captions, reading, detail))
         else:
             sources.append(_toybox(name, split, size, seed))
@@ -83,14 +86,20 @@ def _toybox(data: str, split: str, size: int, seed: int) -> PairSource:
 
 
 def shards_of(name: str) -> list[str]:
-    """Give the shards that a name stands for: none where it is something else."""
+    """Give the shards that a name stands for: none where it is something else.
+
+    Of a numbered pattern these are all, also those that are not there, which are then left out and
+    named; but none where not one of them is there.
+    """
     if is_far(name):
         return list(braceexpand(name))
-    path = Path(name)
-    if path.is_dir():
-        return [str(shard) for shard in sorted(path.glob("*.tar"))]
-    paths = [p for pattern in braceexpand(name) for p in sorted(glob.glob(pattern))]
-    return [path for path in paths if path.endswith(".tar")]
+    if os.path.isdir(name):
+        return [str(shard) for shard in sorted(Path(name).glob("*.tar"))]
+    paths: list[str] = []
+    for pattern in braceexpand(name):
+        paths += sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+    shards = [path for path in paths if path.endswith(".tar")]
+    return shards if any(map(os.path.exists, shards)) else []
 
 
 def is_far(name: str) -> bool:
@@ -102,4 +111,4 @@ def is_far(name: str) -> bool:
 def _is_streamed(shards: Sequence[str]) -> bool:
     if any(is_far(shard) for shard in shards):
         return True
-    return sum(Path(shard).stat().st_size for shard in shards) > INDEXED_BYTES
+    return sum(os.path.getsize(s) for s in shards if os.path.exists(s)) > INDEXED_BYTES

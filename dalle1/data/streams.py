@@ -11,12 +11,13 @@ import random
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import IO, Any
 
 from PIL import Image
 
-from dalle1.data.left_out import LeftOut, Unusable
+from dalle1.data.left_out import FEW_SHARDS, LOST, LeftOut, ShardLosses, ShardRead, Unusable
 from dalle1.data.pairs import turn
 from dalle1.data.reading import (
     CAPTIONS,
@@ -26,7 +27,7 @@ from dalle1.data.reading import (
     draw_caption,
     read_picture,
 )
-from dalle1.data.shards import FEW_SHARDS, lacks, lost_shards, members, refuse_lost
+from dalle1.data.shards import lacks, members
 
 BLOCK = 1_000
 """Pairs that are shuffled at a time; at 30 kB each, 30 MB a reader."""
@@ -63,6 +64,10 @@ class Pair:
         return read_picture(content, self.where, self.reading, self.detail)
 
 
+Found = Pair | LeftOut | ShardRead
+"""What a shard gives: pairs, what is damaged, and what was read of it."""
+
+
 class Streamed:
     """Groups of shards, by URL or path, read front to back.
 
@@ -85,17 +90,30 @@ class Streamed:
         self.groups, self.weights = groups, list(weights or [1.0])
         self.split, self.captions = split, captions
         self.reading, self.detail = reading or Reading(), detail
+        self.pictures = True
 
-    def shard(self, url: str, first: int = 0) -> Iterator[tuple[int, Pair | LeftOut]]:
-        """Yield number and sample, or what is damaged, of one shard from number `first` on."""
-        last = any(url == group[-1] for group in self.groups)
+    def without_pictures(self) -> Streamed:
+        """Give the same stream with empty pictures, which takes no memory for them."""
+        other = copy(self)
+        other.pictures = False
+        return other
+
+    def shard(self, url: str, first: int = 0) -> Iterator[tuple[int, Found]]:
+        """Yield number and sample, or what is damaged, of one shard from number `first` on.
+
+        At the end comes what was read of it.
+        """
+        last, end, whole = any(url == group[-1] for group in self.groups), 0, True
         for number, (key, files, lacking) in enumerate(self._samples(url)):
+            end, whole = number + 1, lacking is None or lacking.cause not in LOST
             if number < first or (last and self._is_others(number)):
                 continue
             if lacking:
                 yield number, LeftOut.because(lacking, f"{key} in {url}" if key else url)
             else:
                 yield number, Pair(files, f"{key} in {url}", self.reading, self.detail)
+        if end >= first:
+            yield end, ShardRead(url, end, whole)
 
     def _is_others(self, number: int) -> bool:
         held = number % 20 == 19 and number < 20 * 512
@@ -111,7 +129,8 @@ class Streamed:
                         yield key, files, lacks(files, self.captions)
                         files = {}
                     key = found
-                    content = tar.extractfile(member)
+                    wanted = self.pictures or suffix not in PICTURES
+                    content = tar.extractfile(member) if wanted else None
                     files[suffix] = content.read() if content else b""
                     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
                 while stream.read(1 << 16):  # a command whose output nobody reads would fail
@@ -128,18 +147,21 @@ class Streamed:
         """Yield the pairs to validate on: of the groups' last shards."""
         for group in self.groups:
             found = False
-            for _, pair in self.shard(group[-1]):
+            for pair in self._in(group[-1]):
                 found = found or isinstance(pair, Pair)
                 yield pair
             if not found:  # too few to spare any
                 whole = Streamed([group], None, "encode", self.captions, self.reading, self.detail)
-                yield from (pair for _, pair in whole.shard(group[-1]))
+                yield from whole._in(group[-1])
+
+    def _in(self, url: str) -> Iterator[Pair | LeftOut]:
+        yield from (found for _, found in self.shard(url) if not isinstance(found, ShardRead))
 
     def once(self) -> Iterator[Pair | LeftOut]:
         """Yield every sample once, in the order of the shards."""
         for group in self.groups:
             for url in group:
-                yield from (pair for _, pair in self.shard(url))
+                yield from self._in(url)
 
     def smallest(self) -> int:
         """Give the number of shards of the smallest group."""
@@ -147,10 +169,11 @@ class Streamed:
 
     def read(
         self, reader: int, readers: int, seed: int, place: Place | None = None
-    ) -> Iterator[tuple[Pair | LeftOut, Place]]:
+    ) -> Iterator[tuple[Found, Place]]:
         """Yield pairs for ever, as reader number `reader` of `readers`, each with the place after.
 
-        Raises: ValueError where a whole epoch has nothing to read.
+        Raises: ValueError where as many shards as there are have nothing to read, one after
+            another, or where too much cannot be read.
         """
         count, *places = place or [0, *([0, 0, 0, 0] for _ in self.groups)]
         streams = [
@@ -165,23 +188,27 @@ class Streamed:
 
     def _endless(
         self, group: Sequence[str], reader: int, readers: int, seed: str, place: tuple[int, ...]
-    ) -> Iterator[tuple[Pair | LeftOut, list[int]]]:
+    ) -> Iterator[tuple[Found, list[int]]]:
         epoch, first, offset, done = place
+        losses = ShardLosses(self.reading.max_bad_fraction)
+        empty = 0  # shards in a row, about: a reader may have few, and others the good ones
         while True:
             found, reason = False, LeftOut("no picture", group[0], "the shards are empty")
-            lost = 0
             for block in self._blocks(group, epoch, reader, readers, seed, first, offset):
-                start, pairs, left_out = block
-                for damaged in left_out:
-                    reason = damaged
-                    yield damaged, [epoch, *start, done]
-                lost += lost_shards(left_out)
-                refuse_lost(lost, start[0] + 1 - first, reason, self.reading)
+                start, pairs, others = block
+                # Where only part of a block is left, those who had the rest were told of these.
+                for other in others if done == 0 else ():
+                    if isinstance(other, LeftOut):
+                        reason = other
+                    else:  # here, too, since where nothing can be read no batch is ever full
+                        losses.add([other])
+                    yield other, [epoch, *start, done]
                 random.Random(f"{seed}/{reader}/{epoch}/{start}").shuffle(pairs)
                 for i, pair in enumerate(pairs[done:], done + 1):
                     yield pair, [epoch, *start, i]
                 found, done = found or bool(pairs), 0
-            if not (found or first or offset):
+            empty = 0 if found or first or offset else empty + max(1, len(group) // readers)
+            if empty >= len(group):
                 raise ValueError(
                     f"there is no pair in {len(group)} shards, {group[0]} the first; the last was "
                     f"left out: {reason.where} ({reason.cause}: {reason.why})"
@@ -197,25 +224,27 @@ class Streamed:
         seed: str,
         first: int,
         offset: int,
-    ) -> Iterator[tuple[tuple[int, int], list[Pair], list[LeftOut]]]:
-        """Yield the rest of an epoch in blocks, each with the place that it begins at."""
-        order = share(len(group), reader, readers, f"{seed}/{epoch}")
-        start, pairs, left_out = (first, offset), list[Pair](), list[LeftOut]()
+    ) -> Iterator[tuple[tuple[int, int], list[Pair], list[LeftOut | ShardRead]]]:
+        """Yield the rest of an epoch in blocks: where each begins, its pairs, and what else is."""
+        order = shards_of_reader(len(group), reader, readers, f"{seed}/{epoch}")
+        start, pairs, others = (first, offset), list[Pair](), list[LeftOut | ShardRead]()
+        damaged = 0
         for number in range(first, len(order)):
             for at, sample in self.shard(group[order[number]], offset):
                 if isinstance(sample, Pair):
                     pairs.append(sample)
                 else:
-                    left_out.append(sample)
-                if len(pairs) == BLOCK or len(left_out) == FEW_SHARDS:
-                    yield start, pairs, left_out
-                    start, pairs, left_out = (number, at + 1), [], []
+                    others.append(sample)
+                    damaged += isinstance(sample, LeftOut)
+                if len(pairs) == BLOCK or damaged == FEW_SHARDS:
+                    yield start, pairs, others
+                    start, pairs, others, damaged = (number, at + 1), [], [], 0
             offset = 0
-        if pairs or left_out:
-            yield start, pairs, left_out
+        if pairs or others:
+            yield start, pairs, others
 
 
-def share(shards: int, reader: int, readers: int, seed: str) -> list[int]:
+def shards_of_reader(shards: int, reader: int, readers: int, seed: str) -> list[int]:
     """Give the shards of an epoch that one of several readers reads, in its order.
 
     Every shard has one reader where there are enough of them; otherwise each reader draws some.

@@ -39,8 +39,8 @@ def class_embeddings(clip: Clip, classes: Sequence[str], templates: Sequence[str
     Radford et al. 2021, §3.1.4. ValueError where a template has no place for the name.
     """
     for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"the template {template!r} has no {{}} where the name belongs")
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            raise ValueError(f"the template is {template!r}, expected one {{}}: the name's place")
     captions = [template.format(name) for name in classes for template in templates]
     embeds = clip.embed_text(captions).view(len(classes), len(templates), -1)
     return F.normalize(embeds.mean(1), dim=-1)

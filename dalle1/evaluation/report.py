@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from dalle1.files import write_whole
 
 CHANCE = "/chance"
 
@@ -24,12 +25,8 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 def write_report(path: Path, options: Any, scores: Mapping[str, float], **more: Any) -> None:
     """Write settings, scores and whatever else there is to a JSON file, whole or not at all."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(
-        json.dumps({"settings": settings, "scores": scores, **more}, indent=1) + "\n"
-    )
-    os.replace(partial, path)
+    whole = {"settings": settings, "scores": scores, **more}
+    write_whole(path, json.dumps(whole, indent=1) + "\n")
 
 
 def table(scores: Iterable[tuple[str, float]]) -> str:
@@ -40,7 +37,6 @@ def table(scores: Iterable[tuple[str, float]]) -> str:
     for name, value in values.items():
         if not name.endswith(CHANCE):
             chance = values.get(name + CHANCE)
-            rows.append(
-                f"{name:{width}} {value:10.4g}" + (f"   chance {chance:.3g}" if chance else "")
-            )
+            number = f"{value:10.4g}" if abs(value) < 1e4 else f"{value:10.0f}"
+            rows.append(f"{name:{width}} {number}" + (f"   chance {chance:.3g}" if chance else ""))
     return "\n".join(rows)

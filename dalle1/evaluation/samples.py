@@ -8,6 +8,7 @@ Legend: N, M pictures, D features.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -24,17 +25,28 @@ Scores = Iterator[tuple[str, float]]
 BLUR_RADII = (0, 1, 2, 4, 8)  # the DALL·E paper's figure 9: pixels of pictures of 256
 BLUR_SIZE = 256
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024, §4
+CMMD_ROWS = 1024  # of the kernel, that are in memory at a time
 
 
 class Pictures(Sequence[Image.Image]):
-    """The first pictures of a source, read when they are asked for."""
+    """Pictures of a source, read when they are asked for: the first, or some drawn at random.
 
-    def __init__(self, source: PairSource, most: int | None = None) -> None:
+    Args:
+        most: how many, at most.
+        seed: of the draw; None takes the first.
+    """
+
+    def __init__(
+        self, source: PairSource, most: int | None = None, seed: int | None = None
+    ) -> None:
+        count = len(source) if most is None else min(most, len(source))
         self.source = source
-        self.length = len(source) if most is None else min(most, len(source))
+        self.indices: Sequence[int] = range(count)
+        if seed is not None:
+            self.indices = sorted(random.Random(seed).sample(range(len(source)), count))
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.indices)
 
     @overload
     def __getitem__(self, index: int) -> Image.Image: ...
@@ -42,8 +54,8 @@ class Pictures(Sequence[Image.Image]):
     def __getitem__(self, index: slice) -> list[Image.Image]: ...
     def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
         if isinstance(index, slice):
-            return [self.source.image(i) for i in range(*index.indices(self.length))]
-        return self.source.image(range(self.length)[index])
+            return [self.source.image(i) for i in self.indices[index]]
+        return self.source.image(self.indices[index])
 
 
 def features(
@@ -78,9 +90,8 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     # tr (Σ₁Σ₂)^½ is the nuclear norm of XYᵀ, where Σ₁ = XᵀX and Σ₂ = YᵀY: no root of a matrix that
     # is near singular, and right for fewer pictures than features, too.
     x, y = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
-    x, y = (
-        torch.linalg.qr(z, mode="r").R for z in (x, y)
-    )  # where there are more rows than columns
+    # R has the products of columns that X has, and no more rows than columns.
+    x, y = (torch.linalg.qr(z, mode="r").R for z in (x, y))
     spread = x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.T).sum()
     return float(shift + spread)
 
@@ -93,10 +104,13 @@ def cmmd(features: Tensor, reference: Tensor) -> float:
     """
     x, y = features.double().cpu(), reference.double().cpu()
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return torch.exp(-torch.cdist(a, b).square() / (2 * CMMD_SIGMA**2)).mean()
+    def kernel(a: Tensor, b: Tensor) -> float:
+        total = 0.0
+        for rows in a.split(CMMD_ROWS):  # [30,000, 30,000] would take 7 GB
+            total += torch.cdist(rows, b).square_().div_(-2 * CMMD_SIGMA**2).exp_().sum().item()
+        return total / (len(a) * len(b))
 
-    return float(CMMD_SCALE * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)))
+    return CMMD_SCALE * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
 
 
 def blurred(images: Sequence[Image.Image], radius: float) -> list[Image.Image]:
@@ -127,8 +141,11 @@ def inception(
     reference: Sequence[Image.Image],
     radii: Sequence[float] = BLUR_RADII,
     batch_size: int = 32,
+    device: torch.device | str = "cpu",
 ) -> Scores:
     """Yield FID at each blur, and the Inception Score, by torchmetrics' Inception network.
+
+    On `device`, but for mps, which lacks the double precision that FID needs: there, on the CPU.
 
     ValueError where torchmetrics, torch-fidelity or the network's weights are not at hand.
     """
@@ -136,7 +153,9 @@ def inception(
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.inception import InceptionScore
 
-        fid, score = FrechetInceptionDistance(feature=2048), InceptionScore()
+        device = "cpu" if torch.device(device).type == "mps" else device
+        fid = FrechetInceptionDistance(feature=2048).to(device)
+        score = InceptionScore().to(device)
     except (ImportError, ModuleNotFoundError) as error:
         raise ValueError(
             "FID and Inception Score need torchmetrics and torch-fidelity "
@@ -151,10 +170,10 @@ def inception(
         fid.reset()
         for real, pictures in ((True, reference), (False, images)):
             for part in _bytes(pictures, radius, batch_size):
-                fid.update(part, real=real)
+                fid.update(part.to(device), real=real)
         yield f"FID/blur {radius:g}", fid.compute().item()
     for part in _bytes(images, 0, batch_size):
-        score.update(part)
+        score.update(part.to(device))
     yield "Inception Score", score.compute()[0].item()
 
 

@@ -19,16 +19,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dalle1.data.toybox import Scene, is_held_out, is_style_held_out, sample_scene
 from dalle1.data.toybox.captions import plain_caption
+from dalle1.data.toybox.kinds import kind_of, scenes
 from dalle1.evaluation.report import wilson
 from dalle1.judge import WHAT, Judge, Verdict
-from dalle1.judge_training import accuracy, scenes
+from dalle1.judge_training import accuracy
 
 if TYPE_CHECKING:
     from dalle1.pipeline import DallE
 
 SPLITS = {"heldout": "held-out", "train": "training"}
 KINDS = ("one", "two", "count", "style")
-"""One thing; two kinds in a relation; things alike; one thing in a style."""
+"""Of scenes that are asked for; see `dalle1.data.toybox.kinds`."""
 TURNS = ("one", "two", "style", "one", "two", "count", "one", "style", "two", "one")
 """Prompts take these turns, so that the first of them have all kinds, too."""
 MOST_PROMPTS = 400  # of a split; there are no more held-out pairs for the prompts of one thing
@@ -64,15 +65,6 @@ class Answer:
     def right(self, count: int) -> dict[str, bool | None]:
         """Say what is right about the best of the first `count` candidates."""
         return self.seen[self.best(count)].right(self.prompt.scene)
-
-
-def kind_of(scene: Scene) -> str:
-    """Give a scene's kind; "other" if no prompt is made of it."""
-    if scene.style is not None:
-        return "style" if len(scene.items) == 1 else "other"
-    if scene.relation is not None:
-        return "two"
-    return "one" if len(scene.items) == 1 else "count"
 
 
 def choose_prompts(split: str, count: int, seed: int) -> list[Prompt]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from dalle1.clip import Clip
 from dalle1.data.toybox import FILLS, NOUNS, RELATIONS, Scene, describe, render, sample_scene
 from dalle1.data.toybox.captions import article, plain_caption
+from dalle1.data.toybox.kinds import scenes
 from dalle1.evaluation.clips import Scores, binding, linear_probe, retrieval
 from dalle1.evaluation.report import CHANCE
 
@@ -20,16 +22,6 @@ SPLITS = {"training": "validation", "held-out": "heldout"}
 
 SIZE = 128  # of the pictures in pixels; each CLIP brings them to its own
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
-
-def scenes(split: str, seed: str, relation: bool) -> Iterator[Scene]:
-    """Yield plain scenes of one object without end, or of two in a relation."""
-    rng = random.Random(seed)
-    while True:
-        scene = sample_scene(rng, split)
-        things = 2 if relation else 1
-        if (scene.style, len(scene.items), len(scene.groups)) == (None, things, things):
-            yield scene
 
 
 def of_different_pairs(stream: Iterator[Scene], count: int) -> list[Scene]:
@@ -44,13 +36,14 @@ def of_different_pairs(stream: Iterator[Scene], count: int) -> list[Scene]:
 def toybox_probes(clip: Clip, pictures: int = 400, seed: int = 0) -> Scores:
     """Yield all of them, on so many pictures each; names begin with `training/` or `held-out/`."""
     for name, split in SPLITS.items():
-        stream = scenes(split, f"{name} {seed}", relation=False)
+        stream = scenes(split, f"{name} {seed}", "one")
         shown = [next(stream) for _ in range(pictures)]
         embeds = clip.embed_images([render(scene, SIZE) for scene in shown])
         for key, value in _zero_shot(clip, embeds, shown):
             yield f"{name}/zero-shot/{key}", value
-        related = scenes(split, f"{name} {seed} related", relation=True)
-        for key, value in _binding(clip, [next(related) for _ in range(pictures)]):
+        stream = scenes(split, f"{name} {seed} related", "two")
+        related = list(islice((scene for scene in stream if len(scene.items) == 2), pictures))
+        for key, value in _binding(clip, related):
             yield f"{name}/binding/{key}", value
     for key, value in _linear_probes(clip, pictures, seed):
         yield f"linear probe/{key}", value
@@ -79,7 +72,7 @@ def _linear_probes(clip: Clip, pictures: int, seed: int) -> Scores:
     for what, words in {"noun": NOUNS, "fill": FILLS}.items():
         each = max(4, pictures // len(words))
         found: dict[str, list[Scene]] = {word: [] for word in words}
-        stream = scenes("validation", f"linear probe {what} {seed}", relation=False)
+        stream = scenes("validation", f"linear probe {what} {seed}", "one")
         while min(map(len, found.values())) < each:
             scene = next(stream)
             group = found[getattr(scene.items[0], what)]
@@ -92,29 +85,28 @@ def _linear_probes(clip: Clip, pictures: int, seed: int) -> Scores:
 
 
 def _binding(clip: Clip, related: list[Scene]) -> Scores:
-    """Ask for the caption or its foil: fills swapped, nouns swapped, or the relation turned."""
+    """Ask for the caption or its foil: fills swapped, or the relation turned."""
 
-    def swapped(scene: Scene, what: str) -> Scene:
+    def fills_swapped(scene: Scene) -> Scene:
         first, second = scene.items
-        if what == "relation":
-            return replace(scene, relation=OPPOSITE[str(scene.relation)])
-        one, other = getattr(first, what), getattr(second, what)
-        return replace(
-            scene, items=(replace(first, **{what: other}), replace(second, **{what: one}))
-        )
+        items = (replace(first, fill=second.fill), replace(second, fill=first.fill))
+        return replace(scene, items=items)
+
+    def turned(scene: Scene) -> Scene:
+        return replace(scene, relation=OPPOSITE[str(scene.relation)])
 
     images: list[Image.Image] = [render(scene, SIZE) for scene in related]
     captions = list(map(plain_caption, related))
     assert set(OPPOSITE) == set(RELATIONS)
-    for what, name in (("fill", "fills swapped"), ("relation", "relation turned")):
-        foils = [plain_caption(swapped(scene, what)) for scene in related]
+    for name, changed in (("fills swapped", fills_swapped), ("relation turned", turned)):
+        foils = [plain_caption(changed(scene)) for scene in related]
         for key, value in binding(clip, images, captions, foils):
             yield f"{name}{key.removeprefix('accuracy')}", value
 
 
 def retrieval_probe(clip: Clip, seed: int) -> Scores:
     """Find partners among 256 scenes of one object, of different pairs; and of all kinds."""
-    alone = of_different_pairs(scenes("validation", f"retrieval {seed}", relation=False), 256)
+    alone = of_different_pairs(scenes("validation", f"retrieval {seed}", "one"), 256)
     rng = random.Random(f"retrieval of all {seed}")
     for name, shown in {
         "one object": alone,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from dalle1.cli import clear_errors
+from dalle1.cli import clear_errors, parse
 from dvae import DVAE
 
 
@@ -32,7 +32,7 @@ class ImportConfig:
 
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
-        config = tyro.cli(ImportConfig, args=args, description=__doc__.splitlines()[0])
+        config = parse(ImportConfig, args, __doc__.splitlines()[0])
         if (config.out / "latest").exists():
             raise ValueError(f"{config.out} holds a training; give another --out")
         print(f"The dVAE is {DVAE.from_openai(config.encoder, config.decoder).save(config.out)}")

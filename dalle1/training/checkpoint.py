@@ -58,21 +58,31 @@ def _save(
     packed = io.BytesIO()  # torch would hide why a file could not be written
     torch.save({"step": step, **state}, packed)
     (partial / STATE_NAME).write_bytes(packed.getbuffer())
-    for file in partial.rglob("*"):  # on the disk before the old one goes: the power may fail
-        if file.is_file():
-            with file.open("r+b") as written:
-                os.fsync(written.fileno())
+    for written in (*partial.rglob("*"), partial):
+        _reach_disk(written)  # before the old one goes: the power may fail
     _put_away(folder)
     os.replace(partial, folder)
     link = out / ".latest.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
     os.replace(link, out / "latest")
-    others = [f for f in out.glob("step-*") if f != folder]
+    _reach_disk(out)
+    others = [f for f in out.glob("step-*") if f != folder and f.name[5:].isdecimal()]
     for old in sorted(others, key=lambda f: int(f.name[5:]))[: max(0, len(others) + 1 - keep)]:
         _put_away(old)
     _sweep(out)
     return folder
+
+
+def _reach_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # which has no such thing
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _put_away(folder: Path) -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dalle1.device import pick_device
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=60)
 """How long a process waits for the others, which may have a large dataset to list."""
@@ -108,6 +111,22 @@ def together(thing: Any) -> list[Any]:
     every: list[Any] = [None] * world_size()
     dist.all_gather_object(every, thing)
     return every
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Give to all processes what the main one makes, or raises: a ValueError or an OSError."""
+    if world_size() == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if is_main():
+        try:
+            made[0] = make()
+        except (ValueError, OSError) as error:
+            made[1] = error
+    dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
 
 
 def anyone(flag: bool) -> bool:

@@ -148,6 +148,11 @@ class Engine(ABC, Generic[Model]):
             self.model.train()
             self.exchange()
 
+    @torch.no_grad()
+    def apply(self, call: Call) -> Any:
+        """Compute with the model as it is now, without gradients."""
+        return call(self.model)
+
     @property
     def updates(self) -> float:
         """How many updates AdamW has made."""
@@ -205,15 +210,32 @@ class Engine(ABC, Generic[Model]):
                             f"{key} in {path} is {tuple(whole.shape)}, expected "
                             f"{tuple(piece.shape)}"
                         )
-                    if self.sharded:
-                        whole = whole.flatten()[piece.start : piece.start + held.numel()]
-                    held.copy_(whole)
+                    held.copy_(self._part(whole, piece, kind))
             for name, buffer in self.buffers.items():
                 expected.add(f"buffer/{name}")
                 buffer.copy_(file.get_tensor(f"buffer/{name}"))
         if there != expected:
             raise ValueError(f"{path} has {', '.join(sorted(there - expected)[:3])}, too")
         self.refresh()
+
+    @torch.no_grad()
+    def begin_with(self, path: Path) -> None:
+        """Take the weights of a model's own file, of the same sizes, tensor by tensor."""
+        with safe_open(path, "pt") as file:
+            for piece in self.pieces():
+                whole = file.get_tensor(piece.name)
+                for kind in ("weights", "average"):
+                    if kind in piece.held:
+                        piece.held[kind].copy_(self._part(whole, piece, kind))
+            for name, buffer in self.buffers.items():
+                buffer.copy_(file.get_tensor(name))
+        self.refresh()
+
+    def _part(self, whole: Tensor, piece: Piece, kind: str) -> Tensor:
+        """Cut out of a parameter, or of what is kept of it, what this process holds."""
+        if not self.sharded:
+            return whole
+        return whole.flatten()[piece.start : piece.start + piece.held[kind].numel()]
 
     @contextmanager
     def saved(self, path: Path, kind: str) -> Iterator[Model]:
@@ -230,6 +252,17 @@ class Engine(ABC, Generic[Model]):
                 filled[id(p)] = nn.Parameter(file.get_tensor(key), requires_grad=False)
             shared = {id(buffer): buffer for buffer in self.form.buffers()}
             yield copy.deepcopy(self.form, {**filled, **shared}).eval()
+
+
+def samples_at_once(config: RunConfig) -> int:
+    """Give the size of the parts that a process computes with; ValueError where none fits."""
+    parts = config.accumulate * distributed.world_size()
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, expected a multiple of processes times accumulate,"
+            f" {distributed.world_size()} × {config.accumulate}"
+        )
+    return config.batch_size // parts
 
 
 def _empty(p: Tensor) -> Tensor:

@@ -6,10 +6,8 @@ a run that was interrupted goes on as if nothing had happened.
 
 from __future__ import annotations
 
-import math
-import signal
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -19,16 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.data.batches import LEFT_OUT, PLACE, Prepare, Source, batches
+from dalle1.data.batches import Prepare, Source, batches
 from dalle1.data.left_out import Tally
 from dalle1.data.reading import Reading
-from dalle1.device import keep_freed_memory, matrix_rate, peak_memory, pick_device
+from dalle1.device import keep_freed_memory, matrix_rate, peak_memory
 from dalle1.training import distributed
 from dalle1.training.progress import Progress
 from dalle1.training.recorders import Recorder, TensorBoard, WeightsAndBiases
 from dalle1.training.schedules import warmup_cosine
 from dalle1.training.trainer import LossFunction, Model, Scales, Trainer, recipe
-from dvae.weights import model_folder
+from dalle1.training.trouble import Divergence, stop_on_signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,18 +194,6 @@ class Work:
     """Multiplications and additions of its forward and backward pass."""
 
 
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished."""
-    caught, signals = list[int](), (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(s, lambda number, _: caught.append(number)) for s in signals]
-    try:
-        yield caught
-    finally:
-        for s, handler in zip(signals, before, strict=True):
-            signal.signal(s, handler)
-
-
 def recorders(config: RunConfig, start: int) -> list[Recorder]:
     """Open what `config` asks for beside log.jsonl."""
     found: list[Recorder] = []
@@ -234,60 +220,6 @@ def efficiency(
 _matrix_rate = cache(matrix_rate)
 
 
-class Divergence:
-    """Counts the updates that were skipped because the loss or its gradient was no number."""
-
-    def __init__(self, out: Path, scaled: bool, patience: int = 10) -> None:
-        """Args: scaled: fp16, where a gradient that overflows only asks for a smaller scale."""
-        self.out, self.scaled, self.patience = out, scaled, patience
-        self.total, self.in_a_row = 0, 0
-
-    def counts(self) -> dict[str, float]:
-        """Give what is worth a place in the log."""
-        return {"skipped_updates": self.total} if self.total else {}
-
-    def update(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Take what an update gave; ValueError after `patience` bad ones in a row."""
-        loss, norm = (float(values[name]) for name in ("total", "gradient_norm"))
-        bad = not math.isfinite(loss) or not (values.get("applied", 1) or self.scaled)
-        self.total += bad
-        self.in_a_row = self.in_a_row + 1 if bad else 0
-        if self.in_a_row == self.patience:
-            kept = model_folder(self.out)
-            raise ValueError(
-                f"the last {self.patience} updates, to step {step}, had no finite loss or gradient "
-                f"(loss {loss}, gradient_norm {norm}) and were skipped; lower --learning-rate or "
-                f"--clip-norm, or look at the data. The last good checkpoint is "
-                f"{kept if kept != self.out else 'none: it was too early for one'}"
-            )
-
-
-@contextmanager
-def memory_advice(config: RunConfig) -> Iterator[None]:
-    """Where memory runs out, say what to lower."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "allocate memory" not in str(error):
-            raise
-        part = config.batch_size // (config.accumulate * distributed.world_size())
-        rather = []
-        if part > 1:
-            rather.append(f"--accumulate {2 * config.accumulate} ({part} samples at once now)")
-        if hasattr(config, "checkpointing") and not config.checkpointing:
-            rather.append("--checkpointing")
-        if config.deepspeed is None and config.zero < 3:
-            rather.append(f"--zero {config.zero + 1}, over more processes")
-        if config.deepspeed is None and config.offload == "none":
-            rather.append("--offload cpu with --zero")
-        raise ValueError(
-            f"out of memory, after {peak_memory(pick_device(config.device)):.1f} GiB; try "
-            f"{', or '.join([*rather, 'a smaller model'])}. "
-            "`python -m dalle1.plan` tells what fits"
-        ) from error
-
-
 def fit(
     model: Model,
     loss_fn: LossFunction[Model],
@@ -297,8 +229,10 @@ def fit(
     save_model: Callable[[Model, Path], None],
     validate: Callable[[Model, int], Mapping[str, float]] | None = None,
     measure: Callable[[Model], Mapping[str, float]] | None = None,
+    draw: Callable[[Model, int], None] | None = None,
     scales: Scales | None = None,
     work: Work | None = None,
+    init: Path | None = None,
 ) -> Model:
     """Train `model` to `config.steps` and give it with the average of its weights.
 
@@ -311,61 +245,90 @@ def fit(
         save_model: writes a model's files into a folder.
         validate: (averaged model, step) → numbers for the log.
         measure: (the model as it is trained) → numbers, which go by raw_NAME.
+        draw: (averaged model, step) draws pictures for OUT/samples; in the main process, with all
+            of the weights.
         scales: of the gradients, for fp16; one for the whole loss if not given.
         work: what a sample costs, to be told in the log as a share of the machine's speed.
+        init: safetensors file of weights to begin with, instead of the model's.
     """
     keep_freed_memory()
     here = config.out if distributed.is_main() else None
-    with stop_on_signal() as caught, memory_advice(config):
+    with stop_on_signal() as caught:
         trainer = Trainer(model.train(), config, scales)
-        trainer.resume()
-        if trainer.step >= config.steps:
-            return trainer.finished()
+        trainer.resume(init)
         others = recorders(config, trainer.step) if here else []
         progress = Progress(here, trainer.step, config.steps, config.batch_size, others)
-        skipped = Divergence(config.out, trainer.scaled)
-        with progress, closing(batches(**trainer.where())) as stream:
-            for batch in stream:
-                progress.advance(batch.pop(LEFT_OUT, ()))
-                trainer.place = batch.pop(PLACE, None)
-                batch = {name: tensor.to(trainer.device) for name, tensor in batch.items()}
-                values = trainer.update(loss_fn, batch)
+        skipped = Divergence(config.out, trainer.counts)
+        measured = partial(_measured, trainer, validate, measure, draw)
+        rates = partial(efficiency, config, trainer.device, work)
+        with progress, closing(_updates(trainer, loss_fn, batches, progress)) as updates:
+            if _due(trainer.step, config) and not distributed.anyone(progress.has(trainer.step)):
+                progress.report(trainer.step, measured())  # a signal or a crash came before it
+            for values in updates:
                 step, stopped = trainer.step, distributed.anyone(bool(caught))
-                skipped.update(step, values)
+                skipped.update(step, values, trainer.scaled)
                 last = step == config.steps or stopped
                 if step % config.log_every == 0 or last:
-                    rates = partial(efficiency, config, trainer.device, work)
-                    progress.log(step, {**values, **skipped.counts()}, rates)
+                    progress.log(step, {**values, **trainer.counted()}, rates)
                 if step % config.save_every == 0 or last:
                     trainer.save(save_model)
-                if not stopped and (step % config.validate_every == 0 or last):
-                    progress.report(step, _measured(trainer, validate, measure))
-                if last:
-                    break
-    if stopped:
-        if here:
-            print(f"Stopped at step {step}, saved in {config.out}; the same command goes on")
-        distributed.barrier()
-        raise SystemExit(0)
+                if stopped:
+                    progress.stopped(step)
+                    distributed.barrier()
+                    raise SystemExit(0)
+                if _due(step, config):
+                    progress.report(step, measured())
     return trainer.finished()
+
+
+def _updates(
+    trainer: Trainer[Model],
+    loss_fn: LossFunction[Model],
+    batches: Callable[..., Generator[dict[str, Any]]],
+    progress: Progress,
+) -> Generator[dict[str, float | Tensor]]:
+    """Make update after update, from where the trainer is; give what each one gave."""
+    if trainer.step >= trainer.config.steps:
+        return
+    with closing(batches(**trainer.where())) as stream:
+        for batch in stream:
+            progress.advance()
+            trainer.take_notes(batch)
+            batch = {name: tensor.to(trainer.device) for name, tensor in batch.items()}
+            yield trainer.update(loss_fn, batch)
+            if trainer.step == trainer.config.steps:
+                return
+
+
+def _due(step: int, config: RunConfig) -> bool:
+    """Say whether the model of this step is to be measured."""
+    return step > 0 and (step % config.validate_every == 0 or step == config.steps)
 
 
 def _measured(
     trainer: Trainer[Model],
     validate: Callable[[Model, int], Mapping[str, float]] | None,
     measure: Callable[[Model], Mapping[str, float]] | None,
+    draw: Callable[[Model, int], None] | None,
 ) -> dict[str, float]:
-    """Measure the averaged model, and the raw one; {} in processes that need not take part."""
+    """Measure and show the averaged model, and the raw one; {} where a process takes no part."""
     numbers: dict[str, float] = {}
-    takes_part = distributed.is_main() or trainer.engine.together
-    if validate is not None:
-        with trainer.engine.averaged() as model:
-            if takes_part:
-                numbers.update(validate(model, trainer.step))
+    engine, step = trainer.engine, trainer.step
+    takes_part = distributed.is_main() or engine.together
+    if validate is not None or draw is not None:
+        with engine.averaged() as model:
+            if validate is not None and takes_part:
+                numbers.update(engine.apply(lambda model: validate(model, step)))
+            if draw is not None and distributed.is_main() and not engine.together:
+                draw(model, step)
+    if draw is not None and distributed.is_main() and engine.together:
+        with trainer.saved() as whole:
+            if whole is not None:
+                draw(whole, step)
     if measure is not None and takes_part:
-        with torch.no_grad():
-            raw = measure(trainer.engine.model.eval())
-        trainer.engine.model.train()
+        engine.model.eval()
+        raw = engine.apply(measure)
+        engine.model.train()
         numbers.update({f"raw_{name}": value for name, value in raw.items()})
     distributed.barrier()
     return numbers

@@ -6,15 +6,13 @@ import json
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 
 from dalle1.cli import bar
-from dalle1.data.left_out import LeftOut
 from dalle1.training.recorders import Recorder
 
 SHOWN = ("temperature", "beta")
@@ -46,7 +44,6 @@ class Progress:
             os.replace(partial, path)
         self.bar = bar(total=steps, initial=start, unit="step", disable=out is None)
         self.batch_size = batch_size
-        self.left_out: Counter[str] = Counter()
         self._restart_clock(start)
 
     def __enter__(self) -> Progress:
@@ -65,9 +62,8 @@ class Progress:
     def _restart_clock(self, step: int) -> None:
         self.since, self.seen = time.perf_counter(), step
 
-    def advance(self, left_out: Iterable[LeftOut] = ()) -> None:
-        """Move the bar by one step, in which these pairs were left out."""
-        self.left_out.update(pair.cause for pair in left_out)
+    def advance(self) -> None:
+        """Move the bar by one step."""
         self.bar.update()
 
     def log(
@@ -84,9 +80,7 @@ class Progress:
         if self.out is None:
             return
         rate = (step - self.seen) * self.batch_size / (time.perf_counter() - self.since)
-        left_out = {f"left out/{cause}": float(n) for cause, n in self.left_out.items()}
-        more = {"samples_per_second": rate, **efficiency(rate), **left_out}
-        self._write(step, {**values, **more})
+        self._write(step, {**values, "samples_per_second": rate, **efficiency(rate)})
         shown = {"loss": values["total"], **{k: values[k] for k in SHOWN if k in values}}
         text = "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
         self.bar.set_postfix_str(f"{text}  {rate:.3g} samples/s")
@@ -102,6 +96,19 @@ class Progress:
                 recorder.picture(step, picture)
         self.bar.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
         self._restart_clock(step)
+
+    def stopped(self, step: int) -> None:
+        """Say that a signal ended the training here."""
+        if self.out is not None:
+            at = f"Stopped at step {step}, saved in {self.out}"
+            self.bar.write(f"{at}; the same command goes on")
+
+    def has(self, step: int) -> bool:
+        """Say whether a validation of this step is in the log."""
+        if self.out is None or not (path := self.out / "log.jsonl").exists():
+            return False
+        lines = path.read_text().splitlines()
+        return any('"validation/' in line and _step_of(line) == step for line in lines)
 
     def _write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         numbers = {name: float(f"{float(value):.6g}") for name, value in values.items()}

@@ -59,10 +59,15 @@ def scaled(branch: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor) -> Tens
 
 
 class LossScale:
-    """One scale for the whole loss: the ordinary way, which is enough for stage 1 (paper A.2)."""
+    """One scale for the whole loss: the ordinary way, which is enough for stage 1 (paper A.2).
+
+    Attributes:
+        stuck: whether the last gradient was not finite though the scale cannot fall further.
+    """
 
     def __init__(self, model: nn.Module, first: float = 2.0**16, patience: int = 2000) -> None:
         self.model, self.scale, self.patience, self.good = model, first, patience, 0
+        self.stuck = False
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Give what to differentiate."""
@@ -74,8 +79,9 @@ class LossScale:
         torch._foreach_mul_(gradients, 1 / self.scale)
         finite = bool(torch.stack([g.isfinite().all() for g in gradients]).all())
         self.good = self.good + 1 if finite else 0
+        self.stuck = not finite and self.scale <= 1
         if not finite:
-            self.scale /= 2
+            self.scale = max(1.0, self.scale / 2)
         elif self.good % self.patience == 0:
             self.scale *= 2
         return finite
@@ -94,13 +100,15 @@ class GradientScales:
 
     Args:
         branches: the modules of each resblock's branch, whose gradients come out scaled.
-        machines: M of the paper; all limits are multiplied by it.
+
+    Attributes:
+        stuck: whether a gradient was not finite though its scale cannot fall further.
     """
 
-    def __init__(self, branches: Sequence[Sequence[nn.Module]], machines: int = 1) -> None:
+    def __init__(self, branches: Sequence[Sequence[nn.Module]]) -> None:
         self.parameters = [[p for m in modules for p in m.parameters()] for modules in branches]
-        self.machines = machines
-        self.scales = torch.full((len(branches),), FIRST * machines)
+        self.scales = torch.full((len(branches),), FIRST)
+        self.stuck = False
         self.since_fall = torch.full((len(branches),), PATIENCE)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
@@ -122,9 +130,9 @@ class GradientScales:
         falls = ~finite & (self.since_fall >= PATIENCE)
         self.since_fall = torch.where(falls, 0, self.since_fall + 1)
         factor = torch.where(finite, GROWTH, torch.where(falls, BACKOFF, 1.0))
-        limits = LEAST * self.machines, MOST * self.machines
+        self.stuck = bool((~finite & (self.scales.cpu() <= LEAST)).any())
         # In place: the branches hold views of it.
-        self.scales.mul_(factor.to(self.scales.device)).clamp_(*limits)
+        self.scales.mul_(factor.to(self.scales.device)).clamp_(LEAST, MOST)
         return bool(finite.all())
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -12,12 +14,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dalle1.data.batches import join_places
+from dalle1.data.batches import LEFT_OUT, PLACE, join_places
 from dalle1.training import distributed
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint, save_checkpoint
-from dalle1.training.engine import Engine, Plain
+from dalle1.training.engine import Engine, Plain, samples_at_once
 from dalle1.training.scaling import LossScale
 from dalle1.training.schedules import Plateau
+from dvae.weights import model_folder
 
 if TYPE_CHECKING:
     from dalle1.training.loop import RunConfig
@@ -46,6 +49,8 @@ class Scales(Protocol):
     def unscale(self) -> bool: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    @property
+    def stuck(self) -> bool: ...
 
 
 FREE = (
@@ -74,12 +79,7 @@ def step_generator(seed: int, step: int, device: torch.device, part: int = 0) ->
 
 def engine_for(model: Model, config: RunConfig, scales: Scales | None = None) -> Engine[Model]:
     """Give `model` the engine that `config` asks for; ValueError where a batch cannot be shared."""
-    parts = config.accumulate * distributed.world_size()
-    if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size is {config.batch_size}, expected a multiple of processes times accumulate,"
-            f" {distributed.world_size()} × {config.accumulate}"
-        )
+    samples_at_once(config)
     if config.zero or config.deepspeed is not None:
         from dalle1.training.zero import Zero
 
@@ -100,6 +100,8 @@ class Trainer(Generic[Model]):
         self.device = self.engine.device
         self.step = 0
         self.place: Any = None  # in the data, where it cannot be told from the step
+        self.counts: Counter[str] = Counter()
+        """What was left out and skipped so far, by this process's count; see `counted`."""
 
     def update(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, float | Tensor]:
         """Make one update with this process's part of a batch.
@@ -121,7 +123,7 @@ class Trainer(Generic[Model]):
             self.engine.average(min(config.ema_decay, (1 + count) / (10 + count)))
         if self.plateau and fields["total"].isfinite():
             self.plateau.update(fields["total"])
-        applied = {} if made and not self.scaled else {"applied": float(made)}
+        applied = {} if made and not self.scales else {"applied": float(made)}
         return {**fields, "gradient_norm": norm, "learning_rate": rate, **applied}
 
     def _backward(self, loss_fn: LossFunction[Model], batch: Batch) -> dict[str, Tensor]:
@@ -144,15 +146,24 @@ class Trainer(Generic[Model]):
         """Say where in the data to go on, as `dalle1.data.batches` takes it."""
         return {"start": self.step, **({"place": self.place} if self.place else {})}
 
+    def take_notes(self, batch: dict[str, Any]) -> None:
+        """Take out of a batch what is no tensor: its place in the data, and what was left out."""
+        self.place = batch.pop(PLACE, None)
+        self.counts.update(f"left out/{pair.cause}" for pair in batch.pop(LEFT_OUT, ()))
+
+    def counted(self) -> dict[str, int]:
+        """Add up the counts of all processes, each of which must ask for it."""
+        return dict(sum(distributed.together(self.counts), Counter()))
+
     @property
     def scaled(self) -> bool:
         """Whether gradients are scaled, so that now and then some overflow and all is well."""
-        return self.scales is not None
+        return self.scales is not None and not self.scales.stuck
 
     def save(self, save_model: Callable[[Model, Path], None]) -> None:
         """Write a checkpoint: models for use, and what resuming needs."""
 
-        places = distributed.together(self.place)
+        places, counts = distributed.together(self.place), self.counted()
 
         def write(folder: Path) -> None:
             path = folder / TENSORS_NAME
@@ -168,6 +179,7 @@ class Trainer(Generic[Model]):
             return
         state = {"recipe": recipe(self.config), "updates": self.engine.updates}
         state["place"] = join_places(places) if self.place else None
+        state["counts"] = counts
         more = {name: part.state_dict() for name, part in self._more().items()}
         save_checkpoint(self.config.out, self.step, {**state, **more}, write, self.config.keep)
 
@@ -175,10 +187,24 @@ class Trainer(Generic[Model]):
         parts = {"scales": self.scales, "plateau": self.plateau}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def resume(self) -> None:
-        """Go on from the latest checkpoint, if there is one; ValueError for one of another kind."""
+    def resume(self, init: Path | None = None) -> None:
+        """Go on from the latest checkpoint, if there is one; ValueError for one of another kind.
+
+        Args:
+            init: file of the weights to begin with where there is no checkpoint.
+        """
+        self._resume(init)
+        if len(steps := set(distributed.together(self.step))) > 1:
+            raise ValueError(
+                f"processes found checkpoints of steps {', '.join(map(str, sorted(steps)))} in "
+                f"{self.config.out}; it has to be one folder that all machines share"
+            )
+
+    def _resume(self, init: Path | None) -> None:
         out = self.config.out
         if (state := load_checkpoint(out)) is None:
+            if init is not None:
+                self.engine.begin_with(init)
             return
         now = recipe(self.config)
         then = {**now, **state["recipe"]}  # what there was no setting for may be set now
@@ -199,8 +225,19 @@ class Trainer(Generic[Model]):
         for name, part in self._more().items():
             part.load_state_dict(state[name])
         self.step, self.place = state["step"], state.get("place")
-        if distributed.is_main():
+        if distributed.is_main():  # the sums go on in one process
+            self.counts.update(state.get("counts", {}))
             print(f"Going on at step {self.step} of {self.config.steps} in {out}")
+
+    @contextmanager
+    def saved(self) -> Iterator[Model | None]:
+        """Give the averaged model that this step's checkpoint holds; None where there is none."""
+        folder = model_folder(self.config.out)
+        if folder.name != f"step-{self.step}":
+            yield None
+            return
+        with self.engine.saved(folder / TENSORS_NAME, "average") as model:
+            yield model.to(self.device)
 
     def finished(self) -> Model:
         """Give the model with its averaged weights, for good."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,17 @@ from torch import Tensor, nn
 
 from dalle1.device import autocast, pick_device
 from dalle1.training import distributed
-from dalle1.training.engine import Call, Engine, Model, Piece, Whole, adamw, full_shape, spoiled
+from dalle1.training.engine import (
+    Call,
+    Engine,
+    Model,
+    Piece,
+    Whole,
+    adamw,
+    full_shape,
+    samples_at_once,
+    spoiled,
+)
 
 if TYPE_CHECKING:
     from dalle1.training.loop import RunConfig
@@ -34,20 +45,31 @@ PASSED_ON = {
 }
 """What a config of one's own may say, beside what `RunConfig` says, too, and then the same."""
 
-PIECES_MOVE = {
-    *("elastic_checkpoint", "legacy_stage1", "mics_shard_size", "round_robin_gradients"),
-    *("zenflow", "zero_hpz_partition_size", "zero_quantized_gradients"),
-    *("zero_quantized_nontrainable_weights", "zero_quantized_weights"),
+_OFFLOAD = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
+
+WITHIN = {
+    "zero_optimization": {
+        *("stage", "offload_optimizer", "offload_param", "memory_efficient_linear"),
+        *("contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size"),
+        *("allgather_partitions", "allgather_bucket_size", "allgather_sequential"),
+        *("use_all_reduce_for_fetch_params", "use_multi_rank_bucket_allreduce"),
+        *("sub_group_size", "stage3_prefetch_bucket_size", "module_granularity_threshold"),
+        *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+        *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+        *("ignore_unused_parameters", "log_trace_cache_warnings", "enable_sanity_checks"),
+    },
+    "offload_optimizer": _OFFLOAD,
+    "offload_param": _OFFLOAD,
+    "bf16": {"enabled", "check_grad_overflow"},
 }
-"""Ways to share out of DeepSpeed's that checkpoints cannot be written from."""
+"""What may be said within these. Other ways to share out have no pieces to write, or are ours."""
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """Give what DeepSpeed is to do, by flags or by a file; ValueError for what would be lost."""
-    world = distributed.world_size()
     known: dict[str, Any] = {
         "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // (world * config.accumulate),
+        "train_micro_batch_size_per_gpu": samples_at_once(config),
         "gradient_accumulation_steps": config.accumulate,
         "gradient_clipping": config.clip_norm,
     }
@@ -87,24 +109,42 @@ def _checked(path: Path, known: dict[str, Any], precision: str) -> dict[str, Any
                 f"{name} in {path} is not supported: optimizer, schedule, precision and logs are "
                 f"those of the flags. Take it out; there may be {', '.join(sorted(PASSED_ON))}"
             )
-    sharing = given.get("zero_optimization", {})
+    sharing = _within(given, "zero_optimization", path)
     if sharing.get("stage") not in (1, 2, 3):
         raise ValueError(
             f"zero_optimization.stage is {sharing.get('stage')} in {path}, expected 1, 2 or 3; "
             "without --deepspeed every process has everything"
         )
-    if moved := sorted(PIECES_MOVE & sharing.keys()):
-        raise ValueError(f"zero_optimization.{moved[0]} in {path} is not supported; take it out")
     for name in ("offload_optimizer", "offload_param"):
-        if (device := sharing.get(name, {}).get("device", "cpu")) not in ("cpu", "none"):
+        if (device := _within(sharing, name, path).get("device", "none")) not in ("cpu", "none"):
             raise ValueError(f"{name}.device is {device} in {path}, expected cpu or none")
-    half = given.get("bf16", {})
+    offloads = _within(sharing, "offload_optimizer", path).get("device", "none") == "cpu"
+    if given.get("zero_force_ds_cpu_optimizer", False) is not False:
+        raise ValueError(
+            f"zero_force_ds_cpu_optimizer in {path} asks for DeepSpeed's own AdamW; it is torch's, "
+            "wherever its state is kept: take it out"
+        )
+    if offloads:
+        given["zero_force_ds_cpu_optimizer"] = False
+    half = _within(given, "bf16", path)
     if half.get("enabled") and (precision != "bf16" or not half.get("check_grad_overflow")):
         raise ValueError(
             f'bf16 in {path} needs --precision bf16, and "check_grad_overflow": true, so that '
             "updates that are no numbers are skipped"
         )
     return given
+
+
+def _within(given: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """Give what a file says within `name`; ValueError for what is not supported there."""
+    if not isinstance(inner := given.get(name, {}), dict):
+        raise ValueError(f"{name} is {json.dumps(inner)} in {path}, expected an object or nothing")
+    if unknown := sorted(inner.keys() - WITHIN[name]):
+        raise ValueError(
+            f"{name}.{unknown[0]} in {path} is not supported; take it out. There may be "
+            f"{', '.join(sorted(WITHIN[name]))}"
+        )
+    return inner
 
 
 def _deepspeed(device: torch.device) -> Any:
@@ -117,6 +157,8 @@ def _deepspeed(device: torch.device) -> Any:
         raise ValueError(
             "--zero and --deepspeed need the package: pip install deepspeed; --zero 0 does without"
         ) from error
+    # It asks torch, at every exchange, in words of before.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     # It would compile a kernel to sum over shared memory, at every start that finds none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -212,6 +254,11 @@ class Zero(Engine[Model]):
         if not last:
             self.root.step()  # which only counts
         return loss
+
+    @torch.no_grad()
+    def apply(self, call: Call) -> Any:
+        # Within its forward pass DeepSpeed fetches whatever weight is used, by hooks or not.
+        return self.root(call) if self.together else call(self.model)
 
     def update(self, rate: float) -> tuple[Tensor, bool]:
         for group in self.optimizer.param_groups:

@@ -1,0 +1,80 @@
+"""What the benchmarks of CLIP count, by hand, and that results of other settings are not theirs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_best_of_a_group_is_the_one_with_the_highest_score() -> None:
+    best_of = benchmark("rerank").best_of
+    right, scores = [1, 0, 0, 1, 0, 0, 1, 0], [0.1, 0.9, 0.3, 0.2, 0.4, 0.5, 0.8, 0.7]
+    assert best_of(right, scores, 1) == 3 / 8
+    assert best_of(right, scores, 2) == 1 / 4  # the second, third, sixth and seventh
+    assert best_of(right, scores, 4) == 1 / 2  # the second and the seventh
+    assert best_of(right, scores, 8) == 0
+
+
+def test_reranking_does_not_take_other_answers_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rerank, drawn = benchmark("rerank"), []
+
+    def looked_at(model: Any, judge: Any, prompt: Any, seed: int) -> dict[str, list[float]]:
+        drawn.append(prompt.text)
+        return {"right": [1.0, 0.0] * 32, "CLIP": [1.0, 0.0] * 32, "likelihood": [0.0, 1.0] * 32}
+
+    model = SimpleNamespace(from_pretrained=lambda *_, **__: None)
+    monkeypatch.setattr(rerank, "DallE", model)
+    monkeypatch.setattr(rerank, "load_judge", lambda path: None)
+    monkeypatch.setattr(rerank, "looked_at", looked_at)
+    monkeypatch.setattr(rerank, "plot", lambda *_: None)
+    command = ["--out", str(tmp_path), "--num-prompts", "2"]
+    rerank.main(command)
+    rerank.main(command)  # goes on: nothing is left to draw
+    assert len(drawn) == 4
+    curves = json.loads((tmp_path / "rerank.json").read_text())
+    assert curves["training"] == {
+        "at random": [0.5] * 4,
+        "by CLIP": [0.5, 1, 1, 1],
+        "by likelihood": [0.5, 0, 0, 0],
+    }
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        rerank.main([*command, "--clip", "another"])
+    said = capsys.readouterr().err
+    assert "holds results of other settings (clip differ)" in said
+    assert said.count("\n") == 1
+    assert len(drawn) == 4
+
+
+def test_comparing_losses_refuses_results_of_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = benchmark("clip_losses")
+    command = ["--out", str(tmp_path), "--batch-sizes"]
+    for loss in ("infonce", "sigmoid"):
+        (tmp_path / f"{loss}-4").mkdir()
+        both = dict.fromkeys(losses.KINDS, 0.5)
+        (tmp_path / f"{loss}-4" / "retrieval.json").write_text(json.dumps(both))
+    losses.plot = lambda *_: None
+    losses.main([*command, "4"])
+    with pytest.raises(SystemExit):
+        losses.main([*command, "4", "--pairs", "8"])
+    assert "holds results of other settings (pairs differ)" in capsys.readouterr().err
