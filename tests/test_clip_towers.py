@@ -142,7 +142,7 @@ class Vocabulary:
 
 # Tokens, and weights: of OpenAI's released models with their vocabulary, of ours with a full one.
 SIZES = {
-    "toy": (1027, 2_513_665),
+    "toy": (1027, 3_570_805),
     "small": (1027, 1_912_473),
     "rn50": (49_408, 102_007_137),
     "vit-b-32": (49_408, 151_277_313),

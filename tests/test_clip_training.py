@@ -26,7 +26,7 @@ TINY = [
     *("--model.image-size", "32", "--model.text-width", "32", "--model.text-layers", "1"),
     *("--model.embed-dim", "16"),
 ]
-VIT = ["toy", "--model.layers", "1", "--model.width", "32", *TINY]
+VIT = ["toy", "--model.layers", "1", "--model.patch-size", "16", "--model.width", "32", *TINY]
 RESNET = ["small", "--model.width", "8", *TINY]
 
 

@@ -255,7 +255,7 @@ def test_shards_have_the_usual_layout_and_the_same_bytes_twice(tmp_path: Path) -
     arguments = ["--num-scenes", "5", "--size", "32", "--shard-size", "3", "--seed", "4"]
     for folder in ("one", "two"):
         assert main(["--out", str(tmp_path / folder), *arguments]) == 0
-    shards = sorted((tmp_path / "one").iterdir())
+    shards = sorted((tmp_path / "one").glob("*.tar"))
     assert [shard.name for shard in shards] == ["00000.tar", "00001.tar"]
     for shard in shards:
         assert shard.read_bytes() == (tmp_path / "two" / shard.name).read_bytes()
@@ -269,6 +269,30 @@ def test_shards_have_the_usual_layout_and_the_same_bytes_twice(tmp_path: Path) -
     assert Scene.from_dict(facts["scene"]) == world.scene(3)
     picture = Image.open(io.BytesIO(files["000010000.png"]))
     assert picture.tobytes() == world[3][0].tobytes()
+
+
+def test_writing_goes_on_after_the_last_whole_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--num-scenes", "5", "--size", "32", "--shard-size", "2", "--captions", "6"]
+    for folder, more in (("whole", []), ("cut", ["--processes", "2"])):
+        assert main(["--out", str(tmp_path / folder), *arguments, *more]) == 0
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    (cut / "00001.tar").unlink()
+    (cut / ".00001.tar.partial").write_bytes(b"half")
+    untouched = (cut / "00000.tar").stat().st_mtime_ns
+    for _ in range(2):  # the second finds all there
+        assert main(["--out", str(cut), *arguments]) == 0
+    assert (cut / "00000.tar").stat().st_mtime_ns == untouched
+    for shard in whole.glob("*.tar"):
+        assert shard.read_bytes() == (cut / shard.name).read_bytes()
+    with tarfile.open(whole / "00000.tar") as tar:
+        captions = tar.extractfile("000000000.txt").read().decode().split("\n")  # type: ignore[union-attr]
+    assert captions[0] == Toybox(size=32).caption(0)
+    assert len(captions) == len(set(captions)) > 2
+    capsys.readouterr()
+    assert main(["--out", str(cut), *arguments, "--size", "48"]) == 2
+    assert "holds results of other settings (size differ)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

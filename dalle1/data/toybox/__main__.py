@@ -3,9 +3,9 @@
     python -m dalle1.data.toybox --out data/toybox --num-scenes 10000 --size 256
 
 A folder of shards `00000.tar`, `00001.tar`, ...; in each, for every scene, `000000000.png` (the
-picture), `.txt` (the caption) and `.json` (the caption, and the true scene to check answers by).
-The nine digits are five for the shard and four for the place in it.
-The same arguments write the same bytes.
+picture), `.txt` (its captions, one a line) and `.json` (the first of them, and the true scene to
+check answers by). The nine digits are five for the shard and four for the place in it.
+The same arguments write the same bytes; interrupted, they go on after the last whole shard.
 """
 
 from __future__ import annotations
@@ -13,22 +13,36 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import random
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dalle1.data.toybox.dataset import Toybox
 from dalle1.data.toybox.vocabulary import SPLITS
+from dalle1.files import claim
 
 MAX_SHARD_SIZE = 10_000  # four digits of the key count within a shard
+SETTINGS_NAME = "toybox.json"
 
 
-def encode_sample(dataset: Toybox, index: int, key: str) -> dict[str, Any]:
-    """Return scene `index` as one WebDataset sample named `key`, its fields in bytes."""
+def encode_sample(dataset: Toybox, index: int, key: str, captions: int = 1) -> dict[str, Any]:
+    """Return scene `index` as one WebDataset sample named `key`, its fields in bytes.
+
+    Args:
+        captions: how many to write, the same ones but once.
+    """
     picture, caption = dataset[index]
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
+    phrased = [
+        dataset.caption(index, random.Random(f"{dataset.split}/{dataset.seed}/{index}/caption {i}"))
+        for i in range(1, captions)
+    ]
     facts = {
         "caption": caption,
         "key": key,
@@ -42,39 +56,62 @@ def encode_sample(dataset: Toybox, index: int, key: str) -> dict[str, Any]:
         "__key__": key,
         "json": json.dumps(facts, sort_keys=True).encode(),
         "png": buffer.getvalue(),
-        "txt": caption.encode(),
+        "txt": "\n".join(dict.fromkeys([caption, *phrased])).encode(),
     }
 
 
-def write_shards(dataset: Toybox, out: Path, shard_size: int = 1000) -> list[Path]:
-    """Write every scene of a finite dataset into shards under `out`; return their paths."""
+def write_shards(
+    dataset: Toybox, out: Path, shard_size: int = 1000, captions: int = 1, processes: int = 1
+) -> list[Path]:
+    """Write every scene of a finite dataset into shards under `out`; return their paths.
+
+    Shards that are there already stay. ValueError where they are of other settings.
+    """
     if dataset.num_scenes is None:
         raise ValueError("got an endless Toybox, expected a finite one: set num_scenes")
     if not 1 <= shard_size <= MAX_SHARD_SIZE:
         raise ValueError(
             f"got shard_size {shard_size}, expected 1 to {MAX_SHARD_SIZE}: 1000 is usual"
         )
-    import webdataset
+    if captions < 1 or processes < 1:
+        raise ValueError(f"got captions {captions} and processes {processes}, expected at least 1")
     from tqdm import tqdm
 
-    out.mkdir(parents=True, exist_ok=True)
-    shards = []
-    with tqdm(total=len(dataset), unit="scene", desc="toybox") as progress:
-        for start in range(0, len(dataset), shard_size):
-            path = out / f"{start // shard_size:05d}.tar"
-            # mtime, user and group are fixed so that the same world has the same bytes.
-            with (
-                path.open("wb") as stream,
-                webdataset.TarWriter(
-                    stream, encoder=False, mtime=0, user="dalle1", group="dalle1"
-                ) as writer,
-            ):
-                for index in range(start, min(start + shard_size, len(dataset))):
-                    key = f"{start // shard_size:05d}{index - start:04d}"
-                    writer.write(encode_sample(dataset, index, key))
-                    progress.update()
-            shards.append(path)
-    return shards
+    world = {name: getattr(dataset, name) for name in ("split", "size", "seed", "num_scenes")}
+    claim(out / SETTINGS_NAME, {**world, "shard_size": shard_size, "captions": captions})
+    starts = range(0, len(dataset), shard_size)
+    paths = [out / f"{start // shard_size:05d}.tar" for start in starts]
+    scenes = {p: range(s, min(s + shard_size, len(dataset))) for p, s in zip(paths, starts)}
+    missing = [path for path in paths if not path.exists()]
+    write = partial(_write_shard, dataset, captions)
+    done = sum(len(scenes[path]) for path in paths if path not in missing)
+    with (
+        tqdm(total=len(dataset), initial=done, unit="scene", desc="toybox") as progress,
+        ProcessPoolExecutor(processes) as others,
+    ):
+        run = map if processes == 1 else others.map
+        for count in run(write, missing, [scenes[path] for path in missing]):
+            progress.update(count)
+    return paths
+
+
+def _write_shard(dataset: Toybox, captions: int, path: Path, scenes: range) -> int:
+    """Write some scenes, whole or not at all; give how many."""
+    import webdataset
+
+    partial_path = path.with_name(f".{path.name}.partial")
+    # mtime, user and group are fixed so that the same world has the same bytes.
+    with (
+        partial_path.open("wb") as stream,
+        webdataset.TarWriter(
+            stream, encoder=False, mtime=0, user="dalle1", group="dalle1"
+        ) as writer,
+    ):
+        for place, index in enumerate(scenes):
+            key = f"{path.stem}{place:04d}"
+            writer.write(encode_sample(dataset, index, key, captions))
+    os.replace(partial_path, path)
+    return len(scenes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,10 +126,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--shard-size", type=int, default=1000, help="scenes in one file")
+    parser.add_argument("--captions", type=int, default=1, help="of each scene, at most")
+    parser.add_argument("--processes", type=int, default=1, help="that draw, each its own shards")
     args = parser.parse_args(argv)
     try:
         dataset = Toybox(args.split, args.size, args.seed, args.num_scenes)
-        shards = write_shards(dataset, args.out, args.shard_size)
+        how = {"captions": args.captions, "processes": args.processes}
+        shards = write_shards(dataset, args.out, args.shard_size, **how)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
