@@ -33,11 +33,7 @@ format: .venv/dev.stamp ## Format the code and fix what ruff can fix
 	$(PY) -m ruff format .
 
 train-toy: .venv/runtime.stamp ## Train the bundled model anew under RUNS=runs/toy; run again to resume
-	$(PY) train_dvae.py toy --out $(RUNS)/dvae
-	$(PY) -m dalle1.data.codes --dvae $(RUNS)/dvae --data toybox:40000 --out $(RUNS)/codes
-	$(PY) train_transformer.py toy --dvae $(RUNS)/dvae --data $(RUNS)/codes --out $(RUNS)/transformer
-	$(PY) train_clip.py toy --out $(RUNS)/clip
-	$(PY) -m dalle1.join --model $(RUNS)/transformer --clip $(RUNS)/clip --out $(RUNS)/model
+	$(PY) train_toy.py --out $(RUNS) $(ARGS)
 
 bench: .venv/runtime.stamp ## Measure the speed of sampling
 	$(PY) benchmarks/sample.py --contenders dalle1 bundled $(ARGS)

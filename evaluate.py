@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from dalle1.pipeline import DallE
 
-CHECK_PICTURES = 1000  # renderings on which a new judge is measured
-
 
 @dataclass(frozen=True, kw_only=True)
 class ToyboxOptions:
@@ -105,12 +103,13 @@ class JudgeOptions:
     """Chooses the renderings, the first weights and the augmentation."""
     pictures: int = 40_000
     """Renderings held in memory to learn from: 49 kB each."""
+    check_pictures: int = 1000
+    """Other renderings, on which it is measured then."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.pictures < 1:
-            raise ValueError(
-                f"steps and pictures must be positive, got {self.steps} and {self.pictures}"
-            )
+        for name, least in (("steps", 1), ("pictures", 1), ("check_pictures", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,9 +338,9 @@ def run_judge(options: JudgeOptions) -> dict[str, float]:
     kept = options.out.with_name(f".{options.out.name}.training")
     judge = train_judge(config, data, steps=options.steps, seed=options.seed, kept=kept)
     save_judge(judge, options.out)
-    scores = dict(check_judge(judge, CHECK_PICTURES, options.seed))
-    report_judge(scores, CHECK_PICTURES)
-    half = CHECK_PICTURES // 2
+    scores = dict(check_judge(judge, options.check_pictures, options.seed))
+    report_judge(scores, options.check_pictures)
+    half = options.check_pictures // 2
     blurred = dict(accuracy(judge, scenes("all", "blurred"), half, degraded=True))
     scores.update({f"judge/degraded/{what}": share for what, share in blurred.items()})
     shares = ", ".join(f"{what} {share:.1%}" for what, share in blurred.items())

@@ -238,10 +238,9 @@ def test_what_no_judge_can_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_judge_trains_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "CHECK_PICTURES", 8)
-    out = tmp_path / "judge.safetensors"
-    evaluate.main(["judge", "--out", str(out), "--steps", "1", "--pictures", "8"])
+    out, few = tmp_path / "judge.safetensors", ["--pictures", "8", "--check-pictures", "8"]
+    evaluate.main(["judge", "--out", str(out), "--steps", "1", *few])
     assert load_judge(out).config.styles == ("plain", *STYLES)
     assert "held-out" in capsys.readouterr().out

@@ -1,0 +1,88 @@
+"""The whole recipe in a row, tiny: what each start says, stopping, going on, and drawing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train_toy
+from dalle1 import DallE
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = "--batch-size 2 --num-workers 0 --device cpu --save-every 1 --log-every 1"
+TINY = {
+    "--scenes": "4",
+    "--dvae": f"{RUN} --steps 2 --model.image-size 64 --model.width 8 --model.codebook-size 16 "
+    "--crop-size 32 --validation-pictures 1",
+    "--transformer": f"{RUN} --steps 2 --model.width 16 --model.depth 2 --model.heads 2 "
+    "--model.text-vocab 260 --vocab-captions 3 --prompts 'a red star'",
+    "--clip": f"{RUN} --steps 2 --model.width 8 --model.text-width 32 --model.text-layers 1 "
+    "--vocab-size 260 --vocab-captions 3 --validation-pairs 1",
+    "--judge": "--steps 1 --pictures 4 --check-pictures 2",
+}
+
+
+def words(out: Path, **changed: str) -> list[str]:
+    flags = {"--out": str(out), **TINY, **{f"--{name}": value for name, value in changed.items()}}
+    return [f"{flag}={value}" for flag, value in flags.items()]
+
+
+def test_the_recipe_goes_on_wherever_it_was_stopped(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long = TINY["--dvae"].replace("--steps 2", "--steps 100000 --schedule-steps 2")
+    command = [sys.executable, str(ROOT / "train_toy.py"), *words(tmp_path, dvae=long)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
+        log = tmp_path / "dvae" / "log.jsonl"
+        while child.poll() is None and not (log.exists() and log.read_text()):
+            time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        said = child.communicate(timeout=60)[1]
+    assert child.returncode == 0
+    assert "The same command goes on" in said
+    assert not (tmp_path / "codes").exists()  # of a dVAE that is half trained
+    reached = train_toy.step_of(tmp_path / "dvae")
+    assert 0 < reached < 100_000
+    capfd.readouterr()
+
+    enough = TINY["--dvae"].replace("--steps 2", f"--steps {reached + 1} --schedule-steps 2")
+    train_toy.main(words(tmp_path, dvae=enough))
+    printed = capfd.readouterr().out
+    assert "scenes       shard 1 of 1: done" in printed
+    assert f"dvae         step {reached:,} of {reached + 1:,}: under way" in printed
+    assert "transformer  step 0 of 2: to do" in printed
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, reached + 2))
+
+    train_toy.main(words(tmp_path, dvae=enough))
+    assert capfd.readouterr().out.count(": done") == 6
+    model = str(tmp_path / "model")
+    assert DallE.from_pretrained(model, device="cpu").clip is not None
+
+    # The proof takes what was trained as it is: nothing is right, but all is counted.
+    few = ["--num-prompts", "2", "1", "--best-of", "1", "2", "--judge-pictures", "2"]
+    judge = ["--judge", f"{model}/judge.safetensors"]
+    evaluate.main(["toybox", "--model", model, *judge, *few, "--out", str(tmp_path / "proof")])
+    scores = json.loads((tmp_path / "proof" / "toybox.json").read_text())["scores"]
+    assert 0 <= scores["heldout/all/best of 2/all"] <= 1
+    assert 0 <= scores["train/one/best of 1/noun"] <= 1
+
+
+def test_a_stage_that_fails_ends_the_recipe(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_toy.main(words(tmp_path, dvae="--data nowhere", only="dvae"))
+    assert stop.value.code == 2
+    said = capfd.readouterr().err
+    assert "no data at 'nowhere'" in said
+    assert "dvae         step 0 of 14,000: to do" in said

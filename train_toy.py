@@ -1,0 +1,178 @@
+"""Train the bundled model from nothing: scenes, dVAE, codes, transformer, CLIP and judge.
+
+    python train_toy.py --out runs/toy
+
+Every start says how far each stage is, and goes on there; stop it whenever you like. What is drawn
+with is then in OUT/model. The stages are the commands that anyone would give, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from dalle1.cli import clear_errors, parse, parse_preset
+from dalle1.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
+
+ROOT = Path(__file__).resolve().parent
+SHARD = 1_000  # scenes in a file
+JUDGE_STEPS = 5_000
+
+Name = Literal["scenes", "dvae", "codes", "transformer", "clip", "judge"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    """What `train_toy.py` takes."""
+
+    out: Path = Path("runs/toy")
+    """Folder of all stages. What is there already is gone on with."""
+    only: tuple[Name, ...] = ()
+    """Stages to run, rather than all and the joining of what they give."""
+    processes: int = 1
+    """That draw scenes, and that train each model together, by torchrun."""
+    scenes: int = 40_000
+    """Drawn once, 29 kB each, for all stages but the judge."""
+    dvae: str = ""
+    """More flags of train_dvae.py, as in --dvae="--steps 20000"."""
+    transformer: str = ""
+    """More flags of train_transformer.py."""
+    clip: str = ""
+    """More flags of train_clip.py."""
+    judge: str = ""
+    """More flags of evaluate.py judge."""
+
+    def __post_init__(self) -> None:
+        if self.scenes < 1 or self.processes < 1:
+            raise ValueError(
+                f"scenes is {self.scenes} and processes {self.processes}, expected at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, which goes on by itself where it was stopped."""
+
+    name: Name
+    command: list[str]
+    done: Callable[[], int]
+    total: int
+    unit: str
+
+    def __str__(self) -> str:
+        done = self.done()
+        state = "done" if done >= self.total else "to do" if not done else "under way"
+        return f"  {self.name:12} {self.unit} {done:,} of {self.total:,}: {state}"
+
+
+def stages(config: ToyConfig) -> list[Stage]:
+    """Give all stages in order."""
+    out = {name: config.out / name for name in get_args(Name)}
+    judge = config.out / "judge.safetensors"
+    scenes, dvae = ["--data", str(out["scenes"])], ["--dvae", str(out["dvae"])]
+    shards = -(-config.scenes // SHARD)
+    draw = ["-m", "dalle1.data.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
+    draw += ["--shard-size", str(SHARD), "--processes", str(config.processes)]
+    encode = ["-m", "dalle1.data.codes", *dvae, *scenes, "--shard-size", str(SHARD)]
+    judging = [str(ROOT / "evaluate.py"), "judge", "--steps", str(JUDGE_STEPS)]
+    judging += shlex.split(config.judge)
+    steps = int(judging[len(judging) - judging[::-1].index("--steps")])
+
+    def training(name: Name, presets: Mapping[str, Any], more: str, *flags: str) -> Stage:
+        words = ["toy", *flags, "--out", str(out[name]), *shlex.split(more)]
+        total = parse_preset(presets, words, "").steps
+        start = [] if config.processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
+        start += [f"--nproc-per-node={config.processes}"] if start else []
+        command = [*start, str(ROOT / f"train_{name}.py"), *words]
+        return Stage(name, command, lambda: step_of(out[name]), total, "step")
+
+    def shards_in(name: Name) -> Callable[[], int]:
+        return lambda: len(list(out[name].glob("*.tar")))
+
+    coded = ["--data", str(out["codes"])]
+    return [
+        Stage("scenes", [*draw, "--out", str(out["scenes"])], shards_in("scenes"), shards, "shard"),
+        training("dvae", DVAE_PRESETS, config.dvae, *scenes),
+        Stage("codes", [*encode, "--out", str(out["codes"])], shards_in("codes"), shards, "shard"),
+        training("transformer", TRANSFORMER_PRESETS, config.transformer, *coded, *dvae),
+        training("clip", CLIP_PRESETS, config.clip, *scenes),
+        Stage(
+            "judge",
+            [*judging, "--out", str(judge)],
+            lambda: steps if judge.is_file() else judge_step(judge),
+            steps,
+            "step",
+        ),
+    ]
+
+
+def step_of(out: Path) -> int:
+    """Give the step of the latest checkpoint of a training."""
+    latest = out / "latest"
+    return int(latest.resolve().name.removeprefix("step-")) if latest.exists() else 0
+
+
+def judge_step(judge: Path) -> int:
+    """Give the step at which a judge's training was kept."""
+    kept = judge.with_name(f".{judge.name}.training")
+    return int(torch.load(kept, weights_only=True)["step"]) if kept.is_file() else 0
+
+
+def run(command: Sequence[str]) -> int:
+    """Run a command of Python's to its end; a signal to stop is its own to obey."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _: object) -> None:
+        # A terminal sends Ctrl-C to the command itself, too.
+        if number == signal.SIGTERM and started:
+            started[0].terminate()
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        environment = {**os.environ, "PYTHONPATH": path}
+        started.append(subprocess.Popen([sys.executable, *command], env=environment))
+        return started[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with clear_errors():
+        config = parse(ToyConfig, args, __doc__.splitlines()[0])
+        todo = [s for s in stages(config) if not config.only or s.name in config.only]
+        print(f"In {config.out}:", *todo, sep="\n", flush=True)
+        for stage in todo:
+            if stage.done() >= stage.total:
+                continue
+            print(f"\n{stage.name}: python {shlex.join(stage.command)}", flush=True)
+            code = run(stage.command)
+            if code or stage.done() < stage.total:
+                print(f"Stopped.\n{stage}\nThe same command goes on.", file=sys.stderr)
+                raise SystemExit(code if code >= 0 else 128 - code)
+        if not config.only:
+            join(config.out)
+
+
+def join(out: Path) -> None:
+    """Put what the trainings gave into OUT/model."""
+    from dalle1.join import main as join_model
+
+    parts = {"--model": "transformer", "--clip": "clip", "--out": "model"}
+    join_model([word for flag, name in parts.items() for word in (flag, str(out / name))])
+    shutil.copy(out / "judge.safetensors", out / "model")
+
+
+if __name__ == "__main__":
+    main()
