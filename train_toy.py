@@ -40,7 +40,7 @@ class ToyConfig:
     only: tuple[Name, ...] = ()
     """Stages to run, rather than all and the joining of what they give."""
     processes: int = 1
-    """That draw scenes, and that train each model together, by torchrun."""
+    """That train the transformer together, by torchrun, rather than one with all cores."""
     scenes: int = 40_000
     """Drawn once, 29 kB each, for all stages but the judge."""
     dvae: str = ""
@@ -82,7 +82,7 @@ def stages(config: ToyConfig) -> list[Stage]:
     scenes, dvae = ["--data", str(out["scenes"])], ["--dvae", str(out["dvae"])]
     shards = -(-config.scenes // SHARD)
     draw = ["-m", "dalle1.data.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
-    draw += ["--shard-size", str(SHARD), "--processes", str(config.processes)]
+    draw += ["--shard-size", str(SHARD), "--processes", str(min(shards, os.cpu_count() or 1))]
     encode = ["-m", "dalle1.data.codes", *dvae, *scenes, "--shard-size", str(SHARD)]
     judging = [str(ROOT / "evaluate.py"), "judge", "--steps", str(JUDGE_STEPS)]
     judging += shlex.split(config.judge)
@@ -91,9 +91,10 @@ def stages(config: ToyConfig) -> list[Stage]:
     def training(name: Name, presets: Mapping[str, Any], more: str, *flags: str) -> Stage:
         words = ["toy", *flags, "--out", str(out[name]), *shlex.split(more)]
         total = parse_preset(presets, words, "").steps
-        start = [] if config.processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
-        start += [f"--nproc-per-node={config.processes}"] if start else []
-        command = [*start, str(ROOT / f"train_{name}.py"), *words]
+        command = [str(ROOT / f"train_{name}.py"), *words]
+        if name == "transformer" and config.processes > 1:  # the others compare a batch's samples
+            together = ["-m", "torch.distributed.run", "--standalone"]
+            command = [*together, f"--nproc-per-node={config.processes}", *command]
         return Stage(name, command, lambda: step_of(out[name]), total, "step")
 
     def shards_in(name: Name) -> Callable[[], int]:

@@ -77,6 +77,18 @@ def test_the_recipe_goes_on_wherever_it_was_stopped(
     assert 0 <= scores["train/one/best of 1/noun"] <= 1
 
 
+def test_stages_run_as_their_commands_are_given(tmp_path: Path) -> None:
+    config = train_toy.ToyConfig(out=tmp_path, scenes=2500, processes=2, clip="--steps 7")
+    found = {stage.name: stage for stage in train_toy.stages(config)}
+    assert [(s.total, s.done()) for s in found.values()] == [
+        *((3, 0), (14_000, 0), (3, 0), (3_200, 0), (7, 0), (5_000, 0))
+    ]
+    launched = [name for name, stage in found.items() if "torch.distributed.run" in stage.command]
+    assert launched == ["transformer"]
+    assert "--nproc-per-node=2" in found["transformer"].command
+    assert found["codes"].command[-1] == str(tmp_path / "codes")
+
+
 def test_a_stage_that_fails_ends_the_recipe(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
