@@ -8,6 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import train_dvae
+
 ROOT = Path(__file__).resolve().parent.parent
 GPU = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
 TRAIN = [
@@ -46,7 +48,7 @@ def losses(out: Path) -> list[dict[str, float]]:
 def test_a_training_in_pieces_has_the_losses_of_a_whole_one(tmp_path: Path) -> None:
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
     train = [*TRAIN, "--out", "run"]
-    gpu(whole, "--to", "pieces", *train, "--steps", "4")
+    train_dvae.main([*TRAIN[1:], "--out", str(whole / "run"), "--steps", "4"])
     gpu(first, "--to", "pieces", "--piece", "50000", *train, "--steps", "2")
     pieces = sorted((first / "pieces").iterdir())
     assert len(pieces) > 3
