@@ -1,6 +1,7 @@
 """What every test shares: no network, few threads, and GPU tests that skip with a reason."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,11 +15,16 @@ def pytest_configure() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
-@pytest.fixture(autouse=True)
-def memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let trainings give memory back: what one keeps, all tests after it would hold, too."""
-    for module in ("dalle1.training.loop", "dalle1.data.codes"):
-        monkeypatch.setattr(f"{module}.keep_freed_memory", lambda: None)
+@pytest.fixture(autouse=True, scope="session")
+def memory_is_given_back() -> Iterator[None]:
+    """Let trainings give memory back, those of fixtures, too: else all tests after them hold it.
+
+    A heap that outgrows the machine's memory is not forked any more.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("dalle1.device", "dalle1.training.loop", "dalle1.data.codes"):
+            patch.setattr(f"{module}.keep_freed_memory", lambda: None)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
