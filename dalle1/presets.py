@@ -313,8 +313,8 @@ def _clip_of_the_paper(learning_rate: float, beta2: float, **size: Any) -> ClipR
     )
 
 
-# The modified ResNet, which learns Toybox in a fraction of a ViT's time: in 50 minutes of one core it
-# found the noun of 98.7 % of training pairs, the fill of 99.5 %, in the smaller Toybox of 23 nouns.
+# The modified ResNet, which learns Toybox in a fraction of a ViT's time: in 50 minutes of one core
+# it found the noun of 98.7 % of training pairs, the fill of 99.5 %, when Toybox had 23 nouns.
 _clip_small = ClipRecipe(
     out=Path("runs/clip"),
     model=ClipSize(image_size=96, patch_size=None, layers=(1, 1, 1, 1), width=16, text_len=24),
