@@ -1,4 +1,8 @@
-"""Plot the validation loss of trainings of stage 2: python docs/curves.py RUN… --out FILE"""
+"""Plot a curve of trainings from their logs: python docs/curves.py RUN… --out FILE
+
+python docs/curves.py runs/toy/transformer --out nats.png
+python docs/curves.py runs/toy/dvae --field distortion --label "distortion" --out distortion.png
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training")
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    parser.add_argument("--field", default="validation/image", help="of log.jsonl's lines")
+    parser.add_argument("--label", default="nats per code, validation", help="of the curve's axis")
     options = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     for run in options.runs:
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        points = [(x["step"], x["validation/image"]) for x in lines if "validation/image" in x]
-        axes.plot(*zip(*points, strict=True), marker="o", label=run.name)
-    axes.set(xlabel="update", ylabel="nats per code, validation")
+        points = [(x["step"], x[options.field]) for x in lines if options.field in x]
+        if not points:
+            parser.error(f"{run} has no field {options.field}: it has {', '.join(lines[-1])}")
+        axes.plot(*zip(*points), marker="o" if len(points) < 50 else "", label=run.name)
+    axes.set(xlabel="update", ylabel=options.label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(options.out, dpi=80)

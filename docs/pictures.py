@@ -10,34 +10,23 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from dalle1 import DallE
 from dalle1.data.images import grid, to_float, to_pil, to_tensor
-from dalle1.data.toybox import FILLS, NOUNS, STYLES, Toybox, is_held_out, is_style_held_out
+from dalle1.data.toybox import Toybox
+from dalle1.evaluation.toybox import choose_prompts
 from dalle1.masks import MaskKind, image_mask, joint_mask
 from dalle1.presets import DVAE_PRESETS
 
-PROMPTS = (
-    "an avocado armchair",
-    "a galaxy mug",
-    "a zebra handbag",
-    "a gold car",
-    "a watermelon teapot",
-    "a strawberry house",
-    "a tiger mushroom",
-    "two blue hearts",
+ANNOUNCED = (
+    "an armchair in the shape of an avocado",
+    "a teapot made of watermelon",
+    "a snail that looks like a zebra",
+    "a pixel art cat",
+    "a sketch of a strawberry lamp",
+    "three purple stars below a gold clock",
 )
-
-
-def never_seen(prompt: str) -> bool:
-    """Say whether the prompt joins a noun with a fill or a style that training never did."""
-    words = prompt.replace("-", " ").split()
-    fills = [f for f in FILLS if f in prompt]
-    nouns = [n for n in NOUNS if n in words]
-    styles = [s for s in STYLES if s in " ".join(words)]
-    return any(is_held_out(f, n) for f in fills for n in nouns) or any(
-        is_style_held_out(s, n) for s in styles for n in nouns
-    )
 
 
 def titled(image: Image.Image, title: str) -> Image.Image:
@@ -69,12 +58,24 @@ def toybox() -> Image.Image:
 
 
 def samples(model: DallE) -> Image.Image:
-    """Draw the best four of 16 candidates for each prompt, by the bundled CLIP, seed 0."""
+    """Draw the best of 64 candidates for prompts of pairs that training never saw together.
+
+    The prompts are the first of the evaluation's, the best is CLIP's alone, the seed 0.
+    """
     cells = []
-    for prompt in PROMPTS:
+    for prompt in tqdm(choose_prompts("heldout", 24, seed=0), unit="prompt"):
+        (best,) = model.generate(prompt.text, num_images=1, num_candidates=64, seed=0)
+        cells.append(captioned(best.resize((176, 176), Image.Resampling.LANCZOS), prompt.text))
+    return grid(cells, 6)
+
+
+def announcement(model: DallE) -> Image.Image:
+    """Draw the best four of 16 candidates for prompts like those DALL·E was announced with."""
+    cells = []
+    for prompt in ANNOUNCED:
         best = grid(model.generate(prompt, num_images=4, num_candidates=16, seed=0), 2)
-        cells.append(titled(best, prompt + (" *" if never_seen(prompt) else "")))
-    return grid(cells, 4)
+        cells.append(titled(best.resize((356, 356), Image.Resampling.LANCZOS), prompt))
+    return grid(cells, 3)
 
 
 def reconstructions(model: DallE) -> Image.Image:
@@ -138,6 +139,7 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "masks": masks,
     "schedules": schedules,
     "samples": lambda path: samples(bundled()).save(path, optimize=True),
+    "announcement": lambda path: announcement(bundled()).save(path, optimize=True),
     "reconstructions": lambda path: reconstructions(bundled()).save(path, optimize=True),
 }
 
