@@ -190,7 +190,8 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
         how = {"device": options.device, "precision": options.precision}
         model = DallE.from_pretrained(options.model, **how)
     options.out.mkdir(parents=True, exist_ok=True)
-    scores = dict(toybox.check_judge(judge, options.judge_pictures, options.seed))
+    size = model.dvae.config.image_size
+    scores = dict(toybox.check_judge(judge, options.judge_pictures, options.seed, size))
     toybox.report_judge(scores, options.judge_pictures)
     answers: list[toybox.Answer] = []
     shown: list[tuple[Image, str, bool]] = []
@@ -212,7 +213,10 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     write_report(path, options, scores, counted=counted, prompts=toybox.details(answers))
     toybox.grid(shown).save(options.out / "heldout.png")
     print(toybox.toybox_table(shares))
-    print("the more candidates, the fewer prompts, to bound the time; --num-prompts sets how many")
+    print(
+        "The more candidates, the fewer prompts, to bound the time (--num-prompts sets how many);"
+    )
+    print("the rows of `same` are of those prompts that have all candidates, so that they compare.")
     if any(answer.scores is None for answer in answers):
         print("the model has no CLIP, so there is no best of N", file=sys.stderr)
     print(f"wrote {path} and {options.out / 'heldout.png'}")

@@ -37,7 +37,7 @@ LAYOUTS = ("one", "two", "three", "four", "across", "down")
 """So many things alike, or two kinds in a row or a column."""
 COUNTS = 3  # of things alike, at most, where there are two kinds
 SLOTS = 3
-WHAT = ("noun", "fill", "layout", "style", "all")
+WHAT = ("noun", "fill", "both", "count", "relation", "style", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +73,50 @@ class Verdict:
     style: str = PLAIN
 
     def right(self, scene: Scene) -> dict[str, bool | None]:
-        """Say what of a scene is there: `WHAT`. The fill is None in a style that hides it.
+        """Say what of a scene is there: `WHAT`, None where it is not asked.
 
-        Nouns and fills count where they belong; the layout is how many things there are or, of two
-        kinds, in which direction and how many of each.
+        Nouns, fills, both joined and counts are right wherever they are in the picture. A relation
+        is right if what is recognised lies the way that was asked for rather than the other way
+        round. Only "all" asks for everything in its place. A style may hide fills.
         """
         wanted = truth(scene)
-        nouns, fills = ([pair[k] for pair in wanted.things] for k in (1, 0))
-        noun = [pair[1] for pair in self.things] == nouns
-        fill = [pair[0] for pair in self.things] == fills if fills_count(scene) else None
-        layout = (self.layout, self.counts) == (wanted.layout, wanted.counts)
+        fills, nouns = (self._has(wanted, part) for part in (0, 1))
+        told = fills_count(scene)
+        both = sorted(self.things) == sorted(wanted.things)
+        count = sorted(self._many) == sorted(wanted._many)
         style = self.style == wanted.style
-        everything = noun and fill is not False and layout and style
-        return {"noun": noun, "fill": fill, "layout": layout, "style": style, "all": everything}
+        in_place = (self.layout, self._many) == (wanted.layout, wanted._many) and (
+            self.things == wanted.things
+            if told
+            else [noun for _, noun in self.things] == [noun for _, noun in wanted.things]
+        )
+        return {
+            "noun": nouns,
+            "fill": fills if told else None,
+            "both": both if told else None,
+            "count": count,
+            "relation": None if scene.relation is None else self._lies_as(wanted),
+            "style": style,
+            "all": in_place and style,
+        }
+
+    @property
+    def _many(self) -> tuple[int, ...]:
+        return self.counts or (LAYOUTS.index(self.layout) + 1,)
+
+    def _has(self, wanted: Verdict, part: int) -> bool:
+        return sorted(p[part] for p in self.things) == sorted(p[part] for p in wanted.things)
+
+    def _lies_as(self, wanted: Verdict) -> bool:
+        near, far = wanted.things
+
+        def agreement(
+            *order: Pair,
+        ) -> list[int]:  # of nouns first, of fills where these tell nothing
+            pairs = list(zip(self.things, order))
+            return [sum(seen[part] == asked[part] for seen, asked in pairs) for part in (1, 0)]
+
+        return self.layout == wanted.layout and agreement(near, far) > agreement(far, near)
 
 
 def fills_count(scene: Scene) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from dalle1.data.toybox import Scene, render
 from dalle1.data.toybox.kinds import scenes
@@ -32,6 +32,7 @@ from dalle1.judge import (
     fills_count,
     truth,
 )
+from dalle1.training.trouble import stop_on_signal
 
 PICTURE_SIZE = 128  # of what the judge learns from; it takes any size
 KEEP_EVERY = 200  # steps of a training
@@ -160,8 +161,8 @@ def train_judge(
 ) -> Judge:
     """Train a judge from nothing; the same arguments on the same machine give the same weights.
 
-    Where `kept` is given, the state of the training is kept there now and then, until it is done:
-    the same call goes on after an interruption. ValueError where it is of another training.
+    Where `kept` is given, the state of the training is kept there now and then, and where SIGINT or
+    SIGTERM stops it (SystemExit): the same call goes on. ValueError if it is of another training.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -173,29 +174,42 @@ def train_judge(
     settings = {**asdict(config), "steps": steps, "seed": seed, "batch_size": batch_size}
     settings["pictures"] = len(data)
     start = _restored(kept, settings, parts, generator)
-    progress = tqdm(
-        range(start, steps), "training the judge", initial=start, total=steps, unit="step"
-    )
-    for step in progress:
-        if kept and step > start and step % KEEP_EVERY == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"settings": settings, "step": step, "generator": generator.get_state()}
-            torch.save(state, content := io.BytesIO())
-            write_whole(kept, content.getvalue())
-        chosen = torch.randint(len(data), (batch_size,), generator=generator)
-        images = degrade(data.pictures[chosen].float() / 255, config.image_size, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(judge(images), data.answers[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+
+    def keep(step: int) -> None:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"settings": settings, "step": step, "generator": generator.get_state()}
+        torch.save(state, content := io.BytesIO())
+        assert kept is not None
+        write_whole(kept, content.getvalue())
+
+    with stop_on_signal() as stopped:
+        progress = trange(start, steps, desc="training the judge", initial=start, unit="step")
+        for step in progress:
+            if kept and (stopped or (step > start and step % KEEP_EVERY == 0)):
+                keep(step)
+            if stopped:
+                raise SystemExit(f"stopped at step {step} of {steps}; the same command goes on")
+            chosen = torch.randint(len(data), (batch_size,), generator=generator)
+            images = degrade(data.pictures[chosen].float() / 255, config.image_size, generator)
+            loss = update(parts, images, data.answers[chosen])
+            if step % 20 == 0:
+                progress.set_postfix(loss=f"{loss:.3f}")
     if kept:
         kept.unlink(missing_ok=True)
     return judge.eval()
+
+
+def update(parts: Mapping[str, Any], images: Tensor, answers: Tensor) -> float:
+    """Make one update on images [B, 3, h, w] in [0, 1] and their right answers; give the loss."""
+    judge, optimizer = parts["judge"], parts["optimizer"]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(judge(images), answers)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+    optimizer.step()
+    parts["schedule"].step()
+    return loss.item()
 
 
 def _restored(
@@ -214,22 +228,29 @@ def _restored(
 
 
 def accuracy(
-    judge: Judge, stream: Iterator[Scene], count: int, degraded: bool = False
+    judge: Judge,
+    stream: Iterator[Scene],
+    count: int,
+    degraded: bool = False,
+    size: int = PICTURE_SIZE,
 ) -> Iterator[tuple[str, float]]:
-    """Yield `(name, share)` for each of `WHAT` on `count` fresh renderings.
+    """Yield `(name, share)` for each of `WHAT` that is asked of `count` fresh renderings.
 
-    With `degraded` the pictures are first treated as in training.
+    Args:
+        degraded: whether the pictures are first treated as in training.
+        size: of the pictures, pixels.
     """
     shown = [next(stream) for _ in range(count)]
-    pictures: list[Image.Image] = [render(scene, PICTURE_SIZE) for scene in shown]
+    pictures: list[Image.Image] = [render(scene, size) for scene in shown]
     if degraded:
         from dalle1.data.images import to_pil
 
         generator = torch.Generator().manual_seed(0)
-        size = judge.config.image_size
+        width = judge.config.image_size
         batches = as_tensor(pictures).split(64)
-        pictures = [p for x in batches for p in to_pil(degrade(x.float() / 255, size, generator))]
+        pictures = [p for x in batches for p in to_pil(degrade(x.float() / 255, width, generator))]
     found = [seen.right(scene) for seen, scene in zip(judge.verdicts(pictures), shown)]
     for what in WHAT:
         asked = [bool(right[what]) for right in found if right[what] is not None]
-        yield what, sum(asked) / max(len(asked), 1)
+        if asked:
+            yield what, sum(asked) / len(asked)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -16,22 +15,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dalle1.files import write_whole
+
 LEAST = 3  # a word is known that the captions have so often
 _MOST_ENDINGS = 12
+_SHORT = 3  # words of a caption that ends in what it shows
+_MOST_TOLD = 5
+_LONG = 4  # letters of a word that is like another
+_SUFFIX = re.compile(r"['\u2019](?:s|d|m|t|re|ve|ll)\b")
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff"  # kana and Chinese characters, written without spaces
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
 def words_of(text: str) -> list[str]:
-    """Split text into words as the model reads them: lower-case, without punctuation."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    """Split text into words as the model reads them: lower-case, without punctuation and 's."""
+    return _WORD.findall(_SUFFIX.sub("", unicodedata.normalize("NFKC", text).lower()))
 
 
 @dataclass(frozen=True)
 class Words:
-    """Known words by how often they were read, and those that captions end in most often.
+    """Known words by how often they were read, and those that short captions end in most often.
 
-    In most captions the last word is a thing that is shown, so the endings are good examples.
+    The last word of "a red cube" is what is shown, so the endings are good examples.
     """
 
     counts: dict[str, int]
@@ -45,7 +50,8 @@ class Words:
         for caption in captions:
             words = words_of(caption)
             counts.update(words)
-            endings.update(words[-1:])
+            if len(words) <= _SHORT:
+                endings.update(words[-1:])
         known = {word: count for word, count in counts.most_common() if count >= LEAST}
         common = [word for word, _ in endings.most_common() if word in known]
         return cls(known, tuple(common[:_MOST_ENDINGS]))
@@ -61,20 +67,23 @@ class Words:
         unknown = [word for word in dict.fromkeys(words_of(prompt)) if word not in self.counts]
         if not unknown or not self.counts:
             return None
-        parts = []
-        for word in unknown:
-            near = difflib.get_close_matches(word, self.counts, n=3, cutoff=0.72)
-            hint = f"it knows {', '.join(near)}" if near else "nor any like it"
-            parts.append(f"{word!r} ({hint})")
+        parts = [f"{word!r} ({self._hint(word)})" for word in unknown[:_MOST_TOLD]]
+        if more := len(unknown) - len(parts):
+            parts.append(f"and of {more} more words")
         examples = f"; its captions are of: {', '.join(self.endings)} …" if self.endings else ""
-        return f"this model never learned {', '.join(parts)}{examples}"
+        return f"this model learned little or nothing of {', '.join(parts)}{examples}"
+
+    def _hint(self, word: str) -> str:
+        known = [w for w in self.counts if len(w) >= _LONG and w[0] == word[0]]
+        near = (
+            difflib.get_close_matches(word, known, n=3, cutoff=0.72) if len(word) >= _LONG else []
+        )
+        return f"it knows {', '.join(near)}" if near else "nor any like it"
 
     def save(self, path: Path) -> None:
         """Write the words as JSON, whole or not at all."""
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         values = {"endings": self.endings, "counts": self.counts}
-        unfinished.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(values, ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, path: Path) -> Words:

@@ -36,6 +36,7 @@ class FakeModel:
     def __init__(self, answer: Callable[[Verdict, int], Verdict], ranked: bool = True) -> None:
         self.answer, self.ranked = answer, ranked
         self.asked: list[tuple[int, int]] = []  # prompts and candidates of each draw
+        self.dvae = SimpleNamespace(config=SimpleNamespace(image_size=128))
         prompts = [p for split in SPLITS for p in choose_prompts(split, 40, 0)]
         self.truths = {prompt.text: truth(prompt.scene) for prompt in prompts}
 
@@ -75,8 +76,10 @@ def test_right_pictures_score_everything(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(scores.values()) == {1.0}
     for split in SPLITS:
         for kind in ("all", *KINDS):
-            assert {f"{split}/{kind}/best of 1/{what}" for what in WHAT} <= scores.keys()
-        assert f"{split}/two/best of 3/layout" in scores
+            asked = set(WHAT) - (set() if kind in ("all", "two") else {"relation"})
+            assert {f"{split}/{kind}/best of 1/{what}" for what in asked} <= scores.keys()
+        assert f"{split}/two/best of 3/relation" in scores
+        assert f"{split}/one/best of 1/relation" not in scores
         assert f"{split}/count/best of 3/all" not in scores, "not among the first four"
 
 
@@ -94,6 +97,11 @@ def test_the_best_is_the_one_that_clip_ranks_first(
     for split in SPLITS:
         shares = [scores[f"{split}/all/best of {n}/all"] for n in (1, 2, 3)]
         assert shares == [0.0, 0.0, 1.0], "all of the same candidates"
+        shares = [scores[f"{split}/same/best of {n}/all"] for n in (1, 2, 3)]
+        assert shares == [0.0, 0.0, 1.0]
+    counted = json.loads((tmp_path / "toybox.json").read_text())["counted"]
+    assert [counted[f"train/all/best of {n}/all"]["prompts"] for n in (1, 2, 3)] == [10, 6, 4]
+    assert [counted[f"train/same/best of {n}/all"]["prompts"] for n in (1, 2, 3)] == [4, 4, 4]
 
 
 def test_without_a_clip_there_is_no_best(

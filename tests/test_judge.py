@@ -88,19 +88,33 @@ def test_what_a_scene_shows(shown: Scene, verdict: Verdict, caption: str) -> Non
     assert fills == ([] if shown.style == "sketch" else [fill for fill, _ in verdict.things])
 
 
-def test_what_is_wrong_is_told_apart() -> None:
-    shown = scene(CUBE, BALL, relation="left of")
-    cases = {
-        "noun": two("across", ("red", "star"), BALL),
-        "fill": two("across", ("green", "cube"), BALL),
-        "layout": two("across", CUBE, BALL, counts=(2, 1)),
-        "style": Verdict("across", (CUBE, BALL), (1, 1), "neon"),
-    }
-    for what, verdict in cases.items():
-        right = verdict.right(shown)
-        assert [name for name, value in right.items() if not value] == [what, "all"]
-    swapped = two("across", BALL, CUBE).right(shown)
-    assert (swapped["noun"], swapped["fill"], swapped["layout"]) == (False, False, True)
+WRONG = [
+    (two("across", ("red", "star"), BALL), {"noun", "both"}),
+    (two("across", ("green", "cube"), BALL), {"fill", "both"}),
+    (two("across", ("blue", "cube"), ("red", "ball")), {"both"}),
+    (two("across", CUBE, BALL, counts=(2, 1)), {"count"}),
+    (two("across", BALL, CUBE), {"relation"}),
+    (two("down", CUBE, BALL), {"relation"}),
+    (two("across", ("red", "star"), CUBE), {"noun", "fill", "both", "relation"}),
+    (two("across", ("gold", "star"), ("gold", "hat")), {"noun", "fill", "both", "relation"}),
+    (Verdict("across", (CUBE, BALL), (1, 1), "neon"), {"style"}),
+    (Verdict("one", (CUBE,)), {"noun", "fill", "both", "count", "relation"}),
+]
+
+
+@pytest.mark.parametrize(("seen", "wrong"), WRONG)
+def test_what_is_wrong_is_told_apart(seen: Verdict, wrong: set[str]) -> None:
+    right = seen.right(scene(CUBE, BALL, relation="left of"))
+    assert list(right) == list(WHAT)
+    assert {what for what, value in right.items() if not value} == wrong | {"all"}
+
+
+def test_two_counted_kinds_lie_as_asked() -> None:
+    shown = scene(CUBE, CUBE, BALL, relation="below")
+    right = two("down", BALL, CUBE, counts=(1, 2)).right(shown)
+    assert all(right.values())
+    right = two("down", CUBE, BALL, counts=(2, 1)).right(shown)
+    assert [what for what, value in right.items() if not value] == ["relation", "all"]
 
 
 def test_a_fill_that_the_style_hides_is_not_counted() -> None:
@@ -190,7 +204,8 @@ def test_accuracy_is_counted_by_what_is_asked() -> None:
     for degraded in (False, True):
         found = dict(accuracy(judge, iter(shown), 4, degraded))
         assert found.pop("fill") == pytest.approx(2 / 3)  # a sketch hides it
-        assert found == {"noun": 0.75, "layout": 0.75, "style": 0.75, "all": 0.25}
+        assert found.pop("both") == pytest.approx(2 / 3)
+        assert found == {"noun": 0.75, "count": 0.75, "style": 0.75, "all": 0.25}
 
 
 def test_a_judge_that_is_often_wrong_is_trusted_less(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,14 @@ import random
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dalle1.data.toybox import FILLS, NOUNS, Scene, Toybox, describe, is_held_out
 from dalle1.data.toybox.captions import article, plural
-from dalle1.data.toybox.phrases import NUMBERS, SYNONYMS
+from dalle1.data.toybox.phrases import NUMBERS, SIZE_WORDS, SYNONYMS
 from dalle1.text import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,7 +38,7 @@ def named(caption: str, word: str) -> bool:
 def test_captions_name_every_fill_and_noun_and_only_those() -> None:
     for index, scene in enumerate(scenes("all", 4000)):
         caption = describe(scene, random.Random(index))
-        assert re.fullmatch(r"[a-z, -]+", caption), caption
+        assert re.fullmatch(r"[a-z234, -]+", caption), caption
         assert not re.search(r"\ba [aeio]|\ban [^aeiou]|  |{|}", caption), caption
         for item in scene.items:
             assert named(caption, item.noun), caption
@@ -53,13 +54,16 @@ def test_captions_state_counts_sizes_and_backgrounds_truly() -> None:
     counted = 0
     for index, scene in enumerate(scenes("train", 4000)):
         caption = describe(scene, random.Random(index))
-        numbers = sorted(re.findall(rf"\b({'|'.join(NUMBERS.values())})\b", caption))
+        words = caption.translate({ord(str(count)): word for count, word in NUMBERS.items()})
+        numbers = sorted(re.findall(rf"\b({'|'.join(NUMBERS.values())})\b", words))
         counts = sorted(NUMBERS[len(group)] for group in scene.groups if len(group) > 1)
         assert numbers in (counts, []), caption
         counted += bool(numbers)
-        for size in ("small", "large"):
-            if f"{size} " in caption:
+        for size, said in SIZE_WORDS.items():
+            if re.search(rf"\b({'|'.join(said)}) ", caption):
                 assert any(item.size == size for item in scene.items), caption
+        if re.search(r"\bone ", caption):
+            assert any(len(group) == 1 for group in scene.groups), caption
         if "background" in caption:
             assert caption.endswith(f"on {article(scene.background)} background")
             assert scene.style is None
@@ -92,6 +96,12 @@ def test_captions_name_the_style_and_no_other() -> None:
         ("a neon sign of a blue fish", alone("blue", "fish", style="neon")),
         ("a stained-glass window of a rocket", alone("gold", "rocket", style="stained glass")),
         ("three purple stars below a gold clock", below("purple", "star", 3, "gold", "clock")),
+        ("3 purple stars below one gold clock", below("purple", "star", 3, "gold", "clock")),
+        (
+            "a big red-colored cube",
+            Scene(items=(replace(alone("red", "cube").items[0], size="large"),)),
+        ),
+        ("a photo of a red cube", alone("red", "cube")),
         ("armchairs made of avocados", Scene(items=alone("avocado", "armchair").items * 2)),
     ],
 )

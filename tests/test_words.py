@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dalle1 import DallE
+from dalle1.data.toybox import NOUNS, Toybox
 from dalle1.text import Tokenizer
 from dalle1.transformer import Transformer, TransformerConfig
 from dalle1.words import Words, words_of
@@ -39,6 +40,7 @@ def warned(model: DallE, *prompts: str) -> list[str]:
     [
         ("An Avocado-shaped armchair, please!", ["an", "avocado", "shaped", "armchair", "please"]),
         ("  ２ cats' tails_ ", ["2", "cats", "tails"]),
+        ("I'd like the cat’s hat", ["i", "like", "the", "cat", "hat"]),
         ("赤い 椅子", ["赤", "い", "椅", "子"]),
         ("", []),
     ],
@@ -60,10 +62,31 @@ def test_known_words_are_drawn_in_silence(model: DallE, prompt: str) -> None:
 
 def test_each_prompt_with_an_unknown_word_is_told_once(model: DallE) -> None:
     [first, second] = warned(model, "a red cubs", "a hedgehog", "a red cube", "a hedgehog")
-    assert first.startswith("this model never learned 'cubs' (it knows cubes, cube)")
-    assert second.startswith("this model never learned 'hedgehog' (nor any like it)")
+    assert first.startswith("this model learned little or nothing of 'cubs' (it knows cubes, cube)")
+    assert second.startswith("this model learned little or nothing of 'hedgehog' (nor any like it)")
     assert "its captions are of: cube, star" in second
-    assert warned(model, "naïve 🙂 \x00")[0].startswith("this model never learned 'naïve'")
+    assert warned(model, "naïve 🙂 \x00")[0].startswith(
+        "this model learned little or nothing of 'naïve'"
+    )
+
+
+def test_hints_are_like_the_word_and_few() -> None:
+    words = Words.of(Toybox(num_scenes=4000).caption(i) for i in range(4000))
+    assert set(words.endings) <= set(NOUNS), "what the captions are of, not how they are drawn"
+    assert "'elefant' (it knows elephant, elephants)" in str(words.complaint("a red elefant"))
+    for word in ("top", "dozen", "photograph", "shone"):
+        assert f"'{word}' (nor any like it)" in str(words.complaint(word))
+    long = " ".join(f"qqq{letter * 4}" for letter in "abcdefg")
+    assert "and of 2 more words; its captions" in str(words.complaint(long))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["the cat's big hat", "I'd like 3 tiny stars", "one photo of a painting", "red colored cars"],
+)
+def test_what_people_say_is_known(prompt: str) -> None:
+    words = Words.of(Toybox(num_scenes=8000).caption(i) for i in range(8000))
+    assert words.complaint(prompt) is None
 
 
 def test_the_words_travel_with_the_model(model: DallE, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from dalle1.data.toybox.captions import plain_caption
 from dalle1.data.toybox.kinds import kind_of, scenes
 from dalle1.evaluation.report import wilson
 from dalle1.judge import WHAT, Judge, Verdict
-from dalle1.judge_training import accuracy
+from dalle1.judge_training import PICTURE_SIZE, accuracy
 
 if TYPE_CHECKING:
     from dalle1.pipeline import DallE
@@ -153,15 +154,17 @@ class Share:
 def toybox_shares(answers: Sequence[Answer], best_of: Sequence[int]) -> dict[str, Share]:
     """Count by `SPLIT/KIND/best of N/WHAT`; the kind `all` is all of them.
 
-    A best of N counts the prompts that were drawn as many candidates. Without a CLIP nothing says
-    which is best, and only N = 1 remains.
+    A best of N counts the prompts that were drawn as many candidates; the kind `same` only those
+    that were drawn the most, so that its rows compare. Without a CLIP nothing says which is best,
+    and only N = 1 remains.
     """
     found = {}
     for split in SPLITS:
-        for kind in ("all", *KINDS):
-            of_kind = [
-                a for a in answers if a.prompt.split == split and kind in ("all", a.prompt.kind)
-            ]
+        of_split = [answer for answer in answers if answer.prompt.split == split]
+        for kind in ("all", *KINDS, "same"):
+            of_kind = [a for a in of_split if kind in ("all", a.prompt.kind)]
+            if kind == "same":
+                of_kind = [a for a in of_split if len(a.seen) >= max(best_of)]
             for n in best_of:
                 group = [a for a in of_kind if len(a.seen) >= n and (n == 1 or a.scores)]
                 for what in WHAT:
@@ -173,12 +176,12 @@ def toybox_shares(answers: Sequence[Answer], best_of: Sequence[int]) -> dict[str
 
 def toybox_table(shares: dict[str, Share]) -> str:
     """Lay the shares out, a row for each split, kind and N, with an interval for all of it."""
-    head = "".join(f"{what:>8}" for what in WHAT)
+    head = "".join(f"{what:>9}" for what in WHAT)
     lines = [f"{'pairs':10}{'kind':7}{'picture':12}{'prompts':>8}{head}   95 % interval"]
     for name in dict.fromkeys(name.rpartition("/")[0] for name in shares):
         split, kind, picture = name.split("/")
         row = [shares.get(f"{name}/{what}") for what in WHAT]
-        cells = "".join(f"{part.share:8.1%}" if part else f"{'':8}" for part in row)
+        cells = "".join(f"{part.share:9.1%}" if part else f"{'':9}" for part in row)
         everything = shares[f"{name}/all"]
         low, high = everything.interval
         lines.append(
@@ -190,7 +193,7 @@ def toybox_table(shares: dict[str, Share]) -> str:
 
 def grid(shown: Sequence[tuple[Image.Image, str, bool]], columns: int = 8) -> Image.Image:
     """Lay pictures out with the prompt under each, and a dot: green if right, red if wrong."""
-    side, gap, caption = 128, 12, 20
+    side, gap, caption = 128, 12, 32
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
     width, height = columns * (side + gap) + gap, rows * (side + gap + caption) + gap
@@ -202,23 +205,30 @@ def grid(shown: Sequence[tuple[Image.Image, str, bool]], columns: int = 8) -> Im
         sheet.paste(picture.resize((side, side)), (x, y))
         colour = "#3a9d5d" if right else "#c8553d"
         pen.ellipse((x, y + side + 7, x + 5, y + side + 12), fill=colour)
-        pen.text((x + 9, y + side + 4), text, fill="#333333", font=font)
+        lines = textwrap.fill(text, 24)
+        pen.multiline_text((x + 9, y + side + 4), lines, fill="#333333", font=font, spacing=2)
     return sheet
 
 
-def check_judge(judge: Judge, pictures: int, seed: int) -> Iterator[tuple[str, float]]:
-    """Yield the judge's accuracy on real renderings, half of held-out pairs, half of training."""
+def check_judge(
+    judge: Judge, pictures: int, seed: int, size: int = PICTURE_SIZE
+) -> Iterator[tuple[str, float]]:
+    """Yield the judge's accuracy on real renderings, half of held-out pairs, half of training.
+
+    They are `size` pixels wide, as what it shall judge.
+    """
     for split in SPLITS:
         # The seed is a phrase no training run uses, so the renderings are fresh.
         stream = scenes(split, f"check {split} {seed}")
-        for name, share in accuracy(judge, stream, pictures // 2):
+        for name, share in accuracy(judge, stream, pictures // 2, size=size):
             yield f"judge/{split}/{name}", share
 
 
 def report_judge(scores: dict[str, float], pictures: int) -> None:
     """Print how often the judge is right, with a warning when that is not often enough."""
     for split, name in SPLITS.items():
-        shares = ", ".join(f"{what} {scores[f'judge/{split}/{what}']:.1%}" for what in WHAT)
+        found = {what: scores.get(f"judge/{split}/{what}") for what in WHAT}
+        shares = ", ".join(f"{what} {share:.1%}" for what, share in found.items() if share)
         print(f"judge on {pictures // 2} real renderings of {name} pairs: {shares}")
         if scores[f"judge/{split}/all"] < TRUSTED:
             print(f"warning: the judge is below {TRUSTED:.0%}: trust it less", file=sys.stderr)

@@ -16,6 +16,7 @@ from dalle1.data.toybox.phrases import (
     PHRASES,
     PICTURES,
     PLURALS,
+    SIZE_WORDS,
     STYLE_ADJECTIVES,
     STYLE_PHRASES,
     SYNONYMS,
@@ -154,10 +155,11 @@ def _thing(
     if sized is None:
         sized = not plain and rng.random() < 0.35
     if sized and item.size != "medium":
-        words = f"{item.size} {words}"
+        words = f"{rng.choice(SIZE_WORDS[item.size])} {words}"
+    chance = rng.random()
     if count == 1:
-        return article(words)
-    return words if rng.random() < 0.07 else f"{NUMBERS[count]} {words}"
+        return f"one {words}" if chance < 0.02 else article(words)
+    return words if chance < 0.07 else f"{count if chance < 0.13 else NUMBERS[count]} {words}"
 
 
 def _synonym(word: str, rng: random.Random) -> str:

@@ -29,6 +29,10 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "turquoise": ("teal",),
     "purple": ("violet",),
 }
+SIZE_WORDS = {
+    "small": ("small", "small", "little", "tiny"),
+    "large": ("large", "large", "big", "huge"),
+}
 
 PLURALS = {"fish": "fish", "cactus": "cactuses"}
 
@@ -45,7 +49,8 @@ _PATTERN = ("{n} with a {bare} pattern", "{bare}-patterned {n}", "{n} covered in
 _STUFF = ("{n} made of {bare}", "{n} made out of {bare}", "{n} made from {bare}")
 
 COLOUR_PHRASES = ("{n} that is {bare}", "{n} in {bare}", "{n} of {bare} colour",
-                  "{bare}-coloured {n}", "{n}, {bare}")  # fmt: skip
+                  "{n} of {bare} color", "{bare}-coloured {n}", "{bare}-colored {n}",
+                  "{n}, {bare}")  # fmt: skip
 PHRASES: dict[str, tuple[str, ...]] = {
     "avocado": FOOD,
     "watermelon": FOOD,
@@ -75,14 +80,16 @@ PHRASES: dict[str, tuple[str, ...]] = {
                 "{n} that looks like {f}", "{bare}-patterned {n}", "{bare}-style {n}"),
     "knitted": ("{n} made of knitted wool", "{n} that is knitted", "wool-knitted {n}"),
     "rainbow": ("{n} with rainbow stripes", "rainbow-striped {n}", "{n} that looks like {f}",
-                "{n} in rainbow colours", "{n} made of rainbows"),
+                "{n} in rainbow colours", "{n} in rainbow colors", "{n} made of rainbows"),
     "candy cane": ("{n} with candy cane stripes", "{n} that looks like {f}", "{n} made of {bare}s",
                    "candy cane-striped {n}"),
 }  # fmt: skip
 
-# Around what a picture shows; {t} is that with its article or number.
+# Around what a picture shows; {t} is that with its article or number. No picture here is a photo or
+# a painting, but people ask for them.
 PICTURES = ("a picture of {t}", "a drawing of {t}", "an image of {t}", "an illustration of {t}",
-            "draw {t}", "show me {t}", "please draw {t}", "i want to see {t}")  # fmt: skip
+            "a photo of {t}", "a painting of {t}", "a cartoon of {t}", "draw {t}", "show me {t}",
+            "please draw {t}", "i want to see {t}")  # fmt: skip
 
 STYLE_PHRASES: dict[str, tuple[str, ...]] = {
     "sketch": ("a sketch of {t}", "a sketch of {t}", "a pencil sketch of {t}",
