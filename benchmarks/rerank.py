@@ -11,6 +11,7 @@ there are. Interrupted, the same command goes on. Writes OUT/rerank.json and OUT
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,10 @@ from dalle1.cli import clear_errors
 from dalle1.evaluation.report import wilson
 from dalle1.evaluation.toybox import Prompt, choose_prompts
 from dalle1.files import claim, write_whole
-from dalle1.judge import BUNDLED, Judge, load_judge
-from dalle1.pipeline import Rerank
+from dalle1.judge import BUNDLED as JUDGE
+from dalle1.judge import Judge, load_judge
+from dalle1.pipeline import BUNDLED, Rerank
+from dalle1.transformer import Transformer
 
 SIZES = (1, 4, 16, 64)
 
@@ -77,11 +80,12 @@ def measure(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/rerank"))
     options = parser.parse_args(args)
-    claim(
-        options.out / "settings.json", {k: getattr(options, k) for k in ("model", "clip", "seed")}
-    )
+    settings = {name: getattr(options, name) for name in ("model", "clip", "seed")}
+    files = {"judge": JUDGE, "weights": Transformer.file_in(options.model or BUNDLED)}
+    settings |= {k: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for k, f in files.items()}
+    claim(options.out / "settings.json", settings)
     model = DallE.from_pretrained(options.model, clip=options.clip)
-    judge = load_judge(BUNDLED)
+    judge = load_judge(JUDGE)
     answers = options.out / "answers"
     curves: dict[str, dict[str, list[float]]] = {}
     for split, title in {"train": "training", "heldout": "held-out"}.items():

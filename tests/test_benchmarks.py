@@ -61,6 +61,11 @@ def test_reranking_does_not_take_other_answers_for_its_own(
     said = capsys.readouterr().err
     assert "holds results of other settings (clip differ)" in said
     assert said.count("\n") == 1
+    (tmp_path / "judge").write_bytes(b"another")
+    monkeypatch.setattr(rerank, "JUDGE", tmp_path / "judge")
+    with pytest.raises(SystemExit):
+        rerank.main(command)
+    assert "holds results of other settings (judge differ)" in capsys.readouterr().err
     assert len(drawn) == 4
 
 
