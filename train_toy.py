@@ -8,6 +8,7 @@ with is then in OUT/model. The stages are the commands that anyone would give, i
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -22,11 +23,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from dalle1.cli import clear_errors, parse, parse_preset
+from dalle1.data.codes import INDEX_NAME, fingerprint
 from dalle1.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
+from evaluate import JudgeOptions
 
 ROOT = Path(__file__).resolve().parent
 SHARD = 1_000  # scenes in a file
-JUDGE_STEPS = 5_000
 
 Name = Literal["scenes", "dvae", "codes", "transformer", "clip", "judge"]
 
@@ -84,9 +86,8 @@ def stages(config: ToyConfig) -> list[Stage]:
     draw = ["-m", "dalle1.data.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
     draw += ["--shard-size", str(SHARD), "--processes", str(min(shards, os.cpu_count() or 1))]
     encode = ["-m", "dalle1.data.codes", *dvae, *scenes, "--shard-size", str(SHARD)]
-    judging = [str(ROOT / "evaluate.py"), "judge", "--steps", str(JUDGE_STEPS)]
-    judging += shlex.split(config.judge)
-    steps = int(judging[len(judging) - judging[::-1].index("--steps")])
+    judging = [*shlex.split(config.judge), "--out", str(judge)]
+    steps = parse(JudgeOptions, judging, "").steps
 
     def training(name: Name, presets: Mapping[str, Any], more: str, *flags: str) -> Stage:
         words = ["toy", *flags, "--out", str(out[name]), *shlex.split(more)]
@@ -109,7 +110,7 @@ def stages(config: ToyConfig) -> list[Stage]:
         training("clip", CLIP_PRESETS, config.clip, *scenes),
         Stage(
             "judge",
-            [*judging, "--out", str(judge)],
+            [str(ROOT / "evaluate.py"), "judge", *judging],
             lambda: steps if judge.is_file() else judge_step(judge),
             steps,
             "step",
@@ -129,12 +130,32 @@ def judge_step(judge: Path) -> int:
     return int(torch.load(kept, weights_only=True)["step"]) if kept.is_file() else 0
 
 
+def check_codes(out: Path, todo: Sequence[Stage], dvae: Stage) -> None:
+    """Refuse codes of another dVAE than the finished one: ValueError."""
+    names, index = {stage.name for stage in todo}, out / "codes" / INDEX_NAME
+    finished = dvae.done() >= dvae.total
+    if "codes" in names and "dvae" not in names and not finished:
+        raise ValueError(f"codes are to be of a finished dVAE; in {out} there is: {dvae}")
+    known = json.loads(index.read_text())["dvae"] if index.is_file() else None
+    stale = known and not (finished and known == fingerprint(out / "dvae"))
+    if stale and names & {"dvae", "codes", "transformer"}:
+        raise ValueError(
+            f"{out / 'codes'} is of an earlier dVAE than this command's: remove it and "
+            f"{out / 'transformer'}, and the same command makes them anew"
+        )
+
+
 def run(command: Sequence[str]) -> int:
-    """Run a command of Python's to its end; a signal to stop is its own to obey."""
+    """Run a command of Python's to its end; a signal to stop is its own to obey.
+
+    Returns its exit code; 128 and the signal's number if one came meanwhile, or ended it.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     started: list[subprocess.Popen[bytes]] = []
+    caught: list[int] = []
 
     def forward(number: int, _: object) -> None:
+        caught.append(number)
         # A terminal sends Ctrl-C to the command itself, too.
         if number == signal.SIGTERM and started:
             started[0].terminate()
@@ -143,16 +164,21 @@ def run(command: Sequence[str]) -> int:
     try:
         environment = {**os.environ, "PYTHONPATH": path}
         started.append(subprocess.Popen([sys.executable, *command], env=environment))
-        return started[0].wait()
+        if caught:
+            started[0].terminate()
+        code = started[0].wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    return 128 + caught[0] if caught else code if code >= 0 else 128 - code
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with clear_errors():
         config = parse(ToyConfig, args, __doc__.splitlines()[0])
-        todo = [s for s in stages(config) if not config.only or s.name in config.only]
+        every = {stage.name: stage for stage in stages(config)}
+        todo = [stage for name, stage in every.items() if not config.only or name in config.only]
+        check_codes(config.out, todo, every["dvae"])
         print(f"In {config.out}:", *todo, sep="\n", flush=True)
         for stage in todo:
             if stage.done() >= stage.total:
@@ -160,8 +186,10 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"\n{stage.name}: python {shlex.join(stage.command)}", flush=True)
             code = run(stage.command)
             if code or stage.done() < stage.total:
-                print(f"Stopped.\n{stage}\nThe same command goes on.", file=sys.stderr)
-                raise SystemExit(code if code >= 0 else 128 - code)
+                print(f"Stopped.\n{stage}", file=sys.stderr)
+                if code == 0 or code > 128:
+                    print("The same command goes on.", file=sys.stderr)
+                raise SystemExit(code or 128 + signal.SIGTERM)
         if not config.only:
             join(config.out)
 

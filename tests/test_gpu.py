@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,14 +20,22 @@ TRAIN = [
     *("--log-every", "1", "--schedule-steps", "4", "--validate-every", "4"),
 ]
 SLEEPER = """
-import pathlib, signal, sys, time, wheeled
-out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+import pathlib, signal, subprocess, sys, time, wheeled
+out = pathlib.Path(sys.argv[-1].removeprefix("--out="))
 def stop(*_):
     (out / "saved").write_text("yes")
     raise SystemExit(0)
 signal.signal(signal.SIGTERM, stop)
 out.mkdir()
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # has our output open
 time.sleep(600)
+"""
+WRITER = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[-1])
+out.mkdir(exist_ok=True)
+for name in sys.argv[1:-2]:
+    (out / name).write_text(name * 1000)
 """
 
 
@@ -66,17 +75,45 @@ def test_a_command_is_stopped_in_time_and_has_its_wheels(tmp_path: Path) -> None
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     wheels = tmp_path / "wheels"
     wheels.mkdir()
+    words = ["--minutes=0.05", "--wheels", "wheels", "--to", "pieces", "-m", "sleeper"]
+    assert "wheels holds no .whl" in gpu(tmp_path, *words, "--out=run", code=2)
     with zipfile.ZipFile(wheels / "wheeled-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("wheeled.py", "")
         about = "Metadata-Version: 2.1\nName: wheeled\nVersion: 1\n"
         tags = "Wheel-Version: 1.0\nTag: py3-none-any\n"
         for name, content in {"METADATA": about, "WHEEL": tags, "RECORD": ""}.items():
             wheel.writestr(f"wheeled-1.dist-info/{name}", content)
-    words = ["--minutes", "0.05", "--wheels", "wheels", "--to", "pieces", "sleeper.py"]
-    said = gpu(tmp_path, *words, "--out", "run")
+    said = gpu(tmp_path, *words, "--out=run")
     assert (tmp_path / "run" / "saved").read_text() == "yes"
     assert "run is in 1 pieces in pieces" in said
     assert "no --out FOLDER" in gpu(tmp_path, *words, code=2)
+
+
+def test_thousands_of_pieces_come_back_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "writer.py").write_text(WRITER)
+    command = ["-m", "writer", *"abc", "--out", "run"]
+    gpu(tmp_path, "--to", "pieces", "--piece", "10", *command)
+    pieces = tmp_path / "pieces"
+    assert len(list(pieces.iterdir())) > 1000
+    again = ["--from", "pieces", "--to", "again", "-m", "writer", "d", "--out", "back/run"]
+    gpu(tmp_path, *again)
+    whole, back = tmp_path / "run", tmp_path / "back"
+    assert {f.name: f.read_text() for f in (back / "run").iterdir() if f.name != "d"} == {
+        f.name: f.read_text() for f in whole.iterdir()
+    }
+    assert [folder.name for folder in back.iterdir()] == ["run"]
+    shutil.rmtree(back)
+    damaged = sorted(pieces.iterdir(), key=lambda piece: int(piece.name.partition("-")[0]))[400]
+    for content in (b"!" * 10, b"", damaged.read_bytes()[:5]):
+        damaged.write_bytes(content)
+        said = gpu(tmp_path, *again, code=2)
+        assert said.strip().endswith("error: a piece in pieces is damaged: bring them here anew")
+        assert not list(back.iterdir())
+
+
+def test_what_writes_a_file_is_refused(tmp_path: Path) -> None:
+    judge = ["evaluate.py", "judge", "--out", "judge.safetensors"]
+    assert "expected a folder" in gpu(tmp_path, "--to", "pieces", *judge, code=2)
 
 
 def test_a_failure_is_the_commands_own(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_shards_take_little_memory(tmp_path: Path) -> None:
     from dalle1.data.toybox.__main__ import main as write_toybox
 
     words = ["--out", str(tmp_path), "--num-scenes", "5", "--size", "32"]
-    assert write_toybox(words) == 0
+    write_toybox(words)
     source = open_source(str(tmp_path))
     assert isinstance(source, Shards)
     assert source.entries.nbytes == 48 * len(source)

@@ -207,7 +207,7 @@ def test_toybox_by_name() -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards")
     words = ["--out", str(out), "--num-scenes", "42", "--size", "32", "--shard-size", "20"]
-    assert write_toybox(words) == 0
+    write_toybox(words)
     return out
 
 

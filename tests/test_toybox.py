@@ -4,10 +4,13 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -254,7 +257,7 @@ def test_a_seed_moves_the_texture_and_keeps_the_shape() -> None:
 def test_shards_have_the_usual_layout_and_the_same_bytes_twice(tmp_path: Path) -> None:
     arguments = ["--num-scenes", "5", "--size", "32", "--shard-size", "3", "--seed", "4"]
     for folder in ("one", "two"):
-        assert main(["--out", str(tmp_path / folder), *arguments]) == 0
+        main(["--out", str(tmp_path / folder), *arguments])
     shards = sorted((tmp_path / "one").glob("*.tar"))
     assert [shard.name for shard in shards] == ["00000.tar", "00001.tar"]
     for shard in shards:
@@ -276,14 +279,19 @@ def test_writing_goes_on_after_the_last_whole_shard(
 ) -> None:
     arguments = ["--num-scenes", "5", "--size", "32", "--shard-size", "2", "--captions", "6"]
     for folder, more in (("whole", []), ("cut", ["--processes", "2"])):
-        assert main(["--out", str(tmp_path / folder), *arguments, *more]) == 0
+        main(["--out", str(tmp_path / folder), *arguments, *more])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     (cut / "00001.tar").unlink()
-    (cut / ".00001.tar.partial").write_bytes(b"half")
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        left = cut / f".00001.tar.{gone.pid}.partial"
+    left.write_bytes(b"half")
+    others = cut / f".00001.tar.{os.getppid()}.partial"  # of a process that is still there
+    others.write_bytes(b"half")
     untouched = (cut / "00000.tar").stat().st_mtime_ns
     for _ in range(2):  # the second finds all there
-        assert main(["--out", str(cut), *arguments]) == 0
+        main(["--out", str(cut), *arguments])
     assert (cut / "00000.tar").stat().st_mtime_ns == untouched
+    assert (left.exists(), others.exists()) == (False, True)
     for shard in whole.glob("*.tar"):
         assert shard.read_bytes() == (cut / shard.name).read_bytes()
     with tarfile.open(whole / "00000.tar") as tar:
@@ -291,8 +299,33 @@ def test_writing_goes_on_after_the_last_whole_shard(
     assert captions[0] == Toybox(size=32).caption(0)
     assert len(captions) == len(set(captions)) > 2
     capsys.readouterr()
-    assert main(["--out", str(cut), *arguments, "--size", "48"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(cut), *arguments, "--size", "48"])
     assert "holds results of other settings (size differ)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_all_processes_end_with_the_first(number: int, code: int, tmp_path: Path) -> None:
+    words = ["--out", str(tmp_path), "--num-scenes", "4000", "--size", "32", "--processes", "2"]
+    command = [sys.executable, "-m", "dalle1.data.toybox", *words]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as first:
+        while first.poll() is None and len(list(tmp_path.glob("*.partial"))) < 2:
+            time.sleep(0.02)
+        first.send_signal(number)
+        said = first.communicate(timeout=20)[1]  # till the last of them has closed it
+    assert first.returncode == code
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_ctrl_c_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dalle1.data.toybox.__main__.encode_sample", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["--out", str(tmp_path), "--num-scenes", "1", "--size", "32"])
 
 
 @pytest.mark.parametrize(
@@ -310,7 +343,8 @@ def test_the_command_says_what_is_wrong_in_one_line(
     file = tmp_path / "file"
     file.touch()
     given = [argument.format(file=file) for argument in arguments]
-    assert main(["--out", str(tmp_path / "out"), *given]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "out"), *given])
     message = capsys.readouterr().err.strip()
     assert said in message
     assert "\n" not in message

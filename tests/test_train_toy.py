@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,19 +35,32 @@ def words(out: Path, **changed: str) -> list[str]:
     return [f"{flag}={value}" for flag, value in flags.items()]
 
 
+def stopped(flags: Sequence[str], begun: Callable[[], bool]) -> str:
+    """Stop the recipe by SIGTERM once it has begun; give what it says, when all of it is gone."""
+    command = [sys.executable, str(ROOT / "train_toy.py"), *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        while child.poll() is None and not begun():
+            time.sleep(0.1)
+        child.send_signal(signal.SIGTERM)
+        said = child.communicate(timeout=60)[1]
+    assert child.returncode == 143
+    return said
+
+
+def refused(out: Path, capfd: pytest.CaptureFixture[str], **changed: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train_toy.main(words(out, **changed))
+    said = capfd.readouterr()
+    assert f"remove it and {out / 'transformer'}" in said.err
+    assert not said.out  # before anything runs
+
+
 def test_the_recipe_goes_on_wherever_it_was_stopped(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     long = TINY["--dvae"].replace("--steps 2", "--steps 100000 --schedule-steps 2")
-    command = [sys.executable, str(ROOT / "train_toy.py"), *words(tmp_path, dvae=long)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as child:
-        log = tmp_path / "dvae" / "log.jsonl"
-        while child.poll() is None and not (log.exists() and log.read_text()):
-            time.sleep(0.1)
-        child.send_signal(signal.SIGTERM)
-        said = child.communicate(timeout=60)[1]
-    assert child.returncode == 0
+    log = tmp_path / "dvae" / "log.jsonl"
+    said = stopped(words(tmp_path, dvae=long), lambda: log.exists() and bool(log.read_text()))
     assert "The same command goes on" in said
     assert not (tmp_path / "codes").exists()  # of a dVAE that is half trained
     reached = train_toy.step_of(tmp_path / "dvae")
@@ -68,6 +81,13 @@ def test_the_recipe_goes_on_wherever_it_was_stopped(
     model = str(tmp_path / "model")
     assert DallE.from_pretrained(model, device="cpu").clip is not None
 
+    # A dVAE that goes on would leave codes and transformer behind.
+    longer = TINY["--dvae"].replace("--steps 2", f"--steps {reached + 2}")
+    refused(tmp_path, capfd, dvae=longer)
+    index = tmp_path / "codes" / "codes.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "dvae": "another"}))
+    refused(tmp_path, capfd, dvae=enough)
+
     # The proof takes what was trained as it is: nothing is right, but all is counted.
     few = ["--num-prompts", "2", "1", "--best-of", "1", "2", "--judge-pictures", "2"]
     judge = ["--judge", f"{model}/judge.safetensors"]
@@ -77,11 +97,52 @@ def test_the_recipe_goes_on_wherever_it_was_stopped(
     assert 0 <= scores["train/one/best of 1/noun"] <= 1
 
 
+def test_scenes_are_stopped_in_all_processes(tmp_path: Path) -> None:
+    flags = words(tmp_path, scenes="3000", only="scenes")
+    partial = (tmp_path / "scenes").glob
+    said = stopped(flags, lambda: any(file.stat().st_size for file in partial(".*.partial")))
+    assert "scenes       shard 0 of 3: to do\nThe same command goes on." in said
+
+
+STOPS_AT_ITS_END = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.kill(os.getppid(), int(sys.argv[2]))
+time.sleep(0.2)
+pathlib.Path(sys.argv[1]).touch()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_the_end_of_a_stage_counts(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(name: train_toy.Name) -> train_toy.Stage:
+        made = tmp_path / name
+        command = ["-c", STOPS_AT_ITS_END, str(made), str(int(number))]
+        return train_toy.Stage(name, command, lambda: int(made.exists()), 1, "step")
+
+    monkeypatch.setattr(train_toy, "stages", lambda _: [stage("dvae"), stage("clip")])
+    for code, reached in ((128 + number, ["dvae"]), (128 + number, ["clip", "dvae"])):
+        with pytest.raises(SystemExit) as stop:
+            train_toy.main(["--out", str(tmp_path)])
+        assert stop.value.code == code
+        assert sorted(file.name for file in tmp_path.iterdir()) == reached
+
+
+def test_codes_wait_for_the_dvae(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train_toy.main(words(tmp_path, only="codes"))
+    assert "of a finished dVAE; in" in (said := capfd.readouterr().err)
+    assert "dvae step 0 of 2: to do" in said
+
+
 def test_stages_run_as_their_commands_are_given(tmp_path: Path) -> None:
-    config = train_toy.ToyConfig(out=tmp_path, scenes=2500, processes=2, clip="--steps 7")
+    more = {"clip": "--steps 7", "judge": "--steps=8 --pictures 4"}
+    config = train_toy.ToyConfig(out=tmp_path, scenes=2500, processes=2, **more)
     found = {stage.name: stage for stage in train_toy.stages(config)}
     assert [(s.total, s.done()) for s in found.values()] == [
-        *((3, 0), (14_000, 0), (3, 0), (3_200, 0), (7, 0), (5_000, 0))
+        *((3, 0), (14_000, 0), (3, 0), (3_200, 0), (7, 0), (8, 0))
     ]
     launched = [name for name, stage in found.items() if "torch.distributed.run" in stage.command]
     assert launched == ["transformer"]
@@ -98,3 +159,4 @@ def test_a_stage_that_fails_ends_the_recipe(
     said = capfd.readouterr().err
     assert "no data at 'nowhere'" in said
     assert "dvae         step 0 of 14,000: to do" in said
+    assert "goes on" not in said

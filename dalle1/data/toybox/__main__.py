@@ -13,15 +13,20 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import random
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from dalle1.cli import clear_errors
 from dalle1.data.toybox.dataset import Toybox
 from dalle1.data.toybox.vocabulary import SPLITS
 from dalle1.files import claim
@@ -79,6 +84,7 @@ def write_shards(
 
     world = {name: getattr(dataset, name) for name in ("split", "size", "seed", "num_scenes")}
     claim(out / SETTINGS_NAME, {**world, "shard_size": shard_size, "captions": captions})
+    _sweep(out)
     starts = range(0, len(dataset), shard_size)
     paths = [out / f"{start // shard_size:05d}.tar" for start in starts]
     scenes = {p: range(s, min(s + shard_size, len(dataset))) for p, s in zip(paths, starts)}
@@ -87,7 +93,7 @@ def write_shards(
     done = sum(len(scenes[path]) for path in paths if path not in missing)
     with (
         tqdm(total=len(dataset), initial=done, unit="scene", desc="toybox") as progress,
-        ProcessPoolExecutor(processes) as others,
+        _workers(processes) as others,
     ):
         run = map if processes == 1 else others.map
         for count in run(write, missing, [scenes[path] for path in missing]):
@@ -95,11 +101,49 @@ def write_shards(
     return paths
 
 
+@contextmanager
+def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Give processes that end with this one, whatever ends it."""
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(count, initializer=_begin_worker) as workers:
+        try:
+            yield workers
+        except BaseException:  # else they would write what they have begun
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
+
+
+def _begin_worker() -> None:
+    """Leave signals to the process that started this one, and watch it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
+
+
+def _sweep(out: Path) -> None:
+    """Remove what processes that are no more have left half written."""
+    for left in out.glob(".*.tar.*.partial") if os.name == "posix" else ():
+        try:
+            os.kill(int(left.suffixes[-2][1:]), 0)  # sends nothing
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except PermissionError:  # it is somebody else's
+            pass
+
+
 def _write_shard(dataset: Toybox, captions: int, path: Path, scenes: range) -> int:
     """Write some scenes, whole or not at all; give how many."""
     import webdataset
 
-    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     # mtime, user and group are fixed so that the same world has the same bytes.
     with (
         partial_path.open("wb") as stream,
@@ -114,8 +158,7 @@ def _write_shard(dataset: Toybox, captions: int, path: Path, scenes: range) -> i
     return len(scenes)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code, 2 for a mistake of the caller's."""
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dalle1.data.toybox",
         description="Write Toybox, a drawn and captioned picture world, as WebDataset shards.",
@@ -129,16 +172,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--captions", type=int, default=1, help="of each scene, at most")
     parser.add_argument("--processes", type=int, default=1, help="that draw, each its own shards")
     args = parser.parse_args(argv)
-    try:
+    with clear_errors():
         dataset = Toybox(args.split, args.size, args.seed, args.num_scenes)
         how = {"captions": args.captions, "processes": args.processes}
         shards = write_shards(dataset, args.out, args.shard_size, **how)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(dataset)} scenes in {len(shards)} shards: {shards[0]} ... {shards[-1]}")
-    return 0
+        print(f"{len(dataset)} scenes in {len(shards)} shards: {shards[0]} ... {shards[-1]}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends workers, too
+    main()

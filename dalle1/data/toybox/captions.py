@@ -22,7 +22,7 @@ from dalle1.data.toybox.phrases import (
     SYNONYMS,
 )
 from dalle1.data.toybox.scene import Item, Scene
-from dalle1.data.toybox.vocabulary import COLOURS, FILL_SURVIVES
+from dalle1.data.toybox.vocabulary import COLOURS, FILL_SURVIVES, OPPOSITE
 
 Items = tuple[Item, ...]
 
@@ -107,9 +107,7 @@ def _relation(scene: Scene, rng: random.Random, named: bool = True) -> str:
     relation = str(scene.relation)
     if rng.random() < 0.3:  # the same fact, seen from the other thing
         first, second = second, first
-        opposite = {"left of": "right of", "above": "below"}
-        opposite |= {right: left for left, right in opposite.items()}
-        relation = opposite[relation]
+        relation = OPPOSITE[relation]
     sized = rng.random() < 0.6
     parts = [_thing(group, rng, plain=True, sized=sized, named=named) for group in (first, second)]
     return f"{parts[0]} {_where(relation, rng)} {parts[1]}"

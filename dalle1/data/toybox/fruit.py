@@ -10,14 +10,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from dalle1.data.toybox.layers import Floats
 from dalle1.data.toybox.pen import MARGIN, SPAN
+from dalle1.data.toybox.tile import Pixels, Rgb
 
-Rgb = tuple[int, int, int]
-Floats = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
 Stop = tuple[float, Rgb]
 
 FRUIT: tuple[str, ...] = ("avocado", "watermelon", "kiwi", "lemon", "pizza")

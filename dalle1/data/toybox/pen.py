@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
-Point = tuple[float, float]
+from dalle1.data.toybox.tile import Point
+
 Tone = tuple[int, int, int, int]
 
 MARGIN = 0.1  # empty border around the unit square, room for tilting

@@ -18,16 +18,13 @@ from PIL import Image, ImageFilter
 from dalle1.data.toybox import nature, objects
 from dalle1.data.toybox.fills import COLOUR_VALUES, crop_tile
 from dalle1.data.toybox.fruit import FRUIT, paint_fruit
-from dalle1.data.toybox.layers import Layers
+from dalle1.data.toybox.layers import Floats, Layers
 from dalle1.data.toybox.neon import TUBES
 from dalle1.data.toybox.pen import MARGIN, SPAN, Pen
 from dalle1.data.toybox.scene import Item, Scene
 from dalle1.data.toybox.styles import PAINTERS, PAPER
-from dalle1.data.toybox.tile import Rgb
+from dalle1.data.toybox.tile import Pixels, Rgb
 from dalle1.data.toybox.vocabulary import NOUNS
-
-Floats = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
 
 BACKGROUND_VALUES: dict[str, Rgb] = {
     "mint": (206, 242, 222),

@@ -47,7 +47,8 @@ BACKGROUNDS: tuple[str, ...] = (
 
 SIZES: tuple[str, ...] = ("small", "medium", "large")
 
-RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS: tuple[str, ...] = tuple(OPPOSITE)
 
 SPLITS: tuple[str, ...] = ("train", "validation", "heldout", "all")
 
