@@ -1,4 +1,4 @@
-"""Train the bundled model from nothing: scenes, dVAE, codes, transformer, CLIP and judge.
+"""Train the bundled model from nothing: scenes, dVAE in two parts, codes, transformer, CLIP, judge.
 
     python train_toy.py --out runs/toy
 
@@ -30,7 +30,7 @@ from evaluate import JudgeOptions
 ROOT = Path(__file__).resolve().parent
 SHARD = 1_000  # scenes in a file
 
-Name = Literal["scenes", "dvae", "codes", "transformer", "clip", "judge"]
+Name = Literal["scenes", "dvae", "settle", "codes", "transformer", "clip", "judge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ class ToyConfig:
     """Drawn once, 29 kB each, for all stages but the judge."""
     dvae: str = ""
     """More flags of train_dvae.py, as in --dvae="--steps 20000"."""
+    settle: str = ""
+    """More flags of train_dvae.py for its second part, which lets go of codes nobody needs."""
     transformer: str = ""
     """More flags of train_transformer.py."""
     clip: str = ""
@@ -81,7 +83,7 @@ def stages(config: ToyConfig) -> list[Stage]:
     """Give all stages in order."""
     out = {name: config.out / name for name in get_args(Name)}
     judge = config.out / "judge.safetensors"
-    scenes, dvae = ["--data", str(out["scenes"])], ["--dvae", str(out["dvae"])]
+    scenes, dvae = ["--data", str(out["scenes"])], ["--dvae", str(out["settle"])]
     shards = -(-config.scenes // SHARD)
     draw = ["-m", "dalle1.data.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
     draw += ["--shard-size", str(SHARD), "--processes", str(min(shards, os.cpu_count() or 1))]
@@ -90,9 +92,10 @@ def stages(config: ToyConfig) -> list[Stage]:
     steps = parse(JudgeOptions, judging, "").steps
 
     def training(name: Name, presets: Mapping[str, Any], more: str, *flags: str) -> Stage:
-        words = ["toy", *flags, "--out", str(out[name]), *shlex.split(more)]
+        script, preset = ("dvae", "toy-settle") if name == "settle" else (name, "toy")
+        words = [preset, *flags, "--out", str(out[name]), *shlex.split(more)]
         total = parse_preset(presets, words, "").steps
-        command = [str(ROOT / f"train_{name}.py"), *words]
+        command = [str(ROOT / f"train_{script}.py"), *words]
         if name == "transformer" and config.processes > 1:  # the others compare a batch's samples
             together = ["-m", "torch.distributed.run", "--standalone"]
             command = [*together, f"--nproc-per-node={config.processes}", *command]
@@ -105,6 +108,7 @@ def stages(config: ToyConfig) -> list[Stage]:
     return [
         Stage("scenes", [*draw, "--out", str(out["scenes"])], shards_in("scenes"), shards, "shard"),
         training("dvae", DVAE_PRESETS, config.dvae, *scenes),
+        training("settle", DVAE_PRESETS, config.settle, *scenes, "--init", str(out["dvae"])),
         Stage("codes", [*encode, "--out", str(out["codes"])], shards_in("codes"), shards, "shard"),
         training("transformer", TRANSFORMER_PRESETS, config.transformer, *coded, *dvae),
         training("clip", CLIP_PRESETS, config.clip, *scenes),
@@ -130,18 +134,25 @@ def judge_step(judge: Path) -> int:
     return int(torch.load(kept, weights_only=True)["step"]) if kept.is_file() else 0
 
 
-def check_codes(out: Path, todo: Sequence[Stage], dvae: Stage) -> None:
-    """Refuse codes of another dVAE than the finished one: ValueError."""
+def check_order(out: Path, todo: Sequence[Stage], of: Mapping[Name, Stage]) -> None:
+    """Refuse to go on from what an earlier dVAE than the finished one gave: ValueError."""
     names, index = {stage.name for stage in todo}, out / "codes" / INDEX_NAME
-    finished = dvae.done() >= dvae.total
-    if "codes" in names and "dvae" not in names and not finished:
-        raise ValueError(f"codes are to be of a finished dVAE; in {out} there is: {dvae}")
+    dvae, settle = (of[name].done() >= of[name].total for name in ("dvae", "settle"))
+    for name, before, ready in (("settle", "dvae", dvae), ("codes", "settle", settle)):
+        if name in names and before not in names and not ready:
+            raise ValueError(f"{name} needs a finished dVAE; in {out} there is: {of[before]}")
     known = json.loads(index.read_text())["dvae"] if index.is_file() else None
-    stale = known and not (finished and known == fingerprint(out / "dvae"))
-    if stale and names & {"dvae", "codes", "transformer"}:
+    stale = {
+        "settle": of["settle"].done() > 0 and not dvae,
+        "codes": known and not (settle and known == fingerprint(out / "settle")),
+    }
+    if any(stale.values()) and names & {"dvae", "settle", "codes", "transformer"}:
+        old = " and ".join(
+            str(out / name) for name in (*(n for n in stale if stale[n]), "transformer")
+        )
         raise ValueError(
-            f"{out / 'codes'} is of an earlier dVAE than this command's: remove it and "
-            f"{out / 'transformer'}, and the same command makes them anew"
+            f"what is in {old} is of an earlier dVAE than this command's: remove it, and the same "
+            "command makes it anew"
         )
 
 
@@ -178,7 +189,7 @@ def main(args: Sequence[str] | None = None) -> None:
         config = parse(ToyConfig, args, __doc__.splitlines()[0])
         every = {stage.name: stage for stage in stages(config)}
         todo = [stage for name, stage in every.items() if not config.only or name in config.only]
-        check_codes(config.out, todo, every["dvae"])
+        check_order(config.out, todo, every)
         print(f"In {config.out}:", *todo, sep="\n", flush=True)
         for stage in todo:
             if stage.done() >= stage.total:

@@ -127,16 +127,31 @@ _dvae_small = replace(
     validate_every=5_300,
 )
 
+# The same at the paper's geometry. Crops show the scenes as large as they are drawn.
+_dvae_toy = replace(
+    _dvae_small,
+    model=replace(_dvae_small.model, image_size=256),
+    augmentation=Augmentation(resize=(4.0, 4.0)),
+    steps=14_000,
+    temperature_steps=11_600,
+    validation_pictures=256,
+    validate_every=3_500,
+)
+
 DVAE_PRESETS: dict[str, DVAERecipe] = {
-    # The same at the paper's geometry. Crops show the scenes as large as they are drawn.
-    "toy": replace(
-        _dvae_small,
-        model=replace(_dvae_small.model, image_size=256),
-        augmentation=Augmentation(resize=(4.0, 4.0)),
-        steps=14_000,
-        temperature_steps=11_600,
-        validation_pictures=256,
-        validate_every=3_500,
+    "toy": _dvae_toy,
+    # Goes on from it (--init), and lets go of codes that the usage term alone kept.
+    "toy-settle": replace(
+        _dvae_toy,
+        usage_weight=0.0,
+        temperature=1 / 16,
+        temperature_steps=1,
+        beta_steps=1,
+        learning_rate=1e-3,
+        final_learning_rate=5e-5,
+        steps=2_000,
+        validate_every=500,
+        save_every=500,
     ),
     "small": _dvae_small,
     "paper": _dvae_paper,
