@@ -138,21 +138,21 @@ def check_order(out: Path, todo: Sequence[Stage], of: Mapping[Name, Stage]) -> N
     """Refuse to go on from what an earlier dVAE than the finished one gave: ValueError."""
     names, index = {stage.name for stage in todo}, out / "codes" / INDEX_NAME
     dvae, settle = (of[name].done() >= of[name].total for name in ("dvae", "settle"))
-    for name, before, ready in (("settle", "dvae", dvae), ("codes", "settle", settle)):
+    after: dict[Name, tuple[Name, bool]] = {"settle": ("dvae", dvae), "codes": ("settle", settle)}
+    for name, (before, ready) in after.items():
         if name in names and before not in names and not ready:
-            raise ValueError(f"{name} needs a finished dVAE; in {out} there is: {of[before]}")
+            raise ValueError(
+                f"{name} needs a finished dVAE; in {out} there is: {str(of[before]).strip()}"
+            )
     known = json.loads(index.read_text())["dvae"] if index.is_file() else None
-    stale = {
-        "settle": of["settle"].done() > 0 and not dvae,
-        "codes": known and not (settle and known == fingerprint(out / "settle")),
-    }
-    if any(stale.values()) and names & {"dvae", "settle", "codes", "transformer"}:
-        old = " and ".join(
-            str(out / name) for name in (*(n for n in stale if stale[n]), "transformer")
-        )
+    settled = known == fingerprint(out / "settle") if settle else False
+    old = ["settle"] if of["settle"].done() and not dvae else []
+    old += ["codes", "transformer"] if known and (old or not settled) else []
+    if old and names & {"dvae", "settle", "codes", "transformer"}:
+        there = ", ".join(str(out / name) for name in old)
         raise ValueError(
-            f"what is in {old} is of an earlier dVAE than this command's: remove it, and the same "
-            "command makes it anew"
+            f"{there}: of an earlier dVAE than this command's; remove them, and the same command "
+            "makes them anew"
         )
 
 

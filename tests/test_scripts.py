@@ -281,7 +281,10 @@ def test_mistakes_in_training_are_told_in_a_line(
 ) -> None:
     toy = ["toy", "--out", str(tmp_path / "out")]
     dvae, transformer = train_dvae.main, train_transformer.main
-    for main, presets in ((dvae, "toy, small, paper"), (transformer, "toy, small, base, 1b")):
+    for main, presets in (
+        (dvae, "toy, toy-settle, small, paper"),
+        (transformer, "toy, small, base, 1b"),
+    ):
         line = refused(main, ["huge", *toy[1:]], capsys)
         assert f"no preset 'huge'; there are: {presets}" in line
     line = refused(transformer, [*toy, "--dvae", "nowhere", "--device", "cpu"], capsys)

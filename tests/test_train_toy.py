@@ -18,10 +18,14 @@ from dalle1 import DallE
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "--batch-size 2 --num-workers 0 --device cpu --save-every 1 --log-every 1"
+DVAE = (
+    f"{RUN} --steps 2 --model.image-size 64 --model.width 8 --model.codebook-size 16 "
+    "--crop-size 32 --validation-pictures 1"
+)
 TINY = {
     "--scenes": "4",
-    "--dvae": f"{RUN} --steps 2 --model.image-size 64 --model.width 8 --model.codebook-size 16 "
-    "--crop-size 32 --validation-pictures 1",
+    "--dvae": DVAE,
+    "--settle": DVAE,
     "--transformer": f"{RUN} --steps 2 --model.width 16 --model.depth 2 --model.heads 2 "
     "--model.text-vocab 260 --vocab-captions 3 --prompts 'a red star'",
     "--clip": f"{RUN} --steps 2 --model.width 8 --model.text-width 32 --model.text-layers 1 "
@@ -51,7 +55,7 @@ def refused(out: Path, capfd: pytest.CaptureFixture[str], **changed: str) -> Non
     with pytest.raises(SystemExit, match="2"):
         train_toy.main(words(out, **changed))
     said = capfd.readouterr()
-    assert f"remove it and {out / 'transformer'}" in said.err
+    assert f"{out / 'codes'}, {out / 'transformer'}: of an earlier dVAE" in said.err
     assert not said.out  # before anything runs
 
 
@@ -77,7 +81,7 @@ def test_the_recipe_goes_on_wherever_it_was_stopped(
     assert sorted(set(steps)) == list(range(1, reached + 2))
 
     train_toy.main(words(tmp_path, dvae=enough))
-    assert capfd.readouterr().out.count(": done") == 6
+    assert capfd.readouterr().out.count(": done") == 7
     model = str(tmp_path / "model")
     assert DallE.from_pretrained(model, device="cpu").clip is not None
 
@@ -122,8 +126,8 @@ def test_a_signal_at_the_end_of_a_stage_counts(
         command = ["-c", STOPS_AT_ITS_END, str(made), str(int(number))]
         return train_toy.Stage(name, command, lambda: int(made.exists()), 1, "step")
 
-    monkeypatch.setattr(train_toy, "stages", lambda _: [stage("dvae"), stage("clip")])
-    for code, reached in ((128 + number, ["dvae"]), (128 + number, ["clip", "dvae"])):
+    monkeypatch.setattr(train_toy, "stages", lambda _: [stage("dvae"), stage("settle")])
+    for code, reached in ((128 + number, ["dvae"]), (128 + number, ["dvae", "settle"])):
         with pytest.raises(SystemExit) as stop:
             train_toy.main(["--out", str(tmp_path)])
         assert stop.value.code == code
@@ -133,8 +137,8 @@ def test_a_signal_at_the_end_of_a_stage_counts(
 def test_codes_wait_for_the_dvae(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         train_toy.main(words(tmp_path, only="codes"))
-    assert "of a finished dVAE; in" in (said := capfd.readouterr().err)
-    assert "dvae step 0 of 2: to do" in said
+    assert "codes needs a finished dVAE; in" in (said := capfd.readouterr().err)
+    assert "settle step 0 of 2: to do" in said
 
 
 def test_stages_run_as_their_commands_are_given(tmp_path: Path) -> None:
@@ -142,7 +146,7 @@ def test_stages_run_as_their_commands_are_given(tmp_path: Path) -> None:
     config = train_toy.ToyConfig(out=tmp_path, scenes=2500, processes=2, **more)
     found = {stage.name: stage for stage in train_toy.stages(config)}
     assert [(s.total, s.done()) for s in found.values()] == [
-        *((3, 0), (14_000, 0), (3, 0), (3_200, 0), (7, 0), (8, 0))
+        *((3, 0), (14_000, 0), (2_000, 0), (3, 0), (5_000, 0), (7, 0), (8, 0))
     ]
     launched = [name for name, stage in found.items() if "torch.distributed.run" in stage.command]
     assert launched == ["transformer"]
