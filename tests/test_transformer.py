@@ -329,7 +329,8 @@ def test_every_preset_builds(name: str) -> None:
         model = Transformer(TransformerConfig(**vars(size)))
     count = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
-    assert matrices == 12 * size.width**2 * size.depth
+    # SwiGLU is 8/3 times as wide, brought to whole multiples of 8.
+    assert matrices == pytest.approx(12 * size.width**2 * size.depth, rel=0.01)
     if name in ("2.8b", "5.6b", "12b"):  # the paper counts its resblocks
         count = matrices
     if name in BILLIONS:
