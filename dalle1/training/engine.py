@@ -33,7 +33,8 @@ Model = TypeVar("Model", bound=nn.Module)
 Call = Callable[[Any], Any]
 
 KINDS = ("weights", "average", "mean", "variance")
-"""What is kept of each parameter: itself, its running average, AdamW's first and second moment."""
+"""What is kept of each parameter: itself, its running average, and its gradient's first and second
+moment; Muon knows no second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +289,35 @@ def split_by_decay(model: nn.Module, decays: str) -> tuple[list[nn.Parameter], l
     return decaying, others
 
 
+def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Give the weights of linear layers within `layers`; ValueError where there are none."""
+    found = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "layers" in name.split(".")
+    ]
+    matrices = [weight for weight in found if weight.requires_grad]
+    if not matrices:
+        raise ValueError("optimizer is muon, and this model has no matrices for it; expected adamw")
+    return matrices
+
+
+def muon(model: nn.Module, config: RunConfig) -> torch.optim.Muon:
+    """Make the optimizer of the layers' matrices, whose steps are as large as AdamW's would be."""
+    return torch.optim.Muon(
+        layer_matrices(model),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+
+
 def adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """Make the optimizer of all engines."""
-    decaying, others = split_by_decay(model, config.decays)
+    """Make the optimizer of all engines, for all that Muon does not move."""
+    moved = {id(p) for p in layer_matrices(model)} if config.optimizer == "muon" else set()
+    decaying, others = (
+        [p for p in part if id(p) not in moved] for part in split_by_decay(model, config.decays)
+    )
     groups: list[dict[str, Any]] = [
         {"params": decaying},
         {"params": others, "weight_decay": 0.0},
@@ -311,6 +338,9 @@ class Plain(Engine[Model]):
         super().__init__(model, config)
         self.scales = scales
         self.optimizer = adamw(model, config)
+        self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        if config.optimizer == "muon":
+            self.optimizers.append(muon(model, config))
         self.prepare_optimizer()
         self.averages = {
             p: p.detach().clone(memory_format=torch.preserve_format)
@@ -320,6 +350,12 @@ class Plain(Engine[Model]):
         self.root: nn.Module = Whole(model)
         if distributed.world_size() > 1:
             self.root = nn.parallel.DistributedDataParallel(self.root, gradient_as_bucket_view=True)
+
+    def prepare_optimizer(self) -> None:
+        super().prepare_optimizer()
+        for optimizer in self.optimizers[1:]:
+            for p in optimizer.param_groups[0]["params"]:
+                optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
     def backward(self, call: Call, part: int) -> Loss:
         several = isinstance(self.root, nn.parallel.DistributedDataParallel)
@@ -332,15 +368,18 @@ class Plain(Engine[Model]):
         return loss
 
     def update(self, rate: float) -> tuple[Tensor, bool]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         finite = self.scales.unscale() if self.scales else True
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         made = finite and bool(norm.isfinite())
         if made:
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.clip_variance()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         return norm, made
 
     def pieces(self) -> list[Piece]:
@@ -352,8 +391,11 @@ class Plain(Engine[Model]):
     def _held(self, p: nn.Parameter) -> dict[str, Tensor]:
         if not p.requires_grad:
             return {"weights": p}
-        state = self.optimizer.state[p]
-        moments = {"mean": state["exp_avg"], "variance": state["exp_avg_sq"]}
+        (state,) = (each.state[p] for each in self.optimizers if p in each.state)
+        known = {"mean": ("exp_avg", "momentum_buffer"), "variance": ("exp_avg_sq",)}
+        moments = {
+            kind: state[name] for kind, names in known.items() for name in names if name in state
+        }
         return {"weights": p, "average": self.averages[p], **moments}
 
 

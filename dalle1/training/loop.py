@@ -49,8 +49,11 @@ class RunConfig(Reading):
     """Parts that a batch is cut into, one after another, to fit a small memory; a divisor of it.
     What compares the samples of a batch (the dVAE's usage weight, the contrastive loss) then
     compares those of a part."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or, for the matrices of the layers, Muon (Jordan et al. 2024), which learns more from
+    few samples, and AdamW for the rest. Paper: adamw."""
     learning_rate: float = 1e-3
-    """AdamW's highest step size, reached after the warm-up."""
+    """The highest step size, reached after the warm-up."""
     final_learning_rate: float = 1e-5
     """Step size at the end of the cosine, and from there on."""
     schedule_steps: int | None = None
@@ -122,6 +125,7 @@ class RunConfig(Reading):
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}, expected a number in [0, 1)")
         choices = {
+            "optimizer": ("adamw", "muon"),
             "precision": ("bf16", "fp16", "fp32"),
             "schedule": ("cosine", "plateau"),
             "decays": ("matrices", "weights", "all"),
@@ -133,6 +137,11 @@ class RunConfig(Reading):
             if getattr(self, name) not in allowed:
                 expected = " or ".join(map(str, allowed))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        if self.optimizer == "muon" and (self.zero or self.deepspeed is not None):
+            raise ValueError(
+                "optimizer is muon, which needs whole matrices, and zero shares them out; expected "
+                "--optimizer adamw, or --zero 0"
+            )
         self._check_engine()
 
     def _check_engine(self) -> None:
