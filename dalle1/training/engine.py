@@ -289,7 +289,7 @@ def split_by_decay(model: nn.Module, decays: str) -> tuple[list[nn.Parameter], l
     return decaying, others
 
 
-def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
+def layer_matrices(model: nn.Module) -> list[Tensor]:
     """Give the weights of linear layers within `layers`; ValueError where there are none."""
     found = [
         module.weight
