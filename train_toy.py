@@ -1,9 +1,11 @@
-"""Train the bundled model from nothing: scenes, dVAE in two parts, codes, transformer, CLIP, judge.
+"""Train the bundled model from nothing: scenes, dVAE, codes, transformer, CLIP, judge.
 
     python train_toy.py --out runs/toy
 
 Every start says how far each stage is, and goes on there; stop it whenever you like. What is drawn
 with is then in OUT/model. The stages are the commands that anyone would give, in the same order.
+dVAE and transformer have two each: the dVAE then settles on the codes that carry something, and the
+transformer has learned from pictures of half the side before.
 """
 
 from __future__ import annotations
@@ -30,7 +32,19 @@ from evaluate import JudgeOptions
 ROOT = Path(__file__).resolve().parent
 SHARD = 1_000  # scenes in a file
 
-Name = Literal["scenes", "dvae", "settle", "codes", "transformer", "clip", "judge"]
+Name = Literal[
+    "scenes", "dvae", "settle", "half-codes", "codes", "half", "transformer", "clip", "judge"
+]
+SECOND = {"settle": ("dvae", "toy-settle"), "half": ("transformer", "toy-half")}
+"""The script and the preset of a stage that shares its script with another."""
+FOLLOWS: dict[Name, tuple[Name, ...]] = {
+    "settle": ("dvae",),
+    "half-codes": ("settle",),
+    "codes": ("settle",),
+    "half": ("half-codes",),
+    "transformer": ("codes", "half"),
+}
+"""What each stage is made from, where that may go on; in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +63,10 @@ class ToyConfig:
     """More flags of train_dvae.py, as in --dvae="--steps 20000"."""
     settle: str = ""
     """More flags of train_dvae.py for its second part, which lets go of codes nobody needs."""
+    half: str = ""
+    """More flags of train_transformer.py for pictures of half the side."""
     transformer: str = ""
-    """More flags of train_transformer.py."""
+    """More flags of train_transformer.py for whole ones."""
     clip: str = ""
     """More flags of train_clip.py."""
     judge: str = ""
@@ -87,16 +103,15 @@ def stages(config: ToyConfig) -> list[Stage]:
     shards = -(-config.scenes // SHARD)
     draw = ["-m", "dalle1.data.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
     draw += ["--shard-size", str(SHARD), "--processes", str(min(shards, os.cpu_count() or 1))]
-    encode = ["-m", "dalle1.data.codes", *dvae, *scenes, "--shard-size", str(SHARD)]
     judging = [*shlex.split(config.judge), "--out", str(judge)]
     steps = parse(JudgeOptions, judging, "").steps
 
     def training(name: Name, presets: Mapping[str, Any], more: str, *flags: str) -> Stage:
-        script, preset = ("dvae", "toy-settle") if name == "settle" else (name, "toy")
+        script, preset = SECOND.get(name, (name, "toy"))
         words = [preset, *flags, "--out", str(out[name]), *shlex.split(more)]
         total = parse_preset(presets, words, "").steps
         command = [str(ROOT / f"train_{script}.py"), *words]
-        if name == "transformer" and config.processes > 1:  # the others compare a batch's samples
+        if script == "transformer" and config.processes > 1:  # others compare a batch's samples
             together = ["-m", "torch.distributed.run", "--standalone"]
             command = [*together, f"--nproc-per-node={config.processes}", *command]
         return Stage(name, command, lambda: step_of(out[name]), total, "step")
@@ -104,13 +119,23 @@ def stages(config: ToyConfig) -> list[Stage]:
     def shards_in(name: Name) -> Callable[[], int]:
         return lambda: len(list(out[name].glob("*.tar")))
 
-    coded = ["--data", str(out["codes"])]
+    def encoding(name: Name, *flags: str) -> Stage:
+        command = ["-m", "dalle1.data.codes", *dvae, *scenes, "--shard-size", str(SHARD), *flags]
+        return Stage(name, [*command, "--out", str(out[name])], shards_in(name), shards, "shard")
+
+    def data(name: Name) -> list[str]:
+        return [*dvae, "--data", str(out[name])]
+
+    half = parse_preset(TRANSFORMER_PRESETS, ["toy-half", *shlex.split(config.half)], "")
+    init = ["--init", str(out["half"])]
     return [
         Stage("scenes", [*draw, "--out", str(out["scenes"])], shards_in("scenes"), shards, "shard"),
         training("dvae", DVAE_PRESETS, config.dvae, *scenes),
         training("settle", DVAE_PRESETS, config.settle, *scenes, "--init", str(out["dvae"])),
-        Stage("codes", [*encode, "--out", str(out["codes"])], shards_in("codes"), shards, "shard"),
-        training("transformer", TRANSFORMER_PRESETS, config.transformer, *coded, *dvae),
+        encoding("half-codes", "--image-size", str(half.image_size)),
+        encoding("codes"),
+        training("half", TRANSFORMER_PRESETS, config.half, *data("half-codes")),
+        training("transformer", TRANSFORMER_PRESETS, config.transformer, *data("codes"), *init),
         training("clip", CLIP_PRESETS, config.clip, *scenes),
         Stage(
             "judge",
@@ -135,25 +160,30 @@ def judge_step(judge: Path) -> int:
 
 
 def check_order(out: Path, todo: Sequence[Stage], of: Mapping[Name, Stage]) -> None:
-    """Refuse to go on from what an earlier dVAE than the finished one gave: ValueError."""
-    names, index = {stage.name for stage in todo}, out / "codes" / INDEX_NAME
-    dvae, settle = (of[name].done() >= of[name].total for name in ("dvae", "settle"))
-    after: dict[Name, tuple[Name, bool]] = {"settle": ("dvae", dvae), "codes": ("settle", settle)}
-    for name, (before, ready) in after.items():
-        if name in names and before not in names and not ready:
+    """Refuse to go on from what is unfinished, or from what an earlier dVAE gave: ValueError."""
+    names, done = {stage.name for stage in todo}, {n: s.done() >= s.total for n, s in of.items()}
+    for name, before in ((name, b) for name, all_before in FOLLOWS.items() for b in all_before):
+        if name in names and before not in names and not done[before]:
             raise ValueError(
-                f"{name} needs a finished dVAE; in {out} there is: {str(of[before]).strip()}"
+                f"{name} needs all of {before}; in {out} there is: {str(of[before]).strip()}"
             )
-    known = json.loads(index.read_text())["dvae"] if index.is_file() else None
-    settled = known == fingerprint(out / "settle") if settle else False
-    old = ["settle"] if of["settle"].done() and not dvae else []
-    old += ["codes", "transformer"] if known and (old or not settled) else []
-    if old and names & {"dvae", "settle", "codes", "transformer"}:
+    old: list[Name] = []
+    for name, all_before in FOLLOWS.items():
+        known = out / name / INDEX_NAME
+        other = done["settle"] and known.is_file() and dvae_of(known) != fingerprint(out / "settle")
+        if of[name].done() and (other or any(b in old or not done[b] for b in all_before)):
+            old.append(name)
+    if old and names & {"dvae", *FOLLOWS}:
         there = ", ".join(str(out / name) for name in old)
         raise ValueError(
-            f"{there}: of an earlier dVAE than this command's; remove them, and the same command "
-            "makes them anew"
+            f"{there}: made from less than this command's stages before; remove them, and the same "
+            "command makes them anew"
         )
+
+
+def dvae_of(index: Path) -> str:
+    """Give the fingerprint of the dVAE whose codes a folder has."""
+    return json.loads(index.read_text())["dvae"]
 
 
 def run(command: Sequence[str]) -> int:

@@ -73,7 +73,7 @@ class TransformerTraining:
     def __init__(self, config: TransformerRecipe) -> None:
         self.config = config
         self.device = distributed.start(config.device)
-        self.dvae = DVAE.load(config.dvae, self.device)
+        self.dvae = DVAE.load(config.dvae, self.device, config.image_size)
         self.source = self.open("train")
         self.tokenizer = self.vocabulary()
         size, text_len = self.dvae.config.image_size, config.model.text_len
@@ -99,7 +99,10 @@ class TransformerTraining:
                 layer.compile()
 
     def initial(self) -> Transformer:
-        """Make a new transformer; the one that --init names has to be of its size."""
+        """Make a new transformer; the one that --init names has to be of its size.
+
+        Where positions are turns, no weight knows how large the picture is.
+        """
         sizes = {
             **asdict(self.config.model),
             "text_vocab": self.tokenizer.vocab_size,
@@ -109,6 +112,8 @@ class TransformerTraining:
         wanted = TransformerConfig(**sizes)
         if self.config.init is not None:
             given, named = asdict(Transformer.config_of(self.config.init)), asdict(wanted)
+            if wanted.positions == "rotary":
+                del named["grid_size"]
             if other := [f"{k} is {given[k]}, not {v}" for k, v in named.items() if given[k] != v]:
                 raise ValueError(
                     f"the transformer in {self.config.init} differs: {'; '.join(other)}"
@@ -132,7 +137,7 @@ class TransformerTraining:
     def open(self, split: str) -> Source:
         config, size = self.config, self.dvae.config.image_size
         detail = math.ceil(size * config.augmentation.resize[1])
-        return open_codes(config.data, split, config.dvae) or open_source(
+        return open_codes(config.data, split, config.dvae, self.dvae.grid_size) or open_source(
             config.data, split, size, config.seed, reading=config, detail=detail
         )
 

@@ -166,8 +166,11 @@ class TransformerRecipe(RunConfig):
     """Folder of the dVAE whose codes it models."""
     model: TransformerSize = field(default_factory=TransformerSize)
     """Its size, but for what dVAE and vocabulary say."""
+    image_size: int | None = None
+    """Side of the pictures in pixels, a multiple of 8, if not the dVAE's own."""
     init: Path | None = None
-    """Folder of a model to begin with, of the same size, with its vocabulary: fine-tuning."""
+    """Folder of a model to begin with, of the same size, with its vocabulary: fine-tuning. With
+    rotary positions it may know smaller pictures."""
     vocab_captions: int = 20_000
     """Captions that the BPE is learned from: the first of the data."""
     bpe_dropout: float = 0.1
@@ -237,41 +240,48 @@ _ONE_GPU: dict[str, Any] = {
     "checkpointing": False,
 }
 
+# The paper's 32 × 32 codes and its masks, as wide and deep as lets two CPU cores see 80,000
+# pairs in about 7 hours, with what makes small budgets learn faster: docs/experiments.md.
+_transformer_toy = TransformerRecipe(
+    out=Path("runs/transformer"),
+    model=TransformerSize(
+        text_vocab=1024,
+        text_len=64,
+        width=256,
+        depth=10,
+        heads=4,
+        positions="rotary",
+        mlp="swiglu",
+        qk_norm=True,
+    ),
+    steps=4_000,
+    batch_size=16,
+    optimizer="muon",
+    learning_rate=2e-3,
+    final_learning_rate=1e-5,
+    warmup_steps=100,
+    weight_decay=4.5e-2,
+    beta2=0.99,
+    ema_decay=0.998,
+    caption_dropout=0.1,
+    validate_every=1_000,
+    save_every=100,
+    prompts=(
+        "an avocado armchair",
+        "a teapot made of watermelon",
+        "a snail that looks like a zebra",
+        "a pixel art cat",
+        "a sketch of a strawberry lamp",
+        "three purple stars below a gold clock",
+    ),
+)
+
 TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
-    # The paper's 32 × 32 codes and its masks, as wide and deep as lets two CPU cores see 80,000
-    # pairs in about 7 hours, with what makes small budgets learn faster: docs/experiments.md.
-    "toy": TransformerRecipe(
-        out=Path("runs/transformer"),
-        model=TransformerSize(
-            text_vocab=1024,
-            text_len=64,
-            width=256,
-            depth=10,
-            heads=4,
-            positions="rotary",
-            mlp="swiglu",
-            qk_norm=True,
-        ),
-        steps=4_000,
-        batch_size=16,
-        optimizer="muon",
-        learning_rate=2e-3,
-        final_learning_rate=1e-5,
-        warmup_steps=100,
-        weight_decay=4.5e-2,
-        beta2=0.99,
-        ema_decay=0.998,
-        caption_dropout=0.1,
-        validate_every=1_000,
-        save_every=100,
-        prompts=(
-            "an avocado armchair",
-            "a teapot made of watermelon",
-            "a snail that looks like a zebra",
-            "a pixel art cat",
-            "a sketch of a strawberry lamp",
-            "three purple stars below a gold clock",
-        ),
+    "toy": _transformer_toy,
+    # Begins with half the side, 16 × 16 codes: what captions mean is learned there at a quarter of
+    # the cost; `toy` goes on from it (--init).
+    "toy-half": replace(
+        _transformer_toy, image_size=128, steps=3_000, final_learning_rate=5e-4, validate_every=500
     ),
     "small": _sized(512, 8, 8, **_ONE_GPU),
     "base": _sized(1024, 16, 16, **_ONE_GPU),

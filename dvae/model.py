@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -243,9 +243,21 @@ class DVAE(nn.Module):
         return save_weights(self, Path(directory) / FILE_NAME, dtype)
 
     @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> DVAE:
-        """Read what `save` or a training wrote; ValueError where there is none or it is damaged."""
-        return load_weights(cls, DVAEConfig, model_folder(directory) / FILE_NAME, device)
+    def load(
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        image_size: int | None = None,
+    ) -> DVAE:
+        """Read what `save` or a training wrote; ValueError where there is none or it is damaged.
+
+        Args:
+            image_size: of its pictures, if not as in its training: the weights code any.
+        """
+        model = load_weights(cls, DVAEConfig, model_folder(directory) / FILE_NAME, device)
+        if image_size is not None:
+            model.config = replace(model.config, image_size=image_size)
+        return model
 
     @classmethod
     def from_openai(cls, encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:

@@ -254,7 +254,7 @@ def test_several_sources_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("scheme", ["https://host/a.tar?token=", "pipe:curl -H token:", ""])
 def test_long_sources_are_no_paths(scheme: str, tmp_path: Path) -> None:
     data = scheme + "x" * 5000
-    assert open_codes(data, "train", tmp_path) is None
+    assert open_codes(data, "train", tmp_path, 4) is None
     if scheme:
         assert isinstance(open_source(data), Streamed)
     else:

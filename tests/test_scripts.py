@@ -20,10 +20,12 @@ import sample
 import train_clip
 import train_dvae
 import train_transformer
+from dalle1 import DallE
 from dalle1.clip import ClipSize, new_clip
 from dalle1.data import codes
 from dalle1.presets import TRANSFORMER_PRESETS
 from dalle1.text import Tokenizer
+from dalle1.transformer import Transformer
 from dvae import DVAE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,6 +127,29 @@ def test_a_transformer_trains_from_pictures(runs: Path, tmp_path: Path) -> None:
     train = ["toy", "--dvae", str(runs / "dvae"), "--data", "toybox:4", "--out", str(tmp_path)]
     train_transformer.main([*train, *TINY_TRANSFORMER, *RUN])
     assert (tmp_path / "latest" / "transformer.safetensors").is_file()
+
+
+def test_a_transformer_goes_on_from_smaller_pictures(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["toy", "--dvae", str(runs / "dvae"), "--data", "toybox:4", *TINY_TRANSFORMER, *RUN]
+    half, whole, fixed = (tmp_path / name for name in ("half", "whole", "fixed"))
+    train_transformer.main([*train, "--image-size", "32", "--out", str(half)])
+    picture = DallE.from_pretrained(half, device="cpu").generate(
+        PROMPT, num_images=1, num_candidates=1
+    )[0]
+    assert picture.size == (32, 32)
+    still = ["--learning-rate", "0", "--final-learning-rate", "0"]
+    train_transformer.main([*train, *still, "--init", str(half), "--out", str(whole)])
+    given, grown = Transformer.load(half / "latest"), Transformer.load(whole / "latest")
+    assert (given.config.grid_size, grown.config.grid_size) == (4, 8)
+    for a, b in zip(given.parameters(), grown.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+    train += ["--model.positions", "learned"]  # a table has as many rows as the picture
+    train_transformer.main([*train, "--image-size", "32", "--out", str(fixed)])
+    words = [*train, "--init", str(fixed), "--out", str(tmp_path / "more")]
+    assert "grid_size is 4, not 8" in refused(train_transformer.main, words, capsys)
 
 
 def test_pictures_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> None:

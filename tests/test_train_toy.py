@@ -22,12 +22,16 @@ DVAE = (
     f"{RUN} --steps 2 --model.image-size 64 --model.width 8 --model.codebook-size 16 "
     "--crop-size 32 --validation-pictures 1"
 )
+TRANSFORMER = (
+    f"{RUN} --steps 2 --model.width 16 --model.depth 2 --model.heads 2 "
+    "--model.text-vocab 260 --vocab-captions 3 --prompts 'a red star'"
+)
 TINY = {
     "--scenes": "4",
     "--dvae": DVAE,
     "--settle": DVAE,
-    "--transformer": f"{RUN} --steps 2 --model.width 16 --model.depth 2 --model.heads 2 "
-    "--model.text-vocab 260 --vocab-captions 3 --prompts 'a red star'",
+    "--half": f"{TRANSFORMER} --image-size 32",
+    "--transformer": TRANSFORMER,
     "--clip": f"{RUN} --steps 2 --model.width 8 --model.text-width 32 --model.text-layers 1 "
     "--vocab-size 260 --vocab-captions 3 --validation-pairs 1",
     "--judge": "--steps 1 --pictures 4 --check-pictures 2",
@@ -55,7 +59,7 @@ def refused(out: Path, capfd: pytest.CaptureFixture[str], **changed: str) -> Non
     with pytest.raises(SystemExit, match="2"):
         train_toy.main(words(out, **changed))
     said = capfd.readouterr()
-    assert f"{out / 'codes'}, {out / 'transformer'}: of an earlier dVAE" in said.err
+    assert f"{out / 'codes'}, {out / 'half'}, {out / 'transformer'}: made from less" in said.err
     assert not said.out  # before anything runs
 
 
@@ -81,16 +85,19 @@ def test_the_recipe_goes_on_wherever_it_was_stopped(
     assert sorted(set(steps)) == list(range(1, reached + 2))
 
     train_toy.main(words(tmp_path, dvae=enough))
-    assert capfd.readouterr().out.count(": done") == 7
+    assert capfd.readouterr().out.count(": done") == 9
     model = str(tmp_path / "model")
     assert DallE.from_pretrained(model, device="cpu").clip is not None
 
     # A dVAE that goes on would leave codes and transformer behind.
     longer = TINY["--dvae"].replace("--steps 2", f"--steps {reached + 2}")
     refused(tmp_path, capfd, dvae=longer)
-    index = tmp_path / "codes" / "codes.json"
+    index = tmp_path / "half-codes" / "codes.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "dvae": "another"}))
-    refused(tmp_path, capfd, dvae=enough)
+    with pytest.raises(SystemExit, match="2"):
+        train_toy.main(words(tmp_path, dvae=enough))
+    old = ", ".join(str(tmp_path / name) for name in ("half-codes", "half", "transformer"))
+    assert f"error: {old}: made from less" in capfd.readouterr().err
 
     # The proof takes what was trained as it is: nothing is right, but all is counted.
     few = ["--num-prompts", "2", "1", "--best-of", "1", "2", "--judge-pictures", "2"]
@@ -126,6 +133,7 @@ def test_a_signal_at_the_end_of_a_stage_counts(
         command = ["-c", STOPS_AT_ITS_END, str(made), str(int(number))]
         return train_toy.Stage(name, command, lambda: int(made.exists()), 1, "step")
 
+    monkeypatch.setattr(train_toy, "FOLLOWS", {})
     monkeypatch.setattr(train_toy, "stages", lambda _: [stage("dvae"), stage("settle")])
     for code, reached in ((128 + number, ["dvae"]), (128 + number, ["dvae", "settle"])):
         with pytest.raises(SystemExit) as stop:
@@ -137,7 +145,7 @@ def test_a_signal_at_the_end_of_a_stage_counts(
 def test_codes_wait_for_the_dvae(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         train_toy.main(words(tmp_path, only="codes"))
-    assert "codes needs a finished dVAE; in" in (said := capfd.readouterr().err)
+    assert "codes needs all of settle; in" in (said := capfd.readouterr().err)
     assert "settle step 0 of 2: to do" in said
 
 
@@ -146,10 +154,11 @@ def test_stages_run_as_their_commands_are_given(tmp_path: Path) -> None:
     config = train_toy.ToyConfig(out=tmp_path, scenes=2500, processes=2, **more)
     found = {stage.name: stage for stage in train_toy.stages(config)}
     assert [(s.total, s.done()) for s in found.values()] == [
-        *((3, 0), (14_000, 0), (2_000, 0), (3, 0), (5_000, 0), (7, 0), (8, 0))
+        *((3, 0), (14_000, 0), (2_000, 0), (3, 0), (3, 0)),
+        *((3_000, 0), (4_000, 0), (7, 0), (8, 0)),
     ]
     launched = [name for name, stage in found.items() if "torch.distributed.run" in stage.command]
-    assert launched == ["transformer"]
+    assert launched == ["half", "transformer"]
     assert "--nproc-per-node=2" in found["transformer"].command
     assert found["codes"].command[-1] == str(tmp_path / "codes")
 

@@ -37,6 +37,7 @@ from dalle1.data.sources import open_source
 from dalle1.data.streams import Pair, Streamed
 from dalle1.device import autocast, keep_freed_memory, pick_device
 from dvae import DVAE
+from dvae.model import DOWNSAMPLING
 from dvae.model import FILE_NAME as DVAE_FILE
 from dvae.weights import model_folder
 
@@ -59,6 +60,8 @@ class EncodeConfig(Reading):
     crops: int = 1
     """Crops of each picture, cut at random as in the paper's Listing 2; training draws one of them.
     1: the centre."""
+    image_size: int | None = None
+    """Side in pixels that pictures are brought to, a multiple of 8, if not the dVAE's own."""
     allow_upscale: bool = False
     """Enlarge pictures that are smaller than the dVAE's input; else they are left out, counted."""
     captions: int = 8
@@ -97,6 +100,7 @@ class CodeSource:
         try:
             index = json.loads((folder / INDEX_NAME).read_text())
             self.dvae, pictures = index["dvae"], index["pictures"]
+            self.grid_size: int = index["grid_size"]
             expected = index.get("shards") or -(-pictures // index["shard_size"])
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(
@@ -189,8 +193,10 @@ class JoinedCodes(Joined):
         return source.code_grid(index, rng)
 
 
-def open_codes(data: str, split: str, dvae_dir: Path) -> CodeSource | JoinedCodes | None:
-    """Open --data if it is a folder of codes, or several; refuse codes of another dVAE."""
+def open_codes(
+    data: str, split: str, dvae_dir: Path, grid_size: int
+) -> CodeSource | JoinedCodes | None:
+    """Open --data if it is a folder of codes, or several; refuse those of another dVAE or grid."""
     names, weights = split_sources(data)
     coded = [os.path.isfile(os.path.join(name, INDEX_NAME)) for name in names]
     if not any(coded):
@@ -203,6 +209,11 @@ def open_codes(data: str, split: str, dvae_dir: Path) -> CodeSource | JoinedCode
             raise ValueError(
                 f"the codes in {name} are of another dVAE than {dvae_dir}; encode the data anew"
             )
+        if source.grid_size != grid_size:
+            raise ValueError(
+                f"the codes in {name} are grids of {source.grid_size}, expected {grid_size}; give "
+                f"--image-size {DOWNSAMPLING * source.grid_size}, or encode the data anew"
+            )
     return sources[0] if len(sources) == 1 else JoinedCodes(sources, weights)
 
 
@@ -210,7 +221,7 @@ def encode(config: EncodeConfig) -> None:
     """Encode all of `config.data`, shard by shard; whole shards that are there are left alone."""
     device = pick_device(config.device)
     keep_freed_memory()
-    model = DVAE.load(config.dvae, device)
+    model = DVAE.load(config.dvae, device, config.image_size)
     size = model.config.image_size
     detail = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
     source = _open(config, size, detail)
