@@ -101,7 +101,8 @@ class TransformerTraining:
     def initial(self) -> Transformer:
         """Make a new transformer; the one that --init names has to be of its size.
 
-        Where positions are turns, no weight knows how large the picture is.
+        Where positions are turns, no weight knows how large the picture is; what stood half-way
+        down still does.
         """
         sizes = {
             **asdict(self.config.model),
@@ -111,9 +112,12 @@ class TransformerTraining:
         }
         wanted = TransformerConfig(**sizes)
         if self.config.init is not None:
-            given, named = asdict(Transformer.config_of(self.config.init)), asdict(wanted)
-            if wanted.positions == "rotary":
-                del named["grid_size"]
+            before = Transformer.config_of(self.config.init)
+            if wanted.positions == before.positions == "rotary":
+                grids = {"rotary_grid": before.rotary_grid or before.grid_size}
+                wanted = replace(wanted, **grids)
+                before = replace(before, **grids, grid_size=wanted.grid_size)
+            given, named = asdict(before), asdict(wanted)
             if other := [f"{k} is {given[k]}, not {v}" for k, v in named.items() if given[k] != v]:
                 raise ValueError(
                     f"the transformer in {self.config.init} differs: {'; '.join(other)}"

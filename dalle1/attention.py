@@ -172,18 +172,24 @@ class _Blocks(torch.autograd.Function):
 class Rotary(nn.Module):
     """Rotary positions in two dimensions: half of a head turns with the row, half with the column.
 
-    A text place stands on the diagonal (i, i), row r and column c of the picture at (L + r, L + c).
+    A text place stands on the diagonal (i, i), row r and column c of the picture at (L + r, L + c);
+    or at (L + r·s, L + c·s), where s brings the picture to as many places as one of `counted_on`
+    codes has (position interpolation, arXiv 2306.15595).
     """
 
     rows: Tensor
     columns: Tensor
-    """[T] each, whole numbers, which a model in fp16 keeps as they are."""
+    """[T] each, in units of 1/W: whole numbers, which a model in fp16 keeps as they are."""
 
-    def __init__(self, text_len: int, grid_size: int, head_width: int) -> None:
+    def __init__(
+        self, text_len: int, grid_size: int, head_width: int, counted_on: int | None = None
+    ) -> None:
         super().__init__()
-        text, codes = torch.arange(text_len), torch.arange(grid_size**2)
-        rows = torch.cat([text, text_len + codes.div(grid_size, rounding_mode="floor")])
-        columns = torch.cat([text, text_len + codes % grid_size])
+        self.unit, step = grid_size, counted_on or grid_size
+        text, codes = self.unit * torch.arange(text_len), torch.arange(grid_size**2)
+        first = self.unit * text_len
+        rows = torch.cat([text, first + step * codes.div(grid_size, rounding_mode="floor")])
+        columns = torch.cat([text, first + step * (codes % grid_size)])
         self.pairs = head_width // 4
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
@@ -192,7 +198,7 @@ class Rotary(nn.Module):
         """Give by how much each pair of channels is turned at places [n]: [n, d/2], in radians."""
         speeds = 10_000 ** (-torch.arange(self.pairs, device=places.device) / self.pairs)
         axes = (axis.index_select(0, places) for axis in (self.rows, self.columns))
-        return torch.cat([axis[:, None] * speeds for axis in axes], dim=-1)
+        return torch.cat([axis[:, None] / self.unit * speeds for axis in axes], dim=-1)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:

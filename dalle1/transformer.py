@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,8 @@ class TransformerSize:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            choices = get_args(get_type_hints(type(self))[field.name])
+            kind = get_type_hints(type(self))[field.name]
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
             if choices and getattr(self, field.name) not in choices:
                 given = getattr(self, field.name)
                 raise ValueError(f"{field.name} is {given!r}, expected {' or '.join(choices)}")
@@ -100,6 +101,9 @@ class TransformerConfig(TransformerSize):
     """V: the dVAE's codes."""
     grid_size: int = 32
     """W: codes along each side of a picture."""
+    rotary_grid: int | None = None
+    """W that rotary positions are counted on, if not its own: that of the smaller pictures which it
+    learned from before."""
 
     @property
     def image_len(self) -> int:
@@ -206,9 +210,8 @@ class Transformer(nn.Module):
         self.text_position = Embedding(config.text_len, d, summed=2) if learned else None
         self.row = Embedding(config.grid_size, d, summed=3) if learned else None
         self.column = Embedding(config.grid_size, d, summed=3) if learned else None
-        self.rotary = (
-            None if learned else Rotary(config.text_len, config.grid_size, config.head_width)
-        )
+        sizes = config.text_len, config.grid_size, config.head_width
+        self.rotary = None if learned else Rotary(*sizes, config.rotary_grid)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = _norm(config)
         self.text_head = Linear(d, self.text_tokens, scale=0.0)
@@ -217,8 +220,8 @@ class Transformer(nn.Module):
         self.kinds: list[MaskKind] = (
             layer_masks(config.depth) if sparse else ["full"] * config.depth
         )
-        sizes = config.text_len, config.grid_size, config.conv_wrap
-        self.masks = nn.ModuleDict({k: Mask(k, *sizes) for k in sorted(set(self.kinds))})
+        seen = config.text_len, config.grid_size, config.conv_wrap
+        self.masks = nn.ModuleDict({k: Mask(k, *seen) for k in sorted(set(self.kinds))})
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Embed the start token and all but the last of text [B, L] → [B, L, D]."""

@@ -143,6 +143,13 @@ def test_a_transformer_goes_on_from_smaller_pictures(
     train_transformer.main([*train, *still, "--init", str(half), "--out", str(whole)])
     given, grown = Transformer.load(half / "latest"), Transformer.load(whole / "latest")
     assert (given.config.grid_size, grown.config.grid_size) == (4, 8)
+    assert given.rotary is not None
+    assert grown.rotary is not None
+    places = torch.arange(16)  # a code stands where it stood, of every four the first
+    there = 64 * (places // 4 * 2) // 8 + places % 4 * 2 + given.config.text_len
+    torch.testing.assert_close(
+        grown.rotary(there), given.rotary(places + given.config.text_len), rtol=0, atol=0
+    )
     for a, b in zip(given.parameters(), grown.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
