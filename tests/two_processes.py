@@ -29,6 +29,7 @@ HALF = STEPS // 2
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "muon": {"optimizer": "muon", "steps": 5},
     "zero1": {"zero": 1},
     "zero2": {"zero": 2},
     "zero3": {"zero": 3},
