@@ -45,6 +45,12 @@ class ToyboxOptions:
     first of the many, and keep the time within bounds: 3,052 pictures by default."""
     seed: int = 0
     """Chooses the prompts and the draws."""
+    temperature: float = 1.0
+    """Of the draws, as in sample.py; so are the next two."""
+    top_p: float = 1.0
+    """Only the likeliest codes that make up this share of the probability; 1: all."""
+    guidance: float = 1.0
+    """Above 1: closer to the prompt, in twice the time."""
     device: str = "auto"
     """Where the model runs: auto, cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -182,8 +188,11 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
     from dalle1.evaluation import toybox
     from dalle1.evaluation.report import write_report
     from dalle1.judge import BUNDLED, load_judge
+    from dalle1.sampler import Sampling
 
     # All that may be refused comes before the work.
+    named = {name: getattr(options, name) for name in ("temperature", "top_p", "guidance")}
+    sampling = Sampling(**named)
     judge = load_judge(options.judge or BUNDLED)
     batches = list(toybox.batches_of(options.num_prompts, options.best_of, options.seed))
     if model is None:
@@ -199,7 +208,7 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
         total=sum(len(prompts) * count for prompts, count, _ in batches), unit="picture"
     ) as progress:
         for prompts, count, seed in batches:
-            for answer, picture in toybox.ask(model, judge, prompts, count, seed):
+            for answer, picture in toybox.ask(model, judge, prompts, count, seed, sampling):
                 answers.append(answer)
                 progress.update(count)
                 if answer.prompt.split == "heldout" and len(shown) < 96:

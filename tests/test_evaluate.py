@@ -17,6 +17,7 @@ from dalle1.data.toybox import FILLS, NOUNS, is_held_out, is_style_held_out
 from dalle1.evaluation.report import wilson
 from dalle1.evaluation.toybox import KINDS, SPLITS, batches_of, choose_prompts
 from dalle1.judge import WHAT, Judge, JudgeConfig, Verdict, save_judge, truth
+from dalle1.sampler import Sampling
 
 SETTINGS: dict[str, Any] = {"num_prompts": (10, 4), "best_of": (1, 3), "judge_pictures": 8}
 
@@ -41,9 +42,10 @@ class FakeModel:
         self.truths = {prompt.text: truth(prompt.scene) for prompt in prompts}
 
     def draw(
-        self, prompts: Sequence[str], *, num_candidates: int, seed: int
+        self, prompts: Sequence[str], *, num_candidates: int, seed: int, **sampling: float
     ) -> Iterator[list[Any]]:
         self.asked.append((len(prompts), num_candidates))
+        self.sampling = sampling
         for prompt in prompts:
             drawn = []
             for index in range(num_candidates):
@@ -128,6 +130,14 @@ def test_the_report_holds_every_verdict(
     printed = capsys.readouterr().out
     assert "held-out  all    best of 3" in printed
     assert "72.2% to 100.0%" in printed
+
+
+def test_pictures_are_drawn_as_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FakeModel(lambda right, index: right)
+    run(model, tmp_path, monkeypatch, temperature=0.9, guidance=2.0)
+    assert Sampling(**model.sampling) == Sampling(temperature=0.9, guidance=2.0)
+    with pytest.raises(ValueError, match="top_p is 2"):
+        run(model, tmp_path, monkeypatch, top_p=2)
 
 
 def test_few_candidates_are_drawn_for_many_prompts_together() -> None:

@@ -13,7 +13,7 @@ import random
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -27,6 +27,7 @@ from dalle1.judge_training import PICTURE_SIZE, accuracy
 
 if TYPE_CHECKING:
     from dalle1.pipeline import DallE
+    from dalle1.sampler import Sampling
 
 SPLITS = {"heldout": "held-out", "train": "training"}
 KINDS = ("one", "two", "count", "style")
@@ -100,11 +101,16 @@ def most_candidates(place: int, num_prompts: Sequence[int], best_of: Sequence[in
 
 
 def ask(
-    model: DallE, judge: Judge, prompts: Sequence[Prompt], num_candidates: int, seed: int
+    model: DallE,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    num_candidates: int,
+    seed: int,
+    sampling: Sampling,
 ) -> Iterator[tuple[Answer, Image.Image]]:
     """Draw the candidates of some prompts and judge them all; yield each with the best picture."""
     texts = [prompt.text for prompt in prompts]
-    drawn = model.draw(texts, num_candidates=num_candidates, seed=seed)
+    drawn = model.draw(texts, num_candidates=num_candidates, seed=seed, **asdict(sampling))
     for prompt, candidates in zip(prompts, drawn, strict=True):
         in_order = sorted(candidates, key=lambda candidate: candidate.index)
         seen = judge.verdicts([candidate.image for candidate in in_order])
