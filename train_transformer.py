@@ -114,9 +114,9 @@ class TransformerTraining:
         if self.config.init is not None:
             before = Transformer.config_of(self.config.init)
             if wanted.positions == before.positions == "rotary":
-                grids = {"rotary_grid": before.rotary_grid or before.grid_size}
-                wanted = replace(wanted, **grids)
-                before = replace(before, **grids, grid_size=wanted.grid_size)
+                counted_on = before.rotary_grid or before.grid_size
+                wanted = replace(wanted, rotary_grid=counted_on)
+                before = replace(before, rotary_grid=counted_on, grid_size=wanted.grid_size)
             given, named = asdict(before), asdict(wanted)
             if other := [f"{k} is {given[k]}, not {v}" for k, v in named.items() if given[k] != v]:
                 raise ValueError(

@@ -240,8 +240,8 @@ _ONE_GPU: dict[str, Any] = {
     "checkpointing": False,
 }
 
-# The paper's 32 × 32 codes and its masks, for two CPU cores and a few hours: what makes small budgets
-# learn faster is in docs/experiments.md.
+# The paper's 32 × 32 codes and its masks, for two CPU cores and a few hours: what makes small
+# budgets learn faster is in docs/experiments.md.
 _transformer_toy = TransformerRecipe(
     out=Path("runs/transformer"),
     model=TransformerSize(
@@ -278,8 +278,8 @@ _transformer_toy = TransformerRecipe(
 
 TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
     "toy": _transformer_toy,
-    # Begins with half the side, 16 × 16 codes: what captions mean is learned there in a tenth of the
-    # time; `toy` goes on from it (--init).
+    # Begins with half the side, 16 × 16 codes: what captions mean is learned there in a tenth of
+    # the time; `toy` goes on from it (--init).
     "toy-half": replace(
         _transformer_toy, image_size=128, steps=5_000, final_learning_rate=5e-4, validate_every=500
     ),
