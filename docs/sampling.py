@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pictures import titled
+import pictures
 from PIL import Image, ImageDraw
 
 from dalle1 import DallE
@@ -14,12 +14,18 @@ from dalle1.data.toybox import Toybox
 
 HERE = Path(__file__).parent
 PROMPTS = ("an avocado armchair", "a zebra handbag", "a strawberry house", "two blue hearts")
-COUNTS = (1, 8, 64, 512)
+COUNTS = (1, 4, 16, 64)
+SIDE = 160  # of a picture, in pixels
 SCALES = (1, 2, 3, 4, 5)
 
 
+def titled(image: Image.Image, title: str) -> Image.Image:
+    """Put a title under a picture made small."""
+    return pictures.titled(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), title)
+
+
 def best_of(model: DallE) -> Image.Image:
-    """Show for each prompt the best, by CLIP, of its first 1, 8, 64 and 512 candidates."""
+    """Show for each prompt the best, by CLIP, of its first 1, 4, 16 and 64 candidates."""
     cells = []
     for prompt in PROMPTS:
         ranked = model.candidates(prompt, num_candidates=max(COUNTS), seed=0)
@@ -71,16 +77,16 @@ def guided(model: DallE) -> Image.Image:
 
 
 def main() -> None:
-    model = DallE.from_pretrained(device="cpu", precision="fp32")
-    pictures = {
+    model = DallE.from_pretrained(device="cpu")
+    sheets = {
         "best-of": best_of(model),
         "completion": completed(model, (0, 0.5, 1, 1)),
         "hole": completed(model, (0.25, 0.25, 0.75, 0.75)),
         "guidance": guided(model),
     }
-    for name, picture in pictures.items():
+    for name, sheet in sheets.items():
         path = HERE / f"sampling-{name}.png"
-        picture.save(path, optimize=True)
+        sheet.save(path, optimize=True)
         print(path)
 
 
