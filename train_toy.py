@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,8 @@ import torch
 from dalle1.cli import clear_errors, parse, parse_preset
 from dalle1.data.codes import INDEX_NAME, fingerprint
 from dalle1.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
+from dvae.model import FILE_NAME as DVAE_FILE
+from dvae.weights import model_folder, same_tensors
 from evaluate import JudgeOptions
 
 ROOT = Path(__file__).resolve().parent
@@ -41,10 +43,14 @@ FOLLOWS: dict[Name, tuple[Name, ...]] = {
     "settle": ("dvae",),
     "half-codes": ("settle",),
     "codes": ("settle",),
-    "half": ("half-codes",),
-    "transformer": ("codes", "half"),
+    "half": ("settle", "half-codes"),
+    "transformer": ("settle", "codes", "half"),
 }
 """What each stage is made from, where that may go on; in order."""
+CODES: tuple[Name, ...] = ("half-codes", "codes")
+"""What the same dVAE gives again, should it be gone."""
+GROWN: tuple[tuple[Name, Name], ...] = (("dvae", "settle"), ("half", "transformer"))
+"""Trainings of one model, the second from where the first ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +112,17 @@ def stages(config: ToyConfig) -> list[Stage]:
     judging = [*shlex.split(config.judge), "--out", str(judge)]
     steps = parse(JudgeOptions, judging, "").steps
 
+    recipes: dict[Name, Any] = {}
+
     def training(name: Name, presets: Mapping[str, Any], more: str, *flags: str) -> Stage:
         script, preset = SECOND.get(name, (name, "toy"))
         words = [preset, *flags, "--out", str(out[name]), *shlex.split(more)]
-        total = parse_preset(presets, words, "").steps
+        recipes[name] = parse_preset(presets, words, "")
         command = [str(ROOT / f"train_{script}.py"), *words]
         if script == "transformer" and config.processes > 1:  # others compare a batch's samples
             together = ["-m", "torch.distributed.run", "--standalone"]
             command = [*together, f"--nproc-per-node={config.processes}", *command]
-        return Stage(name, command, lambda: step_of(out[name]), total, "step")
+        return Stage(name, command, lambda: step_of(out[name]), recipes[name].steps, "step")
 
     def shards_in(name: Name) -> Callable[[], int]:
         return lambda: len(list(out[name].glob("*.tar")))
@@ -128,7 +136,7 @@ def stages(config: ToyConfig) -> list[Stage]:
 
     half = parse_preset(TRANSFORMER_PRESETS, ["toy-half", *shlex.split(config.half)], "")
     init = ["--init", str(out["half"])]
-    return [
+    every = [
         Stage("scenes", [*draw, "--out", str(out["scenes"])], shards_in("scenes"), shards, "shard"),
         training("dvae", DVAE_PRESETS, config.dvae, *scenes),
         training("settle", DVAE_PRESETS, config.settle, *scenes, "--init", str(out["dvae"])),
@@ -145,6 +153,14 @@ def stages(config: ToyConfig) -> list[Stage]:
             "step",
         ),
     ]
+    for first, second in GROWN:
+        sizes, wanted = asdict(recipes[first].model), asdict(recipes[second].model)
+        if other := [f"{k} is {wanted[k]}, not {sizes[k]}" for k in sizes if sizes[k] != wanted[k]]:
+            raise ValueError(
+                f"{second} goes on from {first}, but its model differs: {', '.join(other)}; give "
+                f"--{first} and --{second} the same --model flags"
+            )
+    return every
 
 
 def step_of(out: Path) -> int:
@@ -160,30 +176,40 @@ def judge_step(judge: Path) -> int:
 
 
 def check_order(out: Path, todo: Sequence[Stage], of: Mapping[Name, Stage]) -> None:
-    """Refuse to go on from what is unfinished, or from what an earlier dVAE gave: ValueError."""
-    names, done = {stage.name for stage in todo}, {n: s.done() >= s.total for n, s in of.items()}
+    """Refuse to go on from what is unfinished, or with what other stages gave: ValueError."""
+    names = {stage.name for stage in todo}
+    unfinished = {name for name, stage in of.items() if stage.done() < stage.total}
     for name, before in ((name, b) for name, all_before in FOLLOWS.items() for b in all_before):
-        if name in names and before not in names and not done[before]:
+        if name in names and before in unfinished - names:
             raise ValueError(
-                f"{name} needs all of {before}; in {out} there is: {str(of[before]).strip()}"
+                f"{name} needs all of {before}; in {out} there is: {str(of[before]).strip()}. Add "
+                f"{before} to --only, or leave --only out"
             )
-    old: list[Name] = []
-    for name, all_before in FOLLOWS.items():
-        known = out / name / INDEX_NAME
-        other = done["settle"] and known.is_file() and dvae_of(known) != fingerprint(out / "settle")
-        if of[name].done() and (other or any(b in old or not done[b] for b in all_before)):
-            old.append(name)
+    old: dict[Name, None] = {}
+    why: dict[str, None] = {}
+    for name in (name for name in FOLLOWS if of[name].done()):
+        goes_on = [b for b in FOLLOWS[name] if b in unfinished and b not in CODES]
+        other = "settle" in FOLLOWS[name] and not goes_on and other_dvae(out, name)
+        if goes_on or other or any(before in old for before in FOLLOWS[name]):
+            old[name] = None
+            why.update({" ".join(str(of[before]).split()): None for before in goes_on})
+            why.update({f"{name} has another dVAE than settle": None} if other else {})
     if old and names & {"dvae", *FOLLOWS}:
-        there = ", ".join(str(out / name) for name in old)
         raise ValueError(
-            f"{there}: made from less than this command's stages before; remove them, and the same "
-            "command makes them anew"
+            f"in {out}, {', '.join(old)}: made from other stages than this command's "
+            f"({'; '.join(why)}). Give the flags that all was made with, or another --out; what is "
+            "moved away is made anew"
         )
 
 
-def dvae_of(index: Path) -> str:
-    """Give the fingerprint of the dVAE whose codes a folder has."""
-    return json.loads(index.read_text())["dvae"]
+def other_dvae(out: Path, name: Name) -> bool:
+    """Tell whether codes, or a transformer, are of another dVAE than the one that settled."""
+    settled = out / "settle"
+    if name not in CODES:
+        files = (model_folder(folder) / DVAE_FILE for folder in (settled, out / name))
+        return not same_tensors(*files)
+    index = out / name / INDEX_NAME
+    return index.is_file() and json.loads(index.read_text())["dvae"] != fingerprint(settled)
 
 
 def run(command: Sequence[str]) -> int:

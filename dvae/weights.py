@@ -98,6 +98,12 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple
             yield name, tensor
 
 
+def same_tensors(one: Path, other: Path) -> bool:
+    """Tell whether two safetensors files hold the same, whatever their metadata say."""
+    first, second = dict(read_tensors(one)), dict(read_tensors(other))
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
 def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> Path:
     """Write `model` and `model.config`, a dataclass, to `path`; whole or not at all.
 

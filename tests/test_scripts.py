@@ -315,7 +315,7 @@ def test_mistakes_in_training_are_told_in_a_line(
     dvae, transformer = train_dvae.main, train_transformer.main
     for main, presets in (
         (dvae, "toy, toy-settle, small, paper"),
-        (transformer, "toy, small, base, 1b"),
+        (transformer, "toy, toy-half, small, base, 1b"),
     ):
         line = refused(main, ["huge", *toy[1:]], capsys)
         assert f"no preset 'huge'; there are: {presets}" in line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,11 +56,13 @@ def stopped(flags: Sequence[str], begun: Callable[[], bool]) -> str:
     return said
 
 
-def refused(out: Path, capfd: pytest.CaptureFixture[str], **changed: str) -> None:
+def refused(
+    out: Path, capfd: pytest.CaptureFixture[str], old: str, why: str, **changed: str
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         train_toy.main(words(out, **changed))
     said = capfd.readouterr()
-    assert f"{out / 'codes'}, {out / 'half'}, {out / 'transformer'}: made from less" in said.err
+    assert f"in {out}, {old}: made from other stages than this command's ({why})" in said.err
     assert not said.out  # before anything runs
 
 
@@ -89,15 +92,30 @@ def test_the_recipe_goes_on_wherever_it_was_stopped(
     model = str(tmp_path / "model")
     assert DallE.from_pretrained(model, device="cpu").clip is not None
 
-    # A dVAE that goes on would leave codes and transformer behind.
-    longer = TINY["--dvae"].replace("--steps 2", f"--steps {reached + 2}")
-    refused(tmp_path, capfd, dvae=longer)
+    # A dVAE that goes on would leave codes and transformer behind; so would another one.
+    further = TINY["--dvae"].replace("--steps 2", f"--steps {reached + 2}")
+    why = f"dvae step {reached + 1:,} of {reached + 2:,}: under way"
+    refused(tmp_path, capfd, "settle, half-codes, codes, half, transformer", why, dvae=further)
+    longer = TINY["--half"].replace("--steps 2", "--steps 3")
+    why = "half step 2 of 3: under way"
+    refused(tmp_path, capfd, "transformer", why, dvae=enough, half=longer)
     index = tmp_path / "half-codes" / "codes.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "dvae": "another"}))
-    with pytest.raises(SystemExit, match="2"):
-        train_toy.main(words(tmp_path, dvae=enough))
-    old = ", ".join(str(tmp_path / name) for name in ("half-codes", "half", "transformer"))
-    assert f"error: {old}: made from less" in capfd.readouterr().err
+    kept = index.read_text()
+    index.write_text(json.dumps({**json.loads(kept), "dvae": "another"}))
+    why = "half-codes has another dVAE than settle"
+    refused(tmp_path, capfd, "half-codes, half, transformer", why, dvae=enough)
+    index.write_text(kept)
+    drawn = tmp_path / "transformer" / "latest" / "dvae.safetensors"
+    whole = drawn.read_bytes()
+    drawn.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    why = "transformer has another dVAE than settle"
+    refused(tmp_path, capfd, "transformer", why, dvae=enough)
+    drawn.write_bytes(whole)
+
+    # Codes that made room are made again, and no transformer suffers.
+    shutil.rmtree(tmp_path / "codes")
+    train_toy.main(words(tmp_path, dvae=enough, only="codes"))
+    assert "codes        shard 0 of 1: to do" in capfd.readouterr().out
 
     # The proof takes what was trained as it is: nothing is right, but all is counted.
     few = ["--num-prompts", "2", "1", "--best-of", "1", "2", "--judge-pictures", "2"]
@@ -106,6 +124,21 @@ def test_the_recipe_goes_on_wherever_it_was_stopped(
     scores = json.loads((tmp_path / "proof" / "toybox.json").read_text())["scores"]
     assert 0 <= scores["heldout/all/best of 2/all"] <= 1
     assert 0 <= scores["train/one/best of 1/noun"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "flag"),
+    [("dvae", "settle", "--model.codebook-size 32"), ("half", "transformer", "--model.depth 3")],
+)
+def test_parts_of_one_size_are_asked_for_before_hours_of_the_first(
+    first: str, second: str, flag: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    larger = f"{TINY[f'--{first}']} {flag}"
+    with pytest.raises(SystemExit, match="2"):
+        train_toy.main(words(tmp_path, **{first: larger}))
+    said = capfd.readouterr().err
+    assert f"{second} goes on from {first}, but its model differs" in said
+    assert f"give --{first} and --{second} the same --model flags" in said
 
 
 def test_scenes_are_stopped_in_all_processes(tmp_path: Path) -> None:
@@ -167,9 +200,9 @@ def test_a_stage_that_fails_ends_the_recipe(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        train_toy.main(words(tmp_path, dvae="--data nowhere", only="dvae"))
+        train_toy.main(words(tmp_path, dvae=f"{DVAE} --data nowhere", only="dvae"))
     assert stop.value.code == 2
     said = capfd.readouterr().err
     assert "no data at 'nowhere'" in said
-    assert "dvae         step 0 of 14,000: to do" in said
+    assert "dvae         step 0 of 2: to do" in said
     assert "goes on" not in said
