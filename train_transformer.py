@@ -1,6 +1,6 @@
 """Train a transformer on captions and codes as one stream (stage 2; paper §2.2, B).
 
-    python train_transformer.py toy --dvae runs/dvae --data toybox --out runs/transformer
+    python train_transformer.py small --dvae runs/dvae --data toybox --out runs/transformer
 
 writes runs/transformer/latest/, which `sample.py --model` takes as it is, a log and samples; the
 same command goes on after an interruption. Data may be pre-encoded (`python -m dalle1.data.codes`).
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -35,7 +36,8 @@ from dalle1.training.zero import partitioned
 from dalle1.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.words import Words
 from dvae import DVAE
-from dvae.weights import model_folder
+from dvae.model import FILE_NAME as DVAE_FILE
+from dvae.weights import model_folder, same_tensors
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,14 @@ class TransformerTraining:
             if other := [f"{k} is {given[k]}, not {v}" for k, v in named.items() if given[k] != v]:
                 raise ValueError(
                     f"the transformer in {self.config.init} differs: {'; '.join(other)}"
+                )
+            folders = self.config.init, self.config.dvae
+            files = (model_folder(folder) / DVAE_FILE for folder in folders)
+            if distributed.is_main() and not same_tensors(*files):
+                warnings.warn(
+                    f"{folders[0]} was trained on codes of another dVAE than {folders[1]}: what "
+                    "codes stand for has to be learned anew",
+                    stacklevel=2,
                 )
         with partitioned(self.config):
             return Transformer(wanted)

@@ -14,6 +14,8 @@ what ZeRO shares out, and --offload cpu moves the shares marked * to the machine
 | AdamW's state *  | 8P | 8P/N    | 8P/N    | 8P/N    |
 | average *        | 4P | 4P/N    | 4P/N    | 4P/N    |
 
+(Muon's state is half of AdamW's for the layers' matrices; it has no ZeRO.)
+
 Buffers are the masks; what DeepSpeed gathers gradients in, 50 million numbers; and, with zero 3,
 the layers that are whole at a time, a billion numbers. Activations follow no formula but the code:
 a step of the real model is taken on tensors without contents, and what is alive at its worst is
@@ -44,7 +46,9 @@ from dalle1.cli import clear_errors, parse_preset
 from dalle1.device import autocast
 from dalle1.presets import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
+from dalle1.training.engine import layer_matrices
 from dalle1.transformer import Transformer, TransformerConfig
+from dvae.model import DOWNSAMPLING
 from dvae.weights import without_weights
 
 GIB = 2**30
@@ -86,6 +90,8 @@ class Plan:
     """Share of that which is reached; a training's log says it."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Whose attention is counted."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Whose state is counted."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "gpus", "gpu_memory", "micro_batch", "tflops"):
@@ -100,6 +106,8 @@ class Plan:
             )
         if not self.zero and (self.offload != "none" or self.weights != "fp32"):
             raise ValueError("offload and weights bf16 need --zero 1, 2 or 3")
+        if self.zero and self.optimizer == "muon":
+            raise ValueError("zero needs --optimizer adamw: muon turns whole matrices")
 
     @property
     def accumulate(self) -> int:
@@ -114,7 +122,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    """AdamW's state and fp32 masters."""
+    """Its state, and fp32 masters."""
     average: float
     activations: float
     buffers: float
@@ -154,10 +162,11 @@ def memory(plan: Plan) -> Memory:
         fresh=plan.zero == 0 and plan.accumulate == 1,
     )
     if plan.zero == 0:
+        halved = layer_matrices(model) if plan.optimizer == "muon" else []
         return Memory(
             weights=4 * p,
             gradients=4 * p,
-            optimizer=8 * p,
+            optimizer=8 * p - 4 * sum(matrix.numel() for matrix in halved),
             average=4 * p,
             activations=grown,
             buffers=buffers,
@@ -301,6 +310,7 @@ def smaller(plan: Plan) -> Plan | None:
     """Find what fits: of the plans with the fewest changes the cheapest; None if none does."""
     fits: list[Plan] = []
     stages: list[Literal[0, 1, 2, 3]] = [z for z in (0, 1, 2, 3) if z >= plan.zero]
+    stages = [0] if plan.optimizer == "muon" else stages
     micro = [plan.micro_batch >> i for i in range(plan.micro_batch.bit_length())]
     micro = [m for m in micro if plan.batch_size % (plan.gpus * m) == 0]
     ways = product(
@@ -355,10 +365,13 @@ def report(plan: Plan) -> str:
 
 PLANS = {
     name: Plan(
-        model=TransformerConfig(**asdict(recipe.model)),
+        model=TransformerConfig(
+            **asdict(recipe.model), grid_size=(recipe.image_size or 256) // DOWNSAMPLING
+        ),
         batch_size=recipe.batch_size,
         steps=recipe.steps,
         checkpointing=recipe.checkpointing,
+        optimizer=recipe.optimizer,
     )
     for name, recipe in TRANSFORMER_PRESETS.items()
 }

@@ -143,6 +143,7 @@ DVAE_PRESETS: dict[str, DVAERecipe] = {
     # Goes on from it (--init), and lets go of codes that the usage term alone kept.
     "toy-settle": replace(
         _dvae_toy,
+        out=Path("runs/settled"),
         usage_weight=0.0,
         temperature=1 / 16,
         temperature_steps=1,
@@ -278,10 +279,15 @@ _transformer_toy = TransformerRecipe(
 
 TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
     "toy": _transformer_toy,
-    # Begins with half the side, 16 × 16 codes: what captions mean is learned there in a tenth of
-    # the time; `toy` goes on from it (--init).
+    # Begins with half the side, 16 × 16 codes, where the caption is a larger part of what there is
+    # to learn, and an update takes a third of the time; `toy` goes on from it (--init).
     "toy-half": replace(
-        _transformer_toy, image_size=128, steps=5_000, final_learning_rate=5e-4, validate_every=500
+        _transformer_toy,
+        out=Path("runs/half"),
+        image_size=128,
+        steps=5_000,
+        final_learning_rate=5e-4,
+        validate_every=500,
     ),
     "small": _sized(512, 8, 8, **_ONE_GPU),
     "base": _sized(1024, 16, 16, **_ONE_GPU),

@@ -35,9 +35,9 @@ def best_of(model: DallE) -> Image.Image:
     return grid(cells, len(COUNTS))
 
 
-def scenes(count: int) -> list[tuple[Image.Image, str]]:
+def scenes(count: int, size: int) -> list[tuple[Image.Image, str]]:
     """Give validation scenes of one object with short captions."""
-    world, found = Toybox("validation"), []
+    world, found = Toybox("validation", size=size), []
     for i in range(1000):
         if len(world.scene(i).items) == 1 and len(world.caption(i)) < 20:
             found.append((world.image(i), world.caption(i)))
@@ -58,7 +58,7 @@ def row(model: DallE, scene: tuple[Image.Image, str], mask: Image.Image) -> list
 def completed(model: DallE, box: Sequence[float]) -> Image.Image:
     """Have what is in the box, in parts of the side, drawn anew."""
     cells = []
-    for picture, caption in scenes(4):
+    for picture, caption in scenes(4, model.dvae.config.image_size):
         mask = Image.new("L", picture.size)
         corners = [int(part * picture.width) for part in box]
         ImageDraw.Draw(mask).rectangle((*corners[:2], corners[2] - 1, corners[3] - 1), fill=255)

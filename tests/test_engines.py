@@ -75,11 +75,13 @@ def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]], name: s
 
 def test_two_processes_turn_matrices_as_one_does(runs: tuple[Path, list[str]]) -> None:
     one, two = (runs[0] / name for name in ("one-muon", "muon"))
-    assert log_of(two, "total") == pytest.approx(log_of(one, "total"), rel=1e-4)
+    for field in ("total", "gradient_norm"):
+        assert log_of(two, field) == pytest.approx(log_of(one, field), rel=1e-4)
     expected, got = (load_file(out / "latest" / TENSORS_NAME) for out in (one, two))
     assert got.keys() == expected.keys()
     for key in expected:  # in bf16, what is nearly alike may be rounded apart
-        torch.testing.assert_close(got[key], expected[key], rtol=1e-2, atol=1e-3)
+        largest = float(expected[key].abs().max())
+        torch.testing.assert_close(got[key], expected[key], rtol=0, atol=0.02 * largest)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

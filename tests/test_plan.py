@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dalle1 import plan
 from dalle1.plan import (
+    GIB,
     PLANS,
     Plan,
     activations,
@@ -102,6 +104,22 @@ def test_a_report_says_what_would_fit() -> None:
     assert memory(replace(tight, **changes)).total / 2**30 <= some
     assert "It fits." in report(replace(PLAN, gpu_memory=1.0))
     assert "take more GPUs" in report(replace(PLAN, gpu_memory=1e-6))
+
+
+def test_presets_are_planned_as_they_train() -> None:
+    half, whole = PLANS["toy-half"], PLANS["toy"]
+    assert (half.model.grid_size, whole.model.grid_size) == (16, 32)
+    matrices = sum(
+        module.weight.numel()
+        for module in Transformer(whole.model).layers.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+    assert memory(whole).optimizer == 8 * parameters(whole.model) - 4 * matrices
+    with pytest.raises(ValueError, match="zero needs --optimizer adamw"):
+        replace(whole, zero=1)
+    found = smaller(replace(whole, gpu_memory=memory(whole).total / GIB - 0.1, micro_batch=16))
+    assert found is not None
+    assert found.zero == 0
 
 
 def test_plans_that_cannot_be_are_refused() -> None:

@@ -153,6 +153,14 @@ def test_a_transformer_goes_on_from_smaller_pictures(
     for a, b in zip(given.parameters(), grown.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
+    other = DVAE.load(runs / "dvae")
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    other.save(tmp_path / "other")
+    train[2] = str(tmp_path / "other")
+    with pytest.warns(UserWarning, match="half was trained on codes of another dVAE"):
+        train_transformer.main([*train, *still, "--init", str(half), "--out", str(tmp_path / "o")])
+
     train += ["--model.positions", "learned"]  # a table has as many rows as the picture
     train_transformer.main([*train, "--image-size", "32", "--out", str(fixed)])
     words = [*train, "--init", str(fixed), "--out", str(tmp_path / "more")]

@@ -139,8 +139,8 @@ class RunConfig(Reading):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
         if self.optimizer == "muon" and (self.zero or self.deepspeed is not None):
             raise ValueError(
-                "optimizer is muon, which needs whole matrices, and zero shares them out; expected "
-                "--optimizer adamw, or --zero 0"
+                "optimizer is muon, which needs whole matrices, and ZeRO shares them out; give "
+                "--optimizer adamw, or leave out --zero and --deepspeed"
             )
         self._check_engine()
 

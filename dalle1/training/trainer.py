@@ -207,7 +207,8 @@ class Trainer(Generic[Model]):
                 self.engine.begin_with(init)
             return
         now = recipe(self.config)
-        then = {**now, **state["recipe"]}  # what there was no setting for may be set now
+        # What there was no setting for may be set now, but for what had no choice then.
+        then = {**now, "optimizer": "adamw", **state["recipe"]}
         changed = [f"{k} was {then[k]} and is {now[k]}" for k in now if then[k] != now[k]]
         if changed:
             raise ValueError(

@@ -131,9 +131,10 @@ def advice(config: RunConfig) -> Iterator[None]:
             rather.append(f"--accumulate {2 * config.accumulate} ({part} samples at once now)")
         if hasattr(config, "checkpointing") and not config.checkpointing:
             rather.append("--checkpointing")
-        if config.deepspeed is None and config.zero < 3:
+        shares = config.deepspeed is None and config.optimizer != "muon"
+        if shares and config.zero < 3:
             rather.append(f"--zero {config.zero + 1}, over more processes")
-        if config.deepspeed is None and config.offload == "none":
+        if shares and config.offload == "none":
             rather.append("--offload cpu with --zero")
         raise ValueError(
             f"out of memory, after {peak_memory(pick_device(config.device)):.1f} GiB; try "
