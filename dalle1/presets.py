@@ -255,7 +255,7 @@ _transformer_toy = TransformerRecipe(
         mlp="swiglu",
         qk_norm=True,
     ),
-    steps=2_000,
+    steps=1_400,
     batch_size=16,
     optimizer="muon",
     learning_rate=2e-3,

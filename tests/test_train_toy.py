@@ -188,7 +188,7 @@ def test_stages_run_as_their_commands_are_given(tmp_path: Path) -> None:
     found = {stage.name: stage for stage in train_toy.stages(config)}
     assert [(s.total, s.done()) for s in found.values()] == [
         *((3, 0), (14_000, 0), (2_000, 0), (3, 0), (3, 0)),
-        *((5_000, 0), (2_000, 0), (7, 0), (8, 0)),
+        *((5_000, 0), (1_400, 0), (7, 0), (8, 0)),
     ]
     launched = [name for name, stage in found.items() if "torch.distributed.run" in stage.command]
     assert launched == ["half", "transformer"]
