@@ -1,6 +1,6 @@
 """Plot a curve of trainings from their logs: python docs/curves.py RUN… --out FILE
 
-python docs/curves.py runs/toy/transformer --out nats.png
+python docs/curves.py runs/toy/half runs/toy/transformer --in-a-row --out nats.png
 python docs/curves.py runs/toy/dvae --field distortion --label "distortion" --out distortion.png
 """
 
@@ -19,14 +19,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="picture to write")
     parser.add_argument("--field", default="validation/image", help="of log.jsonl's lines")
     parser.add_argument("--label", default="nats per code, validation", help="of the curve's axis")
+    parser.add_argument(
+        "--in-a-row", action="store_true", help="each training goes on from the one before"
+    )
     options = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    begin = 0
     for run in options.runs:
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        points = [(x["step"], x[options.field]) for x in lines if options.field in x]
+        points = [(begin + x["step"], x[options.field]) for x in lines if options.field in x]
         if not points:
             parser.error(f"{run} has no field {options.field}: it has {', '.join(lines[-1])}")
-        axes.plot(*zip(*points), marker="o" if len(points) < 50 else "", label=run.name)
+        axes.plot(*zip(*points), marker="o" if len(points) < 20 else "", label=run.name)
+        begin = points[-1][0] if options.in_a_row else 0
     axes.set(xlabel="update", ylabel=options.label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
