@@ -104,7 +104,7 @@ class JudgeOptions:
     out: Path
     """File to write, a .safetensors."""
     steps: int = 5000
-    """Updates of 64 pictures; an hour or so on two cores."""
+    """Updates of 64 pictures; half an hour of one core."""
     seed: int = 0
     """Chooses the renderings, the first weights and the augmentation."""
     pictures: int = 40_000

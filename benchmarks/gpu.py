@@ -13,8 +13,8 @@ the trainings, train_toy.py, and dalle1.data.codes, dalle1.data.toybox and dalle
 WHEELS, as `pip download` leaves them: tyro with docstring-parser and typeguard, and to write shards
 webdataset with braceexpand.
 
-`toy`'s transformer resumes from 181 MB; what draws is 21 MB once `-m dalle1.join`, run like this,
-has rounded it.
+`toy`'s transformer resumes from 184 MB; what draws is 26 MB, CLIP included, once `-m dalle1.join`,
+run like this, has rounded it.
 """
 
 from __future__ import annotations
