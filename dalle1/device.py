@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,10 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+# Under autocast the weights of norms stay fp32, as they should; torch warns of RMSNorm's.
+warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 def autocast(device: torch.device, precision: str, keep_casts: bool = True) -> torch.autocast:
