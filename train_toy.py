@@ -134,15 +134,15 @@ def stages(config: ToyConfig) -> list[Stage]:
     def data(name: Name) -> list[str]:
         return [*dvae, "--data", str(out[name])]
 
-    half = parse_preset(TRANSFORMER_PRESETS, ["toy-half", *shlex.split(config.half)], "")
+    half = training("half", TRANSFORMER_PRESETS, config.half, *data("half-codes"))
     init = ["--init", str(out["half"])]
     every = [
         Stage("scenes", [*draw, "--out", str(out["scenes"])], shards_in("scenes"), shards, "shard"),
         training("dvae", DVAE_PRESETS, config.dvae, *scenes),
         training("settle", DVAE_PRESETS, config.settle, *scenes, "--init", str(out["dvae"])),
-        encoding("half-codes", "--image-size", str(half.image_size)),
+        encoding("half-codes", "--image-size", str(recipes["half"].image_size)),
         encoding("codes"),
-        training("half", TRANSFORMER_PRESETS, config.half, *data("half-codes")),
+        half,
         training("transformer", TRANSFORMER_PRESETS, config.transformer, *data("codes"), *init),
         training("clip", CLIP_PRESETS, config.clip, *scenes),
         Stage(

@@ -1,7 +1,7 @@
 """Plot a curve of trainings from their logs: python docs/curves.py RUN… --out FILE
 
 python docs/curves.py runs/toy/half runs/toy/transformer --in-a-row --out nats.png
-python docs/curves.py runs/toy/dvae --field distortion --label "distortion" --out distortion.png
+python docs/curves.py runs/toy/dvae --field validation/psnr_hard --label dB --out psnr.png
 """
 
 from __future__ import annotations
