@@ -4,7 +4,7 @@
     python evaluate.py samples --pictures outputs/a-red-star --reference toybox:1000
     python evaluate.py clip --clip runs/clip --data toybox
     python evaluate.py dvae --model runs/dvae --data toybox --pictures 1000
-    python evaluate.py judge --out dalle1/bundled/judge.safetensors
+    python evaluate.py judge --out dalle1/bundled/toybox/classifier.safetensors
 
 `toybox` counts how often the right thing is drawn; `samples` measures any pictures, against their
 prompts and against real ones; `clip` measures a CLIP itself. Each prints one table and writes one
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dalle1.cli import clear_errors, notes, parse
+from dalle1.console import clear_errors, notes, parse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -186,9 +186,9 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
 
     from dalle1 import DallE
     from dalle1.evaluation import toybox
+    from dalle1.evaluation.classifier import BUNDLED, load_judge
     from dalle1.evaluation.report import write_report
-    from dalle1.judge import BUNDLED, load_judge
-    from dalle1.sampler import Sampling
+    from dalle1.sampling.decoding import Sampling
 
     # All that may be refused comes before the work.
     named = {name: getattr(options, name) for name in ("temperature", "top_p", "guidance")}
@@ -237,11 +237,12 @@ def run_dvae(options: DVAEOptions) -> dict[str, float]:
     import torch
 
     from dalle1.data import open_source
-    from dalle1.data.batches import first_examples
     from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
     from dalle1.data.images import grid as sheet
-    from dalle1.device import autocast, keep_freed_memory, pick_device
-    from dvae import DVAE, evaluate
+    from dalle1.data.loader import first_examples
+    from dalle1.devices import autocast, keep_freed_memory, pick_device
+    from dalle1.evaluation.reconstruction import evaluate
+    from dvae import DVAE
 
     if options.pictures < 1:
         raise ValueError(f"pictures is {options.pictures}, expected at least 1")
@@ -272,9 +273,9 @@ def run_dvae(options: DVAEOptions) -> dict[str, float]:
 def run_clip(options: ClipOptions) -> dict[str, float]:
     """Measure a CLIP, print and write the numbers, and return them."""
     from dalle1.clip import Clip
-    from dalle1.device import pick_device
-    from dalle1.evaluation.clips import TEMPLATES
-    from dalle1.evaluation.own import folder_probes
+    from dalle1.devices import pick_device
+    from dalle1.evaluation.clip_metrics import TEMPLATES
+    from dalle1.evaluation.folder_benchmarks import folder_probes
     from dalle1.evaluation.report import table, write_report
     from dalle1.evaluation.toybox_probes import toybox_probes
 
@@ -297,10 +298,10 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
     """Measure drawn pictures, print and write the numbers, and return them."""
     from dalle1.clip import Clip
     from dalle1.data import open_source
-    from dalle1.data.reading import AS_IT_IS
-    from dalle1.data.streams import Streamed
-    from dalle1.device import pick_device
-    from dalle1.evaluation.own import drawn_pictures, prompt_of
+    from dalle1.data.cleaning import AS_IT_IS
+    from dalle1.data.sources.streaming_shards import Streamed
+    from dalle1.devices import pick_device
+    from dalle1.evaluation.folder_benchmarks import drawn_pictures, prompt_of
     from dalle1.evaluation.report import table, write_report
     from dalle1.evaluation.samples import Pictures, clip_score, distances, features, inception
 
@@ -340,10 +341,15 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
 
 def run_judge(options: JudgeOptions) -> dict[str, float]:
     """Train a judge, measure it, write it and return its accuracy by name."""
-    from dalle1.data.toybox.kinds import scenes
+    from dalle1.evaluation.classifier import JudgeConfig, save_judge
+    from dalle1.evaluation.classifier_training import (
+        accuracy,
+        mixed_scenes,
+        render_many,
+        train_judge,
+    )
     from dalle1.evaluation.toybox import check_judge, report_judge
-    from dalle1.judge import JudgeConfig, save_judge
-    from dalle1.judge_training import accuracy, mixed_scenes, render_many, train_judge
+    from dalle1.toybox.kinds import scenes
 
     options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may be refused
     config = JudgeConfig()

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dalle1.cli import bar, clear_errors
+from dalle1.console import bar, clear_errors
 from dalle1.outputs import folder_names, writable, write
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
     python train_clip.py small --data toybox --out runs/clip
 
 writes runs/clip/latest/ in Hugging Face's format, and a log; the same command goes on after an
-interruption. Presets are in dalle1/presets.py. Any other CLIPModel or SiglipModel serves for
+interruption. Presets are in dalle1/tasks/presets.py. Any other CLIPModel or SiglipModel serves for
 reranking, too.
 """
 
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from dalle1.cli import clear_errors, parse_preset
 from dalle1.clip import Clip, ContrastiveLoss, new_clip, pair_loss, soften
 from dalle1.clip.losses import prepare_for
+from dalle1.console import clear_errors, parse_preset
 from dalle1.data import PairSource, open_source
-from dalle1.data.batches import Example, Source, first_captions, first_examples
 from dalle1.data.images import augmented, refuse_small, to_float, to_tensor
-from dalle1.presets import CLIP_PRESETS, ClipRecipe
-from dalle1.text import Tokenizer
+from dalle1.data.loader import Example, Source, first_captions, first_examples
+from dalle1.storage import model_folder
+from dalle1.tasks.presets import CLIP_PRESETS, ClipRecipe
+from dalle1.text.bpe import Tokenizer
 from dalle1.training import distributed
+from dalle1.training.interrupts import training
 from dalle1.training.loop import fit, stream_from
 from dalle1.training.trainer import Batch
-from dalle1.training.trouble import training
-from dvae.weights import model_folder
 
 
 def example(

@@ -3,7 +3,7 @@
     python train_dvae.py toy --data toybox --out runs/dvae
 
 writes runs/dvae/latest/dvae.safetensors, a log and reconstructions; the same command goes on
-after an interruption. Presets are in dalle1/presets.py.
+after an interruption. Presets are in dalle1/tasks/presets.py.
 """
 
 from __future__ import annotations
@@ -17,24 +17,18 @@ from pathlib import Path
 
 import torch
 
-from dalle1.cli import clear_errors, parse_preset
+from dalle1.console import clear_errors, parse_preset
 from dalle1.data import PairSource, open_source
-from dalle1.data.batches import Example, first_examples
-from dalle1.data.images import (
-    augmented,
-    centre_square,
-    grid,
-    to_float,
-    to_pil,
-    to_tensor,
-)
-from dalle1.device import autocast
-from dalle1.presets import DVAE_PRESETS, DVAERecipe
+from dalle1.data.images import augmented, centre_square, grid, to_float, to_pil, to_tensor
+from dalle1.data.loader import Example, first_examples
+from dalle1.devices import autocast
+from dalle1.evaluation.reconstruction import evaluate
+from dalle1.tasks.presets import DVAE_PRESETS, DVAERecipe
 from dalle1.training import distributed
+from dalle1.training.interrupts import training
 from dalle1.training.loop import fit, stream_from
 from dalle1.training.trainer import Batch
-from dalle1.training.trouble import training
-from dvae import DVAE, DVAELoss, dvae_loss, evaluate
+from dvae import DVAE, DVAELoss, dvae_loss
 
 
 def crops(config: DVAERecipe, source: PairSource, index: int, rng: random.Random) -> Example:

@@ -24,11 +24,11 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dalle1.cli import clear_errors, parse, parse_preset
-from dalle1.data.codes import INDEX_NAME, fingerprint
-from dalle1.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
+from dalle1.console import clear_errors, parse, parse_preset
+from dalle1.data.encoded import INDEX_NAME, fingerprint
+from dalle1.storage import model_folder, same_tensors
+from dalle1.tasks.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
 from dvae.model import FILE_NAME as DVAE_FILE
-from dvae.weights import model_folder, same_tensors
 from evaluate import JudgeOptions
 
 ROOT = Path(__file__).resolve().parent
@@ -107,7 +107,7 @@ def stages(config: ToyConfig) -> list[Stage]:
     judge = config.out / "judge.safetensors"
     scenes, dvae = ["--data", str(out["scenes"])], ["--dvae", str(out["settle"])]
     shards = -(-config.scenes // SHARD)
-    draw = ["-m", "dalle1.data.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
+    draw = ["-m", "dalle1.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
     draw += ["--shard-size", str(SHARD), "--processes", str(min(shards, os.cpu_count() or 1))]
     judging = [*shlex.split(config.judge), "--out", str(judge)]
     steps = parse(JudgeOptions, judging, "").steps
@@ -128,7 +128,7 @@ def stages(config: ToyConfig) -> list[Stage]:
         return lambda: len(list(out[name].glob("*.tar")))
 
     def encoding(name: Name, *flags: str) -> Stage:
-        command = ["-m", "dalle1.data.codes", *dvae, *scenes, "--shard-size", str(SHARD), *flags]
+        command = ["-m", "dalle1.data.encoded", *dvae, *scenes, "--shard-size", str(SHARD), *flags]
         return Stage(name, [*command, "--out", str(out[name])], shards_in(name), shards, "shard")
 
     def data(name: Name) -> list[str]:
@@ -263,7 +263,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def join(out: Path) -> None:
     """Put what the trainings gave into OUT/model."""
-    from dalle1.join import main as join_model
+    from dalle1.export import main as join_model
 
     parts = {"--model": "transformer", "--clip": "clip", "--out": "model"}
     join_model([word for flag, name in parts.items() for word in (flag, str(out / name))])

@@ -3,7 +3,7 @@
     python train_transformer.py small --dvae runs/dvae --data toybox --out runs/transformer
 
 writes runs/transformer/latest/, which `sample.py --model` takes as it is, a log and samples; the
-same command goes on after an interruption. Data may be pre-encoded (`python -m dalle1.data.codes`).
+same command goes on after an interruption. Data may be pre-encoded (`dalle1.data.encoded`).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dalle1.cli import clear_errors, parse_preset
+from dalle1.console import clear_errors, parse_preset
 from dalle1.data import PairSource, open_source
-from dalle1.data.batches import Source, first_captions, first_examples
-from dalle1.data.codes import CodeSource, JoinedCodes, open_codes
+from dalle1.data.encoded import CodeSource, JoinedCodes, open_codes
 from dalle1.data.images import Augmentation, augmented, centre_square, grid, to_float, to_tensor
-from dalle1.device import autocast
+from dalle1.data.loader import Source, first_captions, first_examples
+from dalle1.devices import autocast
+from dalle1.model.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.pipeline import VOCABULARY_NAME, DallE
-from dalle1.presets import TRANSFORMER_PRESETS, TransformerRecipe
-from dalle1.text import Tokenizer
+from dalle1.storage import model_folder, same_tensors
+from dalle1.tasks.presets import TRANSFORMER_PRESETS, TransformerRecipe
+from dalle1.text.bpe import Tokenizer
+from dalle1.text.known_words import Words
 from dalle1.training import distributed, resblocks
+from dalle1.training.engines.deepspeed import partitioned
+from dalle1.training.interrupts import training
 from dalle1.training.loop import Work, fit, stream_from
 from dalle1.training.trainer import Batch
-from dalle1.training.trouble import training
-from dalle1.training.zero import partitioned
-from dalle1.transformer import Transformer, TransformerConfig, TransformerLoss
-from dalle1.words import Words
 from dvae import DVAE
 from dvae.model import FILE_NAME as DVAE_FILE
-from dvae.weights import model_folder, same_tensors
 
 
 @dataclass(frozen=True)

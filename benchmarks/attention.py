@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from measuring import seconds
 from torch import Tensor
 
-from dalle1.attention import Mask, attend
-from dalle1.device import keep_freed_memory, pick_device
-from dalle1.masks import MaskKind
+from dalle1.devices import keep_freed_memory, pick_device
+from dalle1.model.attention import Mask, attend
+from dalle1.model.masks import MaskKind
 
 
 def main(args: Sequence[str] | None = None) -> None:

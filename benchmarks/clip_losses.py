@@ -1,6 +1,6 @@
 """Compare InfoNCE and the sigmoid loss at several batch sizes, after as many pairs each.
 
-    python -m dalle1.data.toybox --out runs/scenes --num-scenes 60000 --size 128
+    python -m dalle1.toybox --out runs/scenes --num-scenes 60000 --size 128
     python benchmarks/clip_losses.py --data runs/scenes --out runs/clip-losses
 
 Each run is `train_clip.py small` with another loss and batch size, and the step size of batches of
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import train_clip
-from dalle1.cli import clear_errors
 from dalle1.clip import Clip
+from dalle1.console import clear_errors
 from dalle1.evaluation.toybox_probes import retrieval_probe
 from dalle1.files import claim, write_whole
-from dalle1.presets import CLIP_PRESETS
+from dalle1.tasks.presets import CLIP_PRESETS
 
 LOSSES = {"infonce": "InfoNCE", "sigmoid": "sigmoid"}
 KINDS = ("one object", "all kinds")

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from dalle1.model.transformer import Transformer
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint
-from dalle1.transformer import Transformer
 from dvae import DVAE, DVAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,6 +1,6 @@
 """Measure the memory of a training, of writing a checkpoint and of loading a model.
 
-    python benchmarks/memory.py training --batch-size 8   # beside what dalle1.plan says
+    python benchmarks/memory.py training --batch-size 8   # beside what dalle1.planner says
     python benchmarks/memory.py checkpoint                # beyond what the training holds
     python benchmarks/memory.py loading                   # the peak, beside the weights
 
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from dalle1.device import pick_device
-from dalle1.plan import Plan, memory
-from dalle1.presets import TRANSFORMER_PRESETS
+from dalle1.devices import pick_device
+from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.planner import Plan, memory
+from dalle1.tasks.presets import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
-from dalle1.training.engine import Plain
+from dalle1.training.engines.base import Plain
 from dalle1.training.loop import RunConfig
-from dalle1.transformer import Transformer, TransformerConfig
 
 MIB = 2**20
 TINY = TransformerConfig(

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 from torch import nn
 
-from dalle1.transformer import TransformerConfig
+from dalle1.model.transformer import TransformerConfig
 
 UNUSED = {
     "omegaconf": ("OmegaConf",),

@@ -29,10 +29,10 @@ from photographs import photographs
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data import batches
+from dalle1.data import loader as batches
+from dalle1.data.cleaning import Reading
 from dalle1.data.images import Augmentation, augmented, to_tensor
-from dalle1.data.reading import Reading
-from dalle1.data.shards import Shards
+from dalle1.data.sources.indexed_shards import Shards
 
 BATCH = 15  # as many as there are photographs
 

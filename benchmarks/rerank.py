@@ -19,14 +19,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle1 import DallE
-from dalle1.cli import clear_errors
+from dalle1.console import clear_errors
+from dalle1.evaluation.classifier import BUNDLED as JUDGE
+from dalle1.evaluation.classifier import Judge, load_judge
 from dalle1.evaluation.report import wilson
 from dalle1.evaluation.toybox import Prompt, choose_prompts
 from dalle1.files import claim, write_whole
-from dalle1.judge import BUNDLED as JUDGE
-from dalle1.judge import Judge, load_judge
+from dalle1.model.transformer import Transformer
 from dalle1.pipeline import BUNDLED, Rerank
-from dalle1.transformer import Transformer
 
 SIZES = (1, 4, 16, 64)
 

@@ -31,11 +31,11 @@ from peers import dalle_pytorch_model
 from torch import nn
 
 from dalle1 import DallE
-from dalle1.device import PRECISIONS, keep_freed_memory, matrix_rate, pick_device
-from dalle1.masks import image_mask
-from dalle1.presets import TRANSFORMER_PRESETS
-from dalle1.sampler import candidate_uniforms, generate
-from dalle1.transformer import Transformer, TransformerConfig
+from dalle1.devices import PRECISIONS, keep_freed_memory, matrix_rate, pick_device
+from dalle1.model.masks import image_mask
+from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.sampling.decoding import candidate_uniforms, generate
+from dalle1.tasks.presets import TRANSFORMER_PRESETS
 
 CONFIG = TransformerConfig(**vars(TRANSFORMER_PRESETS["small"].model))
 Result = dict[str, float]

@@ -24,9 +24,9 @@ from measuring import in_fresh_process, peak_memory, seconds
 from peers import dalle_pytorch_model
 from torch import Tensor, nn
 
-from dalle1.device import autocast, keep_freed_memory, matrix_rate, pick_device
-from dalle1.presets import TRANSFORMER_PRESETS
-from dalle1.transformer import Transformer, TransformerConfig
+from dalle1.devices import autocast, keep_freed_memory, matrix_rate, pick_device
+from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.tasks.presets import TRANSFORMER_PRESETS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Text [B, L] and codes [B, N] to a loss."""

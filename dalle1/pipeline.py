@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dalle1.cache import drawing_bytes
 from dalle1.clip import Clip
+from dalle1.data.cleaning import to_rgb
 from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
-from dalle1.data.reading import to_rgb
-from dalle1.device import PRECISIONS, free_memory, out_of_memory, pick_device, pick_precision
-from dalle1.sampler import (
+from dalle1.devices import PRECISIONS, free_memory, out_of_memory, pick_device, pick_precision
+from dalle1.model.transformer import Transformer
+from dalle1.sampling.decoding import (
     FREE,
     Sampling,
     candidate_uniforms,
@@ -27,12 +27,12 @@ from dalle1.sampler import (
     generate,
     no_caption,
 )
-from dalle1.text import Tokenizer
-from dalle1.transformer import Transformer
+from dalle1.sampling.kv_cache import drawing_bytes
+from dalle1.storage import model_folder
+from dalle1.text.bpe import Tokenizer
 from dvae import DVAE
-from dvae.weights import model_folder
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parent / "bundled" / "toybox"
 VOCABULARY_NAME = "vocab.json"
 CLIP_NAME = "clip"
 NOTHING = ""
@@ -162,7 +162,7 @@ class DallE:
             share: (r, n) draws candidates r, r + n, r + 2n … only: the part of one of n processes.
             on_row: called after each row of codes of each batch with the codes, [B, N], and how
                 many of their rows are there.
-            sampling: temperature, top_k, top_p, typical, guidance; see `dalle1.sampler.Sampling`.
+            sampling: the fields of `dalle1.sampling.decoding.Sampling`.
         """
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts is {prompts!r}, expected a list of at least one")

@@ -1,6 +1,5 @@
 """Stage 1 of DALL·E: a discrete VAE between pictures and grids of codes (paper §2.1, A)."""
 
-from dvae.evaluation import evaluate
 from dvae.losses import Distortion, DVAELoss, dvae_loss
 from dvae.model import DVAE, Decoder, DVAEConfig, Encoder
 
@@ -12,5 +11,4 @@ __all__ = [
     "Distortion",
     "Encoder",
     "dvae_loss",
-    "evaluate",
 ]

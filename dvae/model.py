@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dvae import openai
+from dalle1.storage import load_weights, model_folder, save_weights
 from dvae.gumbel import gumbel_softmax
 from dvae.losses import squeeze_pixels, unsqueeze_pixels
-from dvae.weights import load_weights, model_folder, save_weights
 
 DOWNSAMPLING = 8
 FILE_NAME = "dvae.safetensors"
@@ -258,22 +257,6 @@ class DVAE(nn.Module):
         if image_size is not None:
             model.config = replace(model.config, image_size=image_size)
         return model
-
-    @classmethod
-    def from_openai(cls, encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
-        """Read OpenAI's released pickles, running nothing of them; ValueError for any other."""
-        encoder, decoder = openai.read_module(encoder_pkl), openai.read_module(decoder_pkl)
-        model = cls(DVAEConfig(**openai.sizes(encoder, decoder)))
-        for what, part, weights in (
-            (encoder_pkl, model.encoder, encoder),
-            (decoder_pkl, model.decoder, decoder),
-        ):
-            try:
-                part.load_state_dict(weights, strict=True)
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"{what} is no dVAE of the paper's form ({reason})") from error
-        return model.eval()
 
 
 def reconstruction(stats: Tensor) -> Tensor:

@@ -1,18 +1,20 @@
-"""What every test shares: no network, few threads, and GPU tests that skip with a reason."""
+"""What every test shares: no network, one thread, and GPU tests that skip with a reason."""
 
 import os
 from collections.abc import Iterator
 
+# Read by OpenMP and the Hugging Face libraries when they are first imported, also in subprocesses.
+# One thread: the tensors are tiny, and beside other load several threads spin for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 
-# Read by the Hugging Face libraries when they are first imported.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 
 def pytest_configure() -> None:
-    """Keep torch to a few threads: the tensors are tiny, and more only wait for each other."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """Keep torch to one thread, wherever it was imported first."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,7 +24,7 @@ def memory_is_given_back() -> Iterator[None]:
     A heap that outgrows the machine's memory is not forked any more.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("dalle1.device", "dalle1.training.loop", "dalle1.data.codes"):
+        for module in ("dalle1.devices", "dalle1.training.loop", "dalle1.data.encoded"):
             patch.setattr(f"{module}.keep_freed_memory", lambda: None)
         yield
 

@@ -13,10 +13,10 @@ import tyro
 
 import evaluate
 import sample
-from dalle1.cli import parse_preset
+from dalle1.console import parse_preset
 from dalle1.data.check import CheckConfig
-from dalle1.data.codes import EncodeConfig
-from dalle1.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
+from dalle1.data.encoded import EncodeConfig
+from dalle1.tasks.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ PRESETS: dict[str, Any] = {
     "train_transformer.py": TRANSFORMER_PRESETS,
     "train_clip.py": CLIP_PRESETS,
 }
-MODULES: dict[str, Any] = {"dalle1.data.check": CheckConfig, "dalle1.data.codes": EncodeConfig}
+MODULES: dict[str, Any] = {"dalle1.data.check": CheckConfig, "dalle1.data.encoded": EncodeConfig}
 
 
 def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -43,7 +43,7 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
         return parse_preset(PRESETS[script], args, "")
     if script == "sample.py":
         return sample.parse(args)
-    if script == "benchmarks/photographs.py":
+    if script == "recipes/photographs.py":
         return runpy.run_path(str(ROOT / script))["parse"](args)
     assert script == "evaluate.py"
     given: list[Any] = []

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from dalle1 import DallE, pipeline
-from dalle1.cache import drawing_bytes
 from dalle1.clip import ClipSize, new_clip
-from dalle1.device import PRECISIONS
+from dalle1.devices import PRECISIONS
+from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.pipeline import in_batches, room
-from dalle1.sampler import FREE
-from dalle1.text import Tokenizer
-from dalle1.transformer import Transformer, TransformerConfig
+from dalle1.sampling.decoding import FREE
+from dalle1.sampling.kv_cache import drawing_bytes
+from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
 
 CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]

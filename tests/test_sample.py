@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import in_two_processes
 from PIL import Image
 
 import sample
 from dalle1 import DallE
-from dalle1.text import Tokenizer
-from dalle1.transformer import Transformer, TransformerConfig
+from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-from launch import in_two_processes
 
 PROMPT = "a red cube"
 

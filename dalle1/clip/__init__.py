@@ -4,9 +4,9 @@
 filter` keeps the pairs of a data set that fit each other.
 """
 
+from dalle1.clip.arch import ClipSize
+from dalle1.clip.loading import Clip, new_clip, soften
 from dalle1.clip.losses import ContrastiveLoss, contrastive_loss, pair_loss, sigmoid_loss
-from dalle1.clip.model import Clip, new_clip, soften
-from dalle1.clip.size import ClipSize
 
 __all__ = [
     "Clip",

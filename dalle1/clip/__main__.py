@@ -11,8 +11,9 @@ from typing import Annotated
 
 import tyro
 
-from dalle1.cli import clear_errors, notes, parse
-from dalle1.clip import filter, rank
+from dalle1.clip import filtering as filter
+from dalle1.clip import reranking as rank
+from dalle1.console import clear_errors, notes, parse
 
 
 def main(args: Sequence[str] | None = None) -> None:

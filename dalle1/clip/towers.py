@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 
+from dalle1.clip.arch import ClipSize
 from dalle1.clip.resnet import WIDENING, ModifiedResNet
-from dalle1.clip.size import ClipSize
 
 
 class ResNetVisionConfig(CLIPVisionConfig):

@@ -26,15 +26,15 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from dalle1.cli import bar, clear_errors, parse
-from dalle1.data.batches import LEFT_OUT, SHARDS, Batch, Source, in_order, of_shards
+from dalle1.console import bar, clear_errors, parse
+from dalle1.data.cleaning import Reading
 from dalle1.data.images import TooSmall, grid, to_tensor
-from dalle1.data.left_out import DAMAGE, Tally
-from dalle1.data.pairs import ENDLESS, PairSource, left_out_of
-from dalle1.data.reading import Reading
-from dalle1.data.sources import open_source
-from dalle1.data.streams import Streamed
-from dalle1.text import Tokenizer
+from dalle1.data.loader import LEFT_OUT, SHARDS, Batch, Source, in_order, of_shards
+from dalle1.data.skipped import DAMAGE, Tally
+from dalle1.data.sources.base import ENDLESS, PairSource, left_out_of
+from dalle1.data.sources.streaming_shards import Streamed
+from dalle1.data.spec import open_source
+from dalle1.text.bpe import Tokenizer
 
 THUMB = 128
 """Side of a picture on the contact sheet, in pixels."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.left_out import Unusable
+from dalle1.data.skipped import Unusable
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dalle1.data.toybox import Scene, is_held_out, is_style_held_out, sample_scene
-from dalle1.data.toybox.captions import plain_caption
-from dalle1.data.toybox.kinds import kind_of, scenes
+from dalle1.evaluation.classifier import WHAT, Judge, Verdict
+from dalle1.evaluation.classifier_training import PICTURE_SIZE, accuracy
 from dalle1.evaluation.report import wilson
-from dalle1.judge import WHAT, Judge, Verdict
-from dalle1.judge_training import PICTURE_SIZE, accuracy
+from dalle1.toybox import Scene, is_held_out, is_style_held_out, sample_scene
+from dalle1.toybox.captions import plain_caption
+from dalle1.toybox.kinds import kind_of, scenes
 
 if TYPE_CHECKING:
     from dalle1.pipeline import DallE
-    from dalle1.sampler import Sampling
+    from dalle1.sampling.decoding import Sampling
 
 SPLITS = {"heldout": "held-out", "train": "training"}
 KINDS = ("one", "two", "count", "style")
-"""Of scenes that are asked for; see `dalle1.data.toybox.kinds`."""
+"""Of scenes that are asked for; see `dalle1.toybox.kinds`."""
 TURNS = ("one", "two", "style", "one", "two", "count", "one", "style", "two", "one")
 """Prompts take these turns, so that the first of them have all kinds, too."""
 MOST_PROMPTS = 400  # of a split; there are no more held-out pairs for the prompts of one thing

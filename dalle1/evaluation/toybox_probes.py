@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from dalle1.clip import Clip
-from dalle1.data.toybox import FILLS, NOUNS, Scene, describe, render, sample_scene
-from dalle1.data.toybox.captions import article, plain_caption
-from dalle1.data.toybox.kinds import scenes
-from dalle1.data.toybox.vocabulary import OPPOSITE
-from dalle1.evaluation.clips import Scores, binding, linear_probe, retrieval
+from dalle1.evaluation.clip_metrics import Scores, binding, linear_probe, retrieval
 from dalle1.evaluation.report import CHANCE
+from dalle1.toybox import FILLS, NOUNS, Scene, describe, render, sample_scene
+from dalle1.toybox.captions import article, plain_caption
+from dalle1.toybox.kinds import scenes
+from dalle1.toybox.vocabulary import OPPOSITE
 
 SPLITS = {"training": "validation", "held-out": "heldout"}
 """Of pairs: fresh scenes of those that training sees, and of those that it does not."""

@@ -1,21 +1,137 @@
-"""Bring OpenAI's released dVAE into this project's format.
+"""OpenAI's released dVAE, read without its package and without running what is in the pickle.
 
     python -m dalle1.importers.openai_dvae encoder.pkl decoder.pkl --out runs/openai-dvae
 
-The two files are https://cdn.openai.com/dall-e/encoder.pkl and decoder.pkl. Neither the `dall_e`
-package nor anything inside the pickles is run; see `dvae.openai`.
+`encoder.pkl` and `decoder.pkl` (https://cdn.openai.com/dall-e/) are pickles of whole modules of the
+`dall_e` package. Unpickling one as it is would import and call whatever it names. Here torch's
+weights-only unpickler reads them, which builds tensors and plain containers; the few classes below
+become empty boxes that hold attributes, and any other name is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import tyro
+from torch import Tensor
 
-from dalle1.cli import clear_errors, parse
-from dvae import DVAE
+from dalle1.console import clear_errors, parse
+from dvae import DVAE, DVAEConfig
+
+CLASSES = (
+    "dall_e.encoder.Encoder",
+    "dall_e.encoder.EncoderBlock",
+    "dall_e.decoder.Decoder",
+    "dall_e.decoder.DecoderBlock",
+    "dall_e.utils.Conv2d",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.upsampling.Upsample",
+)
+"""All that a pickle may name beside tensors and containers."""
+
+_NAMES = (  # theirs → ours
+    (r"^blocks\.", ""),
+    (r"group_(\d+)\.block_(\d+)", lambda m: f"groups.{int(m[1]) - 1}.{int(m[2]) - 1}"),
+    (r"\bid_path\b", "identity"),
+    (r"\bres_path\b", "residual"),
+    (r"^output\.conv\b", "output"),
+    (r"\.w$", ".weight"),
+    (r"\.b$", ".bias"),
+)
+
+
+class _Box:
+    """Stands for any of `CLASSES`: it keeps the attributes, and does nothing."""
+
+
+def read_module(path: str | Path) -> dict[str, Tensor]:
+    """Read the parameters of a pickled module of `dall_e`, by the names that `DVAE` gives them.
+
+    Raises: ValueError where the file is no such pickle, or names anything beyond `CLASSES`.
+    """
+    with Path(path).open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if not zipped:  # torch reads other formats, too, by less careful ways
+        raise ValueError(
+            f"{path} is no file that torch 1.6 or later has written; expected encoder.pkl or "
+            "decoder.pkl as released"
+        )
+    allowed: list[Any] = [(_Box, name) for name in CLASSES] + [set]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            module = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may fail in any way
+        named = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        why = f"it names {named[1]}" if named else " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} is not one of OpenAI's dVAE pickles, and nothing in it was run: {why}. "
+            "Expected encoder.pkl or decoder.pkl as released"
+        ) from error
+    if not isinstance(module, _Box):
+        raise ValueError(
+            f"{path} holds a {type(module).__name__}, expected a pickled module of dall_e"
+        )
+    return {_renamed(name): tensor.detach().float() for name, tensor in _parameters(module)}
+
+
+def _parameters(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in vars(module).get("_parameters", {}).items():
+        if isinstance(tensor, Tensor):
+            yield prefix + name, tensor
+    for name, child in vars(module).get("_modules", {}).items():
+        if isinstance(child, _Box):
+            yield from _parameters(child, f"{prefix}{name}.")
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in _NAMES:
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+def sizes(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, int]:
+    """Give the fields of `DVAEConfig` that the parameters of encoder and decoder tell.
+
+    Raises: ValueError where they are not those of an encoder and a decoder.
+    """
+    for what, part, kernel in (("encoder", encoder, 7), ("decoder", decoder, 1)):
+        weight = part.get("input.weight")
+        if weight is None or weight.ndim != 4 or weight.shape[-1] != kernel:
+            raise ValueError(
+                f"the {what} is none: expected its first convolution to be {kernel} × {kernel}. "
+                "Give encoder.pkl first, then decoder.pkl"
+            )
+    blocks = {name.split(".")[2] for name in encoder if name.startswith("groups.0.")}
+    return {
+        "width": encoder["input.weight"].shape[0],
+        "blocks_per_group": len(blocks),
+        "codebook_size": decoder["input.weight"].shape[1],
+        "code_width": decoder["input.weight"].shape[0],
+    }
+
+
+def load_openai_dvae(encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
+    """Load OpenAI's released pickles, running nothing of them; ValueError for any other file."""
+    encoder, decoder = read_module(encoder_pkl), read_module(decoder_pkl)
+    model = DVAE(DVAEConfig(**sizes(encoder, decoder)))
+    for what, part, weights in (
+        (encoder_pkl, model.encoder, encoder),
+        (decoder_pkl, model.decoder, decoder),
+    ):
+        try:
+            part.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{what} is no dVAE of the paper's form ({reason})") from error
+    return model.eval()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +151,7 @@ def main(args: Sequence[str] | None = None) -> None:
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
         if (config.out / "latest").exists():
             raise ValueError(f"{config.out} holds a training; give another --out")
-        print(f"The dVAE is {DVAE.from_openai(config.encoder, config.decoder).save(config.out)}")
+        print(f"The dVAE is {load_openai_dvae(config.encoder, config.decoder).save(config.out)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle1.device import pick_device
+from dalle1.devices import pick_device
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def start(device: str) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return place
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(f"{' and '.join(missing)} not set; docs/slurm.sh shows how")
+        raise ValueError(f"{' and '.join(missing)} not set; recipes/slurm.sh shows how")
     if place.type == "cuda":
         own = int(os.environ.get("LOCAL_RANK", 0))
         if own >= torch.cuda.device_count():

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.data.batches import Prepare, Source, batches
-from dalle1.data.left_out import Tally
-from dalle1.data.reading import Reading
-from dalle1.device import keep_freed_memory, matrix_rate, peak_memory
+from dalle1.data.cleaning import Reading
+from dalle1.data.loader import Prepare, Source, batches
+from dalle1.data.skipped import Tally
+from dalle1.devices import keep_freed_memory, matrix_rate, peak_memory
 from dalle1.training import distributed
-from dalle1.training.progress import Progress
+from dalle1.training.interrupts import Divergence, stop_on_signal
+from dalle1.training.logging import Progress
 from dalle1.training.recorders import Recorder, TensorBoard, WeightsAndBiases
 from dalle1.training.schedules import warmup_cosine
 from dalle1.training.trainer import LossFunction, Model, Scales, Trainer, recipe
-from dalle1.training.trouble import Divergence, stop_on_signal
 
 
 @dataclass(frozen=True, kw_only=True)

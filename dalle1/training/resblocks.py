@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dalle1.model.transformer import Layer, Transformer
 from dalle1.training.scaling import GradientScales, scaled
-from dalle1.transformer import Layer, Transformer
 
 Branch = Callable[[Tensor], Tensor]
 

@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dalle1.data.batches import LEFT_OUT, PLACE, join_places
+from dalle1.data.loader import LEFT_OUT, PLACE, join_places
+from dalle1.storage import model_folder
 from dalle1.training import distributed
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint, save_checkpoint
-from dalle1.training.engine import Engine, Plain, samples_at_once
+from dalle1.training.engines.base import Engine, Plain, samples_at_once
 from dalle1.training.scaling import LossScale
 from dalle1.training.schedules import Plateau
-from dvae.weights import model_folder
 
 if TYPE_CHECKING:
     from dalle1.training.loop import RunConfig
@@ -81,7 +81,7 @@ def engine_for(model: Model, config: RunConfig, scales: Scales | None = None) ->
     """Give `model` the engine that `config` asks for; ValueError where a batch cannot be shared."""
     samples_at_once(config)
     if config.zero or config.deepspeed is not None:
-        from dalle1.training.zero import Zero
+        from dalle1.training.engines.deepspeed import Zero
 
         return Zero(model, config)
     return Plain(model, config, scales)
@@ -143,7 +143,7 @@ class Trainer(Generic[Model]):
         return dict(zip(sums, means.unbind(), strict=True))
 
     def where(self) -> dict[str, Any]:
-        """Say where in the data to go on, as `dalle1.data.batches` takes it."""
+        """Say where in the data to go on, as `dalle1.data.loader` takes it."""
         return {"start": self.step, **({"place": self.place} if self.place else {})}
 
     def take_notes(self, batch: dict[str, Any]) -> None:

@@ -1,0 +1,349 @@
+"""CLIP and SigLIP: embed captions and pictures in one space, score (paper §2.6).
+
+The paper draws 512 candidates and keeps those that a contrastive model (Radford et al. 2021,
+arXiv 2103.00020) finds nearest to the caption. Any `CLIPModel` or `SiglipModel` that transformers
+can load serves, and so do ours with the modified ResNet; `new_clip` builds one to be trained.
+
+Legend: B captions, N pictures, D width of the shared space.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import processors
+from torch import Tensor, nn
+
+from dalle1.clip.arch import ClipSize
+from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
+from dalle1.devices import autocast
+from dalle1.storage import model_folder
+from dalle1.text.bpe import Tokenizer
+
+if TYPE_CHECKING:  # transformers takes seconds to import: it is imported where it is used
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+BUNDLED = Path(__file__).parents[1] / "bundled" / "toybox" / "clip"
+SCALE = "logit_scale"
+START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
+NEW_MEAN = NEW_STD = 0.5  # of the pixels that a new model reads
+
+
+def soften(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Blur every second picture a little, each differently: `[B, 3, H, W]`, H and W even.
+
+    A dVAE's pictures are softer than those that the scores are learned on.
+    """
+    size = images.shape[-2:]
+    blurred = F.interpolate(F.avg_pool2d(images, 2), size=size, mode="bilinear")
+    softer = F.interpolate(F.avg_pool2d(images, 4), size=size, mode="bilinear")
+    draw = torch.rand(3, len(images), 1, 1, 1, generator=generator, device=images.device)
+    blur = torch.lerp(blurred, softer, draw[0])
+    return torch.lerp(images, blur, draw[1] * (draw[2] < 0.5))
+
+
+class Clip:
+    """A contrastive model with its own way of preparing text and pictures."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: BaseImageProcessor,
+        precision: str = "fp32",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.precision = precision
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+    ) -> Clip:
+        """Load a CLIP or SigLIP from a folder, by its Hugging Face name, or the "bundled" one.
+
+        A name is looked up in the local cache first, then on the network. Weights are loaded as
+        float32 whatever their stored type; `precision` (fp32, bf16, fp16) is what matrix products
+        are computed in.
+        ValueError when that gives no complete model.
+        """
+        folder = BUNDLED if name_or_dir == "bundled" else model_folder(name_or_dir)
+        name = str(folder if folder.is_dir() else name_or_dir)
+        is_folder = os.path.isdir(name)
+        if not is_folder and (isinstance(name_or_dir, Path) or not _is_hub_name(name)):
+            raise ValueError(f"no CLIP at {name}: there is no such folder")
+        failure: Exception | None = None
+        for local_only in (True,) if is_folder else (True, False):
+            try:
+                with _quiet_transformers():
+                    parts = _load(name, local_files_only=local_only)
+                break
+            except Exception as error:  # tokenizers raises nothing more special
+                failure = error
+        else:
+            reason = " ".join(str(failure).split())[:300] or type(failure).__name__
+            remedy = "give a folder or Hugging Face name of a CLIPModel or SiglipModel"
+            raise ValueError(f"cannot load a CLIP from {name} ({reason}): {remedy}") from failure
+        clip = cls(*parts, precision)
+        clip.model.eval().requires_grad_(False).to(device)
+        clip._check_image_size(name)
+        return clip
+
+    def save_pretrained(self, directory: Path, dtype: torch.dtype | None = None) -> None:
+        """Write plain Hugging Face files that transformers loads by itself.
+
+        `dtype` is the type of the stored weights (default: as they are), but for single numbers;
+        files already in `directory` are replaced one by one, and only once all new ones are
+        complete. The scale is saved at 100 at most, the paper's limit (SigLIP has none).
+        """
+        directory = Path(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        model = self.model if dtype is None else copy.deepcopy(self.model).to(dtype)
+        numbers = {k: x for k, x in self.model.state_dict().items() if x.ndim == 0}
+        weights = model.state_dict() | numbers
+        if model.config.model_type != "siglip":
+            weights[SCALE] = weights[SCALE].clamp(max=MAX_LOG_SCALE)
+            if BIAS in weights:  # transformers' CLIPModel has no such weight: a mistake to it
+                setattr(model.config, BIAS, float(weights.pop(BIAS)))
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        try:
+            with _quiet_transformers():
+                model.save_pretrained(unfinished, state_dict=weights)
+                for part in (self.tokenizer, self.processor):
+                    part.save_pretrained(unfinished)
+            directory.mkdir(exist_ok=True)
+            for file in unfinished.iterdir():
+                os.replace(file, directory / file.name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    @property
+    def text_len(self) -> int:
+        """The most tokens of a caption that the model reads, start and end included."""
+        return self.model.config.text_config.max_position_embeddings
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the square pictures that the model reads."""
+        return self.model.config.vision_config.image_size
+
+    def size(self) -> ClipSize:
+        """Tell the size of both towers; ValueError for a SigLIP."""
+        from dalle1.clip.towers import size_of
+
+        return size_of(self.model)
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Prepare captions as inputs of `get_text_features`, on the CPU.
+
+        They are padded to the longest (SigLIP: to `text_len`).
+        Captions beyond the model's limit are cut, with a warning.
+        """
+        if isinstance(captions, str) or not captions:
+            raise ValueError(f"captions is {captions!r}: pass a list of at least one string")
+        captions = list(captions)
+        whole = self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        too_long = sum(len(ids) > self.text_len for ids in whole)
+        if too_long:
+            warnings.warn(
+                f"{too_long} of {len(captions)} captions exceed the {self.text_len} tokens that "
+                "this CLIP reads: the rest of them is ignored",
+                stacklevel=2,
+            )
+        is_siglip = self.model.config.model_type == "siglip"
+        inputs = self.tokenizer(
+            captions,
+            truncation=True,
+            max_length=self.text_len,
+            padding="max_length" if is_siglip else True,
+            return_tensors="pt",
+        )
+        # SigLIP was trained on full-length text with its padding visible; it pools the last token.
+        kept = ("input_ids",) if is_siglip else ("input_ids", "attention_mask")
+        return {name: inputs[name] for name in kept}
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """Resize, crop and normalise as the model wants: `[N, 3, size, size]` on its device."""
+        if not images:
+            raise ValueError("images is empty: pass a list of at least one picture")
+        pixels = self.processor(
+            images=[image.convert("RGB") for image in images],
+            input_data_format="channels_last",  # else a picture 3 pixels high is misread
+            return_tensors="pt",
+        )["pixel_values"]
+        return pixels.to(self.model.device, self.model.dtype)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bring pictures [B, 3, H, W] in [0, 1] to what the model reads at that size."""
+        mean, std = (
+            images.new_tensor(values).view(3, 1, 1)
+            for values in (self.processor.image_mean, self.processor.image_std)
+        )
+        return (images - mean) / std
+
+    @torch.inference_mode()
+    def embed_text(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Embed captions as unit vectors `[B, D]`, on the model's device."""
+        inputs = {name: x.to(self.model.device) for name, x in self.tokenize(captions).items()}
+        parts = zip(*(x.split(batch_size) for x in inputs.values()))
+        with autocast(self.model.device, self.precision):
+            features = [self.model.get_text_features(**dict(zip(inputs, x))) for x in parts]
+        return torch.cat([unit_features(part) for part in features])
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+        """Embed pictures as unit vectors `[N, D]`, on the model's device."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        starts = range(0, max(len(images), 1), batch_size)
+        batches = (self.preprocess(images[start : start + batch_size]) for start in starts)
+        return torch.cat([self.embed_pixels(pixels) for pixels in batches])
+
+    @torch.inference_mode()
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embed what `preprocess` gave as unit vectors `[N, D]`."""
+        with autocast(self.model.device, self.precision):
+            features = self.model.get_image_features(pixel_values=pixels)
+        return unit_features(features)
+
+    def score(self, caption: str, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+        """Compare pictures with a caption: cosine similarities `[N]` in [-1, 1]."""
+        return self.embed_images(images, batch_size) @ self.embed_text([caption])[0]
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Say how the model would bet on the candidates `[N]` that `score` compared.
+
+        The softmax of the cosines times the learned scale: they sum to 1.
+        """
+        return (self.model.logit_scale.detach().exp().item() * scores.float()).softmax(-1)
+
+    def _check_image_size(self, name: str) -> None:
+        prepared = tuple(self.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])
+        if prepared != (self.image_size, self.image_size):
+            raise ValueError(
+                f"the CLIP in {name} is inconsistent: its image processor gives {prepared} pixels, "
+                f"its model reads {self.image_size}: put the right preprocessor_config.json there"
+            )
+
+
+def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, size: ClipSize) -> Clip:
+    """Build a CLIP with random weights (torch's global generator).
+
+    Args:
+        tokenizer: one of ours, or another CLIP's.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    own = isinstance(tokenizer, Tokenizer)
+    text_tokenizer = _tokenizer_with_ends(tokenizer, size.text_len) if own else tokenizer
+    side = size.image_size
+    with _quiet_transformers():
+        from dalle1.clip.towers import new_model
+
+        model = new_model(size, text_tokenizer)
+        processor = CLIPImageProcessorPil(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            do_center_crop=True,
+            image_mean=[NEW_MEAN] * 3,
+            image_std=[NEW_STD] * 3,
+        )
+    return Clip(model, text_tokenizer, processor)
+
+
+def _tokenizer_with_ends(tokenizer: Tokenizer, text_len: int) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = tokenizers.Tokenizer.from_str(tokenizer.bpe.to_str())  # a copy
+    bpe.add_special_tokens([START, END, PAD])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        special_tokens=[(token, bpe.token_to_id(token)) for token in (START, END)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=START,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=text_len,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _load(name: str, *, local_files_only: bool) -> tuple[Any, Any, Any]:
+    """Load model, tokenizer and image processor; errors are transformers' own."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
+
+    from dalle1.clip.towers import ResNetCLIPModel
+
+    config = AutoConfig.from_pretrained(name, local_files_only=local_files_only)
+    models = {"clip": CLIPModel, "siglip": SiglipModel, "clip_resnet": ResNetCLIPModel}
+    if config.model_type not in models:
+        family, _, rest = config.model_type.partition("_")
+        if family in models and rest in ("text_model", "vision_model"):
+            has, lacks = ("text", "pictures")[:: 1 if rest == "text_model" else -1]
+            raise ValueError(f"it has a tower of {has} alone, and none of {lacks}")
+        raise ValueError(f"its model_type is {config.model_type!r}, expected clip or siglip")
+    model, info = models[config.model_type].from_pretrained(
+        name,
+        local_files_only=local_files_only,
+        dtype=torch.float32,  # half precision is slow or missing on CPUs, and scores are compared
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:  # transformers would go on with random weights
+        raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])} …")
+    if (bias := getattr(config, BIAS, None)) is not None:
+        model.register_parameter(BIAS, nn.Parameter(torch.tensor(bias)))
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+    # The Pillow backend needs no torchvision, and gives the same pixels with and without it.
+    processor = AutoImageProcessor.from_pretrained(
+        name, local_files_only=local_files_only, backend="pil"
+    )
+    return model, tokenizer, processor
+
+
+def _is_hub_name(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' and the hub's notes and progress bars off the screen, then restore."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    try:
+        transformers_logging.disable_progress_bar()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()

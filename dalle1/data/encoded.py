@@ -1,0 +1,377 @@
+"""Pictures encoded once, so that stage 2 trains without the dVAE.
+
+    python -m dalle1.data.encoded --dvae runs/dvae --data toybox:60000 --out runs/codes
+
+writes shards with `KEY.npy` (codes [crops, W, W], uint16 or uint32) and `KEY.json` (its captions),
+and `codes.json`, which says which dVAE they are of. The same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle1.console import bar, clear_errors, parse
+from dalle1.data.cleaning import Reading
+from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
+from dalle1.data.loader import LEFT_OUT, SHARDS, Batch, Prepare, Source, in_order, of_shards
+from dalle1.data.skipped import Tally
+from dalle1.data.sources.base import ENDLESS, Joined, PairSource, part, split_sources
+from dalle1.data.sources.indexed_shards import index_shard, read_member
+from dalle1.data.sources.streaming_shards import Pair, Streamed
+from dalle1.data.spec import open_source
+from dalle1.devices import autocast, keep_freed_memory, pick_device
+from dalle1.storage import model_folder
+from dvae import DVAE
+from dvae.model import DOWNSAMPLING
+from dvae.model import FILE_NAME as DVAE_FILE
+
+INDEX_NAME = "codes.json"
+
+ENTRIES_NAME = "entries.npy"
+"""Where each pair is: shard, and offset and size of its codes and of its captions; int64 [N, 5]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(Reading):
+    """What `python -m dalle1.data.encoded` takes."""
+
+    dvae: Path
+    """Folder of a trained dVAE."""
+    out: Path
+    """Folder that the shards are written to."""
+    data: str = "toybox:40000"
+    """Where pairs come from, as in the trainings; it must have an end."""
+    crops: int = 1
+    """Crops of each picture, cut at random as in the paper's Listing 2; training draws one of them.
+    1: the centre."""
+    image_size: int | None = None
+    """Side in pixels that pictures are brought to, a multiple of 8, if not the dVAE's own."""
+    allow_upscale: bool = False
+    """Enlarge pictures that are smaller than the dVAE's input; else they are left out, counted."""
+    captions: int = 8
+    """Captions kept for each picture, where it has as many; training draws one of them."""
+    batch_size: int = 64
+    """Pictures encoded at once."""
+    shard_size: int = 2_000
+    """Pictures a shard."""
+    seed: int = 0
+    """Of the choice of captions and of Toybox's scenes."""
+    device: str = "auto"
+    """auto is cuda, else mps, else cpu."""
+    num_workers: int = 1
+    """Processes that read pictures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("captions", "crops", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+def fingerprint(dvae_dir: Path) -> str:
+    """Name a dVAE by its file's content, so that codes of another one are told apart."""
+    return hashlib.sha256((model_folder(dvae_dir) / DVAE_FILE).read_bytes()).hexdigest()[:16]
+
+
+class CodeSource:
+    """Pairs of caption and codes, read from their shards when they are asked for.
+
+    What it takes is 40 bytes a pair, mapped from `ENTRIES_NAME`: once for all processes of a
+    machine. In a folder without, or with other shards than it was made of, each makes its own.
+    """
+
+    def __init__(self, folder: Path, split: str = "train") -> None:
+        try:
+            index = json.loads((folder / INDEX_NAME).read_text())
+            self.dvae, pictures = index["dvae"], index["pictures"]
+            self.grid_size: int = index["grid_size"]
+            expected = index.get("shards") or -(-pictures // index["shard_size"])
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(
+                f"{folder} holds no codes: expected {INDEX_NAME} and shards, as "
+                "`python -m dalle1.data.encoded` writes them"
+            ) from error
+        shards = sorted(folder.glob("*.tar"))
+        if len(shards) != expected:
+            raise ValueError(
+                f"{folder} holds {len(shards)} of {expected} shards: its encoding was stopped; the "
+                "same command goes on"
+            )
+        path = folder / ENTRIES_NAME
+        known = path.is_file() and index.get("bytes") == _sizes(shards)
+        entries = np.load(path, mmap_mode="r") if known else _entries(shards)
+        kept = part(range(len(entries)), split)
+        self.shards, self.entries = shards, entries[kept.start : kept.stop]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def captions(self, index: int) -> list[str]:
+        """Give all captions of pair `index`."""
+        return json.loads(self._read(index, 3))["captions"]
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        return rng.choice(self.captions(index))
+
+    def crops(self, index: int) -> np.ndarray:
+        """Give the codes of all crops of pair `index`: [crops, W, W]."""
+        content = self._read(index, 1)
+        begin = 10 + int.from_bytes(content[8:10], "little")
+        shape, kind = _form(content[:begin])
+        return np.frombuffer(content, kind, offset=begin).reshape(-1, *shape[-2:])
+
+    def code_grid(self, index: int, rng: random.Random) -> Tensor:
+        """Give the codes of one of the crops of pair `index`: [W, W], int64."""
+        return torch.from_numpy(rng.choice(self.crops(index)).astype(np.int64))
+
+    def _read(self, index: int, first: int) -> bytes:
+        number, offset, size = self.entries[index, [0, first, first + 1]].tolist()
+        return read_member(self.shards[number], (offset, size))
+
+
+@lru_cache(maxsize=8)
+def _form(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Give shape and kind of an array by the header of its .npy, which most have in common."""
+    file = io.BytesIO(header)
+    np.lib.format.read_magic(file)
+    shape, _, kind = np.lib.format.read_array_header_1_0(file)
+    return shape, kind
+
+
+def _entries(shards: Sequence[Path]) -> np.ndarray:
+    """Find the pairs in shards of codes, as in `ENTRIES_NAME`."""
+    rows: list[tuple[int, ...]] = []
+    for number, shard in enumerate(shards):
+        samples, damage = index_shard(shard)
+        if damage:
+            raise ValueError(f"{shard} is damaged ({damage.why}); remove it, and encode it again")
+        rows += ((number, *files[".npy"], *files[".json"]) for files in samples.values())
+    return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+
+def _sizes(shards: Sequence[Path]) -> list[int]:
+    return [shard.stat().st_size for shard in shards]
+
+
+def _write_entries(folder: Path) -> None:
+    """Write where all pairs are; codes.json then has what tells other shards from these."""
+    shards, path = sorted(folder.glob("*.tar")), folder / INDEX_NAME
+    with (folder / "entries.partial").open("wb") as file:
+        np.save(file, _entries(shards))
+    os.replace(file.name, folder / ENTRIES_NAME)
+    _write_json(path, {**json.loads(path.read_text()), "bytes": _sizes(shards)})
+
+
+def _write_json(path: Path, thing: Any) -> None:
+    partial_path = path.with_suffix(".partial")
+    partial_path.write_text(json.dumps(thing, indent=1))
+    os.replace(partial_path, path)
+
+
+class JoinedCodes(Joined):
+    """Several sources of codes as one."""
+
+    def code_grid(self, index: int, rng: random.Random) -> Tensor:
+        """Give the codes of one of the crops of pair `index`; see `CodeSource`."""
+        source, index = self._find(index)
+        return source.code_grid(index, rng)
+
+
+def open_codes(
+    data: str, split: str, dvae_dir: Path, grid_size: int
+) -> CodeSource | JoinedCodes | None:
+    """Open --data if it is a folder of codes, or several; refuse those of another dVAE or grid."""
+    names, weights = split_sources(data)
+    coded = [os.path.isfile(os.path.join(name, INDEX_NAME)) for name in names]
+    if not any(coded):
+        return None
+    if not all(coded):
+        raise ValueError(f"data is {data!r}: {names[coded.index(False)]} holds no codes; encode it")
+    sources = [CodeSource(Path(name), split) for name in names]
+    for name, source in zip(names, sources, strict=True):
+        if source.dvae != fingerprint(dvae_dir):
+            raise ValueError(
+                f"the codes in {name} are of another dVAE than {dvae_dir}; encode the data anew"
+            )
+        if source.grid_size != grid_size:
+            raise ValueError(
+                f"the codes in {name} are grids of {source.grid_size}, expected {grid_size}; give "
+                f"--image-size {DOWNSAMPLING * source.grid_size}, or encode the data anew"
+            )
+    return sources[0] if len(sources) == 1 else JoinedCodes(sources, weights)
+
+
+def encode(config: EncodeConfig) -> None:
+    """Encode all of `config.data`, shard by shard; whole shards that are there are left alone."""
+    device = pick_device(config.device)
+    keep_freed_memory()
+    model = DVAE.load(config.dvae, device, config.image_size)
+    size = model.config.image_size
+    detail = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
+    source = _open(config, size, detail)
+    prepare = partial(_prepare, size, config)  # no closure: spawned workers must unpickle it
+    shards = _shards(source, prepare, config)
+    _claim(config, model, source, len(shards))
+    tally = Tally(config.max_bad_fraction, config.out / "left-out.jsonl", say=tqdm.write)
+    total = None if isinstance(source, Streamed) else len(source)
+    tally.open(total or 0, getattr(source, "left_out", ()))
+    written = 0
+    with bar(total=total, unit="picture") as progress:
+        for number, batches in enumerate(shards):
+            path = config.out / f"{number:05d}.tar"
+            if path.exists():
+                written += 1
+                progress.update(config.shard_size)
+            else:
+                encoded = _encoded(model, batches(), tally, progress)
+                written += _write_shard(path, encoded, number, source)
+    if not written:
+        raise ValueError(f"all pictures were left out: {tally}; see {tally.file}")
+    _write_entries(config.out)
+    if tally.counts:
+        print(f"Left out {tally}; each is named in {tally.file}")
+
+
+def _open(config: EncodeConfig, size: int, detail: int) -> PairSource | Streamed:
+    source = open_source(config.data, "encode", size, config.seed, reading=config, detail=detail)
+    if isinstance(source, Streamed):
+        weighted = len(source.groups) > 1
+    else:
+        weighted = isinstance(source, Joined) and source.weights is not None
+        if len(source) >= ENDLESS:
+            raise ValueError(
+                f"data {config.data!r} has no end; name how many, such as toybox:40000"
+            )
+    if weighted:
+        raise ValueError(
+            f"data is {config.data!r}: encode each source by itself, and give the weights to the "
+            "training, as in --data codes-a::2,codes-b::1"
+        )
+    return source
+
+
+def _shards(
+    source: PairSource | Streamed, prepare: Prepare, config: EncodeConfig
+) -> list[Callable[[], Iterator[Batch]]]:
+    """Give what yields the pictures of each shard of codes: one to a shard of a stream."""
+    size, workers = config.batch_size, config.num_workers
+    if isinstance(source, Streamed):
+        urls = [url for group in source.groups for url in group]
+        return [partial(of_shards, source, [url], prepare, size, workers) for url in urls]
+    begins = range(0, len(source), config.shard_size)
+    parts = [range(b, min(b + config.shard_size, len(source))) for b in begins]
+    return [partial(in_order, source, prepare, indices, size, workers) for indices in parts]
+
+
+def _prepare(
+    size: int, config: EncodeConfig, source: PairSource, index: int, _: random.Random
+) -> Mapping[str, Any]:
+    """Prepare [crops, 3, size, size] of a picture, and its captions as JSON."""
+    which = source.where if isinstance(source, Pair) else index
+    drawn = [
+        source.caption(index, random.Random(f"{config.seed}/{which}/{i}"))
+        for i in range(config.captions)
+    ]
+    picture, rng = source.image(index), random.Random(f"{config.seed}/{which}/crops")
+    if config.crops == 1:
+        crops = [centre_square(picture, size, config.allow_upscale)]
+    else:
+        how = FOR_TRANSFORMER, config.allow_upscale
+        crops = [augmented(picture, size, rng, *how) for _ in range(config.crops)]
+    return {
+        "images": torch.stack([to_tensor(crop) for crop in crops]),
+        "captions": json.dumps(list(dict.fromkeys(drawn))),
+        "index": index,
+    }
+
+
+def _claim(config: EncodeConfig, model: DVAE, source: Source, shards: int) -> None:
+    """Write the index; refuse a folder with codes of another dVAE or other data."""
+    index = {
+        "dvae": fingerprint(config.dvae),
+        "codebook_size": model.vocab_size,
+        "grid_size": model.grid_size,
+        "data": config.data,
+        "pictures": None if isinstance(source, Streamed) else len(source),
+        "shards": shards,
+        "shard_size": config.shard_size,
+        "captions": config.captions,
+        "crops": config.crops,
+        "allow_upscale": config.allow_upscale,
+        "seed": config.seed,
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(Reading)},
+    }
+    del index["max_bad_fraction"]
+    path = config.out / INDEX_NAME
+    config.out.mkdir(parents=True, exist_ok=True)
+    given = json.loads(path.read_text()) if path.exists() else {}
+    if changed := ", ".join(k for k in index if given.get(k, index[k]) != index[k]):
+        raise ValueError(
+            f"{config.out} holds codes of another dVAE or other data or settings ({changed} "
+            "differ); give another --out"
+        )
+    _write_json(path, index)
+
+
+Encoded = tuple[int, np.ndarray, list[str]]
+"""A picture's index, its codes [crops, W, W], and its captions."""
+
+
+def _encoded(
+    model: DVAE, batches: Iterator[Batch], tally: Tally, progress: tqdm
+) -> Iterator[Encoded]:
+    kind = np.uint16 if model.vocab_size <= 1 << 16 else np.uint32
+    device = next(model.parameters()).device
+    for batch in batches:
+        images, left_out = batch.get("images", ()), batch[LEFT_OUT]
+        tally.add(len(images), left_out, batch[SHARDS])
+        progress.update(len(images) + len(left_out))
+        if not len(images):
+            continue
+        with autocast(device, "bf16"):
+            codes = model.encode(to_float(images.flatten(0, 1).to(device)))
+        grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(kind)
+        for index, grid, captions in zip(batch["index"], grids, batch["captions"], strict=True):
+            yield int(index), grid, json.loads(captions)
+
+
+def _write_shard(path: Path, encoded: Iterator[Encoded], number: int, source: Source) -> int:
+    """Write a shard, whole or not at all; give how many pictures are in it."""
+    from webdataset import TarWriter
+
+    unfinished, written = path.with_suffix(".partial"), 0
+    first = number * 100_000 if isinstance(source, Streamed) else 0  # their shards count from 0
+    with TarWriter(str(unfinished)) as tar:
+        for index, grid, captions in encoded:
+            key = f"{first + index:09d}"
+            tar.write({"__key__": key, "npy": grid, "json": {"captions": captions}})
+            written += 1
+    os.replace(unfinished, path)
+    return written
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with clear_errors():
+        config = parse(EncodeConfig, args, __doc__.splitlines()[0])
+        encode(config)
+        print(f"Codes are in {config.out}")
+
+
+if __name__ == "__main__":
+    main()

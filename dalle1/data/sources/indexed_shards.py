@@ -1,0 +1,190 @@
+"""Local WebDataset shards, read at random through an index that is made of each on opening it."""
+
+from __future__ import annotations
+
+import random
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from dalle1.data.cleaning import (
+    CAPTIONS,
+    PICTURES,
+    Reading,
+    captions_in,
+    draw_caption,
+    read_picture,
+)
+from dalle1.data.skipped import LeftOut, ShardLosses, ShardRead, Unusable
+from dalle1.data.sources.base import part
+
+Span = tuple[int, int]
+"""Offset and size in bytes of a file within a shard."""
+
+
+class Shards:
+    """Local shards in img2dataset's layout: `KEY.jpg` (png, webp, gif), `KEY.txt` or `KEY.json`.
+
+    A pair takes 48 bytes of memory, whatever its key.
+
+    Attributes:
+        left_out: samples without picture or caption, and shards that end too early.
+        shards_read: each shard, with how much of it could be read.
+
+    Raises: ValueError where there is no pair, or too many shards are damaged.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        split: str = "train",
+        captions: bool = True,
+        reading: Reading | None = None,
+        detail: int = 0,
+    ) -> None:
+        self.shards, self.reading, self.detail = shards, reading or Reading(), detail
+        self.left_out: list[LeftOut] = []
+        self.shards_read: list[ShardRead] = []
+        rows: list[tuple[int, ...]] = []
+        for number, shard in enumerate(shards):
+            rows += self._index(number, shard, captions)
+        if not rows:
+            first = f"; the first left out is {_told(self.left_out[0])}" if self.left_out else ""
+            raise ValueError(
+                f"no pairs in {len(shards)} shards, {shards[0]} the first: expected a picture and "
+                f"a .txt or .json under the same name{first}"
+            )
+        losses = ShardLosses(self.reading.max_bad_fraction)
+        losses.add(sorted(self.shards_read, key=lambda shard: not shard.whole), len(shards))
+        # Shard, picture's span, caption's span, caption's suffix: as numbers, forked workers
+        # share them.
+        table = np.array(rows, dtype=np.int64)
+        kept = part(range(len(rows)), split)
+        self.entries = table[kept.start : kept.stop]
+
+    def _index(self, number: int, shard: Path, captions: bool) -> Iterator[tuple[int, ...]]:
+        samples, damage = index_shard(shard)
+        before, kept = len(self.left_out), 0
+        if damage:
+            self.left_out.append(damage)
+        for i, (key, files) in enumerate(samples.items()):
+            lacking = lacks(files, captions)
+            if lacking is None:
+                picture = next(files[suffix] for suffix in PICTURES if suffix in files)
+                suffix = next((s for s in CAPTIONS if s in files), "")
+                kind = CAPTIONS.index(suffix) if suffix else -1
+                kept += 1
+                yield (number, *picture, *files.get(suffix, (0, 0)), kind)
+            elif not (damage and i == len(samples) - 1):  # else it is what was cut off
+                self.left_out.append(LeftOut.because(lacking, f"{key} in {shard}"))
+        met = kept + len(self.left_out) - before
+        self.shards_read.append(ShardRead(str(shard), met, not damage))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def name(self, index: int) -> str:
+        number, offset = (int(value) for value in self.entries[index][:2])
+        shard = self.shards[number]
+        try:
+            header = read_member(shard, (offset - tarfile.BLOCKSIZE, 100))
+        except OSError:  # it could be read when it was indexed
+            return f"pair {index} in {shard}"
+        return f"{header.partition(bytes(1))[0].decode(errors='replace')} in {shard}"
+
+    def _read(self, index: int, first: int) -> bytes:
+        number, offset, size = self.entries[index, [0, first, first + 1]].tolist()
+        try:
+            return read_member(self.shards[number], (offset, size))
+        except OSError as error:
+            raise Unusable("unreadable file", f"{error}", str(self.shards[number])) from error
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        suffix = CAPTIONS[self.entries[index][5]]
+        with self._naming(index):
+            captions = captions_in(self._read(index, 3), suffix, "")
+            return draw_caption(captions, "", self.reading, rng)
+
+    def image(self, index: int) -> Image.Image:
+        with self._naming(index):
+            return read_picture(self._read(index, 1), "", self.reading, self.detail)
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Name the pair in errors alone, since to look its name up is another reading."""
+        try:
+            yield
+        except Unusable as error:
+            raise Unusable(error.cause, error.why, error.where or self.name(index)) from error
+
+
+def lacks(files: Mapping[str, Any], captions: bool) -> Unusable | None:
+    """Say what the files of a sample, by suffix, lack to be a pair."""
+    given = ", ".join(files)
+    if not any(suffix in files for suffix in PICTURES):
+        return Unusable("no picture", f"there is only {given}")
+    if captions and not any(suffix in files for suffix in CAPTIONS):
+        return Unusable("no caption", f"there is only {given}")
+    return None
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header; what `tarfile` would take for the end, and is none, is an error."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the two empty blocks
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}, and no end mark") from error
+
+
+def members(
+    file: IO[bytes], mode: Any
+) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
+    """Yield key, suffix, member and archive of each file of a shard.
+
+    Raises: tarfile.TarError where the shard ends before its end mark.
+    """
+    with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header, bufsize=1 << 18) as tar:
+        for member in tar:
+            if member.isfile():
+                # WebDataset's rule: the key ends at the first dot of the name, whatever the folder.
+                folder, slash, name = member.name.rpartition("/")
+                stem, dot, suffix = name.partition(".")
+                yield folder + slash + stem, dot + suffix.lower(), member, tar
+
+
+def index_shard(shard: Path) -> tuple[dict[str, dict[str, Span]], LeftOut | None]:
+    """Find the samples of a .tar shard, by key, each as suffix → span; and what damage it has."""
+    samples: dict[str, dict[str, Span]] = {}
+    try:
+        with shard.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            # "r:", as in a compressed one, offsets would mean nothing.
+            for key, suffix, member, _ in members(file, "r:"):
+                if member.offset_data + member.size <= size:
+                    samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        cause = "shard cut short" if samples else "unreadable shard"
+        return samples, LeftOut(cause, str(shard), f"{error}")
+    return samples, None
+
+
+def read_member(shard: Path, span: Span) -> bytes:
+    """Read one file out of a shard."""
+    with shard.open("rb") as file:
+        file.seek(span[0])
+        return file.read(span[1])
+
+
+def _told(left_out: LeftOut) -> str:
+    return f"{left_out.where} ({left_out.cause}: {left_out.why})"

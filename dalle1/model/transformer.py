@@ -1,0 +1,393 @@
+"""The transformer of the paper (§2.2, B.1), at any size: caption and codes as one stream.
+
+B batch, L text places, W grid, N = W² codes, T = L + N, D width, V codebook size.
+
+| states   | 0       1    …  L−1     | L       L+1  …  T−1     |
+|----------|-------------------------|-------------------------|
+| read     | start   t₀   …  t_{L−2} | start   z₀   …  z_{N−2} |
+| predict  | t₀      t₁   …  t_{L−1} | z₀      z₁   …  z_{N−1} |
+
+Text states are scored against the text vocabulary only, image states against the codebook only.
+A text place without a token holds a padding token of its own: id text_vocab + place (§2.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle1.model.attention import Attend, Attention, Linear, Mask, Rotary
+from dalle1.model.masks import MaskKind, layer_masks
+from dalle1.storage import load_config, load_weights, model_folder, save_weights
+
+FILE_NAME = "transformer.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSize:
+    """What one may choose of a transformer. The defaults are the paper's 12 billion parameters."""
+
+    text_vocab: int = 16_384
+    """BPE tokens, padding not counted; fewer, where the data do not give so many."""
+    text_len: int = 256
+    """L: text places. A caption takes at most L − 1 of them."""
+    width: int = 3968
+    """D: channels of the residual stream."""
+    depth: int = 64
+    """Layers, each of attention and MLP."""
+    heads: int = 62
+    """Attention heads; they divide the width."""
+
+    # What the paper leaves open.
+    image_start: Literal["token", "text"] = "token"
+    """What the first image state reads: a start token of its own, or the last text token."""
+    pad_targets: bool = True
+    """Whether padding is predicted, too. If not, the text's loss is that of its tokens alone."""
+    shared_softmax: bool = False
+    """Normalise each state's scores over both vocabularies, rather than over its own."""
+    conv_wrap: bool = True
+    """Whether the kernel of the convolutional mask goes on at the other edge of the picture."""
+
+    # What came later. Paper: the first of each.
+    attention: Literal["sparse", "full"] = "sparse"
+    """The paper's row, column and conv masks, or every layer sees all that is before."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """Embeddings that are added, or queries and keys that are turned by text place, row, column."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Four times as wide with GELU, or 8/3 times with SwiGLU: as many weights."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            kind = get_type_hints(type(self))[field.name]
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            if choices and getattr(self, field.name) not in choices:
+                given = getattr(self, field.name)
+                raise ValueError(f"{field.name} is {given!r}, expected {' or '.join(choices)}")
+            if field.type == "int" and getattr(self, field.name) < 1:
+                given = getattr(self, field.name)
+                raise ValueError(f"{field.name} is {given}, expected at least 1")
+        if self.text_len < 2:
+            raise ValueError(f"text_len is {self.text_len}, expected at least 2")
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, expected a multiple of heads, {self.heads}")
+        if self.positions == "rotary" and self.head_width % 4:
+            raise ValueError(
+                f"heads are {self.head_width} wide, expected a multiple of 4 for rotary positions"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """Channels of a head."""
+        return self.width // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(TransformerSize):
+    """The size of a transformer, with what the dVAE says of it."""
+
+    codebook_size: int = 8192
+    """V: the dVAE's codes."""
+    grid_size: int = 32
+    """W: codes along each side of a picture."""
+    rotary_grid: int | None = None
+    """W that rotary positions are counted on, if not its own: that of the smaller pictures which it
+    learned from before."""
+
+    @property
+    def image_len(self) -> int:
+        """N: codes of a picture."""
+        return self.grid_size**2
+
+    @property
+    def length(self) -> int:
+        """T: places of the stream."""
+        return self.text_len + self.image_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerLoss:
+    """What `Transformer.loss` returns; scalar tensors."""
+
+    total: Tensor
+    """What is minimised: text/8 + 7·image/8."""
+    text: Tensor
+    """Cross-entropy in nats per text place."""
+    image: Tensor
+    """Cross-entropy in nats per code."""
+
+
+class MLP(nn.Module):
+    """Four times as wide inside, with the GELU of Sparse Transformers: x·σ(1.702x)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        d, hidden = config.width, 4 * config.width
+        if self.gated:
+            hidden = 8 * math.ceil(config.width / 3)
+        self.up = Linear(d, 2 * hidden if self.gated else hidden)
+        self.down = Linear(hidden, d, scale=1 / math.sqrt(2 * config.depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.silu(1.702 * x) * (1 / 1.702))
+
+
+def _norm(config: TransformerConfig) -> nn.Module:
+    return nn.RMSNorm(config.width) if config.norm == "rms" else nn.LayerNorm(config.width)
+
+
+class Layer(nn.Module):
+    """Two resblocks: x += attention(norm(x)); x += MLP(norm(x))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config.width, config.heads, config.depth, qk_norm=config.qk_norm)
+        self.mlp_norm = _norm(config)
+        self.mlp = MLP(config)
+        self.around: Around | None = None
+
+    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
+        def attention(h: Tensor) -> Tensor:
+            return self.attention(self.attention_norm(h), attend, turns)
+
+        def mlp(h: Tensor) -> Tensor:
+            return self.mlp(self.mlp_norm(h))
+
+        for which, branch in enumerate((attention, mlp)):
+            x = x + (self.around(which, branch, x) if self.around else branch(x))
+        return x
+
+    def branches(self) -> list[list[nn.Module]]:
+        """Give the modules of each resblock's branch."""
+        return [[self.attention_norm, self.attention], [self.mlp_norm, self.mlp]]
+
+
+Around = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+"""(0 or 1, branch, x) → branch(x), computed in some other way: see `dalle1.training.resblocks`."""
+
+
+class Embedding(nn.Embedding):
+    """A table drawn from N(0, 0.125/√d), or 0.125/√(d·n) for one of n that are summed."""
+
+    def __init__(self, rows: int, width: int, summed: int = 1) -> None:
+        self.std = 0.125 / math.sqrt(width * summed)
+        super().__init__(rows, width)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        nn.init.normal_(self.weight, std=self.std)
+
+
+class Transformer(nn.Module):
+    """Predicts each token of caption and picture from those before it."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.width
+        learned = config.positions == "learned"
+        self.text_tokens = config.text_vocab + config.text_len
+        # The last row of each table is the start token.
+        self.text_embedding = Embedding(self.text_tokens + 1, d)
+        self.image_embedding = Embedding(config.codebook_size + 1, d)
+        self.text_position = Embedding(config.text_len, d, summed=2) if learned else None
+        self.row = Embedding(config.grid_size, d, summed=3) if learned else None
+        self.column = Embedding(config.grid_size, d, summed=3) if learned else None
+        sizes = config.text_len, config.grid_size, config.head_width
+        self.rotary = None if learned else Rotary(*sizes, config.rotary_grid)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
+        self.norm = _norm(config)
+        self.text_head = Linear(d, self.text_tokens, scale=0.0)
+        self.image_head = Linear(d, config.codebook_size, scale=0.0)
+        sparse = config.attention == "sparse"
+        self.kinds: list[MaskKind] = (
+            layer_masks(config.depth) if sparse else ["full"] * config.depth
+        )
+        seen = config.text_len, config.grid_size, config.conv_wrap
+        self.masks = nn.ModuleDict({k: Mask(k, *seen) for k in sorted(set(self.kinds))})
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Embed the start token and all but the last of text [B, L] → [B, L, D]."""
+        start = text.new_full((len(text), 1), self.text_tokens)
+        x = self.text_embedding(torch.cat([start, text[:, :-1]], dim=1))
+        if self.text_position is None:
+            return x
+        # Called, rather than its weight taken, so that the weight may be kept elsewhere till then.
+        return x + self.text_position(torch.arange(x.shape[1], device=x.device))
+
+    def embed_codes(self, inputs: Tensor, places: Tensor | None = None) -> Tensor:
+        """Embed what image states read, [B, n] → [B, n, D].
+
+        Args:
+            inputs: codes, or codebook_size for the start token.
+            places: which image states, [n], or [1] for all of them; the first n if not given.
+        """
+        return self._placed(self.image_embedding(inputs), places)
+
+    def embed_start(self, text: Tensor) -> Tensor:
+        """Embed what the first image state reads, [B, L] → [B, 1, D]; see `image_start`."""
+        if self.config.image_start == "text":
+            return self._placed(self.text_embedding(text[:, -1:]))
+        return self.embed_codes(text.new_full((len(text), 1), self.config.codebook_size))
+
+    def embed(self, text: Tensor, codes: Tensor) -> Tensor:
+        """Embed all states of text [B, L], and those of the codes [B, n] that they predict.
+
+        Returns: [B, L + n, D]; the last of the codes is not read.
+        """
+        parts = [self.embed_text(text)]
+        if codes.shape[1]:
+            places = torch.arange(1, codes.shape[1], device=codes.device)
+            parts += [self.embed_start(text), self.embed_codes(codes[:, :-1], places)]
+        return torch.cat(parts, dim=1)
+
+    def _placed(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        if self.row is None or self.column is None:
+            return x
+        if places is None:
+            places = torch.arange(x.shape[1], device=x.device)
+        rows = places.div(self.config.grid_size, rounding_mode="floor")
+        return x + self.row(rows) + self.column(places % self.config.grid_size)
+
+    def run(
+        self, x: Tensor, attends: Sequence[Attend] | None = None, places: Tensor | None = None
+    ) -> Tensor:
+        """Run embedded states [B, n, D] through all layers.
+
+        Args:
+            attends: what sees what in each layer; its mask, if not given.
+            places: the states' places in the stream, [n], or [1] where all stand at the same; the
+                first n if not given.
+        """
+        turns = None
+        if self.rotary is not None:
+            here = torch.arange(x.shape[1], device=x.device) if places is None else places
+            turns = self.rotary(here)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, attends[i] if attends else self.masks[self.kinds[i]], turns)
+        return self.norm(x)
+
+    def states(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the last states of whole streams: [B, L, D] of the text, [B, N, D] of the image.
+
+        Args:
+            text: [B, L], ids in [0, text_vocab + L).
+            codes: [B, N] or [B, W, W], in raster order.
+        """
+        self._check(text, codes)
+        x = self.run(self.embed(text, codes.flatten(1)))
+        text_states, image_states = x.split([self.config.text_len, self.config.image_len], dim=1)
+        return text_states, image_states
+
+    def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Score every token of whole streams; see `states`.
+
+        Returns: text logits [B, L, text_vocab + L] and image logits [B, N, V].
+        """
+        text_states, image_states = self.states(text, codes)
+        return self.text_head(text_states), self.image_head(image_states)
+
+    def operations(self) -> float:
+        """Count the multiplications and additions that one sample's forward pass needs.
+
+        Those of matrix products and of what the masks show, not of what is skipped or recomputed.
+        """
+        c = self.config
+        products = [m for m in self.layers.modules() if isinstance(m, nn.Linear)]
+        weights = sum(m.in_features * m.out_features for m in products)
+        seen = {kind: int(mask.get_buffer("whole").sum()) for kind, mask in self.masks.items()}
+        pairs = sum(seen[kind] for kind in self.kinds)
+        heads = c.width * (c.text_len * self.text_tokens + c.image_len * c.codebook_size)
+        return 2 * (c.length * weights + heads + 2 * c.width * pairs)
+
+    def _check(self, text: Tensor, codes: Tensor) -> None:
+        c = self.config
+        shapes = ((c.image_len,), (c.grid_size, c.grid_size))
+        fits = text.shape[1:] == (c.text_len,) and codes.shape[1:] in shapes
+        if not fits or not 0 < len(text) == len(codes):
+            raise ValueError(
+                f"got text {tuple(text.shape)} and codes {tuple(codes.shape)}, expected "
+                f"[B, {c.text_len}] and [B, {c.grid_size}, {c.grid_size}]"
+            )
+
+    def losses(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Give −ln p of every token: [B, L] of the text, [B, N] of the image."""
+        text_states, image_states = self.states(text, codes)
+        return (
+            self._losses(self.text_head, self.image_head, text_states, text),
+            self._losses(self.image_head, self.text_head, image_states, codes.flatten(1)),
+        )
+
+    def loss(self, text: Tensor, codes: Tensor, text_weight: float = 1 / 8) -> TransformerLoss:
+        """Give the two-part loss: each cross-entropy a mean over its own tokens (§2.2)."""
+        text_losses, image_losses = self.losses(text, codes)
+        if self.config.pad_targets:
+            text_loss = text_losses.mean()
+        else:
+            real = text < self.config.text_vocab
+            text_loss = (text_losses * real).sum() / real.sum().clamp_min(1)
+        image_loss = image_losses.mean()
+        total = text_weight * text_loss + (1 - text_weight) * image_loss
+        return TransformerLoss(total=total, text=text_loss, image=image_loss)
+
+    def _losses(self, own: nn.Linear, other: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+        """Give −ln p of each target [B, n], under the softmax of its own vocabulary or of both."""
+        logits = _score(own, states)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses = losses.view(targets.shape)
+        if not self.config.shared_softmax:
+            return losses
+        mine, theirs = logits.logsumexp(-1), _score(other, states).logsumexp(-1)
+        return losses - mine + torch.logaddexp(mine, theirs)
+
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write weights and config to `directory`/transformer.safetensors, rounded to `dtype`."""
+        return save_weights(self, Path(directory) / FILE_NAME, dtype)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Transformer:
+        """Read what `save` or a training wrote, straight into `dtype`.
+
+        Raises: ValueError where there is none, or it is damaged.
+        """
+        return load_weights(cls, TransformerConfig, cls.file_in(directory), device, dtype)
+
+    @classmethod
+    def config_of(cls, directory: str | Path) -> TransformerConfig:
+        """Read the config of what `load` would; ValueError where there is none."""
+        return load_config(cls, TransformerConfig, cls.file_in(directory))
+
+    @staticmethod
+    def file_in(directory: str | Path) -> Path:
+        """Give where `save` or a training keeps the weights."""
+        return model_folder(directory) / FILE_NAME
+
+
+def _score(head: nn.Linear, states: Tensor) -> Tensor:
+    """Give logits in fp32; where fp16 is used, computed in fp32, too (paper §D)."""
+    kind = states.device.type
+    in_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    with torch.autocast(kind, enabled=False) if in_fp16 else nullcontext():
+        return head(states).float()

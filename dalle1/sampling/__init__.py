@@ -1,0 +1,1 @@
+"""Sampling image codes: cache, decoding, filters."""

@@ -1,0 +1,1 @@
+"""Captions to tokens, and the words that a model knows."""

@@ -1,0 +1,191 @@
+"""Captions to tokens: byte-pair encoding with one padding token per text position (paper §2.2).
+
+The paper lower-cases captions and encodes them with 16,384 BPE tokens, at most 256 per caption,
+with 10 % BPE dropout while training. Here the BPE works on bytes, so that any text at all has an
+encoding and there is no unknown token.
+
+Legend: B batch, T text_len.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from dalle1.text.known_words import Words
+
+BYTES = 256  # the smallest vocabulary: one token per byte
+WORDS_NAME = "words.json"  # beside the vocabulary
+
+
+class Tokenizer:
+    """Byte-level BPE over lower-cased, NFKC-normalised captions with single spaces.
+
+    Ids below `vocab_size` are BPE tokens. A position `p` that holds no token gets the id
+    `vocab_size + p`: the paper learns a separate padding embedding for every text position.
+    So the ids of a `[B, T]` batch run over `[0, vocab_size + T)`. `words` are those of the captions
+    that it was learned from, None where they were not kept.
+    """
+
+    def __init__(self, bpe: tokenizers.Tokenizer, words: Words | None = None) -> None:
+        self.bpe, self.words = bpe, words
+        self.vocab_size: int = bpe.get_vocab_size()
+        self._ids: dict[str, int] = bpe.get_vocab()
+        merges = json.loads(bpe.to_str())["model"]["merges"]
+        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn at most `vocab_size` tokens (>= 256, the bytes); few captions give fewer tokens."""
+        if vocab_size < BYTES:
+            raise ValueError(
+                f"vocab_size is {vocab_size}: a byte-level vocabulary needs at least {BYTES}"
+            )
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.normalizer = normalizers.Sequence(
+            [
+                normalizers.NFKC(),
+                normalizers.Lowercase(),
+                normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+                normalizers.Strip(),
+            ]
+        )
+        # The prefix space makes a word the same token at the start of a caption and inside it.
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        captions = [_well_formed(caption) for caption in captions]
+        bpe.train_from_iterator(captions, trainer)
+        return cls(bpe, Words.of(captions))
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a vocabulary written by `save`. ValueError when it is missing or damaged."""
+        path = Path(path)
+        remedy = "fetch the file again, or write one with Tokenizer.train(...).save(path)"
+        if not path.is_file():
+            raise ValueError(f"no vocabulary at {path}: {remedy}")
+        try:
+            bpe = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is no readable vocabulary ({reason}): {remedy}") from error
+        if not _is_byte_level_bpe(bpe):
+            raise ValueError(f"{path} holds a tokenizer, but not a byte-level BPE: {remedy}")
+        kept = path.with_name(WORDS_NAME)
+        return cls(bpe, Words.load(kept) if kept.is_file() else None)
+
+    def save(self, path: Path) -> None:
+        """Write the vocabulary in the `tokenizers` library's JSON format, and the words beside."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.words is not None:
+            self.words.save(path.with_name(WORDS_NAME))
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        self.bpe.save(str(unfinished))
+        os.replace(unfinished, path)
+
+    def count(self, caption: str) -> int:
+        """Count the tokens of a caption, before any cutting."""
+        return len(self._encode(caption))
+
+    def encode(
+        self,
+        captions: Sequence[str],
+        text_len: int,
+        *,
+        dropout: float = 0.0,
+        rng: random.Random | None = None,
+    ) -> Tensor:
+        """Encode captions to `[B, text_len]` ids, filled up with the pads of their positions.
+
+        A caption keeps at most `text_len - 1` tokens, because the transformer's start-of-text
+        state takes one place; the rest is cut silently (`count` tells beforehand). `dropout` is
+        the probability in [0, 1] of skipping a merge (Provilkov et al. 2020, arXiv 1910.13267),
+        drawn from `rng`.
+        """
+        if isinstance(captions, str):
+            raise ValueError("captions is one string: pass a list of strings")
+        if text_len < 2:
+            raise ValueError(f"text_len is {text_len}: it must be at least 2")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout is {dropout}: it must lie in [0, 1]")
+        if dropout > 0.0 and rng is None:
+            raise ValueError("dropout > 0 needs an rng: pass random.Random(seed)")
+        pads = torch.arange(self.vocab_size, self.vocab_size + text_len)
+        tokens = pads.repeat(len(captions), 1)  # [B, T]
+        for row, caption in zip(tokens, captions, strict=True):
+            if rng is not None and dropout > 0.0:
+                ids = self._encode_with_dropout(caption, dropout, rng)
+            else:
+                ids = self._encode(caption)
+            ids = ids[: text_len - 1]
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+        return tokens
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Turn `[B, T]` ids back into captions, pads left out; broken UTF-8 becomes U+FFFD."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected [B, T]")
+        rows = [[i for i in row if i < self.vocab_size] for row in tokens.tolist()]
+        return [self.bpe.decode(row, skip_special_tokens=False).strip() for row in rows]
+
+    def _encode(self, caption: str) -> list[int]:
+        return self.bpe.encode(_well_formed(caption), add_special_tokens=False).ids
+
+    def _encode_with_dropout(self, caption: str, dropout: float, rng: random.Random) -> list[int]:
+        # Hugging Face's own BPE dropout cannot be seeded, so the merges are applied here.
+        text = _well_formed(caption)
+        if self.bpe.normalizer is not None:
+            text = self.bpe.normalizer.normalize_str(text)
+        return [
+            self._ids[piece]
+            for word, _ in self.bpe.pre_tokenizer.pre_tokenize_str(text)
+            for piece in _merge(list(word), self._ranks, dropout, rng)
+        ]
+
+
+def _merge(
+    pieces: list[str],
+    ranks: dict[tuple[str, str], int],
+    dropout: float,
+    rng: random.Random,
+) -> list[str]:
+    """Join the pair of best rank until none is left; each chance is skipped with `dropout`."""
+
+    def chances() -> Iterator[tuple[int, int]]:  # (rank, place) of every merge not skipped
+        for place, pair in enumerate(pairwise(pieces)):
+            if pair in ranks and rng.random() >= dropout:
+                yield ranks[pair], place
+
+    while (best := min(chances(), default=None)) is not None:
+        place = best[1]
+        pieces = [*pieces[:place], pieces[place] + pieces[place + 1], *pieces[place + 2 :]]
+    return pieces
+
+
+def _well_formed(caption: str) -> str:
+    # Lone surrogates (broken JSON escapes in web captions) have no UTF-8 form: they become "?".
+    return caption.encode("utf-8", "replace").decode("utf-8")
+
+
+def _is_byte_level_bpe(bpe: tokenizers.Tokenizer) -> bool:
+    if not isinstance(bpe.model, models.BPE) or bpe.pre_tokenizer is None:
+        return False
+    vocab = bpe.get_vocab()
+    complete = set(vocab.values()) == set(range(len(vocab)))
+    return complete and vocab.keys() >= set(pre_tokenizers.ByteLevel.alphabet())

@@ -1,0 +1,58 @@
+"""Toybox as a dataset: scene i of a split is always the same, on every machine."""
+
+from __future__ import annotations
+
+import random
+
+from PIL import Image
+
+from dalle1.toybox.captions import describe
+from dalle1.toybox.render import MAX_SIZE, MIN_SIZE, render
+from dalle1.toybox.scene import Scene, sample_scene
+from dalle1.toybox.vocabulary import SPLITS, check_word
+
+ENDLESS = 2**31 - 1  # the length of a dataset without a limit; the largest that samplers accept
+
+
+class Toybox:
+    """A map-style dataset of (picture, caption), drawn on the fly.
+
+    Scene `index` depends on the split, the seed and the index alone, not on `size`, so the same
+    world can be had at any resolution. `num_scenes=None` never ends.
+    """
+
+    def __init__(
+        self, split: str = "train", size: int = 128, seed: int = 0, num_scenes: int | None = None
+    ) -> None:
+        check_word("split", split, SPLITS)
+        if isinstance(size, bool) or not isinstance(size, int) or not MIN_SIZE <= size <= MAX_SIZE:
+            raise ValueError(
+                f"got size {size!r}, expected whole pixels from {MIN_SIZE} to {MAX_SIZE}: try 128"
+            )
+        if num_scenes is not None and not 0 < num_scenes <= ENDLESS:
+            raise ValueError(
+                f"got num_scenes {num_scenes}, expected 1 to {ENDLESS}: None for an endless world"
+            )
+        self.split, self.size, self.seed = split, size, seed
+        self.num_scenes = num_scenes
+
+    def __len__(self) -> int:
+        return ENDLESS if self.num_scenes is None else self.num_scenes
+
+    def scene(self, index: int) -> Scene:
+        """Return the scene behind picture `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"got index {index}, expected 0 to {len(self) - 1}")
+        return sample_scene(random.Random(f"{self.split}/{self.seed}/{index}"), self.split)
+
+    def caption(self, index: int, rng: random.Random | None = None) -> str:
+        """Describe picture `index`, phrased as `rng` has it; without one always alike."""
+        rng = rng or random.Random(f"{self.split}/{self.seed}/{index}/caption")
+        return describe(self.scene(index), rng)
+
+    def image(self, index: int) -> Image.Image:
+        """Draw picture `index`, in RGB."""
+        return render(self.scene(index), self.size)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        return self.image(index), self.caption(index)

@@ -1,0 +1,30 @@
+"""Scenes of one kind, without end: one thing, several alike, two kinds in a relation, a style."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+from dalle1.toybox.scene import Scene, sample_scene
+
+Kind = Literal["one", "two", "count", "style", "other"]
+"""One thing; two kinds in a relation; things alike; one thing in a style; several in a style."""
+
+
+def scenes(split: str, seed: str, kind: Kind | None = None) -> Iterator[Scene]:
+    """Yield scenes of a split (see `sample_scene`) that are of one kind; None is of any."""
+    rng = random.Random(seed)
+    while True:
+        scene = sample_scene(rng, split)
+        if kind in (None, kind_of(scene)):
+            yield scene
+
+
+def kind_of(scene: Scene) -> Kind:
+    """Say of which kind a scene is."""
+    if scene.style is not None:
+        return "style" if len(scene.items) == 1 else "other"
+    if scene.relation is not None:
+        return "two"
+    return "one" if len(scene.items) == 1 else "count"

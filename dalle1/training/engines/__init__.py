@@ -1,0 +1,1 @@
+"""Engines under the training loop: plain torch (DDP) and DeepSpeed ZeRO."""

@@ -1,0 +1,121 @@
+"""Cut the photographs inside scikit-image's wheel into tiles with captions, to see real pictures.
+
+    pip install scikit-image
+    python recipes/photographs.py --out runs/photographs
+    python train_dvae.py small --data runs/photographs --steps 1500 --out runs/photographs-dvae
+
+Captions are what scikit-image's documentation calls them. `--shards` writes JPEGs in shards, as
+img2dataset does: `000000000.jpg`, `.txt`, and `.json` with its fields.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image
+
+PHOTOGRAPHS = {
+    "astronaut.png": "Color image of the astronaut Eileen Collins",
+    "brick.png": "Brick wall",
+    "camera.png": "Gray-level camera image",
+    "chelsea.png": "Chelsea the cat",
+    "coffee.png": "Coffee cup",
+    "coins.png": "Greek coins from Pompeii",
+    "grass.png": "Grass",
+    "gravel.png": "Gravel",
+    "hubble_deep_field.jpg": "Hubble eXtreme Deep Field",
+    "ihc.png": "Immunohistochemical staining with hematoxylin counterstaining",
+    "moon.png": "Surface of the moon",
+    "motorcycle_left.png": "Stereo image of a motorcycle, left",
+    "motorcycle_right.png": "Stereo image of a motorcycle, right",
+    "retina.jpg": "Human retina",
+    "rocket.jpg": "Launch photo of DSCOVR on Falcon 9 by SpaceX",
+}
+
+
+def photographs() -> Iterator[tuple[str, str, Image.Image]]:
+    """Yield file name, caption and picture."""
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise SystemExit("scikit-image is not installed: pip install scikit-image")
+    for name, caption in PHOTOGRAPHS.items():
+        path = Path(spec.origin).parent / "data" / name
+        yield name, caption, Image.open(path).convert("RGB")
+
+
+def tiles(size: int) -> list[tuple[str, str, Image.Image]]:
+    """Cut all photographs, without overlap, and shuffle: the last ones are validated on."""
+    found = []
+    for name, caption, photograph in photographs():
+        for top in range(0, photograph.height - size + 1, size):
+            for left in range(0, photograph.width - size + 1, size):
+                tile = photograph.crop((left, top, left + size, top + size))
+                found.append((f"{name}#{left},{top}", caption, tile))
+    random.Random(0).shuffle(found)
+    return found
+
+
+def write_shards(pairs: Sequence[tuple[str, str, Image.Image]], out: Path, shard_size: int) -> None:
+    """Write pairs as img2dataset does, but for its parquet files."""
+    from webdataset import TarWriter
+
+    for shard, first in enumerate(range(0, len(pairs), shard_size)):
+        part = pairs[first : first + shard_size]
+        with TarWriter(str(out / f"{shard:05d}.tar"), encoder=False) as tar:
+            for i, (url, caption, tile) in enumerate(part):
+                buffer, key = io.BytesIO(), f"{shard:05d}{i:04d}"
+                tile.save(buffer, "JPEG", quality=95)
+                facts = {
+                    "caption": caption,
+                    "url": url,
+                    "key": key,
+                    "status": "success",
+                    "error_message": None,
+                    "width": tile.width,
+                    "height": tile.height,
+                    "original_width": tile.width,
+                    "original_height": tile.height,
+                    "exif": "{}",
+                    "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+                }
+                files = {
+                    "jpg": buffer.getvalue(),
+                    "json": json.dumps(facts, indent=4).encode(),
+                    "txt": caption.encode(),
+                }
+                tar.write({"__key__": key, **files})
+        stats = {"count": len(part), "successes": len(part), "failed_to_download": 0}
+        (out / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4))
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=128, help="side of a tile in pixels")
+    parser.add_argument("--shards", action="store_true", help="write shards, not a folder")
+    parser.add_argument("--shard-size", type=int, default=100, help="tiles in one shard")
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    options = parse(args)
+    pairs = tiles(options.size)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.shards:
+        write_shards(pairs, options.out, options.shard_size)
+    else:
+        for i, (_, caption, tile) in enumerate(pairs):
+            tile.save(options.out / f"{i:04d}.png")
+            (options.out / f"{i:04d}.txt").write_text(caption + "\n", encoding="utf-8")
+    print(f"{len(pairs)} tiles of {options.size} × {options.size} are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

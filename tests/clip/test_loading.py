@@ -1,0 +1,307 @@
+"""CLIP: the contrastive loss by hand, folders of both families, scores, and clear errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import dalle1.clip
+from dalle1.clip import Clip, ClipSize, new_clip, soften
+from dalle1.text.bpe import Tokenizer
+
+CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]
+SMALL = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
+
+
+def pictures(count: int = 4) -> list[Image.Image]:
+    rng = random.Random(0)
+    sizes = [(rng.randint(1, 60), rng.randint(1, 60)) for _ in range(count)]
+    return [Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    torch.manual_seed(0)
+    return new_clip(Tokenizer.train(CAPTIONS, 300), ClipSize(image_size=32, text_len=12, **SMALL))
+
+
+@pytest.fixture(scope="module")
+def folder(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "saved"
+    clip.save_pretrained(path)
+    return path
+
+
+def test_transformers_itself_loads_what_is_saved(clip: Clip, folder: Path) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    model = CLIPModel.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    with torch.inference_mode():
+        inputs = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
+        text = model.get_text_features(**inputs).pooler_output
+        pixels = processor(images=pictures(), input_data_format="channels_last")["pixel_values"]
+        image = model.get_image_features(torch.stack(list(map(torch.as_tensor, pixels))))
+    torch.testing.assert_close(F.normalize(text, dim=-1), clip.embed_text(CAPTIONS))
+    torch.testing.assert_close(
+        F.normalize(image.pooler_output, dim=-1), clip.embed_images(pictures())
+    )
+
+
+def test_saved_clips_come_back_the_same(clip: Clip, folder: Path, tmp_path: Path) -> None:
+    loaded = Clip.from_pretrained(folder)
+    expected = clip.score("a red cube", pictures())
+    torch.testing.assert_close(loaded.score("a red cube", pictures()), expected)
+    assert not loaded.model.training
+    half = tmp_path / "half"
+    for _ in range(2):  # the second replaces the first
+        loaded.save_pretrained(half, dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["half"]
+    size = (half / "model.safetensors").stat().st_size
+    assert size < 0.6 * (folder / "model.safetensors").stat().st_size
+    again = Clip.from_pretrained(half)
+    assert again.model.dtype == torch.float32
+    torch.testing.assert_close(again.score("a red cube", pictures()), expected, atol=1e-2, rtol=0)
+
+
+def test_text_is_pooled_at_its_end_whatever_the_padding(clip: Clip) -> None:
+    alone = clip.embed_text(["a red"])
+    beside = clip.embed_text(["a red", "a blue cube star"])
+    torch.testing.assert_close(beside[:1], alone)
+    assert not torch.allclose(clip.embed_text(["a red cube"]), alone, atol=1e-3)
+    assert clip.model.config.text_config.eos_token_id == clip.tokenizer.eos_token_id != 2
+    assert torch.isfinite(clip.embed_text([""])).all()
+
+
+def test_long_text_is_cut_with_a_warning_and_keeps_its_end(clip: Clip) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 captions exceed the 12 tokens"):
+        ids = clip.tokenize(["a red cube " * 20, "a star"])["input_ids"]
+    assert ids.shape == (2, 12)
+    assert ids[0, -1] == clip.tokenizer.eos_token_id
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip.embed_text(CAPTIONS)
+
+
+def test_scores_are_cosines(clip: Clip) -> None:
+    images = pictures(7)
+    scores = clip.score("a blue star", images)
+    assert scores.shape == (7,)
+    assert (scores.abs() <= 1 + 1e-6).all()
+    torch.testing.assert_close(clip.embed_images(images).norm(dim=-1), torch.ones(7))
+    torch.testing.assert_close(clip.embed_images(images, batch_size=3), clip.embed_images(images))
+
+
+def test_softening_blurs_about_half_and_can_be_repeated() -> None:
+    images = torch.rand(64, 3, 16, 16)
+
+    def draw(seed: int) -> torch.Tensor:
+        return soften(images, torch.Generator().manual_seed(seed))
+
+    torch.testing.assert_close(draw(0), draw(0))
+    changed = (draw(0) != images).flatten(1).any(1)
+    assert 16 < changed.sum() < 48
+    assert (draw(0)[changed].flatten(1).std(1) < images[changed].flatten(1).std(1)).all()
+
+
+def write_folder(path: Path, family: str, clip: Clip) -> Path:
+    """Write a tiny random model of a family with transformers' own classes."""
+    import transformers as hf
+
+    text = {"vocab_size": 310, "max_position_embeddings": 16, "projection_size": 16}
+    text |= {"bos_token_id": 300, "eos_token_id": clip.tokenizer.eos_token_id, "pad_token_id": 0}
+    tower = {"hidden_size": 16, "intermediate_size": 32}
+    tower |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"image_size": 24, "patch_size": 8}
+    config = getattr(hf, f"{family}Config")(text_config=text | tower, vision_config=vision | tower)
+    getattr(hf, f"{family}Model")(config).save_pretrained(path)
+    clip.tokenizer.save_pretrained(path)
+    settings = {
+        "image_processor_type": f"{family}ImageProcessor",
+        "size": {"height": 24, "width": 24} if family == "Siglip" else {"shortest_edge": 24},
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.5, 0.6, 0.7],
+    }
+    if family == "CLIP":
+        settings["crop_size"] = {"height": 24, "width": 24}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_transformers_models_of_both_families_score(
+    family: str, clip: Clip, tmp_path: Path
+) -> None:
+    loaded = Clip.from_pretrained(write_folder(tmp_path / family, family, clip))
+    assert (loaded.image_size, loaded.text_len) == (24, 16)
+    scores = loaded.score("a red cube", pictures())
+    assert scores.shape == (4,)
+    assert torch.isfinite(scores).all()
+    # The folder's own mean and deviation, and the crop, reach the pixels.
+    pixels = loaded.preprocess([Image.new("RGB", (30, 24), (255, 0, 51))])
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    expected = (torch.tensor([1.0, 0.0, 0.2]) - mean) / std
+    torch.testing.assert_close(pixels, expected[None, :, None, None].expand(1, 3, 24, 24))
+    assert loaded.tokenize(["a"])["input_ids"].shape[1] == (16 if family == "Siglip" else 3)
+
+
+def test_siglip_embeddings_are_transformers_own(clip: Clip, tmp_path: Path) -> None:
+    from transformers import SiglipModel
+
+    path = write_folder(tmp_path / "siglip", "Siglip", clip)
+    loaded, model = Clip.from_pretrained(path), SiglipModel.from_pretrained(path)
+    ids = loaded.tokenize(CAPTIONS)["input_ids"]
+    with torch.inference_mode():
+        output = model(input_ids=ids, pixel_values=loaded.preprocess(pictures()))
+    torch.testing.assert_close(output.text_embeds, loaded.embed_text(CAPTIONS))
+    torch.testing.assert_close(output.image_embeds, loaded.embed_images(pictures()))
+
+
+def one_line(name: str | Path) -> str:
+    with pytest.raises(ValueError, match="CLIP") as caught:
+        Clip.from_pretrained(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_bad_name_is_one_line(tmp_path: Path) -> None:
+    assert "no such folder" in one_line(tmp_path / "missing")
+    assert "no such folder" in one_line("a/path/to/nothing")
+    assert "nobody/no-such-clip" in one_line("nobody/no-such-clip")  # offline: conftest.py
+    assert str(tmp_path) in one_line(tmp_path)  # an empty folder
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_one_tower_alone_is_named(family: str, clip: Clip, tmp_path: Path) -> None:
+    import transformers as hf
+
+    whole = write_folder(tmp_path / "whole", family, clip)
+    for part, lacks in (("text", "pictures"), ("vision", "text")):
+        path = tmp_path / part
+        shutil.copytree(whole, path)
+        config = getattr(hf, f"{family}Config").from_pretrained(whole)
+        getattr(config, f"{part}_config").save_pretrained(path)
+        assert f"alone, and none of {lacks}" in one_line(path)
+
+
+def damage(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "incomplete":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        del tensors["logit_scale"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif how == "another model":
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+    elif how == "another tokenizer":  # JSON as it should be, and not what tokenizers expects
+        (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    else:
+        (folder / "preprocessor_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "incomplete",
+        "another model",
+        "another tokenizer",
+        "no tokenizer",
+        "no processor",
+    ],
+)
+def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path, how: str) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(folder, path)
+    damage(path, how)
+    message = one_line(path)
+    assert str(path) in message
+    if how == "incomplete":
+        assert "logit_scale" in message
+    if how == "another model":
+        assert "'bert'" in message
+
+
+def test_a_processor_that_does_not_fit_its_model_is_named(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    shutil.copytree(folder, path)
+    settings = json.loads((path / "preprocessor_config.json").read_text())
+    settings["crop_size"] = {"height": 48, "width": 48}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert "inconsistent" in one_line(path)
+
+
+def test_a_picture_that_is_no_square_is_cut_not_squashed(clip: Clip) -> None:
+    wide = Image.new("RGB", (42, 32), "blue")
+    wide.paste("red", (0, 0, 5, 32))  # what the square in the middle leaves out
+    expected = clip.preprocess([Image.new("RGB", (32, 32), "blue")])
+    torch.testing.assert_close(clip.preprocess([wide]), expected)
+
+
+def test_squares_give_the_features_that_they_gave_when_all_were_squashed() -> None:
+    clip = Clip.from_pretrained("bundled")
+    squares = [Image.effect_noise((side, side), 90).convert("RGB") for side in (128, 77, 200, 1)]
+    squashed = copy.deepcopy(clip.processor)
+    squashed.size, squashed.do_center_crop = squashed.crop_size, False
+    before = Clip(clip.model, clip.tokenizer, squashed).embed_images(squares)
+    assert torch.equal(clip.embed_images(squares), before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_the_scale_is_saved_at_100_at_most(
+    clip: Clip, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    wild = copy.deepcopy(clip)
+    for scale, saved in ((130.0, 100.0), (33.3, 33.3)):
+        wild.model.logit_scale.data.fill_(math.log(scale))
+        wild.save_pretrained(tmp_path, dtype)
+        loaded = Clip.from_pretrained(tmp_path)
+        assert loaded.model.logit_scale.exp().item() == pytest.approx(saved, rel=1e-6)
+        assert wild.model.logit_scale.exp().item() == pytest.approx(scale, rel=1e-6)
+
+
+def test_mistakes_are_named(clip: Clip) -> None:
+    with pytest.raises(ValueError, match="list of at least one string"):
+        clip.embed_text("a red cube")
+    with pytest.raises(ValueError, match="list of at least one string"):
+        clip.embed_text([])
+    with pytest.raises(ValueError, match="images is empty"):
+        clip.embed_images([])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        clip.embed_images(pictures(), batch_size=0)
+    with pytest.raises(ValueError, match="divide"):
+        new_clip(Tokenizer.train([], 256), ClipSize(image_size=100))
+
+
+def test_loading_leaves_logging_as_it_was(folder: Path, capfd: pytest.CaptureFixture) -> None:
+    from transformers.utils import logging
+
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    Clip.from_pretrained(folder)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_module_alone_does_not_load_transformers() -> None:
+    import subprocess
+
+    code = "import sys, dalle1.clip; sys.exit('transformers' in sys.modules)"
+    root = Path(dalle1.clip.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

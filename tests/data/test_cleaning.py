@@ -1,0 +1,319 @@
+"""Captions of every form, what is taken and what is left out, JPEGs decoded small."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle1.data import open_source
+from dalle1.data.cleaning import Reading, captions_in, clean, draw_caption, read_picture
+from dalle1.data.encoded import open_codes
+from dalle1.data.skipped import DAMAGE, RULES, LeftOut, Tally, Unusable
+from dalle1.data.sources.base import Joined, split_sources, turn
+from dalle1.data.sources.folder import Folder
+from dalle1.data.sources.indexed_shards import Shards
+from dalle1.data.sources.streaming_shards import Streamed
+
+RNG = random.Random(0)
+AS_IT_IS = Reading()
+
+
+def picture(path: Path, size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+
+
+def drawn(source: Any, index: int = 0) -> set[str]:
+    return {source.caption(index, random.Random(i)) for i in range(60)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", " one \n\n two\n", {"one", "two"}),
+        ("a.txt", "\ufeffone", {"one"}),
+        ("a.json", '["one", "two", ""]', {"one", "two"}),
+        ("a.json", '"one"', {"one"}),
+        ("a.json", '{"caption": "one", "url": "http://a"}', {"one"}),
+        ("a.json", '{"captions": ["one", "two"], "caption": "one"}', {"one", "two"}),
+        ("captions.csv", 'file,caption\na.png,"one, two"\na.png,three\n', {"one, two", "three"}),
+        ("captions.csv", "file_name,text\na.png,one\n", {"one"}),
+        ("captions.jsonl", '{"file": "a.png", "caption": ["one", "two"]}\n\n', {"one", "two"}),
+        ("captions.jsonl", '{"file_name": "a.png", "text": "one"}', {"one"}),
+    ],
+)
+def test_captions_of_every_form(
+    tmp_path: Path, name: str, content: str, expected: set[str]
+) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    source = open_source(str(tmp_path))
+    assert len(source) == 1
+    assert drawn(source) == expected
+
+
+def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> None:
+    for name in ("a.png", "deep/b.png", "c.png"):
+        picture(tmp_path / name)
+    rows = [b"file,caption", b"a.png,one", b"deep/b.png,zwei \xff", b"gone.png,three", b",four"]
+    (tmp_path / "captions.csv").write_bytes(b"\n".join(rows))
+    source = Folder(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "a.png")]
+    causes = [(pair.cause, pair.where.rpartition("/")[2]) for pair in source.left_out]
+    assert causes == [
+        ("caption not UTF-8", "captions.csv:3"),
+        ("no picture", "gone.png"),
+        ("no picture", "captions.csv:5"),
+    ]
+    assert len(Folder(tmp_path, captions=False)) == 3
+    (tmp_path / "captions.csv").rename(tmp_path / "captions.jsonl")
+    lines = ['{"file": "a.png", "caption": 3}', "{", "[]", '{"file": "c.png", "caption": "c"}']
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    source = Folder(tmp_path)
+    assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "c.png")]
+    assert [pair.cause for pair in source.left_out] == ["damaged captions"] * 3
+    (tmp_path / "captions.csv").write_text("name;words\n")
+    with pytest.raises(ValueError, match=r"captions.csv has the columns name;words; expected file"):
+        Folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "cause"),
+    [
+        (b"zwei \xff", ".txt", "caption not UTF-8"),
+        (b"\xff\xfe{", ".json", "caption not UTF-8"),
+        (b"{", ".json", "damaged captions"),
+        (b'{"caption": 3}', ".json", "damaged captions"),
+        (b"[" * 100_000, ".json", "damaged captions"),
+        (b" \n\n", ".txt", "no caption"),
+        (b"", ".txt", "no caption"),
+        (b'{"url": "http://a"}', ".json", "no caption"),
+        (b"&nbsp;", ".txt", "no caption"),
+        (b"a", ".txt", "caption too short"),
+        (b"a red red star", ".txt", "caption too long"),
+    ],
+)
+def test_unusable_captions(content: bytes, suffix: str, cause: str) -> None:
+    reading = Reading(min_caption=2, max_caption=10)
+    with pytest.raises(Unusable, match=r"^where: .+") as error:
+        draw_caption(captions_in(content, suffix, "where"), "where", reading, RNG)
+    assert error.value.cause == cause
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (again.cause, again.why, str(again)) == (cause, error.value.why, str(error.value))
+
+
+def test_of_several_captions_one_that_fits_is_drawn() -> None:
+    reading = Reading(min_caption=4, max_caption=6)
+    for i in range(20):
+        captions = ["a", "a star", "a red star"]
+        assert draw_caption(captions, "", reading, random.Random(i)) == "a star"
+
+
+def test_captions_are_cleaned_unless_told_not_to() -> None:
+    dirty = "  schÃ¶n &amp;amp; good  \t day "
+    assert clean(dirty) == "schön & good day"
+    assert draw_caption([dirty], "", AS_IT_IS, RNG) == "schön & good day"
+    raw = Reading(clean_captions=False)
+    assert draw_caption([dirty], "", raw, RNG) == "schÃ¶n &amp;amp; good  \t day"
+
+
+@pytest.mark.parametrize(
+    ("size", "cause"),
+    [
+        ((20, 10), None),
+        ((21, 10), "too elongated"),
+        ((10, 21), "too elongated"),
+        ((9, 9), "too small"),
+        ((9, 40), "too small"),
+    ],
+)
+def test_pictures_are_taken_by_their_shape(size: tuple[int, int], cause: str | None) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "PNG")
+    reading = Reading(min_side=10)
+    if cause is None:
+        assert read_picture(buffer.getvalue(), "", reading).size == size
+        return
+    with pytest.raises(Unusable) as error:
+        read_picture(buffer.getvalue(), "a.png", reading)
+    assert error.value.cause == cause
+    assert f"a.png: {size[0]} × {size[1]}, and --m" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("detail", "expected"),
+    [(0, (640, 480)), (481, (640, 480)), (240, (320, 240)), (121, (320, 240)), (60, (80, 60))],
+)
+def test_jpegs_are_decoded_no_larger_than_is_needed(detail: int, expected: tuple[int, int]) -> None:
+    x, y = np.meshgrid(np.arange(640) * 255 / 640, np.arange(480) * 255 / 480)
+    whole = Image.fromarray(np.stack([x, y, x], -1).astype(np.uint8))
+    buffer = io.BytesIO()
+    whole.save(buffer, "JPEG", quality=95)
+    small = read_picture(buffer.getvalue(), "", AS_IT_IS, detail)
+    assert small.size == expected
+    assert min(small.size) >= detail or small.size == whole.size
+    reference = np.asarray(whole.resize(expected, Image.Resampling.BOX), int)
+    assert np.abs(np.asarray(small, int) - reference).mean() < 2
+
+
+def test_turned_jpegs_are_decoded_small_and_upright() -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    stored = Image.new("RGB", (640, 480), "white")
+    stored.paste("red", (0, 0, 320, 240))
+    stored.save(buffer, "JPEG", quality=95, exif=exif)
+    upright = read_picture(buffer.getvalue(), "", AS_IT_IS, 100)
+    assert upright.size == (120, 160)
+    assert upright.getpixel((90, 40))[1] < 60  # the red corner went to the right
+    assert upright.getpixel((30, 40))[1] > 200
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_aspect": 0.5}, {"min_caption": 5, "max_caption": 4}, {"max_bad_fraction": 5}],
+)
+def test_impossible_rules_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is .*, expected"):
+        Reading(**wrong)  # type: ignore[arg-type]
+
+
+# Several sources
+
+
+def test_sources_and_weights() -> None:
+    assert split_sources("a") == (["a"], None)
+    assert split_sources("a,b{1,2}.tar") == (["a", "b{1,2}.tar"], None)
+    assert split_sources("a::2,pipe:cat b::0.5") == (["a", "pipe:cat b"], [2.0, 0.5])
+    long = "https://host/a.tar?token=" + "x" * 5000
+    assert split_sources(long) == ([long], None)
+    own = "pipe:ssh host 'cat a,b::2 {x}'"
+    assert split_sources(f'{own}::2,pipe:cat "c,d" e::1') == ([own, 'pipe:cat "c,d" e'], [2, 1])
+    assert split_sources("mum's,http://[::1]:80/a.tar") == (
+        ["mum's", "http://[::1]:80/a.tar"],
+        None,
+    )
+    with pytest.raises(ValueError, match=r"the quote ' is never closed"):
+        split_sources("pipe:cat 'a,b")
+    for wrong in ("a::2,b", "a::x,b::1", "a::0,b::1", "a::-1,b::1", "a::nan,b::1"):
+        with pytest.raises(ValueError, match="expected a weight for each source"):
+            split_sources(wrong)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (2, 1), (1, 3, 0.5), (0.1, 0.2, 0.7, 1e-3)])
+def test_each_source_has_its_share_at_every_moment(weights: tuple[float, ...]) -> None:
+    counts = [0] * len(weights)
+    for place in range(3000):
+        source, before = turn(place, weights)
+        assert before == counts[source]
+        counts[source] += 1
+        for count, weight in zip(counts, weights, strict=True):
+            assert abs(count - (place + 1) * weight / sum(weights)) < len(weights)
+
+
+def test_several_sources_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, count in (("a", 3), ("b", 2)):
+        for i in range(count):
+            picture(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text(f"{name}{i}")
+    picture(tmp_path / "b" / "alone.png")
+    data = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    joined = open_source(data)
+    assert isinstance(joined, Joined)
+    assert [joined.caption(i, RNG) for i in range(5)] == ["a0", "a1", "a2", "b0", "b1"]
+    assert sorted(joined.index_at(place, 0) for place in range(5, 10)) == list(range(5))
+    assert [pair.cause for pair in joined.left_out] == ["no caption"]
+    assert joined.name(4) == str(tmp_path / "b" / "1.png")
+    weighted = open_source(f"{tmp_path / 'a'}::1,{tmp_path / 'b'}::3")
+    assert isinstance(weighted, Joined)
+    names = [weighted.caption(weighted.index_at(place, 0), RNG)[0] for place in range(40)]
+    assert names.count("b") == 30
+    mixed = open_source(f"toybox::1,{tmp_path / 'a'}::1", size=32)
+    assert isinstance(mixed, Joined)
+    assert [mixed.index_at(place, 0) for place in (1, 3, 5)] == [0, 1, 2]  # Toybox, in order
+    assert mixed.image(0).size == (32, 32)
+    rng = random.Random(0)
+    assert 15 < sum(mixed.name(mixed.draw(rng)).endswith(".png") for _ in range(50)) < 35
+    with pytest.raises(ValueError, match="one of the sources has no end; give weights"):
+        open_source(f"toybox,{tmp_path / 'a'}")
+    picture(tmp_path / "pipe" / "a.png")  # a folder, in spite of its name
+    (tmp_path / "pipe" / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_source("pipe")) == 1
+    with pytest.raises(ValueError, match=r"no data at '.*gone'"):
+        open_source(f"{tmp_path / 'a'},{tmp_path / 'gone'}")
+
+
+@pytest.mark.parametrize("scheme", ["https://host/a.tar?token=", "pipe:curl -H token:", ""])
+def test_long_sources_are_no_paths(scheme: str, tmp_path: Path) -> None:
+    data = scheme + "x" * 5000
+    assert open_codes(data, "train", tmp_path, 4) is None
+    if scheme:
+        assert isinstance(open_source(data), Streamed)
+    else:
+        with pytest.raises(ValueError, match="no data at 'xxx"):
+            open_source(data)
+
+
+# What is left out
+
+
+def left_out(cause: str, where: str = "a") -> LeftOut:
+    return LeftOut(cause, where, "why")
+
+
+def test_a_tally_names_each_once_and_the_first_of_each_cause(tmp_path: Path) -> None:
+    said: list[str] = []
+    file = tmp_path / "run" / "left-out.jsonl"
+    tally = Tally(1.0, file, said.append)
+    tally.add(10, [left_out("too small", "a"), left_out("no caption", "b")])
+    tally.add(10, [left_out("too small", "a"), left_out("too small", "c")])
+    assert str(tally) == "3 × too small, 1 × no caption"
+    assert [line.split(";")[0] for line in said] == [
+        "Leaving out a (too small: why)",
+        "Leaving out b (no caption: why)",
+    ]
+    with file.open("a") as broken:
+        broken.write('{"cau\n')
+    Tally(1.0, file, said.append).add(1, [left_out("too small", "c"), left_out("too small", "é")])
+    lines = file.read_text().splitlines()
+    assert [json.loads(line)["where"] for line in lines if line.endswith("}")] == list("abcé")
+
+
+def test_damage_stops_and_rules_do_not() -> None:
+    for cause in DAMAGE:
+        tally = Tally(0.05, say=lambda _: None)
+        for _ in range(18):
+            tally.add(50, [left_out(cause)] * 2)
+        tally.add(45, [])  # of fewer than 1,000 nothing is concluded
+        with pytest.raises(ValueError, match=rf"56 of 1001 pairs \(5.6%\).*56 × {cause}"):
+            tally.add(0, [left_out(cause)] * 20)
+        tally.add(1000, [])  # what is long ago is forgotten
+    for cause in RULES:
+        tally = Tally(0.0, say=lambda _: None)
+        tally.open(10, [left_out(cause)] * 90)
+        tally.add(10, [left_out(cause)] * 2000)
+
+
+def test_a_dataset_that_is_mostly_damaged_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"6 of 100 pairs \(6.0%\) .*--max-bad-fraction 0.05"):
+        Tally(0.05, say=lambda _: None).open(94, [left_out("no caption")] * 6)
+    Tally(0.05, say=lambda _: None).open(95, [left_out("no caption")] * 5)
+
+
+def test_shards_take_little_memory(tmp_path: Path) -> None:
+    from dalle1.toybox.__main__ import main as write_toybox
+
+    words = ["--out", str(tmp_path), "--num-scenes", "5", "--size", "32"]
+    write_toybox(words)
+    source = open_source(str(tmp_path))
+    assert isinstance(source, Shards)
+    assert source.entries.nbytes == 48 * len(source)
+    assert source.name(3) == f"000000003.png in {tmp_path}/00000.tar"

@@ -1,0 +1,247 @@
+"""A thousand samples of which a hundred are damaged, in twelve ways: none hidden."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import struct
+import zlib
+from collections import Counter, deque
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import two_readers
+from launch import in_two_processes
+from PIL import Image
+from torch import Tensor
+
+from dalle1.data import loader as batches
+from dalle1.data import open_source
+from dalle1.data.check import main as check
+from dalle1.data.encoded import CodeSource
+from dalle1.data.encoded import main as encode
+from dalle1.data.images import centre_square, to_tensor
+from dalle1.data.skipped import Tally
+from dalle1.data.sources.indexed_shards import index_shard
+from dalle1.data.sources.streaming_shards import Streamed
+from dvae import DVAE, DVAEConfig
+
+SIZE = 32
+SHARDS, SHARD = 10, 100
+CUT = range(9)
+"""Shards that are cut short, within their last sample."""
+
+WAYS: dict[str, tuple[int, str]] = {
+    "empty picture": (9, "empty file"),
+    "half a JPEG": (9, "damaged picture"),
+    "half a PNG": (9, "damaged picture"),
+    "a page of HTML": (8, "not a picture"),
+    "a bomb": (8, "too many pixels"),
+    "a line": (8, "too elongated"),
+    "a dot": (8, "too small"),
+    "no caption": (8, "no caption"),
+    "an empty caption": (8, "no caption"),
+    "Latin-1": (8, "caption not UTF-8"),
+    "no picture": (8, "no picture"),
+}
+"""Ways to be damaged, how many samples are so, and the cause to be found; the twelfth is `CUT`."""
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of few bytes and 30,000 × 30,000 pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(10_000))
+    chunks = (head, b"IDAT" + pixels, b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    )
+
+
+def damaged(way: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    jpeg = files["jpg"]
+    png = encoded(Image.open(io.BytesIO(jpeg)), "PNG")
+    text = files["txt"]
+    return {
+        "empty picture": {"jpg": b"", "txt": text},
+        "half a JPEG": {"jpg": jpeg[: len(jpeg) // 2], "txt": text},
+        "half a PNG": {"png": png[: len(png) // 2], "txt": text},
+        "a page of HTML": {"jpg": b"<html>404</html>", "txt": text},
+        "a bomb": {"png": bomb(), "txt": text},
+        "a line": {"jpg": encoded(Image.new("RGB", (400, SIZE)), "JPEG"), "txt": text},
+        "a dot": {"jpg": encoded(Image.new("RGB", (1, 1)), "JPEG"), "txt": text},
+        "no caption": {"jpg": jpeg},
+        "an empty caption": {"jpg": jpeg, "txt": b" \n"},
+        "Latin-1": {"jpg": jpeg, "txt": "ein grüner Würfel".encode("latin-1")},
+        "no picture": {"txt": text},
+    }[way]
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, dict[str, bytes]]:
+    """A thousand samples by key; 91 are damaged, 9 will be cut off."""
+    noise = np.random.default_rng(0).integers(0, 256, (10, SIZE + 8, SIZE, 3), dtype=np.uint8)
+    pictures = [encoded(Image.fromarray(pixels), "JPEG") for pixels in noise]
+    samples = {
+        f"{i // SHARD:05d}{i % SHARD:04d}": {"jpg": pictures[i % 10], "txt": f"number {i}".encode()}
+        for i in range(1000)
+    }
+    spared = {f"{shard:05d}{SHARD - 1:04d}" for shard in CUT}
+    keys = [key for key in samples if key not in spared]
+    random.Random(0).shuffle(keys)
+    for way, (count, _) in WAYS.items():
+        for _ in range(count):
+            key = keys.pop()
+            samples[key] = damaged(way, samples[key])
+    return samples
+
+
+@pytest.fixture(scope="module")
+def shards(samples: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples in ten shards, nine of them cut short."""
+    from webdataset import TarWriter
+
+    out = tmp_path_factory.mktemp("damaged")
+    for shard in range(SHARDS):
+        path = out / f"{shard:05d}.tar"
+        with TarWriter(str(path), encoder=False) as tar:
+            for key, files in samples.items():
+                if key.startswith(path.stem):
+                    tar.write({"__key__": key, **files})
+        if shard in CUT:
+            at = index_shard(path)[0][f"{shard:05d}{SHARD - 1:04d}"][".jpg"][0]
+            path.write_bytes(path.read_bytes()[: at + 100])
+    return out
+
+
+def prepare(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+    caption = source.caption(index, rng)
+    picture = to_tensor(centre_square(source.image(index), SIZE))
+    return {"number": torch.tensor(int(caption.split()[1])), "images": picture}
+
+
+CAUSES = Counter({"shard cut short": len(CUT)})
+for count, cause in WAYS.values():
+    CAUSES[cause] += count
+
+
+def data_of(shards: Path, how: str) -> str:
+    return {"indexed": str(shards), "streamed": f"pipe:cat {shards}/{{00000..00009}}.tar"}[how]
+
+
+@pytest.mark.parametrize("how", ["indexed", "streamed"])
+def test_900_of_1000_are_used_and_none_is_hidden(shards: Path, how: str, tmp_path: Path) -> None:
+    assert CAUSES.total() == 100
+    source = open_source(data_of(shards, how), "encode")
+    tally = Tally(1.0, tmp_path / "left-out.jsonl", say=lambda _: None)
+    used: Counter[int] = Counter()
+    epoch = 900 if isinstance(source, Streamed) else len(source)
+    for batch in islice(batches(source, prepare, batch_size=1, tally=tally), epoch):
+        used.update(batch["number"].tolist())
+    assert len(used) == 900
+    if isinstance(source, Streamed):  # else another pair took the place of a damaged one
+        assert set(used.values()) == {1}
+        assert tally.counts == CAUSES
+    named = [json.loads(line) for line in (tmp_path / "left-out.jsonl").open()]
+    assert Counter(pair["cause"] for pair in named) == CAUSES
+    assert len({pair["where"] for pair in named}) == 100
+
+
+def test_a_training_stops_and_says_why(shards: Path) -> None:
+    for how in ("indexed", "streamed"):
+        stream = batches(
+            open_source(data_of(shards, how)),
+            prepare,
+            batch_size=10,
+            tally=Tally(0.05, say=lambda _: None),
+        )
+        with pytest.raises(ValueError, match=r"are damaged, .* × damaged picture, "):
+            deque(stream)
+
+
+@pytest.mark.parametrize("how", ["indexed", "streamed"])
+def test_check_counts_all_of_them(
+    shards: Path, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--size", str(SIZE), "--out", str(tmp_path), "--num-workers", "0"]
+    with pytest.raises(SystemExit) as stop:
+        check([data_of(shards, how), *flags])
+    assert stop.value.code == 1
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert (report["pairs"], report["left_out"]) == (900, CAUSES)
+    assert report["width"]["most"] == SIZE
+    assert report["height"]["most"] == SIZE + 8
+    assert 2 <= report["tokens"]["median"] <= 8
+    assert (report["cut"], report["different_captions"]) == (0, 900)
+    said = capsys.readouterr().out
+    assert "900 usable pairs, 100 left out" in said
+    assert "8.4% are damaged, more than --max-bad-fraction 0.05: a training would stop" in said
+    with Image.open(tmp_path / "contact.png") as sheet:
+        assert sheet.size == (8 * 132 + 4, 6 * 174 + 4)
+
+
+def test_codes_are_made_of_the_900(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    DVAE(DVAEConfig(image_size=SIZE, width=8, codebook_size=8, code_width=8)).save(
+        tmp_path / "dvae"
+    )
+    for how in ("indexed", "streamed"):
+        flags = ["--dvae", str(tmp_path / "dvae"), "--out", str(tmp_path / how)]
+        flags += ["--num-workers", "0", "--device", "cpu"]
+        with pytest.raises(SystemExit):
+            encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "0.01"])
+        encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "1"])
+    indexed, streamed = (CodeSource(tmp_path / how, "encode") for how in ("indexed", "streamed"))
+    assert len(indexed) == len(streamed) == 900
+    assert all(indexed.captions(i) == streamed.captions(i) for i in range(900))
+    assert all(np.array_equal(indexed.crops(i), streamed.crops(i)) for i in range(900))
+    mixed = f"{data_of(shards, 'indexed')}::1,toybox:5::2"
+    with pytest.raises(SystemExit):
+        encode([*flags, "--data", mixed])
+    assert "encode each source by itself" in capsys.readouterr().err
+
+
+def test_counts_are_of_all_processes_and_go_on(tmp_path: Path) -> None:
+    for i in range(20):
+        Image.new("RGB", (4, 4), (i, 2 * i, 0)).save(tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text(f"picture {i}")
+    for i in (2, 7, 11):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"")
+    (tmp_path / "05.txt").unlink()
+    script, out = Path(two_readers.__file__), tmp_path / "out"
+    printed = in_two_processes(script, tmp_path, out)
+    told = [json.loads(text.splitlines()[-1]) for text in printed]
+    logs = {
+        name: [json.loads(x) for x in (out / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    }
+    counts = {
+        name: [
+            {k: v for k, v in line.items() if k.startswith(("left", "skip"))}
+            for line in log
+            if "total" in line
+        ]
+        for name, log in logs.items()
+    }
+    assert counts["cut"] == counts["whole"]
+    both = sum((Counter(process.pop("left out")) for process in told), Counter())
+    assert both["no caption"] == 1  # of opening the folder
+    assert both["empty file"] >= 6  # of two epochs
+    left_out = {f"left out/{cause}": count for cause, count in both.items()}
+    assert counts["whole"][-1] == {**left_out, "skipped_updates": 1}
+    captions = ["picture 0", "picture 1", "picture 2"]
+    assert told == [{"made": [0, 1, 2], "error": "nothing is usable", "captions": captions}] * 2

@@ -1,0 +1,223 @@
+"""Codes: written once, read back, never mixed up."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle1.data import encoded as codes
+from dalle1.data.encoded import CodeSource, EncodeConfig, encode, fingerprint, open_codes
+from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
+from dalle1.data.loader import in_order
+from dalle1.devices import autocast
+from dalle1.toybox import Toybox
+from dvae import DVAE, DVAEConfig
+
+RNG = random.Random(0)
+
+
+# Codes
+
+
+def save_dvae(folder: Path, seed: int = 0) -> DVAE:
+    torch.manual_seed(seed)
+    model = DVAE(DVAEConfig(image_size=32, width=8, codebook_size=50, code_width=8))
+    model.save(folder)
+    return DVAE.load(folder)
+
+
+def encoding(folder: Path, **changes: Any) -> EncodeConfig:
+    plain: dict[str, Any] = {
+        "dvae": folder / "dvae",
+        "out": folder / "codes",
+        "data": "toybox:10",
+        "captions": 3,
+        "batch_size": 3,
+        "shard_size": 4,
+        "device": "cpu",
+        "num_workers": 0,
+    }
+    return EncodeConfig(**{**plain, **changes})
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> tuple[EncodeConfig, DVAE]:
+    model, config = save_dvae(tmp_path / "dvae"), encoding(tmp_path)
+    encode(config)
+    return config, model
+
+
+def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
+    config, model = encoded
+    assert [f.name for f in sorted(config.out.glob("*.tar"))] == [f"0000{i}.tar" for i in range(3)]
+    source = open_codes(str(config.out), "train", config.dvae, grid_size=4)
+    assert source is not None
+    assert (len(source), source.code_grid(0, RNG).shape) == (10, (4, 4))
+    toybox = Toybox(size=32, num_scenes=10)
+    for begin, end in ((0, 3), (3, 4), (4, 7), (7, 8), (8, 10)):  # as batches and shards fall
+        images = torch.stack([to_tensor(toybox.image(i)) for i in range(begin, end)])
+        with autocast(torch.device("cpu"), "bf16"):
+            expected = model.encode(to_float(images))
+        assert torch.equal(
+            torch.stack([source.code_grid(i, RNG) for i in range(begin, end)]), expected
+        )
+    assert source.code_grid(0, RNG).dtype == torch.int64
+    assert len(torch.stack([source.code_grid(i, RNG) for i in range(10)]).unique()) > 2
+    captions = {source.caption(6, random.Random(i)) for i in range(40)}
+    assert captions == {toybox.caption(6, random.Random(f"0/6/{i}")) for i in range(3)}
+    assert len(captions) > 1
+
+
+def test_encoding_goes_on_where_it_stopped(
+    encoded: tuple[EncodeConfig, DVAE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = encoded
+    before = [source_of(config).code_grid(i, RNG) for i in range(10)]
+    times = {f.name: f.stat().st_mtime_ns for f in config.out.glob("*.tar")}
+    (config.out / "00001.tar").unlink()
+    (config.out / "00001.partial").write_text("a shard that was never finished")
+    read: list[int] = []
+    image = Toybox.image
+    monkeypatch.setattr(Toybox, "image", lambda self, i: read.append(i) or image(self, i))
+    encode(config)
+    assert read == [4, 5, 6, 7]
+    after = {f.name: f.stat().st_mtime_ns for f in config.out.glob("*.tar")}
+    assert {name for name in after if times[name] != after[name]} == {"00001.tar"}
+    assert not list(config.out.glob("*.partial"))
+    again = [source_of(config).code_grid(i, RNG) for i in range(10)]
+    assert all(torch.equal(a, b) for a, b in zip(before, again))
+
+
+def test_codes_take_little_memory_and_no_second_reading(
+    encoded: tuple[EncodeConfig, DVAE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = encoded
+    scanned: list[Path] = []
+    scan = codes.index_shard
+    monkeypatch.setattr(codes, "index_shard", lambda s: scanned.append(s) or scan(s))
+    source = source_of(config)
+    assert isinstance(source.entries, np.memmap)
+    assert source.entries.nbytes == 40 * 10
+    assert not scanned
+    before = [(source.captions(i), source.crops(i).tolist()) for i in range(10)]
+    # Shards that changed, or that were encoded before there was such a file, are looked through.
+    with (config.out / "00001.tar").open("ab") as file:
+        file.write(bytes(10240))
+    for _ in range(2):
+        source = source_of(config)
+        assert len(scanned) == 3
+        assert [(source.captions(i), source.crops(i).tolist()) for i in range(10)] == before
+        (config.out / "entries.npy").unlink(missing_ok=True)
+        scanned.clear()
+    encode(config)
+    scanned.clear()
+    assert len(source_of(config)) == 10
+    assert not scanned
+
+
+def source_of(config: EncodeConfig) -> CodeSource:
+    return CodeSource(config.out)
+
+
+def test_codes_of_another_dvae_or_other_data_are_refused(
+    encoded: tuple[EncodeConfig, DVAE], tmp_path: Path
+) -> None:
+    config, _ = encoded
+    save_dvae(tmp_path / "other", seed=1)
+    assert fingerprint(tmp_path / "other") != fingerprint(config.dvae)
+    with pytest.raises(ValueError, match=r"of another dVAE than .*other; encode the data anew"):
+        open_codes(str(config.out), "train", tmp_path / "other", grid_size=4)
+    for change in ({"dvae": tmp_path / "other"}, {"data": "toybox:11"}, {"seed": 1}):
+        with pytest.raises(ValueError, match="holds codes of another dVAE or other data"):
+            encode(encoding(tmp_path, **change))
+    assert len(source_of(config)) == 10
+
+
+def test_pictures_are_encoded_at_another_size(tmp_path: Path) -> None:
+    model = save_dvae(tmp_path / "dvae")
+    encode(config := encoding(tmp_path, image_size=16))
+    source = open_codes(str(config.out), "train", config.dvae, grid_size=2)
+    assert source is not None
+    picture = to_float(to_tensor(Toybox(size=16, num_scenes=10).image(3))[None])
+    with autocast(torch.device("cpu"), "bf16"):
+        assert torch.equal(source.code_grid(3, RNG), model.encode(picture)[0])
+    with pytest.raises(ValueError, match=r"grids of 2, expected 4; give --image-size 16, or"):
+        open_codes(str(config.out), "train", config.dvae, grid_size=4)
+
+
+def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:
+    save_dvae(tmp_path / "dvae")
+    with pytest.raises(ValueError, match="'toybox' has no end; name how many"):
+        encode(encoding(tmp_path, data="toybox"))
+    assert open_codes(str(tmp_path / "codes"), "train", tmp_path / "dvae", 4) is None
+    with pytest.raises(ValueError, match="holds no codes"):
+        CodeSource(tmp_path / "codes")
+    (tmp_path / "codes").mkdir(exist_ok=True)
+    (tmp_path / "codes" / "codes.json").write_text(
+        json.dumps({"dvae": "x", "grid_size": 4, "pictures": 9, "shard_size": 4})
+    )
+    with pytest.raises(ValueError, match="0 of 3 shards: its encoding was stopped"):
+        CodeSource(tmp_path / "codes")
+
+
+def test_several_crops_of_each_picture(tmp_path: Path) -> None:
+    model = save_dvae(tmp_path / "dvae")
+    (tmp_path / "pictures").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), dtype=np.uint8)
+    for i, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture {i}")
+    config = encoding(tmp_path, data=str(tmp_path / "pictures"), crops=3, batch_size=2)
+    encode(config)
+    source, how = source_of(config), (FOR_TRANSFORMER, False)
+    assert len(source) == 3
+    for i in range(3):
+        rng = random.Random(f"0/{i}/crops")
+        cut = [augmented(Image.fromarray(noise[i]), 32, rng, *how) for _ in range(3)]
+        with autocast(torch.device("cpu"), "bf16"):
+            expected = model.encode(to_float(torch.stack([to_tensor(c) for c in cut])))
+        drawn = {source.code_grid(i, random.Random(n)).numpy().tobytes() for n in range(40)}
+        assert drawn == {grid.numpy().tobytes() for grid in expected}
+        assert len(drawn) > 1
+
+
+def test_small_pictures_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dvae(tmp_path / "dvae")
+    (tmp_path / "pictures").mkdir()
+    for name, side in (("a", 32), ("b", 31), ("c", 40), ("d", 25)):
+        Image.new("RGB", (side, 50), "red").save(tmp_path / "pictures" / f"{name}.png")
+        (tmp_path / "pictures" / f"{name}.txt").write_text(name)
+    config = encoding(tmp_path, data=str(tmp_path / "pictures"))
+    encode(config)
+    assert "Left out 2 × too small" in capsys.readouterr().out
+    assert [source_of(config).caption(i, RNG) for i in range(2)] == ["a", "c"]
+    assert len(source_of(config)) == 2
+    enlarged = encoding(tmp_path, data=config.data, allow_upscale=True, out=tmp_path / "all")
+    encode(enlarged)
+    assert len(source_of(enlarged)) == 4
+
+
+def test_workers_that_are_spawned_can_encode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where processes are not forked, what prepares a picture is pickled on its way to them.
+    given = []
+
+    def watched(source: Any, prepare: Any, *rest: Any) -> Any:
+        given.append(pickle.loads(pickle.dumps(prepare))(source, 0, RNG)["images"].shape)
+        return in_order(source, prepare, *rest)
+
+    save_dvae(tmp_path / "dvae")
+    monkeypatch.setattr(codes, "in_order", watched)
+    encode(encoding(tmp_path, data="toybox:1"))
+    assert given == [(1, 3, 32, 32)]

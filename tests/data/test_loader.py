@@ -1,0 +1,305 @@
+"""Batches from (seed, step) alone; pictures to tensors and back."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle1.console import clear_errors
+from dalle1.data import loader as batches
+from dalle1.data import open_source
+from dalle1.data.images import (
+    FOR_TRANSFORMER,
+    Augmentation,
+    TooSmall,
+    augmented,
+    centre_square,
+    grid,
+    to_float,
+    to_pil,
+    to_tensor,
+)
+from dalle1.data.loader import LEFT_OUT, in_order
+from dalle1.data.sources.base import ENDLESS, index_at, part
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+RNG = random.Random(0)
+
+
+# Batches
+
+
+class Numbers:
+    """A source of `length` pairs that are their own numbers."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def caption(self, index: int, rng: random.Random) -> str:
+        return f"number {index}"
+
+    def image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (8, 8), (index % 256, 0, 0))
+
+
+def number(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+    assert 0 <= index < len(source)
+    return {"index": torch.tensor(index), "draw": torch.tensor(rng.random())}
+
+
+def take(count: int, length: int = 10, **how: Any) -> list[tuple[list[int], list[float]]]:
+    stream: Iterator[Any] = batches(Numbers(length), number, batch_size=4, **how)
+    return [(b["index"].tolist(), b["draw"].tolist()) for b in islice(stream, count)]
+
+
+def test_batches_are_a_function_of_seed_and_step() -> None:
+    whole = take(9, seed=5)
+    assert whole == take(9, seed=5)
+    for start in (1, 4):
+        assert take(9 - start, seed=5, start=start) == whole[start:]
+    assert take(9, seed=6) != whole
+    draws = [draw for _, drawn in whole for draw in drawn]
+    assert len(set(draws)) == 36  # the same pair in another epoch is drawn anew
+
+
+def test_ranks_share_the_batch_of_one_process() -> None:
+    whole = take(6, seed=5, start=2)
+    for world_size in (1, 2, 4):
+        ranks = [take(6, seed=5, start=2, rank=r, world_size=world_size) for r in range(world_size)]
+        for step, (indices, draws) in enumerate(whole):
+            assert [i for rank in ranks for i in rank[step][0]] == indices
+            assert [draw for rank in ranks for draw in rank[step][1]] == draws
+    with pytest.raises(ValueError, match="batch_size is 4, expected a multiple of the 3 processes"):
+        take(1, world_size=3)
+
+
+def test_workers_change_nothing() -> None:
+    assert take(5, start=2, seed=5, num_workers=2) == take(5, start=2, seed=5)
+
+
+def test_each_epoch_is_a_permutation_of_its_own() -> None:
+    seen = [index for indices, _ in take(10, seed=1) for index in indices]
+    epochs = [tuple(seen[i : i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 4
+    assert [index_at(place, 10, 1) for place in range(40)] == seen
+
+
+def test_an_endless_source_is_read_in_order() -> None:
+    places = [0, 1, 12345, ENDLESS, ENDLESS + 7]
+    assert [index_at(p, ENDLESS, 3) for p in places] == [0, 1, 12345, 0, 7]
+    assert index_at(ENDLESS - 1, ENDLESS, 3) == ENDLESS - 1
+    assert take(2, length=2**31 - 1, start=1) == take(3, length=2**31 - 1)[1:]
+    assert take(1, length=2**31 - 1)[0][0] == [0, 1, 2, 3]
+
+
+def test_in_order_gives_each_once() -> None:
+    stream = in_order(Numbers(20), number, range(3, 14), batch_size=4)
+    assert [b["index"].tolist() for b in stream] == [
+        *([3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13]),
+    ]
+
+
+def test_parts_do_not_overlap_and_cover_all() -> None:
+    for length, held in ((0, 0), (1, 0), (19, 0), (20, 1), (100, 5), (10_240, 512), (50_000, 512)):
+        items = list(range(length))
+        train, validation = part(items, "train"), part(items, "validation")
+        assert train == items[: length - held]
+        if held:
+            assert train + validation == items
+        else:  # too few to spare any: validated on what it was trained on
+            assert validation == items
+
+
+# Pictures
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Give a picture whose every pixel says where it was: red is x, green is y."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 77)], -1).astype(np.uint8))
+
+
+def test_tensors_and_back() -> None:
+    image = gradient(7, 5)
+    tensor = to_tensor(image)
+    assert tensor.shape == (3, 5, 7)
+    assert tensor.dtype == torch.uint8
+    assert tensor[:, 4, 6].tolist() == [6, 4, 77]
+    floats = to_float(tensor)
+    assert floats.max() == 77 / 255
+    assert to_pil(floats[None])[0].tobytes() == image.tobytes()
+    every = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    assert torch.equal(to_tensor(to_pil(to_float(every))[0])[None], every)
+    outside = to_pil(torch.tensor([-0.5, 1.5, 0.5]).view(1, 3, 1, 1))[0]
+    assert outside.getpixel((0, 0)) == (0, 255, 128)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "left", "top"), [(9, 5, 2, 0), (5, 9, 0, 2), (6, 6, 0, 0), (8, 5, 2, 0)]
+)
+def test_centre_square(width: int, height: int, left: int, top: int) -> None:
+    side = min(width, height)
+    cut = centre_square(gradient(width, height), side)
+    assert cut.size == (side, side)
+    assert cut.getpixel((0, 0)) == (left, top, 77)
+    assert cut.getpixel((side - 1, side - 1)) == (left + side - 1, top + side - 1, 77)
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 60), (16, 200), (37, 37)])
+def test_centre_square_is_that_of_the_released_code(width: int, height: int) -> None:
+    image = gradient(width, height)
+    scale = 16 / min(width, height)  # as its notebook does: LANCZOS, then the centre
+    whole = image.resize((round(scale * width), round(scale * height)), Image.Resampling.LANCZOS)
+    left, top = round((whole.width - 16) / 2), round((whole.height - 16) / 2)
+    expected = whole.crop((left, top, left + 16, top + 16))
+    assert centre_square(image, 16).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("width", "height"), [(15, 60), (3, 200), (1, 1)])
+def test_a_small_picture_is_enlarged_only_where_that_is_allowed(width: int, height: int) -> None:
+    image = Image.new("RGB", (width, height), (10, 200, 30))
+    for cut in (
+        lambda **upscale: centre_square(image, 16, **upscale),
+        lambda **upscale: augmented(image, 16, random.Random(0), Augmentation(), **upscale),
+    ):
+        with pytest.raises(TooSmall, match=rf"{width} × {height} is smaller than 16 × 16; --allow"):
+            cut()
+        assert cut(allow_upscale=True).getcolors() == [(256, (10, 200, 30))]
+
+
+def test_crops_without_resizing() -> None:
+    image, rng = gradient(12, 9), random.Random(0)
+    corners, mirrored = set(), 0
+    for _ in range(1000):  # the largest square, 9 × 9, lies at 0 to 3; then 8 × 8 in it
+        crop = to_tensor(augmented(image, 8, rng, Augmentation(resize=(2.0, 2.0)))).int()
+        assert crop.shape == (3, 8, 8)
+        flip = bool(crop[0, 0, 0] > crop[0, 0, 7])
+        crop = crop.flip(2) if flip else crop
+        left, top = crop[0, 0, 0].item(), crop[1, 0, 0].item()
+        assert torch.equal(crop, to_tensor(image)[:, top : top + 8, left : left + 8].int())
+        corners.add((left, top))
+        mirrored += flip
+    assert corners == {(x, y) for x in range(5) for y in range(2)}
+    assert 420 < mirrored < 580
+    same = [augmented(image, 8, random.Random(3), Augmentation()).tobytes() for _ in range(2)]
+    assert same[0] == same[1]
+
+
+def test_the_paper_s_augmentations(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = gradient(250, 140)
+    sides: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], kind: Image.Resampling) -> Image.Image:
+        assert kind == Image.Resampling.BOX
+        assert self.size == (140, 140)  # the largest square
+        sides.append(size[0])
+        return resize(self, size, kind)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    rng = random.Random(0)
+    for _ in range(300):
+        assert augmented(image, 64, rng, Augmentation()).size == (64, 64)
+    # Listing 1: 1.125 to 1.5 crops, that is 288 to 384 for crops of 256.
+    assert (min(sides), max(sides)) == (72, 96)
+    sides.clear()
+    lefts, mirrored = [], 0
+    for _ in range(300):
+        crop = np.asarray(augmented(image, 64, rng, FOR_TRANSFORMER)).astype(int)
+        mirrored += crop[0, 0, 0] > crop[0, 63, 0]
+        lefts.append(crop[0, 0, 0])
+    # Listing 2: 1 to 1.125 crops, not mirrored, of a square between 3/8 and 5/8 of the play.
+    assert (min(sides), max(sides), mirrored) == (64, 72, 0)
+    assert 110 * 3 / 8 - 1 <= min(lefts) < 50
+    assert 60 < max(lefts) <= 110 * 5 / 8 + 140 * 8 / 72
+
+
+@pytest.mark.parametrize("wrong", [{"band": (0.5, 0.2)}, {"band": (0, 1.5)}, {"resize": (0.5, 1)}])
+def test_impossible_augmentations_are_refused(wrong: dict[str, tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="expected two rising numbers"):
+        Augmentation(**wrong)
+
+
+def test_small_pictures_are_left_out_of_batches_and_counted() -> None:
+    class Mixed:
+        """Every second picture is too small."""
+
+        def __len__(self) -> int:
+            return 20
+
+        def caption(self, index: int, rng: random.Random) -> str:
+            return ""
+
+    def prepare(source: Mixed, index: int, rng: random.Random) -> dict[str, torch.Tensor]:
+        if index % 2:
+            raise TooSmall("a picture is too small")
+        return {"index": torch.tensor(index)}
+
+    stream = batches(Mixed(), prepare, batch_size=20)
+    first = next(stream)
+    assert not (first["index"] % 2).any()
+    assert len(first[LEFT_OUT]) >= 10
+    assert {pair.cause for pair in first[LEFT_OUT]} == {"too small"}
+    assert {pair.where for pair in first[LEFT_OUT]} <= {f"pair {i}" for i in range(1, 20, 2)}
+    other = next(batches(Mixed(), prepare, batch_size=20, num_workers=2))
+    assert torch.equal(first["index"], other["index"])
+    assert first[LEFT_OUT] == other[LEFT_OUT]
+    stream.close()
+
+    def none(source: Mixed, index: int, rng: random.Random) -> dict[str, torch.Tensor]:
+        raise TooSmall("a picture of 3 × 3 is too small")
+
+    with pytest.raises(ValueError, match=r"1000 pairs in a row were left out.* of 3 × 3"):
+        next(batches(Mixed(), none, batch_size=1))
+
+
+def test_grid() -> None:
+    images = [Image.new("RGB", (10, 6), c) for c in (RED, GREEN, BLUE, RED, GREEN)]
+    sheet = grid(images, 3, gap=2)
+    assert sheet.size == (3 * 12 + 2, 2 * 8 + 2)
+    assert [sheet.getpixel((2 + 12 * i, 2)) for i in range(3)] == [RED, GREEN, BLUE]
+    assert [sheet.getpixel((11 + 12 * i, 15)) for i in range(3)] == [RED, GREEN, WHITE]
+    assert sheet.getpixel((0, 0)) == sheet.getpixel((12, 5)) == WHITE
+    assert grid(images[:2], 8).size == (2 * 14 + 4, 6 + 8)
+
+
+@dataclass(frozen=True)
+class Killing:
+    """Prepares examples, and at one index dies as a process that takes too much memory does."""
+
+    def __call__(self, source: Any, index: int, rng: random.Random) -> Mapping[str, torch.Tensor]:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"index": torch.tensor(index)}
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_killed_worker_is_told_in_one_line(
+    drawn: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = open_source("toybox:9", size=32)
+    found = in_order(source, Killing(), range(9), 1, num_workers=1)
+    # Torch tells at any moment, also between batches.
+    slowly = (time.sleep(0 if drawn else 0.1) for _ in found)
+    with pytest.raises(SystemExit), clear_errors():
+        deque(slowly)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: a process that prepares .* killed.* --num-workers.*\n", said)

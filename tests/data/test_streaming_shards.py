@@ -1,0 +1,369 @@
+"""Shards read front to back: every pair once, by one reader, in an order to go on with."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import io
+import json
+import random
+import shutil
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from webdataset import TarWriter
+
+from dalle1.data import loader as batches
+from dalle1.data import open_source
+from dalle1.data.cleaning import Reading
+from dalle1.data.loader import (
+    LEFT_OUT,
+    PLACE,
+    SHARDS,
+    Batch,
+    first_captions,
+    first_examples,
+    join_places,
+    of_shards,
+    split_readers,
+)
+from dalle1.data.skipped import ShardLosses, ShardRead, Tally
+from dalle1.data.sources import streaming_shards as streams
+from dalle1.data.sources.indexed_shards import index_shard
+from dalle1.data.sources.streaming_shards import Pair, Streamed, open_shard, shards_of_reader
+from dalle1.training.loop import RunConfig, fit, stream_from
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of 10 to 15 pairs, 75 in all, whose captions are their numbers."""
+    out = tmp_path_factory.mktemp("streamed")
+    buffer, number = io.BytesIO(), 0
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    for shard in range(6):
+        with TarWriter(str(out / f"{shard:05d}.tar"), encoder=False) as tar:
+            for i in range(10 + shard):
+                key = f"{shard:05d}{i:04d}"
+                files = {"png": buffer.getvalue(), "txt": f"{number}".encode()}
+                tar.write({"__key__": key, **files})
+                number += 1
+    return out
+
+
+def number(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+    assert source.image(index).size == (8, 8)
+    return {"index": torch.tensor(int(source.caption(index, rng))), "draw": torch.rand(1)}
+
+
+def piped(shards: Path, pattern: str = "{00000..00005}") -> Streamed:
+    source = open_source(f"pipe:cat {shards}/{pattern}.tar")
+    assert isinstance(source, Streamed)
+    return source
+
+
+def take(source: Streamed, count: int, **how: Any) -> tuple[list[list[int]], Batch]:
+    found = [*islice(batches(source, number, **{"batch_size": 5, **how}), count)]
+    return [batch["index"].tolist() for batch in found], found[-1]
+
+
+def flat(lists: list[list[int]]) -> list[int]:
+    return [number for numbers in lists for number in numbers]
+
+
+def test_an_epoch_has_every_pair_once(shards: Path) -> None:
+    first, _ = take(piped(shards), 15)
+    assert sorted(flat(first)) == list(range(75))
+    both, _ = take(piped(shards), 30)
+    assert sorted(flat(both)[75:]) == list(range(75))
+    assert both[15:] != both[:15]
+    assert take(piped(shards), 15, seed=1)[0] != first
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 1), (2, 3), (6, 1)])
+def test_every_shard_has_one_reader(shards: Path, world_size: int, workers: int) -> None:
+    source = piped(shards)
+    owners: list[int] = []
+    for rank in range(world_size):
+        readers = split_readers(source, workers, rank, world_size, None, print)
+        for reader in readers.places:
+            found = (found for found, _ in source.read(reader, readers.count, 0))
+            given = (found for found in found if isinstance(found, Pair))
+            mine = shards_of_reader(6, reader, readers.count, "0/0/0")
+            count = sum(10 + shard for shard in mine)
+            owners += [int(pair.caption(0, random)) for pair in islice(given, count)]
+    assert sorted(owners) == list(range(75))
+
+
+def test_too_few_shards_are_drawn_at_random_and_that_is_said(shards: Path) -> None:
+    said: list[str] = []
+    tally = Tally(0.0, say=said.append)
+    source = piped(shards, "{00000..00001}")
+    given = [take(source, 8, batch_size=12, rank=r, world_size=3, tally=tally)[0] for r in range(3)]
+    assert all(set(flat(numbers)) <= set(range(21)) for numbers in given)
+    assert given[0] != given[1]
+    assert "2 shards for 3 processes: each draws shards at random" in said[0]
+    assert len(said) == 3
+    said.clear()
+    three = piped(shards, "{00000..00002}")
+    take(three, 1, num_workers=2, world_size=2, batch_size=4, tally=tally)
+    assert said == ["3 shards: 1 workers a process read them instead of 2"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_from_its_place(
+    shards: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "BLOCK", 7)
+    how = {"num_workers": workers, "seed": 3}
+    source = open_source(f"pipe:cat {shards}/{{00000..00003}}.tar::2,{shards}/0000[45].tar::1")
+    assert isinstance(source, Streamed)
+    whole, _ = take(source, 34, **how)
+    for at in (1, 2, 7, 16, 21):  # within blocks, at the ends of shards and of epochs
+        before, last = take(source, at, **how)
+        assert before == whole[:at]
+        after, _ = take(source, 34 - at, start=at, place=last[PLACE], **how)
+        assert after == whole[at:], at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    total: Tensor
+
+
+def test_a_training_goes_on_mid_epoch_from_its_checkpoint(shards: Path, tmp_path: Path) -> None:
+    def loss(model: nn.Module, batch: Any, step: int, generator: torch.Generator) -> Total:
+        return Total(total=(model(batch["index"][:, None].float() / 75) ** 2).mean())
+
+    def train(out: Path, steps: int) -> list[float]:
+        how: dict[str, Any] = {"schedule_steps": 8, "num_workers": 2, "log_every": 1}
+        how |= {"warmup_steps": 0, "learning_rate": 0.1, "precision": "fp32"}
+        config = RunConfig(out=out, steps=steps, batch_size=5, device="cpu", save_every=4, **how)
+        torch.manual_seed(0)
+        stream = stream_from(piped(shards), number, config)
+        fit(nn.Linear(1, 1), loss, stream, config, save_model=lambda *_: None)
+        lines = (out / "log.jsonl").read_text().splitlines()
+        return [json.loads(x)["total"] for x in lines if "total" in x]
+
+    whole = train(tmp_path / "whole", 8)
+    assert len(set(whole)) == 8
+    train(tmp_path / "cut", 3)
+    assert train(tmp_path / "cut", 8) == whole
+
+
+def test_a_place_is_of_all_ranks(shards: Path) -> None:
+    source = piped(shards)
+    ranks = [{"rank": r, "world_size": 2, "batch_size": 6, "num_workers": 0} for r in range(2)]
+    whole = [take(source, 9, **rank)[0] for rank in ranks]
+    places = join_places([take(source, 4, **rank)[1][PLACE] for rank in ranks])
+    for rank, given in zip(ranks, whole, strict=True):
+        assert take(source, 5, start=4, place=places, **rank)[0] == given[4:]
+    said: list[str] = []
+    after, last = take(source, 25, batch_size=3, place=places, tally=Tally(0, say=said.append))
+    assert said == [
+        "The shards had 2 readers and now have 1: going on with the next epoch; the rest of this "
+        "one is left out"
+    ]
+    assert sorted(flat(after)) == list(range(75))
+    assert last[PLACE]["places"][0][1][0] == 1
+
+
+def test_weights_hold_at_every_moment(shards: Path) -> None:
+    data = f"pipe:cat {shards}/00000.tar::3,pipe:cat {shards}/00005.tar::1"
+    source = open_source(data)
+    assert isinstance(source, Streamed)
+    numbers = flat(take(source, 40)[0])
+    for end in range(1, 201):
+        of_the_first = sum(n < 10 for n in numbers[:end])
+        assert abs(of_the_first - end * 3 / 4) < 1
+
+
+def test_damage_is_counted_and_the_rest_is_read(shards: Path, tmp_path: Path) -> None:
+    for shard in range(4):
+        shutil.copy(shards / f"0000{shard}.tar", tmp_path)
+    cut = tmp_path / "00001.tar"
+    fifth = index_shard(cut)[0]["000010004"][".png"]
+    cut.write_bytes(cut.read_bytes()[: fifth[0] + 3])
+    (tmp_path / "00002.tar").write_bytes(b"")
+    source = open_source(f"pipe:cat {tmp_path}/{{00000..00004}}.tar 2>/dev/null")
+    assert isinstance(source, Streamed)
+    given = islice(batches(source, number, batch_size=1), 27)
+    found = [(batch["index"].item(), batch[LEFT_OUT]) for batch in given]
+    assert sorted(index for index, _ in found) == [*range(14), *range(33, 46)]
+    left_out = {(pair.where, pair.cause) for _, pairs in found for pair in pairs}
+    start = f"pipe:cat {tmp_path}/"
+    assert left_out >= {
+        (f"{start}00001.tar 2>/dev/null", "shard cut short"),
+        (f"{start}00002.tar 2>/dev/null", "unreadable shard"),
+    }
+
+
+def test_shards_that_are_not_there_end_a_training(tmp_path: Path) -> None:
+    source = open_source(f"pipe:cat {tmp_path}/{{0..2}}.tar 2>/dev/null")
+    with pytest.raises(ValueError, match=r"no pair in 3 shards, .*unreadable shard"):
+        next(batches(source, number, batch_size=1))
+
+
+def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path: Path) -> None:
+    for shard in range(6):
+        shutil.copy(shards / f"0000{shard}.tar", tmp_path / f"{shard}.tar")
+    tally = Tally(0.05, say=lambda _: None)
+    source = open_source(f"pipe:cat {tmp_path}/{{0..59}}.tar 2>/dev/null")
+    stream = batches(source, number, batch_size=1, tally=tally)
+    # Long before the epoch ended:
+    with pytest.raises(ValueError, match=r"\d+ of [23]\d shards cannot be read, .*than --max-bad"):
+        deque(islice(stream, 100))
+    for shard in range(6, 20):
+        (tmp_path / f"{shard}.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"14 of 20 shards cannot be read, .* than --max-bad"):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path), reading=Reading(max_bad_fraction=0.7))) > 60
+
+
+def test_lost_shards_are_seen_though_each_reader_meets_few(shards: Path, tmp_path: Path) -> None:
+    # Of 24 shards half are not there; a rank has two of the six readers, which meet four an epoch.
+    for shard in range(24):
+        if shard % 2:
+            shutil.copy(shards / f"0000{shard % 6}.tar", tmp_path / f"{shard}.tar")
+    source = open_source(f"pipe:cat {tmp_path}/{{0..23}}.tar 2>/dev/null")
+    tally = Tally(0.05, say=lambda _: None)
+    how: dict[str, Any] = {"batch_size": 3, "world_size": 3, "num_workers": 2}
+    stream = batches(source, number, tally=tally, **how)
+    with pytest.raises(ValueError, match=r"of 2\d shards cannot be read, or not to their end"):
+        deque(islice(stream, 1000))
+    assert tally.shards.whole[0] + tally.shards.damaged[0] in range(20, 30)
+
+
+def test_a_reader_may_find_nothing_in_an_epoch(shards: Path) -> None:
+    # Of six readers one has, in every epoch, the shard that is not there.
+    source = piped(shards, "{00001..00006}")
+    for reader in range(6):
+        found = (found for found, _ in source.read(reader, 6, 0))
+        assert len([*islice((f for f in found if isinstance(f, Pair)), 100)]) == 100
+
+
+@pytest.mark.parametrize(
+    ("whole", "damaged", "lost"),
+    [
+        ([], [], 0),
+        ([], [5, 1], 2),
+        ([100, 300], [1], 1 - 1 / 200),
+        ([200], [150, 50], 1),
+        ([100], [100, 120], 0),
+    ],
+)
+def test_what_is_lost_with_shards_is_told_from_the_others(
+    whole: list[int], damaged: list[int], lost: float
+) -> None:
+    losses = ShardLosses(1.0)
+    losses.add(ShardRead("a", pairs, True) for pairs in whole)
+    losses.add(ShardRead("b", pairs, False) for pairs in damaged)
+    assert losses.lost_shards() == pytest.approx(lost)
+    typical = sum(whole) / len(whole) if whole else 0
+    assert losses.lost_pairs() == pytest.approx(lost * typical)
+
+
+def test_a_shard_cut_short_weighs_what_is_lost_of_it(shards: Path, tmp_path: Path) -> None:
+    for shard in range(6):
+        shutil.copy(shards / f"0000{shard}.tar", tmp_path)
+    cut = tmp_path / "00003.tar"
+    second = index_shard(cut)[0]["000030001"][".png"]
+    cut.write_bytes(cut.read_bytes()[: second[0] + 3])
+    with pytest.raises(ValueError, match=r"1 of 6 shards .* and with them 14.\d% of all pairs"):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path), reading=Reading(max_bad_fraction=0.15))) > 50
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_shard_is_decoded_by_several_workers_in_order(shards: Path, workers: int) -> None:
+    cat = f"pipe:cat {shards}/0000"
+    found = [*of_shards(piped(shards), [f"{cat}5.tar", f"{cat}0.tar"], number, 4, workers)]
+    indices = [int(i) for batch in found if "index" in batch for i in batch["index"]]
+    assert indices == [*range(15), *range(10)]
+    draws = [float(d) for batch in found if "draw" in batch for d in batch["draw"]]
+    assert len(draws) == 25
+    read = [shard for batch in found for shard in batch[SHARDS]]
+    assert [(shard.pairs, shard.whole) for shard in read] == [(15, True), (10, True)]
+
+
+def test_some_of_the_last_shard_is_kept_to_validate_on(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(2):
+        with TarWriter(str(tmp_path / f"{i}.tar"), encoder=False) as tar:
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(picture, "PNG")
+            for j in range(45):
+                text = f"{45 * i + j}".encode()
+                tar.write({"__key__": f"{j}", "png": picture.getvalue(), "txt": text})
+    data = f"pipe:cat {tmp_path}/{{0..1}}.tar"
+    held = first_examples(open_source(data, "validation"), number, 10)["index"].tolist()
+    assert held == [64, 84]
+    train = open_source(data)
+    assert isinstance(train, Streamed)
+    kept = flat(take(train, 11, batch_size=8)[0])
+    assert sorted(kept) == [i for i in range(90) if i not in held]
+    assert first_captions(train, 3) == ["0", "1", "2"]
+    unread = next(iter(train.without_pictures().once()))
+    assert isinstance(unread, Pair)
+    assert (unread.files[".png"], unread.caption(0, random.Random())) == (b"", "0")
+    opened: list[str] = []
+    monkeypatch.setattr(streams, "open_shard", lambda url: opened.append(url) or open_shard(url))
+    assert len(first_captions(train, 45)) == 45
+    assert len(opened) == 1  # no more than is needed
+    few = first_examples(open_source(f"pipe:cat {shards}/00000.tar", "validation"), number, 99)
+    assert few["index"].tolist() == list(range(10))
+    # Of many gigabytes, local shards are read in the same way.
+    assert not isinstance(open_source(str(tmp_path)), Streamed)
+    monkeypatch.setattr("dalle1.data.spec.INDEXED_BYTES", 1000)
+    local = open_source(str(tmp_path))
+    assert isinstance(local, Streamed)
+    assert sorted(flat(take(local, 11, batch_size=8)[0])) == sorted(kept)
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_address[1]}"
+        served.shutdown()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset opens http by curl")
+def test_shards_over_http(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    source = open_source(server + "/{00000..00002}.tar")
+    assert isinstance(source, Streamed)
+    assert sorted(flat(take(source, 11, batch_size=3)[0])) == list(range(33))
+    with pytest.raises(ValueError, match="unreadable shard"):
+        next(batches(open_source(server + "/gone.tar"), number, batch_size=1))
+
+
+def test_s3_goes_through_the_aws_command(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "aws"
+    command.write_text(f'#!/bin/sh\n[ "$1 $2 $4" = "s3 cp -" ] && cat "{shards}/${{3#s3://a/}}"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    source = open_source("s3://a/{00000..00001}.tar")
+    assert isinstance(source, Streamed)
+    assert sorted(flat(take(source, 7, batch_size=3)[0])) == list(range(21))
+
+
+def test_streams_are_mixed_with_shards_only(shards: Path) -> None:
+    with pytest.raises(ValueError, match="toybox is no shards, and cannot be mixed"):
+        open_source(f"toybox::1,pipe:cat {shards}/00000.tar::1")

@@ -1,0 +1,73 @@
+"""What tests/test_damage.py starts in two processes: a training on pictures of which some are bad.
+
+Prints one JSON object: what this process left out, and what it has of the main process.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle1.data import open_source
+from dalle1.data.loader import first_captions
+from dalle1.training import distributed
+from dalle1.training.loop import RunConfig, fit, stream_from
+
+
+@dataclass(frozen=True)
+class Bright:
+    total: Tensor
+
+
+def mean(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
+    assert source.caption(index, rng)
+    return {"x": torch.tensor(source.image(index).getpixel((0, 0))) / 255}
+
+
+def bright(model: nn.Module, batch: Any, step: int, noise: torch.Generator) -> Bright:
+    """Be no number in the second update."""
+    return Bright(model(batch["x"]).square().mean() * (torch.nan if step == 1 else 1))
+
+
+def train(data: str, out: Path, steps: int) -> dict[str, int]:
+    settings: dict[str, Any] = {"batch_size": 8, "num_workers": 0, "max_bad_fraction": 1}
+    settings |= {"log_every": 1, "save_every": 3, "schedule_steps": 6, "precision": "fp32"}
+    config = RunConfig(out=out, steps=steps, device="cpu", **settings)
+    torch.manual_seed(0)
+    stream = stream_from(open_source(data, reading=config), mean, config)
+    fit(nn.Linear(3, 1), bright, stream, config, save_model=lambda *_: None)
+    return dict(stream.keywords["tally"].counts)  # type: ignore[attr-defined]
+
+
+def only_main(fails: bool) -> Any:
+    """Make something; in other processes than the main one this is never called."""
+    assert distributed.is_main()
+    if fails:
+        raise ValueError("nothing is usable")
+    return {"made": torch.arange(3)}
+
+
+def main(data: str, out: Path) -> None:
+    distributed.start("cpu")
+    told: dict[str, Any] = {"left out": train(data, out / "whole", 6)}
+    train(data, out / "cut", 3)
+    train(data, out / "cut", 6)
+    told["made"] = distributed.from_main(lambda: only_main(False))["made"].tolist()
+    try:
+        distributed.from_main(lambda: only_main(True))
+    except ValueError as error:
+        told["error"] = str(error)
+    captions = distributed.from_main(lambda: first_captions(open_source(data), 3))
+    print(json.dumps({**told, "captions": captions}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,386 @@
+"""The rules of the house that a machine can check: who may import whom, what stays lazy, what fits.
+
+Each rule is a function from the root of a source tree to a list of complaints. This repository must
+give none; below, a tiny tree that breaks each rule must give one, so that no rule sleeps.
+"""
+
+import ast
+import graphlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Lowest first. A module imports from its own layer and from those below; "x.*" is x and all in it.
+LAYERS = [
+    ["dalle1.files", "dalle1.storage", "dalle1.console", "dalle1.devices"],
+    ["dvae.*"],
+    ["dalle1.toybox.*", "dalle1.text.*", "dalle1.model.*"],
+    ["dalle1.clip.*", "dalle1.data.*", "dalle1.importers.*"],
+    ["dalle1.training.*", "dalle1.sampling.*"],
+    ["dalle1.tasks.*", "dalle1.pipeline"],
+    ["dalle1", "dalle1.evaluation.*", "dalle1.export", "dalle1.outputs", "dalle1.planner"],
+]
+SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers
+
+DVAE_MAY_IMPORT = {"dvae", "torch", "einops", "numpy", "safetensors"} | sys.stdlib_module_names
+LAZY = {"deepspeed", "ftfy", "transformers", "webdataset", "gradio", "wandb"}
+VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc"}
+NOT_SOURCE = {"runs", "outputs", "build", "dist", "wandb", "__pycache__"}
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 450
+
+
+class Import(NamedTuple):
+    target: str
+    line: int
+    runs_on_import: bool  # False inside a function, and under `if TYPE_CHECKING:`
+
+
+def source_paths(root: Path) -> Iterator[Path]:
+    """Yield every folder and file of the tree, without what is hidden or made by a tool."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if name not in NOT_SOURCE
+            and not name.startswith(".")
+            and not name.endswith(".egg-info")
+        )
+        yield from (Path(folder, name) for name in [*folders, *sorted(files)])
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Return the packages' modules and the top-level scripts, by dotted name."""
+    paths = [*root.glob("*.py"), *root.glob("dvae/**/*.py"), *root.glob("dalle1/**/*.py")]
+    dotted = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__"): path for path, name in sorted(dotted.items())}
+
+
+def layer_of(name: str, known: dict[str, Path]) -> int | None:
+    """Return a module's layer, counted from the lowest; None for one that the table leaves out."""
+    for layer, patterns in enumerate(LAYERS):
+        for pattern in patterns:
+            package = pattern.removesuffix(".*")
+            if name == package or (package != pattern and name.startswith(package + ".")):
+                return layer
+    return SCRIPTS if name in known and "." not in name else None
+
+
+def imports_of(name: str, known: dict[str, Path]) -> Iterator[Import]:
+    """Yield what a module imports, wherever in the file, as absolute dotted names."""
+    is_package = known[name].name == "__init__.py"
+
+    def targets(node: ast.AST) -> list[str]:
+        match node:
+            case ast.Import():
+                return [alias.name for alias in node.names]
+            case ast.ImportFrom():
+                base = node.module or ""
+                if node.level:
+                    parts = name.split(".")
+                    kept = parts[: len(parts) - node.level + is_package]
+                    base = ".".join([*kept, base] if base else kept)
+                # `from package import name` means the module package.name where there is one.
+                full = [f"{base}.{alias.name}" for alias in node.names]
+                return [module if module in known else base for module in full]
+            case ast.Call(
+                func=ast.Name(id="import_module" | "__import__")
+                | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(module)), *_],
+            ):
+                return [module]
+        return []
+
+    def visit(node: ast.AST, runs_on_import: bool) -> Iterator[Import]:
+        for target in targets(node):
+            yield Import(target, getattr(node, "lineno", 0), runs_on_import)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            runs_on_import = False
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            runs_on_import = False
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, runs_on_import)
+
+    yield from visit(ast.parse(known[name].read_text(encoding="utf-8")), True)
+
+
+def check_layers(root: Path) -> list[str]:
+    """Imports run from higher layers to lower ones, and every module has a layer."""
+    known = modules(root)
+    complaints = []
+    for name in known:
+        layer = layer_of(name, known)
+        if layer is None:
+            complaints.append(f"{name} is in no layer: add it to LAYERS in test_architecture.py")
+            continue
+        for target, line, _ in imports_of(name, known):
+            target_layer = layer_of(target, known)
+            if target_layer is not None and target_layer > layer:
+                complaints.append(f"{name}:{line} imports {target}, which stands above it")
+    return complaints
+
+
+def check_packages(root: Path) -> list[str]:
+    """Every folder of modules is a package; without its __init__.py it would not be installed."""
+    folders = {path.parent for path in modules(root).values()} - {root}
+    return [
+        f"{folder.relative_to(root)} has no __init__.py"
+        for folder in sorted(folders)
+        if not (folder / "__init__.py").exists()
+    ]
+
+
+def check_cycles(root: Path) -> list[str]:
+    """No modules import each other in a circle while they load."""
+    known = modules(root)
+    graph = {
+        name: {
+            target
+            for target, _, runs_on_import in imports_of(name, known)
+            if runs_on_import and target in known
+        }
+        for name in known
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return ["modules import each other in a circle: " + " → ".join(reversed(error.args[1]))]
+    return []
+
+
+def check_dvae_stands_alone(root: Path) -> list[str]:
+    """Stage 1 imports only torch, einops, numpy, safetensors and the storage of models."""
+    known = modules(root)
+    return [
+        f"{name}:{line} imports {target}, but dvae stands alone"
+        for name in known
+        if name.split(".")[0] == "dvae"
+        for target, line, _ in imports_of(name, known)
+        if target.split(".")[0] not in DVAE_MAY_IMPORT and target != "dalle1.storage"
+    ]
+
+
+def check_deepspeed_has_one_door(root: Path) -> list[str]:
+    """Only dalle1/training/engines/deepspeed.py imports deepspeed."""
+    known = modules(root)
+    return [
+        f"{name}:{line} imports deepspeed: only dalle1.training.engines.deepspeed may"
+        for name in known
+        if name != "dalle1.training.engines.deepspeed"
+        for target, line, _ in imports_of(name, known)
+        if target.split(".")[0] == "deepspeed"
+    ]
+
+
+def check_names(root: Path) -> list[str]:
+    """Names say what is inside."""
+    return [
+        f"{path.relative_to(root)}: name it after what is inside"
+        for path in source_paths(root)
+        if path.name.split(".")[0].lower() in VAGUE_NAMES
+    ]
+
+
+def check_sizes(root: Path) -> list[str]:
+    """A file is read in one sitting, and a function (outside the tests) fits on a screen or so."""
+    complaints = []
+    for path in source_paths(root):
+        if path.suffix != ".py" or path.is_dir():
+            continue
+        source, where = path.read_text(encoding="utf-8"), path.relative_to(root)
+        lines = len(source.splitlines())
+        if lines > MAX_FILE_LINES:
+            complaints.append(f"{where} has {lines} lines, more than {MAX_FILE_LINES}: split it")
+        if where.parts[0] == "tests":
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    complaints.append(
+                        f"{where}:{node.lineno} {node.name} has {lines} lines,"
+                        f" more than {MAX_FUNCTION_LINES}: split it"
+                    )
+    return complaints
+
+
+CHECKS = [
+    check_layers,
+    check_packages,
+    check_cycles,
+    check_dvae_stands_alone,
+    check_deepspeed_has_one_door,
+    check_names,
+    check_sizes,
+]
+Check = Callable[[Path], list[str]]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_house_keeps_its_rules(check: Check) -> None:
+    complaints = check(ROOT)
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    """Write a small source tree."""
+    for name, source in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    return root
+
+
+LONG_FUNCTION = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+
+VIOLATIONS: list[tuple[Check, dict[str, str], str]] = [
+    (
+        check_layers,
+        {"dalle1/text.py": "import dalle1.pipeline\n", "dalle1/pipeline.py": ""},
+        "dalle1.text:1 imports dalle1.pipeline, which stands above it",
+    ),
+    (
+        check_layers,
+        {"dalle1/clip.py": "def f():\n    from dalle1 import tasks\n", "dalle1/tasks.py": ""},
+        "dalle1.clip:2 imports dalle1.tasks, which stands above it",
+    ),
+    (
+        check_layers,
+        {"dalle1/data/encoded.py": "from ..training.loop import train\n"},
+        "dalle1.data.encoded:1 imports dalle1.training.loop, which stands above it",
+    ),
+    (
+        check_layers,
+        {"dalle1/data/__init__.py": "from ..pipeline import DallE\n"},
+        "dalle1.data:1 imports dalle1.pipeline, which stands above it",
+    ),
+    (
+        check_layers,
+        {"dalle1/text.py": "import importlib\nimportlib.import_module('dalle1.tasks')\n"},
+        "dalle1.text:2 imports dalle1.tasks, which stands above it",
+    ),
+    (
+        check_layers,
+        {"dalle1/model.py": "from dalle1 import DallE\n", "dalle1/__init__.py": ""},
+        "dalle1.model:1 imports dalle1, which stands above it",
+    ),
+    (
+        check_layers,
+        {"dalle1/pipeline.py": "from sample import main\n", "sample.py": ""},
+        "dalle1.pipeline:1 imports sample, which stands above it",
+    ),
+    (
+        check_layers,
+        {"dalle1/novelty.py": ""},
+        "dalle1.novelty is in no layer: add it to LAYERS in test_architecture.py",
+    ),
+    (
+        check_packages,
+        {"dalle1/__init__.py": "", "dalle1/data/folder.py": ""},
+        "dalle1/data has no __init__.py",
+    ),
+    (
+        check_cycles,
+        {"dalle1/clip.py": "import dalle1.model", "dalle1/model.py": "from . import clip"},
+        "modules import each other in a circle: ",
+    ),
+    (
+        check_dvae_stands_alone,
+        {"dvae/model.py": "import torch.nn\nfrom dalle1.text import encode\n"},
+        "dvae.model:2 imports dalle1.text, but dvae stands alone",
+    ),
+    (
+        check_dvae_stands_alone,
+        {"dvae/model.py": "def f():\n    import tyro\n"},
+        "dvae.model:2 imports tyro, but dvae stands alone",
+    ),
+    (
+        check_deepspeed_has_one_door,
+        {
+            "dalle1/training/engines/deepspeed.py": "import deepspeed\n",
+            "dalle1/training/loop.py": "def f():\n    from deepspeed.ops import adam\n",
+        },
+        "dalle1.training.loop:2 imports deepspeed: only dalle1.training.engines.deepspeed may",
+    ),
+    (
+        check_names,
+        {"dalle1/utils/tensors.py": ""},
+        "dalle1/utils: name it after what is inside",
+    ),
+    (
+        check_names,
+        {"docs/misc.md": ""},
+        "docs/misc.md: name it after what is inside",
+    ),
+    (
+        check_sizes,
+        {"tests/test_long.py": LONG_FUNCTION, "benchmarks/long.py": LONG_FUNCTION},
+        "benchmarks/long.py:1 f has 61 lines, more than 60: split it",
+    ),
+    (
+        check_sizes,
+        {"sample.py": "x = 1\n" * (MAX_FILE_LINES + 1)},
+        "sample.py has 451 lines, more than 450: split it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "files", "complaint"), VIOLATIONS)
+def test_a_broken_rule_is_noticed(
+    check: Check, files: dict[str, str], complaint: str, tmp_path: Path
+) -> None:
+    complaints = check(plant(tmp_path, files))
+    assert len(complaints) == 1
+    assert complaints[0].startswith(complaint)
+
+
+def test_what_is_allowed_passes(tmp_path: Path) -> None:
+    plant(
+        tmp_path,
+        {
+            "sample.py": "from dalle1 import DallE\nimport tyro\n",
+            "dalle1/__init__.py": "def __getattr__(name):\n    from dalle1 import pipeline\n",
+            "dalle1/pipeline.py": "import dalle1.clip\nimport dvae\n",
+            "dalle1/clip.py": "from .text import encode\n",
+            "dalle1/text.py": "import torch\n",
+            "dalle1/data/__init__.py": "from dalle1.data.folder import Folder\n",
+            "dalle1/data/folder.py": (
+                "from typing import TYPE_CHECKING\n"
+                "if TYPE_CHECKING:\n    from dalle1.data import Batch\n"
+            ),
+            "dvae/__init__.py": "from .model import DVAE\n",
+            "dvae/model.py": "import math\nimport torch\nfrom einops import rearrange\n",
+            ".venv/utils/long.py": "x = 1\n" * (MAX_FILE_LINES + 1),
+        },
+    )
+    assert [check(tmp_path) for check in CHECKS] == [[]] * len(CHECKS)
+
+
+IMPORT_AND_LOOK = """
+import json, sys, torch
+look = lambda: [torch.is_grad_enabled(), str(torch.get_default_dtype()), torch.get_num_threads()]
+state, before, seed = look(), set(sys.modules), torch.initial_seed()
+import dalle1
+print(json.dumps({
+    "loaded": sorted(set(sys.modules) - before),
+    "before": [*state, seed],
+    "after": [*look(), torch.initial_seed()],
+}))
+"""
+
+
+@pytest.mark.skipif(not (ROOT / "dalle1/__init__.py").exists(), reason="there is no dalle1 yet")
+def test_importing_dalle1_is_light_and_leaves_torch_alone() -> None:
+    command = [sys.executable, "-c", IMPORT_AND_LOOK]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    seen = json.loads(answer.stdout)
+    assert sorted(LAZY & {name.split(".")[0] for name in seen["loaded"]}) == []
+    assert seen["after"] == seen["before"]

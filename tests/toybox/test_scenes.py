@@ -1,0 +1,401 @@
+"""Toybox: the scenes keep their promises, the captions tell the truth, the pictures differ."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toybox_scenes import alone, pixels, scenes
+
+import dalle1.toybox
+from dalle1.toybox import (
+    BACKGROUNDS,
+    COLOURS,
+    CONCEPTS,
+    FILL_SURVIVES,
+    FILLS,
+    NOUNS,
+    SIZES,
+    SPLITS,
+    STYLES,
+    Item,
+    Scene,
+    Toybox,
+    is_held_out,
+    is_style_held_out,
+    render,
+    sample_scene,
+)
+from dalle1.toybox.__main__ import main
+
+# The words
+
+
+def test_the_vocabulary_is_large_and_without_doubles() -> None:
+    assert len(NOUNS) >= 44
+    assert len(COLOURS) == 12
+    assert len(FILLS) >= 36
+    assert len(STYLES) >= 4
+    assert FILLS == COLOURS + CONCEPTS
+    for words in (NOUNS, FILLS, STYLES, BACKGROUNDS, SIZES, SPLITS):
+        assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize(
+    ("kept_back", "words", "famous"),
+    [
+        (is_held_out, FILLS, ("avocado", "armchair")),
+        (is_style_held_out, STYLES, ("neon", "fish")),
+    ],
+)
+def test_a_tenth_of_the_pairs_is_held_out_evenly(
+    kept_back: Callable[[str, str], bool], words: tuple[str, ...], famous: tuple[str, str]
+) -> None:
+    assert kept_back(*famous)
+    table = np.array([[kept_back(word, noun) for noun in NOUNS] for word in words])
+    assert 0.09 <= table.mean() <= 0.11
+    assert table.mean(1).min() >= 0.05
+    assert table.mean(1).max() <= 0.15
+    assert table.sum(0).max() <= np.ceil(0.15 * len(words))
+    if len(words) >= 10:
+        assert table.mean(0).min() >= 0.05
+
+
+def test_new_words_leave_what_is_held_out_as_it_was() -> None:
+    """The first 32 nouns and 29 fills are older than the rest, and so are these pairs."""
+    old = [(f, n) for f in FILLS[:29] for n in NOUNS[:32]]
+    kept_back = " ".join(f"{f}/{n}" for f, n in old if is_held_out(f, n))
+    assert kept_back.startswith("red/armchair red/cat red/hat red/cactus orange/car")
+    assert zlib.crc32(kept_back.encode()) == 2010347397
+
+
+# The scenes
+
+
+def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
+    first, again = Toybox(size=32), Toybox(size=64)
+    assert [first.scene(i) for i in (5, 3)] == [again.scene(i) for i in (5, 3)]
+    assert first.scene(3) != Toybox(size=32, seed=1).scene(3)
+    assert first.scene(3) != Toybox("validation", size=32).scene(3)
+    assert first[3][0].tobytes() == Toybox(size=32)[3][0].tobytes()
+    assert first[3][1] == again[3][1] == first.caption(3)
+
+
+def test_captions_follow_the_generator_given() -> None:
+    world = Toybox(size=32)
+    assert world.caption(7, random.Random(1)) == world.caption(7, random.Random(1))
+    assert len({world.caption(7, random.Random(seed)) for seed in range(40)}) > 3
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_training_never_shows_a_held_out_pair(split: str) -> None:
+    for scene in scenes(split, 3000):
+        assert not scene.is_held_out
+        for item in scene.items:
+            assert not is_held_out(item.fill, item.noun)
+            assert scene.style is None or not is_style_held_out(scene.style, item.noun)
+
+
+def test_every_heldout_scene_has_a_held_out_pair() -> None:
+    found = scenes("heldout", 2000)
+    assert all(scene.is_held_out for scene in found)
+    assert sum(len(scene.items) == 1 for scene in found) > len(found) / 2
+    by_fill = [any(is_held_out(*item.pair) for item in scene.items) for scene in found]
+    assert 0.6 < np.mean(by_fill) < 0.9, "of either kind"
+
+
+def test_all_covers_every_pair() -> None:
+    found = scenes("all", 12000)
+    assert len({item.pair for scene in found for item in scene.items}) == len(FILLS) * len(NOUNS)
+    styled = {(scene.style, item.noun) for scene in found for item in scene.items}
+    assert len(styled) == (len(STYLES) + 1) * len(NOUNS)
+
+
+def test_kinds_of_scenes_have_their_shares() -> None:
+    found = scenes("train", 3000)
+    kinds = Counter("two" if s.relation else min(len(s.items), 2) for s in found)
+    assert kinds[1] / len(found) == pytest.approx(0.60, abs=0.04)
+    assert kinds["two"] / len(found) == pytest.approx(0.25, abs=0.04)
+    assert kinds[2] / len(found) == pytest.approx(0.15, abs=0.04)
+    counted = sum(len(s.items) > 2 for s in found if s.relation)
+    assert counted / kinds["two"] == pytest.approx(1 / 3, abs=0.07)
+    styles = Counter(scene.style for scene in found)
+    assert sum(styles[style] for style in STYLES) / len(found) == pytest.approx(0.25, abs=0.04)
+    assert min(styles[style] for style in STYLES) > 100
+
+
+def test_relations_are_true_and_things_stay_apart_and_inside() -> None:
+    for scene in scenes("all", 3000):
+        for item in scene.items:
+            half = item.extent / 2 - 0.03  # a small part of the box may touch the border
+            assert half <= item.x <= 1 - half
+            assert half <= item.y <= 1 - half
+        for one, other in itertools.combinations(scene.items, 2):
+            gap = max(abs(one.x - other.x), abs(one.y - other.y))
+            assert gap > 0.9 * (one.extent + other.extent) / 2
+        if scene.relation is not None:
+            for one, other in itertools.product(*scene.groups):
+                assert one.noun != other.noun
+                assert {
+                    "left of": one.x < other.x,
+                    "right of": one.x > other.x,
+                    "above": one.y < other.y,
+                    "below": one.y > other.y,
+                }[scene.relation]
+
+
+def test_sizes_are_visible() -> None:
+    for scene in scenes("train", 2000):
+        if scene.relation is not None:
+            ordered = sorted(scene.items, key=lambda item: item.extent)
+            ranks = [SIZES.index(item.size) for item in ordered]
+            assert ranks == sorted(ranks)
+        elif len(scene.items) == 1:
+            item = scene.items[0]
+            assert (item.size == "small") == (item.extent < 0.5)
+            assert (item.size == "large") == (item.extent > 0.73)
+
+
+def test_scenes_survive_json() -> None:
+    for scene in scenes("all", 200):
+        assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
+
+
+# The pictures
+
+
+@pytest.mark.parametrize("size", [16, 33, 128])
+def test_pictures_have_the_size_asked_for(size: int) -> None:
+    picture = render(Toybox().scene(0), size)
+    assert isinstance(picture, Image.Image)
+    assert picture.mode == "RGB"
+    assert picture.size == (size, size)
+
+
+@pytest.mark.parametrize("fill", ["red", "white", "avocado", "zebra"])
+def test_every_noun_looks_different(fill: str) -> None:
+    empty = pixels(alone("red", "ball", extent=0.01))
+    drawn = [pixels(alone(fill, noun)) for noun in NOUNS]
+    for i, picture in enumerate(drawn):
+        assert (np.abs(picture - empty).max(-1) > 20).mean() > 0.08, NOUNS[i]
+        for j in range(i):
+            assert np.abs(picture - drawn[j]).mean() > 3, (NOUNS[i], NOUNS[j])
+
+
+@pytest.mark.parametrize("noun", ["armchair", "mug", "key"])
+def test_every_fill_looks_different(noun: str) -> None:
+    drawn = [pixels(alone(fill, noun)) for fill in FILLS]
+    for i, picture in enumerate(drawn):
+        for j in range(i):
+            assert np.abs(picture - drawn[j]).mean() > 1, (FILLS[i], FILLS[j])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("size", [16, 50, 128])
+def test_a_style_changes_the_whole_picture_and_keeps_the_things(style: str, size: int) -> None:
+    scene = Toybox().scene(0)
+    plain = render(dataclasses.replace(scene, style=None), size)
+    drawn = render(dataclasses.replace(scene, style=style), size)
+    assert (drawn.size, drawn.mode) == (plain.size, "RGB")
+    assert drawn.tobytes() == render(dataclasses.replace(scene, style=style), size).tobytes()
+    for other in {None, *STYLES} - {style}:
+        picture = render(dataclasses.replace(scene, style=other), size)
+        assert np.abs(np.asarray(picture, np.int16) - np.asarray(drawn, np.int16)).mean() > 8
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_noun_looks_different_in_a_style(style: str) -> None:
+    drawn = [pixels(alone("red", noun, style=style), 64) for noun in NOUNS]
+    for i, picture in enumerate(drawn):
+        for j in range(i):
+            assert np.abs(picture - drawn[j]).mean() > 3, (NOUNS[i], NOUNS[j])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_fills_that_survive_a_style_look_different_in_it(style: str) -> None:
+    fills = sorted(FILL_SURVIVES[style])
+    drawn = [pixels(alone(fill, "armchair", style=style), 64) for fill in fills]
+    for i, picture in enumerate(drawn):
+        for j in range(i):
+            assert np.abs(picture - drawn[j]).mean() > 1, (fills[i], fills[j])
+
+
+def test_the_avocado_armchair_has_skin_flesh_and_a_stone() -> None:
+    picture = pixels(alone("avocado", "armchair", extent=0.8), 128)
+    stone, flesh, skin = picture[47, 66], picture[92, 29], picture[54, 36]
+    assert stone[0] > stone[1] > stone[2], "brown"
+    assert flesh.min() > 90, "pale"
+    assert flesh[1] > flesh[2] + 40, "yellow-green"
+    assert skin.max() < 110, "dark"
+
+
+def test_a_seed_moves_the_texture_and_keeps_the_shape() -> None:
+    one, other = (pixels(alone("zebra", "mug", seed=seed)) for seed in (1, 2))
+    assert np.abs(one - other).mean() > 2
+    assert (one[0] == other[0]).all()
+
+
+# The shards
+
+
+def test_shards_have_the_usual_layout_and_the_same_bytes_twice(tmp_path: Path) -> None:
+    arguments = ["--num-scenes", "5", "--size", "32", "--shard-size", "3", "--seed", "4"]
+    for folder in ("one", "two"):
+        main(["--out", str(tmp_path / folder), *arguments])
+    shards = sorted((tmp_path / "one").glob("*.tar"))
+    assert [shard.name for shard in shards] == ["00000.tar", "00001.tar"]
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "two" / shard.name).read_bytes()
+    world = Toybox(size=32, seed=4)
+    with tarfile.open(shards[1]) as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    keys = ["000010000", "000010001"]
+    assert sorted(files) == [f"{key}.{kind}" for key in keys for kind in ("json", "png", "txt")]
+    facts = json.loads(files["000010000.json"])
+    assert files["000010000.txt"].decode() == facts["caption"] == world.caption(3)
+    assert Scene.from_dict(facts["scene"]) == world.scene(3)
+    picture = Image.open(io.BytesIO(files["000010000.png"]))
+    assert picture.tobytes() == world[3][0].tobytes()
+
+
+def test_writing_goes_on_after_the_last_whole_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--num-scenes", "5", "--size", "32", "--shard-size", "2", "--captions", "6"]
+    for folder, more in (("whole", []), ("cut", ["--processes", "2"])):
+        main(["--out", str(tmp_path / folder), *arguments, *more])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    (cut / "00001.tar").unlink()
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        left = cut / f".00001.tar.{gone.pid}.partial"
+    left.write_bytes(b"half")
+    others = cut / f".00001.tar.{os.getppid()}.partial"  # of a process that is still there
+    others.write_bytes(b"half")
+    untouched = (cut / "00000.tar").stat().st_mtime_ns
+    for _ in range(2):  # the second finds all there
+        main(["--out", str(cut), *arguments])
+    assert (cut / "00000.tar").stat().st_mtime_ns == untouched
+    assert (left.exists(), others.exists()) == (False, True)
+    for shard in whole.glob("*.tar"):
+        assert shard.read_bytes() == (cut / shard.name).read_bytes()
+    with tarfile.open(whole / "00000.tar") as tar:
+        captions = tar.extractfile("000000000.txt").read().decode().split("\n")  # type: ignore[union-attr]
+    assert captions[0] == Toybox(size=32).caption(0)
+    assert len(captions) == len(set(captions)) > 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(cut), *arguments, "--size", "48"])
+    assert "holds results of other settings (size differ)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_all_processes_end_with_the_first(number: int, code: int, tmp_path: Path) -> None:
+    words = ["--out", str(tmp_path), "--num-scenes", "4000", "--size", "32", "--processes", "2"]
+    command = [sys.executable, "-m", "dalle1.toybox", *words]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as first:
+        while first.poll() is None and len(list(tmp_path.glob("*.partial"))) < 2:
+            time.sleep(0.02)
+        first.send_signal(number)
+        said = first.communicate(timeout=20)[1]  # till the last of them has closed it
+    assert first.returncode == code
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_ctrl_c_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dalle1.toybox.__main__.encode_sample", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["--out", str(tmp_path), "--num-scenes", "1", "--size", "32"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--size", "3"], "got size 3"),
+        (["--num-scenes", "0"], "got num_scenes 0"),
+        (["--num-scenes", "1", "--shard-size", "0"], "got shard_size 0"),
+        (["--num-scenes", "1", "--out", "{file}/below"], "Not a directory"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    given = [argument.format(file=file) for argument in arguments]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "out"), *given])
+    message = capsys.readouterr().err.strip()
+    assert said in message
+    assert "\n" not in message
+
+
+# The mistakes
+
+
+def test_mistakes_are_explained() -> None:
+    with pytest.raises(ValueError, match="got noun 'spoon', expected one of armchair"):
+        Item(noun="spoon", fill="red")
+    with pytest.raises(ValueError, match="got fill 'plaid', expected one of red"):
+        is_held_out("plaid", "mug")
+    with pytest.raises(ValueError, match="got split 'test', expected one of train"):
+        Toybox("test")
+    with pytest.raises(ValueError, match="got split 'test'"):
+        sample_scene(random.Random(0), "test")
+    with pytest.raises(ValueError, match="got size 15, expected whole pixels from 16"):
+        Toybox(size=15)
+    with pytest.raises(ValueError, match="got size 8"):
+        render(alone("red", "mug"), 8)
+    with pytest.raises(ValueError, match="got extent 2"):
+        alone("red", "mug", extent=2)
+    with pytest.raises(ValueError, match="got background 'night'"):
+        alone("red", "mug", background="night")
+    with pytest.raises(ValueError, match="got style 'oil', expected one of sketch"):
+        alone("red", "mug", style="oil")
+    with pytest.raises(ValueError, match="got 5 items alike, expected at most 4"):
+        Scene(items=(Item(noun="mug", fill="red"),) * 5)
+    with pytest.raises(ValueError, match="got no items"):
+        Scene(items=())
+    with pytest.raises(ValueError, match="expected 2"):
+        Scene(items=(Item(noun="mug", fill="red"),), relation="above")
+    with pytest.raises(IndexError, match="got index 3, expected 0 to 2"):
+        Toybox(num_scenes=3).scene(3)
+
+
+def test_length() -> None:
+    assert len(Toybox()) == 2**31 - 1
+    assert len(Toybox(num_scenes=12)) == 12
+
+
+def test_importing_is_cheap() -> None:
+    """Toybox itself stays light; its parent package, which may import torch, is stood in for."""
+    folder = str(Path(dalle1.toybox.__file__).parents[1])
+    code = f"""
+import sys, types
+sys.modules["dalle1"] = types.ModuleType("dalle1")
+sys.modules["dalle1"].__path__ = [{folder!r}]
+import dalle1.toybox
+print({{"torch", "webdataset", "transformers", "tqdm"}} & set(sys.modules))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"

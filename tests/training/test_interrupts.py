@@ -1,0 +1,94 @@
+"""What comes between a training and its end is told in a line, and costs nothing that was made."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dalle1.devices import keep_freed_memory
+from dalle1.training import distributed
+from dalle1.training.interrupts import advice, training
+from dalle1.training.loop import RunConfig
+from dalle1.training.trainer import Trainer
+
+
+def config_for(out: Path) -> RunConfig:
+    return RunConfig(out=out, device="cpu", precision="fp32")
+
+
+def test_before_the_first_step_there_is_nothing_to_save(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def prepare() -> None:
+        with training(config_for(tmp_path)):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("it went on")
+
+    with pytest.raises(SystemExit) as stop:
+        prepare()
+    assert stop.value.code == 0
+    assert capfd.readouterr().out.startswith("Stopped with nothing to save")
+
+
+def test_processes_that_find_different_checkpoints_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(nn.Linear(1, 1), config_for(tmp_path))
+    trainer.step = 3
+    trainer.save(lambda model, folder: None)
+    monkeypatch.setattr(distributed, "together", lambda thing: [0, thing])
+    with pytest.raises(ValueError, match=r"checkpoints of steps 0, 3 in .*all machines share"):
+        Trainer(nn.Linear(1, 1), config_for(tmp_path)).resume()
+
+
+def test_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
+    expected = "log.jsonl could not be written: No space left.*checkpoint is none"
+    with pytest.raises(ValueError, match=expected), training(config_for(tmp_path)):
+        raise full
+    with pytest.raises(FileNotFoundError), training(config_for(tmp_path)):
+        (tmp_path / "missing").read_text()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(tmp_path: Path, error: Exception) -> None:
+    expected = r"out of memory.*--accumulate 2 \(32 samples at once now\).*--zero 1"
+    with (
+        pytest.raises(ValueError, match=expected),
+        advice(RunConfig(out=tmp_path, device="cpu")),
+    ):
+        raise error
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="another"), advice(RunConfig(out=tmp_path)):
+        raise RuntimeError("another")
+
+
+def test_keeping_freed_memory_may_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    keep_freed_memory()
+    monkeypatch.setattr("sys.platform", "linux")  # one without glibc
+
+    tried = []
+
+    def missing(name: str) -> None:
+        tried.append(name)
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    keep_freed_memory()
+    assert tried == ["libc.so.6"]

@@ -1,0 +1,78 @@
+"""Muon moves the layers' matrices, AdamW the rest, and a checkpoint has what both know."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+from safetensors.torch import load_file
+from torch import nn
+from two_processes import HALF, SIZE, STEPS, config_for, stream
+
+from dalle1.model.transformer import Transformer
+from dalle1.training.checkpoint import TENSORS_NAME
+from dalle1.training.engines.base import Plain, layer_matrices
+
+
+def test_an_update_by_hand(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = config_for(tmp_path, optimizer="muon", weight_decay=0.0, clip_norm=math.inf)
+    model = Transformer(SIZE)
+    # Heads of zero would let no gradient through.
+    for head in (model.text_head, model.image_head):
+        nn.init.normal_(head.weight)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    engine = Plain(model, config)
+    loss = engine.backward(lambda model: model.loss(**next(stream(0))), 0)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    engine.update(0.01)
+    assert loss.total > 0
+    matrices = {id(p) for p in layer_matrices(model)}
+    assert len(matrices) == 4 * SIZE.depth
+    for name, p in model.named_parameters():
+        step = p.detach() - before[name]
+        if id(p) not in matrices:
+            moved = step[gradients[name].abs() > 1e-6]
+            torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.01), rtol=0.02, atol=0)
+            continue
+        u, s, vh = torch.linalg.svd(gradients[name], full_matrices=False)
+        # Newton's and Schulz's iterations bring all but the least of singular values to about 1.
+        u, vh = u[:, s > 0.1 * s[0]], vh[s > 0.1 * s[0]]
+        length = 0.01 * 0.2 * math.sqrt(max(p.shape))
+        along = torch.einsum("ir,ij,rj->r", u, -step, vh) / length
+        assert all(0.3 < value < 1.4 for value in along), name
+        assert along.mean() == pytest.approx(0.95, abs=0.2), name
+
+
+def test_going_on_is_as_if_uninterrupted(tmp_path: Path) -> None:
+    two_processes.train(tmp_path / "whole", optimizer="muon")
+    two_processes.train(tmp_path / "parts", optimizer="muon", steps=HALF)
+    two_processes.train(tmp_path / "parts", optimizer="muon")
+    whole, parts = (
+        load_file(tmp_path / run / f"step-{STEPS}" / TENSORS_NAME) for run in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    matrices = [key for key in whole if "layers" in key and whole[key].ndim == 2]
+    assert sum(key.startswith("mean/") for key in matrices) == 4 * SIZE.depth
+    assert not any(key.startswith("variance/") for key in matrices)
+    assert all(whole[key].any() for key in matrices)
+
+
+def test_a_training_keeps_its_optimizer(tmp_path: Path) -> None:
+    two_processes.train(tmp_path, steps=HALF)
+    with pytest.raises(ValueError, match="optimizer"):
+        two_processes.train(tmp_path, optimizer="muon")
+
+
+def test_zero_has_no_whole_matrices(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"muon, which needs whole matrices.*leave out --zero"):
+        config_for(tmp_path, optimizer="muon", zero=1)
+
+
+def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no matrices for it; expected adamw"):
+        Plain(nn.Linear(3, 2), config_for(tmp_path, optimizer="muon"))
