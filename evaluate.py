@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dalle1.console import clear_errors, notes, parse
+from dalle1.console import notes, one_line_errors, parse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -298,8 +298,8 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
     """Measure drawn pictures, print and write the numbers, and return them."""
     from dalle1.clip import Clip
     from dalle1.data import open_source
-    from dalle1.data.cleaning import AS_IT_IS
-    from dalle1.data.sources.streaming_shards import Streamed
+    from dalle1.data.cleaning import NO_CLEANING
+    from dalle1.data.sources.streaming_shards import StreamingShards
     from dalle1.devices import pick_device
     from dalle1.evaluation.folder_benchmarks import drawn_pictures, prompt_of
     from dalle1.evaluation.report import table, write_report
@@ -321,8 +321,8 @@ def run_samples(options: SamplesOptions) -> dict[str, float]:
             "nothing to measure them by"
         )
     if options.reference is not None:
-        whole = open_source(options.reference, "encode", captions=False, reading=AS_IT_IS)
-        if isinstance(whole, Streamed):
+        whole = open_source(options.reference, "encode", captions=False, reading=NO_CLEANING)
+        if isinstance(whole, StreamingShards):
             raise ValueError(
                 f"{options.reference} can only be read front to back: give fewer shards"
             )
@@ -377,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[DVAEOptions, tyro.conf.subcommand("dvae")]
         | Annotated[JudgeOptions, tyro.conf.subcommand("judge")]
     )
-    with clear_errors(), notes():
+    with one_line_errors(), notes():
         options = parse(command, arguments, __doc__)
         runs: dict[type, Any] = {
             ToyboxOptions: run_toybox,

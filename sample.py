@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dalle1.console import bar, clear_errors
+from dalle1.console import bar, one_line_errors
 from dalle1.outputs import folder_names, writable, write
 
 if TYPE_CHECKING:
@@ -112,14 +112,14 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from error
 
 
-def given_codes(model: DallE, options: argparse.Namespace) -> Tensor | None:
+def encode_known(model: DallE, options: argparse.Namespace) -> Tensor | None:
     """Give what stays of --image, if there is one."""
     if options.image is None:
         return None
     from PIL import Image
 
     mask = Image.open(options.mask) if options.mask else None
-    return model.given_codes(Image.open(options.image), keep_rows=options.keep_rows, mask=mask)
+    return model.encode_known(Image.open(options.image), keep_rows=options.keep_rows, mask=mask)
 
 
 def previews(model: DallE, path: Path) -> Callable[[Tensor, int], None]:
@@ -165,7 +165,7 @@ def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -
     everyone = [c for part in parts or [] for c in part]
     everyone.sort(key=lambda c: (-(c.score or 0.0), c.index))
     by_clip = any(c.probability is not None for c in everyone)
-    return model.with_bets(everyone) if by_clip else everyone
+    return model.with_probabilities(everyone) if by_clip else everyone
 
 
 def draw(
@@ -173,7 +173,7 @@ def draw(
 ) -> None:
     """Draw, rank and write the pictures of all prompts."""
     rank, world = share
-    width, given = model.dvae.grid_size, given_codes(model, options)
+    width, given = model.dvae.grid_size, encode_known(model, options)
     begun = 0 if given is None else int((given < 0).nonzero()[0]) // width
     each = len(range(options.num_candidates)[rank::world])
     preview = previews(model, (options.out or Path("outputs")) / "preview.png")
@@ -206,7 +206,7 @@ def draw(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors(), warnings.catch_warnings():
+    with one_line_errors(), warnings.catch_warnings():
         options = parse(args)
         folders = folder_names(options.prompts)
         root = options.out or Path("outputs")

@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dalle1.clip import Clip, ContrastiveLoss, new_clip, pair_loss, soften
 from dalle1.clip.losses import prepare_for
-from dalle1.console import clear_errors, parse_preset
+from dalle1.console import one_line_errors, parse_preset
 from dalle1.data import PairSource, open_source
 from dalle1.data.images import augmented, refuse_small, to_float, to_tensor
 from dalle1.data.loader import Example, Source, first_captions, first_examples
 from dalle1.storage import model_folder
-from dalle1.tasks.presets import CLIP_PRESETS, ClipRecipe
+from dalle1.tasks.presets import CLIP_PRESETS, ClipTrainConfig
 from dalle1.text.bpe import Tokenizer
 from dalle1.training import distributed
 from dalle1.training.interrupts import training
@@ -35,7 +35,7 @@ from dalle1.training.trainer import Batch
 
 
 def example(
-    config: ClipRecipe, tokenizer: Any, source: PairSource, index: int, rng: random.Random
+    config: ClipTrainConfig, tokenizer: Any, source: PairSource, index: int, rng: random.Random
 ) -> Example:
     """Cut a square out of a picture, uint8, and prepare the tokens of a caption."""
     ids = tokens(config, tokenizer, source.caption(index, rng))
@@ -45,7 +45,7 @@ def example(
 
 
 def held_example(
-    config: ClipRecipe, clip: Clip, source: PairSource, index: int, rng: random.Random
+    config: ClipTrainConfig, clip: Clip, source: PairSource, index: int, rng: random.Random
 ) -> Example:
     """Prepare a picture to validate on as any user of the CLIP will, and a caption's tokens."""
     ids = tokens(config, clip.tokenizer, source.caption(index, rng))
@@ -54,7 +54,7 @@ def held_example(
     return {"images": clip.preprocess([picture])[0], "input_ids": ids}
 
 
-def tokens(config: ClipRecipe, tokenizer: Any, caption: str) -> Tensor:
+def tokens(config: ClipTrainConfig, tokenizer: Any, caption: str) -> Tensor:
     """Give the tokens of a caption, cut or padded to the model's length: [T]."""
     how = {"truncation": True, "max_length": config.model.text_len, "padding": "max_length"}
     return torch.tensor(tokenizer(caption, **how)["input_ids"])
@@ -63,7 +63,7 @@ def tokens(config: ClipRecipe, tokenizer: Any, caption: str) -> Tensor:
 class ClipTraining:
     """What `fit` needs to know of a CLIP."""
 
-    def __init__(self, config: ClipRecipe) -> None:
+    def __init__(self, config: ClipTrainConfig) -> None:
         from dalle1.clip.towers import quicken
 
         self.config = config
@@ -80,7 +80,7 @@ class ClipTraining:
         self.stream = stream_from(source, prepare, config)
         as_used = partial(held_example, config, self.clip)
         first = partial(first_examples, held, as_used, config.validation_pairs)
-        pairs = distributed.from_main(first)
+        pairs = distributed.broadcast_from_main(first)
         self.held = {name: tensor.to(self.device) for name, tensor in pairs.items()}
 
     def initial(self, source: Source) -> Clip:
@@ -92,7 +92,9 @@ class ClipTraining:
         if config.init is None:
             if (kept := model_folder(config.out) / "tokenizer.json").is_file():
                 return new_clip(PreTrainedTokenizerFast.from_pretrained(kept.parent), config.model)
-            captions = distributed.from_main(partial(first_captions, source, config.vocab_captions))
+            captions = distributed.broadcast_from_main(
+                partial(first_captions, source, config.vocab_captions)
+            )
             return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
         clip = Clip.from_pretrained(config.init)
         if (changed := clip.size().differences(config.model)) is not None:
@@ -132,11 +134,11 @@ class ClipTraining:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         train(parse_preset(CLIP_PRESETS, args, __doc__.splitlines()[0]))
 
 
-def train(config: ClipRecipe) -> nn.Module:
+def train(config: ClipTrainConfig) -> nn.Module:
     """Train as `config` says, resuming what is in `config.out`; give the averaged model."""
     with training(config):
         run = ClipTraining(config)

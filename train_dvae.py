@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from dalle1.console import clear_errors, parse_preset
+from dalle1.console import one_line_errors, parse_preset
 from dalle1.data import PairSource, open_source
 from dalle1.data.images import augmented, centre_square, grid, to_float, to_pil, to_tensor
 from dalle1.data.loader import Example, first_examples
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import evaluate
-from dalle1.tasks.presets import DVAE_PRESETS, DVAERecipe
+from dalle1.tasks.presets import DVAE_PRESETS, DVAETrainConfig
 from dalle1.training import distributed
 from dalle1.training.interrupts import training
 from dalle1.training.loop import fit, stream_from
@@ -31,7 +31,7 @@ from dalle1.training.trainer import Batch
 from dvae import DVAE, DVAELoss, dvae_loss
 
 
-def crops(config: DVAERecipe, source: PairSource, index: int, rng: random.Random) -> Example:
+def crops(config: DVAETrainConfig, source: PairSource, index: int, rng: random.Random) -> Example:
     """Prepare one example: random crops of one picture, [crops_per_picture, 3, size, size]."""
     picture, size = source.image(index), config.crop_size
     cut = [
@@ -41,7 +41,7 @@ def crops(config: DVAERecipe, source: PairSource, index: int, rng: random.Random
     return {"images": torch.stack([to_tensor(crop) for crop in cut])}
 
 
-def centred(config: DVAERecipe, source: PairSource, index: int, _: random.Random) -> Example:
+def centred(config: DVAETrainConfig, source: PairSource, index: int, _: random.Random) -> Example:
     """Prepare one example to validate on: the centre of a picture, [3, size, size]."""
     size = config.model.image_size
     return {"images": to_tensor(centre_square(source.image(index), size, config.allow_upscale))}
@@ -58,7 +58,7 @@ class StepLoss(DVAELoss):
 class DVAETraining:
     """What `fit` needs to know of stage 1."""
 
-    def __init__(self, config: DVAERecipe) -> None:
+    def __init__(self, config: DVAETrainConfig) -> None:
         self.config = config
         self.device = distributed.start(config.device)
         torch.manual_seed(config.seed)
@@ -72,7 +72,7 @@ class DVAETraining:
         held = open_source(*place, reading=config, detail=size)
         whole = partial(centred, config)
         first = partial(first_examples, held, whole, config.validation_pictures)
-        self.held = to_float(distributed.from_main(first)["images"]).to(self.device)
+        self.held = to_float(distributed.broadcast_from_main(first)["images"]).to(self.device)
 
     def initial(self) -> DVAE:
         """Make a new dVAE, or take the one that --init names."""
@@ -121,7 +121,7 @@ class DVAETraining:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         config = parse_preset(DVAE_PRESETS, args, __doc__.splitlines()[0])
         with training(config):
             run = DVAETraining(config)

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from dalle1.console import clear_errors, parse, parse_preset
+from dalle1.console import one_line_errors, parse, parse_preset
 from dalle1.data.encoded import INDEX_NAME, fingerprint
 from dalle1.storage import model_folder, same_tensors
 from dalle1.tasks.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
@@ -37,7 +37,7 @@ SHARD = 1_000  # scenes in a file
 Name = Literal[
     "scenes", "dvae", "settle", "half-codes", "codes", "half", "transformer", "clip", "judge"
 ]
-SECOND = {"settle": ("dvae", "toy-settle"), "half": ("transformer", "toy-half")}
+SECOND = {"settle": ("dvae", "toy-finetune"), "half": ("transformer", "toy-128")}
 """The script and the preset of a stage that shares its script with another."""
 FOLLOWS: dict[Name, tuple[Name, ...]] = {
     "settle": ("dvae",),
@@ -241,7 +241,7 @@ def run(command: Sequence[str]) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         config = parse(ToyConfig, args, __doc__.splitlines()[0])
         every = {stage.name: stage for stage in stages(config)}
         todo = [stage for name, stage in every.items() if not config.only or name in config.only]

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dalle1.console import clear_errors, parse_preset
+from dalle1.console import one_line_errors, parse_preset
 from dalle1.data import PairSource, open_source
 from dalle1.data.encoded import CodeSource, JoinedCodes, open_codes
 from dalle1.data.images import Augmentation, augmented, centre_square, grid, to_float, to_tensor
@@ -28,7 +28,7 @@ from dalle1.devices import autocast
 from dalle1.model.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.storage import model_folder, same_tensors
-from dalle1.tasks.presets import TRANSFORMER_PRESETS, TransformerRecipe
+from dalle1.tasks.presets import TRANSFORMER_PRESETS, TransformerTrainConfig
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.known_words import Words
 from dalle1.training import distributed, resblocks
@@ -72,7 +72,7 @@ class Tokenized:
 class TransformerTraining:
     """What `fit` needs to know of stage 2."""
 
-    def __init__(self, config: TransformerRecipe) -> None:
+    def __init__(self, config: TransformerTrainConfig) -> None:
         self.config = config
         self.device = distributed.start(config.device)
         self.dvae = DVAE.load(config.dvae, self.device, config.image_size)
@@ -81,7 +81,7 @@ class TransformerTraining:
         size, text_len = self.dvae.config.image_size, config.model.text_len
         prepare = Tokenized(size, self.tokenizer, text_len, 0.0, 0.0, None, config.allow_upscale)
         first = partial(first_examples, self.open("validation"), prepare, 256)
-        held = distributed.from_main(first)
+        held = distributed.broadcast_from_main(first)
         self.held = {name: tensor.to(self.device) for name, tensor in held.items()}
         prepare = replace(
             prepare,
@@ -140,7 +140,7 @@ class TransformerTraining:
         if (kept := model_folder(self.config.out) / VOCABULARY_NAME).is_file():
             return Tokenizer.load(kept)
         first = partial(first_captions, self.source, self.config.vocab_captions)
-        captions = distributed.from_main(first)
+        captions = distributed.broadcast_from_main(first)
         if self.config.init is None:
             return Tokenizer.train(captions, self.config.model.text_vocab)
         tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
@@ -197,7 +197,7 @@ class TransformerTraining:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         config = parse_preset(TRANSFORMER_PRESETS, args, __doc__.splitlines()[0])
         with training(config):
             run = TransformerTraining(config)

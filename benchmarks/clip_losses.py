@@ -18,9 +18,9 @@ from pathlib import Path
 
 import train_clip
 from dalle1.clip import Clip
-from dalle1.console import clear_errors
+from dalle1.console import one_line_errors
 from dalle1.evaluation.toybox_probes import retrieval_probe
-from dalle1.files import claim, write_whole
+from dalle1.files import claim, write_atomic
 from dalle1.tasks.presets import CLIP_PRESETS
 
 LOSSES = {"infonce": "InfoNCE", "sigmoid": "sigmoid"}
@@ -44,7 +44,7 @@ def measured(options: argparse.Namespace, loss: str, batch_size: int) -> dict[st
             kind: (found[f"{kind}/image-to-text/R@1"] + found[f"{kind}/text-to-image/R@1"]) / 2
             for kind in KINDS
         }
-        write_whole(done, json.dumps(both, indent=1) + "\n")
+        write_atomic(done, json.dumps(both, indent=1) + "\n")
     return json.loads(done.read_text())
 
 
@@ -72,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--pairs", type=int, default=64_000, help="that each training sees")
     options = parser.parse_args(args)
-    with clear_errors():
+    with one_line_errors():
         claim(options.out / "settings.json", {"data": options.data, "pairs": options.pairs})
     results: dict[str, dict[int, dict[str, float]]] = {loss: {} for loss in LOSSES}
     print(f"{'batch':>6} {'loss':>8} " + " ".join(f"{kind:>11}" for kind in KINDS))

@@ -25,7 +25,7 @@ from dalle1.planner import Plan, memory
 from dalle1.tasks.presets import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
 from dalle1.training.engines.base import Plain
-from dalle1.training.loop import RunConfig
+from dalle1.training.loop import TrainConfig
 
 MIB = 2**20
 TINY = TransformerConfig(
@@ -66,7 +66,7 @@ def engine_of(size: TransformerConfig, options: argparse.Namespace) -> Plain[Tra
     device, batch = pick_device(options.device), options.batch_size
     model = Transformer(size).to(device)
     resblocks.prepare(model, checkpointing=options.checkpointing)
-    config = RunConfig(out=Path("out"), precision=options.precision, batch_size=batch)
+    config = TrainConfig(out=Path("out"), precision=options.precision, batch_size=batch)
     engine = Plain(model, config)
     for _ in range(2):
         text = torch.zeros(batch, size.text_len, dtype=torch.long, device=device)

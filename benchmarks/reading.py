@@ -30,9 +30,9 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.data import loader as batches
-from dalle1.data.cleaning import Reading
+from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.images import Augmentation, augmented, to_tensor
-from dalle1.data.sources.indexed_shards import Shards
+from dalle1.data.sources.indexed_shards import IndexedShards
 
 BATCH = 15  # as many as there are photographs
 
@@ -83,7 +83,9 @@ def measure(paths: Sequence[Path], size: int, repeats: int) -> dict[str, float]:
             tar.write({"__key__": path.stem, "jpg": path.read_bytes(), "txt": b"a photograph"})
 
     def ours(detail: int) -> Callable[[], object]:
-        source = Shards([shard], "encode", reading=Reading(max_aspect=10), detail=detail)
+        source = IndexedShards(
+            [shard], "encode", reading=CleaningConfig(max_aspect=10), detail=detail
+        )
         stream = batches(source, partial(prepare, size), batch_size=BATCH)
         next(stream)
         count = max(1, len(paths) // BATCH)

@@ -19,12 +19,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dalle1 import DallE
-from dalle1.console import clear_errors
+from dalle1.console import one_line_errors
 from dalle1.evaluation.classifier import BUNDLED as JUDGE
 from dalle1.evaluation.classifier import Judge, load_judge
 from dalle1.evaluation.report import wilson
 from dalle1.evaluation.toybox import Prompt, choose_prompts
-from dalle1.files import claim, write_whole
+from dalle1.files import claim, write_atomic
 from dalle1.model.transformer import Transformer
 from dalle1.pipeline import BUNDLED, Rerank
 
@@ -68,7 +68,7 @@ def plot(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         measure(args)
 
 
@@ -95,7 +95,7 @@ def measure(args: Sequence[str] | None = None) -> None:
             seed = 1000 * options.seed + place
             path = answers / f"{prompt.text.replace(' ', '-')}-{seed}.json"
             if not path.exists():
-                write_whole(path, json.dumps(looked_at(model, judge, prompt, seed)))
+                write_atomic(path, json.dumps(looked_at(model, judge, prompt, seed)))
             looks.append(json.loads(path.read_text()))
         names = {"at random": "right", **{f"by {name}": name for name in RANKERS}}
         curves[title] = {

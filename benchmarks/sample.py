@@ -31,7 +31,7 @@ from peers import dalle_pytorch_model
 from torch import nn
 
 from dalle1 import DallE
-from dalle1.devices import PRECISIONS, keep_freed_memory, matrix_rate, pick_device
+from dalle1.devices import PRECISIONS, keep_freed_memory, matmul_flops_per_second, pick_device
 from dalle1.model.masks import image_mask
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.decoding import candidate_uniforms, generate
@@ -79,7 +79,7 @@ def least_time(model: Transformer, candidates: int, precision: str) -> float:
         operations += 4 * CONFIG.width * (CONFIG.text_len + seen) * candidates
     large = torch.ones(2**26, device=device)
     bandwidth = large.nbytes / min(seconds(large.sum, 3) for _ in range(3))
-    rate = max(matrix_rate(device, precision) for _ in range(3))
+    rate = max(matmul_flops_per_second(device, precision) for _ in range(3))
     reading = (weights + numbers) * kind.itemsize / bandwidth
     return max(reading, (operations + 2 * weights * candidates) / rate)
 

@@ -24,7 +24,7 @@ from measuring import in_fresh_process, peak_memory, seconds
 from peers import dalle_pytorch_model
 from torch import Tensor, nn
 
-from dalle1.devices import autocast, keep_freed_memory, matrix_rate, pick_device
+from dalle1.devices import autocast, keep_freed_memory, matmul_flops_per_second, pick_device
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.tasks.presets import TRANSFORMER_PRESETS
 
@@ -111,7 +111,7 @@ def measure(name: str, batch_size: int, precision: str, repeats: int) -> dict[st
         "utilisation": 0.0,
     }
     if isinstance(model, Transformer):
-        rate = matrix_rate(device, precision)
+        rate = matmul_flops_per_second(device, precision)
         result["utilisation"] = 3 * model.operations() * result["samples"] / rate
     return result
 

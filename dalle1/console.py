@@ -36,7 +36,7 @@ def worker_killed(error: Exception) -> ValueError:
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Turn what a user can cause into one line on stderr and exit code 2."""
     try:
         with worker_advice():

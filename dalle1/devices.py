@@ -92,7 +92,7 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def matrix_rate(device: torch.device, precision: str, size: int = 2048) -> float:
+def matmul_flops_per_second(device: torch.device, precision: str, size: int = 2048) -> float:
     """Measure how many operations a second matrix products reach here: the best of five."""
     a = torch.ones(size, size, dtype=PRECISIONS[precision], device=device)
     times = []

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from dalle1.console import clear_errors, parse
+from dalle1.console import one_line_errors, parse
 from dalle1.pipeline import DallE
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,7 +33,7 @@ class JoinConfig:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         config = parse(JoinConfig, args, __doc__.splitlines()[0])
         model = DallE.from_pretrained(config.model, clip=config.clip, device="cpu")
         model.save_pretrained(config.out, DTYPES[config.dtype])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file, and its folder, so that an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -31,4 +31,4 @@ def claim(path: Path, settings: Mapping[str, Any]) -> None:
             f"{path.parent} holds results of other settings ({', '.join(names)} differ); give "
             "another --out"
         )
-    write_whole(path, json.dumps(settings, indent=1) + "\n")
+    write_atomic(path, json.dumps(settings, indent=1) + "\n")

@@ -25,9 +25,9 @@ from dalle1.sampling.decoding import (
     candidate_uniforms,
     complete_text,
     generate,
-    no_caption,
+    null_caption,
 )
-from dalle1.sampling.kv_cache import drawing_bytes
+from dalle1.sampling.kv_cache import decode_memory
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE
@@ -155,7 +155,7 @@ class DallE:
 
         Args:
             num_candidates: how many for each; candidate i depends on the seed and i alone.
-            given: codes that are given; see `given_codes`.
+            given: codes that are given; see `encode_known`.
             rerank: what orders them: clip, likelihood, or none for the order of drawing. By
                 default clip, if there is one.
             batch_size: how many are drawn at once; None is as many as fit in memory.
@@ -211,7 +211,7 @@ class DallE:
         pixels = to_float(to_tensor(square)[None])
         return self.dvae.encode(pixels.to(self.device))[0]
 
-    def given_codes(
+    def encode_known(
         self, image: Image.Image, *, keep_rows: int | None = None, mask: Image.Image | None = None
     ) -> Tensor:
         """Give the codes of `image` that stay, [N]: the rest is free, to be drawn anew.
@@ -291,10 +291,10 @@ class DallE:
             codes = torch.stack([c.codes for c in candidates])
             scores = self.bits(NOTHING, codes)[1] - self.bits(prompt, codes)[1]
         scored = [replace(c, score=s) for c, s in zip(candidates, scores.tolist(), strict=True)]
-        scored = self.with_bets(scored) if by == "clip" else scored
+        scored = self.with_probabilities(scored) if by == "clip" else scored
         return sorted(scored, key=lambda c: (-(c.score or 0.0), c.index))
 
-    def with_bets(self, candidates: list[Candidate]) -> list[Candidate]:
+    def with_probabilities(self, candidates: list[Candidate]) -> list[Candidate]:
         """Say of candidates that CLIP has scored how it would bet among them."""
         if self.clip is None:
             return candidates
@@ -310,7 +310,7 @@ class DallE:
 
         Returns: bits per text token, its end counted and its padding not; bits per code, [B].
         """
-        text = self.encode_prompt(prompt) if prompt else no_caption(self.transformer)[0]
+        text = self.encode_prompt(prompt) if prompt else null_caption(self.transformer)[0]
         text, of_text, of_codes = text.to(self.device), 0.0, []
         for part in codes.to(self.device).split(batch_size):
             text_losses, image_losses = self.transformer.losses(text.expand(len(part), -1), part)
@@ -373,7 +373,7 @@ def room(
         return lambda prompts, candidates: prompts * candidates <= batch_size
     device = next(model.parameters()).device
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
-    of_prompt, of_candidate = (n * (2 if guided else 1) for n in drawing_bytes(model))
+    of_prompt, of_candidate = (n * (2 if guided else 1) for n in decode_memory(model))
 
     def fits(prompts: int, candidates: int) -> bool:
         needed = prompts * (of_prompt + candidates * of_candidate)

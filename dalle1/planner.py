@@ -41,7 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dalle1.console import clear_errors, parse_preset
+from dalle1.console import one_line_errors, parse_preset
 from dalle1.devices import autocast
 from dalle1.model import attention
 from dalle1.model.transformer import Transformer, TransformerConfig
@@ -378,7 +378,7 @@ PLANS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         print(report(parse_preset(PLANS, args, (__doc__ or "").splitlines()[0])))
 
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from dalle1 import DallE, pipeline
-from dalle1.clip import ClipSize, new_clip
+from dalle1.clip import ClipArch, new_clip
 from dalle1.devices import PRECISIONS
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.pipeline import in_batches, room
 from dalle1.sampling.decoding import FREE
-from dalle1.sampling.kv_cache import drawing_bytes
+from dalle1.sampling.kv_cache import decode_memory
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
 
@@ -55,7 +55,7 @@ def plain() -> DallE:
 def ranked(plain: DallE) -> DallE:
     torch.manual_seed(0)
     small = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
-    clip = new_clip(plain.tokenizer, ClipSize(image_size=32, text_len=12, **small))
+    clip = new_clip(plain.tokenizer, ClipArch(image_size=32, text_len=12, **small))
     return DallE(plain.dvae, plain.transformer, plain.tokenizer, clip)
 
 
@@ -176,7 +176,7 @@ def test_without_memory_the_batches_are_halved() -> None:
 def test_the_batch_is_what_fits_in_half_of_the_memory(
     plain: DallE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt, candidate = drawing_bytes(plain.transformer)
+    prompt, candidate = decode_memory(plain.transformer)
     monkeypatch.setattr(pipeline, "free_memory", lambda _: 2 * (2 * prompt + 20 * candidate))
     fits = room(plain.transformer, None)
     assert fits(2, 10)
@@ -200,7 +200,7 @@ def picture() -> Image.Image:
 
 def test_the_top_of_a_picture_is_kept(plain: DallE) -> None:
     codes = plain.encode(picture())
-    given = plain.given_codes(picture(), keep_rows=3).view(4, 4)
+    given = plain.encode_known(picture(), keep_rows=3).view(4, 4)
     assert torch.equal(given[:3], codes[:3])
     assert (given[3] == FREE).all()
     drawn = plain.candidates(PROMPT, num_candidates=3, given=given.flatten())
@@ -209,31 +209,31 @@ def test_the_top_of_a_picture_is_kept(plain: DallE) -> None:
     assert len({tuple(c.codes[3].tolist()) for c in drawn}) > 1
     for rows in (-1, 4):
         with pytest.raises(ValueError, match=f"keep_rows is {rows}, expected 0 to 3"):
-            plain.given_codes(picture(), keep_rows=rows)
+            plain.encode_known(picture(), keep_rows=rows)
 
 
 def test_what_is_white_in_a_mask_is_drawn_anew(plain: DallE) -> None:
     codes, mask = plain.encode(picture()), Image.new("L", (32, 32))
     mask.paste(255, (15, 8, 17, 16))  # pixels of the second row, of its second and third code
-    given = plain.given_codes(picture(), mask=mask).view(4, 4)
+    given = plain.encode_known(picture(), mask=mask).view(4, 4)
     free = torch.zeros(4, 4, dtype=torch.bool)
     free[1, 1:3] = True
     assert torch.equal(given == FREE, free)
     assert torch.equal(given[~free], codes[~free])
     with pytest.raises(ValueError, match="black throughout"):
-        plain.given_codes(picture(), mask=Image.new("L", (32, 32)))
+        plain.encode_known(picture(), mask=Image.new("L", (32, 32)))
     with pytest.raises(ValueError, match="the mask has 16 × 32 pixels, the picture 32 × 32"):
-        plain.given_codes(picture(), mask=Image.new("L", (16, 32)))
+        plain.encode_known(picture(), mask=Image.new("L", (16, 32)))
     for keep in ({}, {"keep_rows": 2, "mask": mask}):
         with pytest.raises(ValueError, match="expected either keep_rows or a mask"):
-            plain.given_codes(picture(), **keep)
+            plain.encode_known(picture(), **keep)
 
 
 def test_a_thin_line_on_a_large_mask_is_not_lost(plain: DallE) -> None:
     large = picture().resize((600, 512))  # its middle square begins at 44; a code is 128 wide
     mask = Image.new("RGBA", (600, 512))  # transparent: nothing painted
     mask.paste("white", (44 + 130, 5, 44 + 131, 200))
-    free = plain.given_codes(large, mask=mask).view(4, 4) == FREE
+    free = plain.encode_known(large, mask=mask).view(4, 4) == FREE
     assert free.nonzero().tolist() == [[0, 1], [1, 1]]
 
 

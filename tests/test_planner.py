@@ -107,7 +107,7 @@ def test_a_report_says_what_would_fit() -> None:
 
 
 def test_presets_are_planned_as_they_train() -> None:
-    half, whole = PLANS["toy-half"], PLANS["toy"]
+    half, whole = PLANS["toy-128"], PLANS["toy"]
     assert (half.model.grid_size, whole.model.grid_size) == (16, 32)
     matrices = sum(
         module.weight.numel()

@@ -4,13 +4,13 @@
 filter` keeps the pairs of a data set that fit each other.
 """
 
-from dalle1.clip.arch import ClipSize
+from dalle1.clip.arch import ClipArch
 from dalle1.clip.loading import Clip, new_clip, soften
 from dalle1.clip.losses import ContrastiveLoss, contrastive_loss, pair_loss, sigmoid_loss
 
 __all__ = [
     "Clip",
-    "ClipSize",
+    "ClipArch",
     "ContrastiveLoss",
     "contrastive_loss",
     "new_clip",

@@ -13,7 +13,7 @@ import tyro
 
 from dalle1.clip import filtering as filter
 from dalle1.clip import reranking as rank
-from dalle1.console import clear_errors, notes, parse
+from dalle1.console import notes, one_line_errors, parse
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def main(args: Sequence[str] | None = None) -> None:
         Annotated[rank.RankOptions, tyro.conf.subcommand("rank")]
         | Annotated[filter.FilterOptions, tyro.conf.subcommand("filter")]
     )
-    with clear_errors(), notes():
+    with one_line_errors(), notes():
         options = parse(command, args, __doc__)
         if isinstance(options, rank.RankOptions):
             rank.run(options)

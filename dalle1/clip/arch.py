@@ -7,7 +7,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipSize:
+class ClipArch:
     """The two towers of a CLIP (Radford et al. 2021, tables 19 and 20)."""
 
     image_size: int = 128
@@ -51,7 +51,7 @@ class ClipSize:
                 f"{self.text_width}"
             )
 
-    def differences(self, other: ClipSize) -> str | None:
+    def differences(self, other: ClipArch) -> str | None:
         """Give the flags that make `other` what this is; None where it is so already."""
         given, wanted = asdict(self), asdict(other)
         changed = {k: v for k, v in given.items() if v != wanted[k]}

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from dalle1.clip.loading import Clip
 from dalle1.console import bar
-from dalle1.data.cleaning import AS_IT_IS, CAPTIONS, PICTURES, captions_in, read_picture
-from dalle1.data.skipped import LeftOut, Unusable
+from dalle1.data.cleaning import CAPTIONS, NO_CLEANING, PICTURES, captions_in, read_image
+from dalle1.data.skipped import BadSample, SkippedSample
 from dalle1.data.sources.indexed_shards import Span, index_shard, lacks, read_member
 from dalle1.data.spec import is_far, shards_of
 from dalle1.devices import pick_device
-from dalle1.files import claim, write_whole
+from dalle1.files import claim, write_atomic
 
 SETTINGS_NAME = "filter.json"
 SIMILARITIES, LEFT_OUT = "_similarity.npy", "_left_out.jsonl"
@@ -105,7 +105,7 @@ def filter_shards(options: FilterOptions) -> dict[str, Any]:
         options.out / SETTINGS_NAME,
         {name: getattr(options, name) for name in ("data", "clip", "min_similarity", "precision")},
     )
-    left_out: list[LeftOut] = []
+    left_out: list[SkippedSample] = []
     with bar(total=len(shards), unit="shard") as progress:
         for shard in shards:
             left_out += filter_shard(clip, shard, options)
@@ -142,7 +142,7 @@ def shards_to_filter(options: FilterOptions) -> list[Path]:
     return shards
 
 
-def told(left_out: Sequence[LeftOut], pairs: int, kept: int, below: int) -> dict[str, int]:
+def told(left_out: Sequence[SkippedSample], pairs: int, kept: int, below: int) -> dict[str, int]:
     """Say what became of all pairs, and which shards are damaged; count what was left out."""
     causes = Counter(x.cause for x in left_out)
     damaged = [x for x in left_out if x.cause in (UNREADABLE, CUT_SHORT)]
@@ -162,7 +162,7 @@ def beside(shard: Path, what: str, options: FilterOptions) -> Path:
     return options.out / f"{shard.stem}{what}"
 
 
-def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[LeftOut]:
+def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[SkippedSample]:
     """Write the kept pairs of one shard, unless they are there; give what was left out of it.
 
     The similarities are written first, so that a shard without them is a user's own, and what was
@@ -172,7 +172,7 @@ def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[LeftOu
     note, target = beside(shard, LEFT_OUT, options), options.out / shard.name
     if target.exists() and note.exists():
         lines = note.read_text(encoding="utf-8").splitlines()
-        earlier = [LeftOut(**json.loads(line)) for line in lines]
+        earlier = [SkippedSample(**json.loads(line)) for line in lines]
         if not any(x.cause == CUT_SHORT for x in earlier):
             return earlier
     places, damage = index_shard(shard)
@@ -184,20 +184,20 @@ def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[LeftOu
     with tarfile.open(unfinished, "w") as tar:
         for samples in in_batches(read_samples(shard, places), options.batch_size):
             pairs = list(usable_pairs(clip, shard, samples, options.num_workers))
-            left_out += [x for x in pairs if isinstance(x, LeftOut)]
+            left_out += [x for x in pairs if isinstance(x, SkippedSample)]
             similarities = compare(clip, pairs)
             every += [similarity for similarity, _ in similarities]
             for sample, pair, (similarity, caption) in zip(samples, pairs, similarities):
                 if isinstance(pair, Pair) and math.isnan(similarity):
                     why = "the CLIP gives no number for it; try --precision fp32"
-                    left_out.append(LeftOut("no similarity", f"{sample.key} in {shard}", why))
+                    left_out.append(SkippedSample("no similarity", f"{sample.key} in {shard}", why))
                 if similarity >= options.min_similarity:
                     add(tar, with_similarity(sample, similarity, caption))
     values = io.BytesIO()
     np.save(values, np.array(every))
-    write_whole(beside(shard, SIMILARITIES, options), values.getvalue())
+    write_atomic(beside(shard, SIMILARITIES, options), values.getvalue())
     os.replace(unfinished, target)
-    write_whole(note, "".join(f"{json.dumps(asdict(x))}\n" for x in left_out))
+    write_atomic(note, "".join(f"{json.dumps(asdict(x))}\n" for x in left_out))
     return left_out
 
 
@@ -223,10 +223,10 @@ def add(tar: tarfile.TarFile, sample: Sample) -> None:
 
 def usable_pairs(
     clip: Clip, shard: Path, samples: Sequence[Sample], num_workers: int
-) -> Iterable[Pair | LeftOut]:
+) -> Iterable[Pair | SkippedSample]:
     """Read each sample as a training would, or say why not."""
 
-    def pair(sample: Sample) -> Pair | LeftOut:
+    def pair(sample: Sample) -> Pair | SkippedSample:
         where = f"{sample.key} in {shard}"
         try:
             if (lacking := lacks(sample.files, captions=True)) is not None:
@@ -234,18 +234,18 @@ def usable_pairs(
             suffix = next(suffix for suffix in CAPTIONS if suffix in sample.files)
             found = [x.strip() for x in captions_in(sample.files[suffix], suffix, where)]
             if not any(found):
-                raise Unusable("no caption", "there is no text in it", where)
+                raise BadSample("no caption", "there is no text in it", where)
             picture = next(sample.files[suffix] for suffix in PICTURES if suffix in sample.files)
-            pixels = clip.preprocess([read_picture(picture, where, AS_IT_IS)])[0]
+            pixels = clip.preprocess([read_image(picture, where, NO_CLEANING)])[0]
             return Pair(pixels, [caption for caption in found if caption])
-        except Unusable as error:
-            return LeftOut.because(error, where)
+        except BadSample as error:
+            return SkippedSample.because(error, where)
 
     with ThreadPoolExecutor(num_workers) as pool:
         return list(pool.map(pair, samples))
 
 
-def compare(clip: Clip, pairs: Sequence[Pair | LeftOut]) -> list[tuple[float, str]]:
+def compare(clip: Clip, pairs: Sequence[Pair | SkippedSample]) -> list[tuple[float, str]]:
     """Give the cosine of each pair's picture and its best caption, and that; NaN where left out."""
     usable = [x for x in pairs if isinstance(x, Pair)]
     if not usable:

@@ -27,7 +27,7 @@ from PIL import Image
 from tokenizers import processors
 from torch import Tensor, nn
 
-from dalle1.clip.arch import ClipSize
+from dalle1.clip.arch import ClipArch
 from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
 from dalle1.devices import autocast
 from dalle1.storage import model_folder
@@ -144,7 +144,7 @@ class Clip:
         """The side in pixels of the square pictures that the model reads."""
         return self.model.config.vision_config.image_size
 
-    def size(self) -> ClipSize:
+    def size(self) -> ClipArch:
         """Tell the size of both towers; ValueError for a SigLIP."""
         from dalle1.clip.towers import size_of
 
@@ -243,7 +243,7 @@ class Clip:
             )
 
 
-def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, size: ClipSize) -> Clip:
+def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, size: ClipArch) -> Clip:
     """Build a CLIP with random weights (torch's global generator).
 
     Args:

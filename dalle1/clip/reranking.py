@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.clip.loading import Clip
-from dalle1.data.cleaning import AS_IT_IS, PICTURES, read_picture
+from dalle1.data.cleaning import NO_CLEANING, PICTURES, read_image
 from dalle1.data.images import grid
 from dalle1.devices import pick_device
-from dalle1.files import write_whole
+from dalle1.files import write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def pictures_in(files: Sequence[Path]) -> list[Path]:
 def _readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
     for path in files:
         try:
-            yield path, read_picture(path.read_bytes(), str(path), AS_IT_IS)
+            yield path, read_image(path.read_bytes(), str(path), NO_CLEANING)
         except (ValueError, OSError) as error:
             why = " ".join(str(error).removeprefix(f"{path}: ").split())
             print(f"note: {path} is no readable picture ({why}): left out", file=sys.stderr)
@@ -118,9 +118,9 @@ def run(options: RankOptions) -> list[Ranked]:
     for entry in ranked:
         print(f"{entry.similarity:10.4f} {entry.probability:11.4f} {entry.file}")
     scores = {"prompt": options.prompt, "clip": options.clip, "pictures": list(map(asdict, ranked))}
-    write_whole(options.out / "scores.json", json.dumps(scores, indent=1) + "\n")
+    write_atomic(options.out / "scores.json", json.dumps(scores, indent=1) + "\n")
     best = [entry.file for entry in ranked[: options.num_images]]
-    cells = [thumbnail(read_picture(Path(file).read_bytes(), file, AS_IT_IS)) for file in best]
+    cells = [thumbnail(read_image(Path(file).read_bytes(), file, NO_CLEANING)) for file in best]
     grid(cells, min(len(cells), 4)).save(options.out / "grid.png")
     print(f"wrote {options.out / 'grid.png'} and {options.out / 'scores.json'}")
     return ranked

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import CLIPPreTrainedModel
 
-from dalle1.clip.arch import ClipSize
+from dalle1.clip.arch import ClipArch
 from dalle1.clip.resnet import WIDENING, ModifiedResNet
 
 
@@ -78,7 +78,7 @@ class ResNetCLIPModel(CLIPPreTrainedModel):
 AutoConfig.register(ResNetCLIPConfig.model_type, ResNetCLIPConfig)
 
 
-def new_model(size: ClipSize, text_tokenizer: Any) -> CLIPModel | ResNetCLIPModel:
+def new_model(size: ClipArch, text_tokenizer: Any) -> CLIPModel | ResNetCLIPModel:
     """Build a model with random weights (torch's global generator).
 
     Args:
@@ -117,13 +117,13 @@ def quicken(model: Any, device: torch.device) -> None:
         model.set_attn_implementation("eager")
 
 
-def size_of(model: Any) -> ClipSize:
+def size_of(model: Any) -> ClipArch:
     """Tell the size of a CLIP of either kind; ValueError for a SigLIP, whose text tower differs."""
     if model.config.model_type not in (CLIPConfig.model_type, ResNetCLIPConfig.model_type):
         raise ValueError(f"it is a {model.config.model_type}: only a CLIP can be begun with")
     text, vision = model.config.text_config, model.config.vision_config
     is_vit = isinstance(model, CLIPModel)
-    return ClipSize(
+    return ClipArch(
         image_size=vision.image_size,
         patch_size=vision.patch_size if is_vit else None,
         layers=vision.num_hidden_layers if is_vit else tuple(vision.layers),
@@ -137,7 +137,7 @@ def size_of(model: Any) -> ClipSize:
     )
 
 
-def _transformer(width: int, layers: int, size: ClipSize) -> dict[str, Any]:
+def _transformer(width: int, layers: int, size: ClipArch) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": 4 * width,

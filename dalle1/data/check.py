@@ -26,13 +26,13 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from dalle1.console import bar, clear_errors, parse
-from dalle1.data.cleaning import Reading
+from dalle1.console import bar, one_line_errors, parse
+from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.images import TooSmall, grid, to_tensor
 from dalle1.data.loader import LEFT_OUT, SHARDS, Batch, Source, in_order, of_shards
-from dalle1.data.skipped import DAMAGE, Tally
+from dalle1.data.skipped import DAMAGE, SkipStats
 from dalle1.data.sources.base import ENDLESS, PairSource, left_out_of
-from dalle1.data.sources.streaming_shards import Streamed
+from dalle1.data.sources.streaming_shards import StreamingShards
 from dalle1.data.spec import open_source
 from dalle1.text.bpe import Tokenizer
 
@@ -41,7 +41,7 @@ THUMB = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig(Reading):
+class CheckConfig(CleaningConfig):
     """What `python -m dalle1.data.check` takes."""
 
     data: Annotated[str, tyro.conf.Positional]
@@ -82,7 +82,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
     named.unlink(missing_ok=True)
     all_of_it = replace(config, max_bad_fraction=1.0)  # what a training would stop at, too
     source = open_source(config.data, "encode", captions=config.captions, reading=all_of_it)
-    tally = Tally(1.0, named, say=tqdm.write)
+    tally = SkipStats(1.0, named, say=tqdm.write)
     tally.open(0, left_out_of(source))  # type: ignore[arg-type]
     tally.shards.add(getattr(source, "shards_read", ()))
     start = time.perf_counter()
@@ -98,9 +98,9 @@ def check(config: CheckConfig) -> dict[str, Any]:
     return report
 
 
-def _read(source: PairSource | Streamed, config: CheckConfig, tally: Tally) -> Findings:
+def _read(source: PairSource | StreamingShards, config: CheckConfig, tally: SkipStats) -> Findings:
     found, rng = Findings(), random.Random(0)
-    total = None if isinstance(source, Streamed) else len(source)
+    total = None if isinstance(source, StreamingShards) else len(source)
     if total is not None and total >= ENDLESS and config.limit is None:
         raise ValueError(f"data {config.data!r} has no end; add --limit")
     ends = [count for count in (total, config.limit) if count is not None]
@@ -119,7 +119,7 @@ def _read(source: PairSource | Streamed, config: CheckConfig, tally: Tally) -> F
 def _batches(source: Source, config: CheckConfig) -> Iterator[Batch]:
     prepare, workers = partial(_prepare, config), config.num_workers
     size = min(32, config.limit or 32)
-    if isinstance(source, Streamed):
+    if isinstance(source, StreamingShards):
         urls = chain.from_iterable(source.groups)
         return of_shards(source, urls, prepare, size, workers)
     count = min(len(source), config.limit or len(source))
@@ -150,7 +150,7 @@ def _note(found: Findings, batch: Batch, shown: int, rng: random.Random) -> None
             found.shown[chosen] = (thumb.clone(), caption)
 
 
-def _report(found: Findings, tally: Tally, config: CheckConfig) -> dict[str, Any]:
+def _report(found: Findings, tally: SkipStats, config: CheckConfig) -> dict[str, Any]:
     pairs, damaged = len(found.widths), sum(tally.counts[cause] for cause in DAMAGE)
     lost = tally.shards.lost_pairs()
     report: dict[str, Any] = {
@@ -211,7 +211,7 @@ def _tile(thumb: torch.Tensor, caption: str) -> Image.Image:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         config = parse(CheckConfig, args, __doc__.splitlines()[0])
         if check(config)["damaged"] > config.max_bad_fraction:
             raise SystemExit(1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dalle1.data.skipped import Unusable
+from dalle1.data.skipped import BadSample
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 CAPTIONS = (".txt", ".json")
@@ -26,7 +26,7 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class CleaningConfig:
     """What of a user's data is taken, and how captions are cleaned. Toybox is taken as it is."""
 
     clean_captions: bool = True
@@ -55,11 +55,11 @@ class Reading:
             raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}, expected 0 to 1")
 
 
-AS_IT_IS = Reading(clean_captions=False, max_aspect=float("inf"))
+NO_CLEANING = CleaningConfig(clean_captions=False, max_aspect=float("inf"))
 """Everything that can be read at all, for what is to be judged rather than learned from."""
 
 
-def read_picture(content: bytes, where: str, reading: Reading, detail: int = 0) -> Image.Image:
+def read_image(content: bytes, where: str, reading: CleaningConfig, detail: int = 0) -> Image.Image:
     """Decode a picture to RGB.
 
     Args:
@@ -67,38 +67,38 @@ def read_picture(content: bytes, where: str, reading: Reading, detail: int = 0) 
         detail: pixels of the shorter side that suffice. A JPEG is decoded at the least of 1/8, 1/4
             and 1/2 of its size that has them (Pillow's draft mode); 0: at full size.
 
-    Raises: Unusable where it is damaged, or not what `reading` takes.
+    Raises: BadSample where it is damaged, or not what `reading` takes.
     """
     if not content:
-        raise Unusable("empty file", "the picture's file is empty", where)
+        raise BadSample("empty file", "the picture's file is empty", where)
     try:
         image = Image.open(io.BytesIO(content))
         if image.width * image.height > MAX_PIXELS:
             why = f"{image.width} × {image.height}, more than {MAX_PIXELS / 1e6:.0f} million"
-            raise Unusable("too many pixels", why, where)
+            raise BadSample("too many pixels", why, where)
         _refuse_by_shape(image.width, image.height, where, reading)
         if detail:
             image.draft(None, (detail, detail))
         return to_rgb(image)
-    except Unusable:
+    except BadSample:
         raise
     except Image.DecompressionBombError as error:
-        raise Unusable("too many pixels", str(error), where) from error
+        raise BadSample("too many pixels", str(error), where) from error
     except UnidentifiedImageError as error:
         if not content.startswith(MAGIC):
-            raise Unusable("not a picture", f"it begins {content[:12]!r}", where) from error
-        raise Unusable("damaged picture", "its head cannot be read", where) from error
+            raise BadSample("not a picture", f"it begins {content[:12]!r}", where) from error
+        raise BadSample("damaged picture", "its head cannot be read", where) from error
     except Exception as error:  # a damaged file may fail in any way, down to its EXIF
-        raise Unusable("damaged picture", f"{error}", where) from error
+        raise BadSample("damaged picture", f"{error}", where) from error
 
 
-def _refuse_by_shape(width: int, height: int, where: str, reading: Reading) -> None:
+def _refuse_by_shape(width: int, height: int, where: str, reading: CleaningConfig) -> None:
     short, long, shape = min(width, height), max(width, height), f"{width} × {height}"
     if short < reading.min_side:
-        raise Unusable("too small", f"{shape}, and --min-side is {reading.min_side}", where)
+        raise BadSample("too small", f"{shape}, and --min-side is {reading.min_side}", where)
     if long > reading.max_aspect * short:
         why = f"{shape}, and --max-aspect is {reading.max_aspect:g}"
-        raise Unusable("too elongated", why, where)
+        raise BadSample("too elongated", why, where)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -117,18 +117,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def captions_in(content: bytes, suffix: str, where: str) -> list[str]:
     """Give the captions in a `.txt`, one a line, or a `.json`: a string, a list, or img2dataset's.
 
-    Raises: Unusable where they cannot be read.
+    Raises: BadSample where they cannot be read.
     """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unusable("caption not UTF-8", str(error), where) from error
+        raise BadSample("caption not UTF-8", str(error), where) from error
     if suffix == ".txt":
         return text.splitlines()
     try:
         return as_captions(json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise Unusable("damaged captions", f"no JSON that is understood: {error}", where) from error
+        raise BadSample(
+            "damaged captions", f"no JSON that is understood: {error}", where
+        ) from error
 
 
 def as_captions(found: Any) -> list[str]:
@@ -145,25 +147,27 @@ def as_captions(found: Any) -> list[str]:
     raise ValueError(f"expected a caption or a list of them, got {str(found)[:40]!r}")
 
 
-def draw_caption(captions: Iterable[str], where: str, reading: Reading, rng: random.Random) -> str:
+def sample_caption(
+    captions: Iterable[str], where: str, reading: CleaningConfig, rng: random.Random
+) -> str:
     """Clean captions of one picture, and give one of those that `reading` takes, at random.
 
-    Raises: Unusable where there is none.
+    Raises: BadSample where there is none.
     """
     given = [text.strip() for text in captions]
     given = [clean(text) for text in given] if reading.clean_captions else given
     given = [text for text in given if text]
     if not given:
-        raise Unusable("no caption", "there is no text in it", where)
+        raise BadSample("no caption", "there is no text in it", where)
     taken = [c for c in given if reading.min_caption <= len(c) <= reading.max_caption]
     if taken:
         return rng.choice(taken)
     length = min(map(len, given))
     if length < reading.min_caption:
         why = f"{length} characters, and --min-caption is {reading.min_caption}"
-        raise Unusable("caption too short", why, where)
+        raise BadSample("caption too short", why, where)
     why = f"{length} characters, and --max-caption is {reading.max_caption}"
-    raise Unusable("caption too long", why, where)
+    raise BadSample("caption too long", why, where)
 
 
 def clean(caption: str) -> str:

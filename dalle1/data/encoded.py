@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.console import bar, clear_errors, parse
-from dalle1.data.cleaning import Reading
+from dalle1.console import bar, one_line_errors, parse
+from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
 from dalle1.data.loader import LEFT_OUT, SHARDS, Batch, Prepare, Source, in_order, of_shards
-from dalle1.data.skipped import Tally
-from dalle1.data.sources.base import ENDLESS, Joined, PairSource, part, split_sources
+from dalle1.data.skipped import SkipStats
+from dalle1.data.sources.base import ENDLESS, Mixture, PairSource, part, split_sources
 from dalle1.data.sources.indexed_shards import index_shard, read_member
-from dalle1.data.sources.streaming_shards import Pair, Streamed
+from dalle1.data.sources.streaming_shards import Pair, StreamingShards
 from dalle1.data.spec import open_source
 from dalle1.devices import autocast, keep_freed_memory, pick_device
 from dalle1.storage import model_folder
@@ -48,7 +48,7 @@ ENTRIES_NAME = "entries.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(Reading):
+class EncodeConfig(CleaningConfig):
     """What `python -m dalle1.data.encoded` takes."""
 
     dvae: Path
@@ -184,7 +184,7 @@ def _write_json(path: Path, thing: Any) -> None:
     os.replace(partial_path, path)
 
 
-class JoinedCodes(Joined):
+class JoinedCodes(Mixture):
     """Several sources of codes as one."""
 
     def code_grid(self, index: int, rng: random.Random) -> Tensor:
@@ -228,8 +228,8 @@ def encode(config: EncodeConfig) -> None:
     prepare = partial(_prepare, size, config)  # no closure: spawned workers must unpickle it
     shards = _shards(source, prepare, config)
     _claim(config, model, source, len(shards))
-    tally = Tally(config.max_bad_fraction, config.out / "left-out.jsonl", say=tqdm.write)
-    total = None if isinstance(source, Streamed) else len(source)
+    tally = SkipStats(config.max_bad_fraction, config.out / "left-out.jsonl", say=tqdm.write)
+    total = None if isinstance(source, StreamingShards) else len(source)
     tally.open(total or 0, getattr(source, "left_out", ()))
     written = 0
     with bar(total=total, unit="picture") as progress:
@@ -248,12 +248,12 @@ def encode(config: EncodeConfig) -> None:
         print(f"Left out {tally}; each is named in {tally.file}")
 
 
-def _open(config: EncodeConfig, size: int, detail: int) -> PairSource | Streamed:
+def _open(config: EncodeConfig, size: int, detail: int) -> PairSource | StreamingShards:
     source = open_source(config.data, "encode", size, config.seed, reading=config, detail=detail)
-    if isinstance(source, Streamed):
+    if isinstance(source, StreamingShards):
         weighted = len(source.groups) > 1
     else:
-        weighted = isinstance(source, Joined) and source.weights is not None
+        weighted = isinstance(source, Mixture) and source.weights is not None
         if len(source) >= ENDLESS:
             raise ValueError(
                 f"data {config.data!r} has no end; name how many, such as toybox:40000"
@@ -267,11 +267,11 @@ def _open(config: EncodeConfig, size: int, detail: int) -> PairSource | Streamed
 
 
 def _shards(
-    source: PairSource | Streamed, prepare: Prepare, config: EncodeConfig
+    source: PairSource | StreamingShards, prepare: Prepare, config: EncodeConfig
 ) -> list[Callable[[], Iterator[Batch]]]:
     """Give what yields the pictures of each shard of codes: one to a shard of a stream."""
     size, workers = config.batch_size, config.num_workers
-    if isinstance(source, Streamed):
+    if isinstance(source, StreamingShards):
         urls = [url for group in source.groups for url in group]
         return [partial(of_shards, source, [url], prepare, size, workers) for url in urls]
     begins = range(0, len(source), config.shard_size)
@@ -308,14 +308,14 @@ def _claim(config: EncodeConfig, model: DVAE, source: Source, shards: int) -> No
         "codebook_size": model.vocab_size,
         "grid_size": model.grid_size,
         "data": config.data,
-        "pictures": None if isinstance(source, Streamed) else len(source),
+        "pictures": None if isinstance(source, StreamingShards) else len(source),
         "shards": shards,
         "shard_size": config.shard_size,
         "captions": config.captions,
         "crops": config.crops,
         "allow_upscale": config.allow_upscale,
         "seed": config.seed,
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(Reading)},
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(CleaningConfig)},
     }
     del index["max_bad_fraction"]
     path = config.out / INDEX_NAME
@@ -334,7 +334,7 @@ Encoded = tuple[int, np.ndarray, list[str]]
 
 
 def _encoded(
-    model: DVAE, batches: Iterator[Batch], tally: Tally, progress: tqdm
+    model: DVAE, batches: Iterator[Batch], tally: SkipStats, progress: tqdm
 ) -> Iterator[Encoded]:
     kind = np.uint16 if model.vocab_size <= 1 << 16 else np.uint32
     device = next(model.parameters()).device
@@ -356,7 +356,9 @@ def _write_shard(path: Path, encoded: Iterator[Encoded], number: int, source: So
     from webdataset import TarWriter
 
     unfinished, written = path.with_suffix(".partial"), 0
-    first = number * 100_000 if isinstance(source, Streamed) else 0  # their shards count from 0
+    first = (
+        number * 100_000 if isinstance(source, StreamingShards) else 0
+    )  # their shards count from 0
     with TarWriter(str(unfinished)) as tar:
         for index, grid, captions in encoded:
             key = f"{first + index:09d}"
@@ -367,7 +369,7 @@ def _write_shard(path: Path, encoded: Iterator[Encoded], number: int, source: So
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         config = parse(EncodeConfig, args, __doc__.splitlines()[0])
         encode(config)
         print(f"Codes are in {config.out}")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.skipped import Unusable
+from dalle1.data.skipped import BadSample
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -31,7 +31,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
-class TooSmall(Unusable):
+class TooSmall(BadSample):
     """A picture is smaller than a model's input, and may not be enlarged."""
 
     def __init__(self, why: str) -> None:

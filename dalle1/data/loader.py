@@ -26,19 +26,19 @@ from torch.utils.data import (
 )
 
 from dalle1.console import worker_advice, worker_killed
-from dalle1.data.skipped import LeftOut, ShardRead, Tally, Unusable
-from dalle1.data.sources.base import CaptionSource, Joined, any_pair, left_out_of, name_of, pair_at
-from dalle1.data.sources.streaming_shards import Found, Pair, Streamed
+from dalle1.data.skipped import BadSample, ShardRead, SkippedSample, SkipStats
+from dalle1.data.sources.base import CaptionSource, Mixture, any_pair, left_out_of, name_of, pair_at
+from dalle1.data.sources.streaming_shards import Found, Pair, StreamingShards
 
-Source = CaptionSource | Streamed
+Source = CaptionSource | StreamingShards
 Example = Mapping[str, Tensor]
 Prepare = Callable[[Any, int, random.Random], Example]
-"""(source, index, rng) → the tensors of one example; Unusable where there is none."""
+"""(source, index, rng) → the tensors of one example; BadSample where there is none."""
 Batch = dict[str, Any]
 """Tensors by name; and under `LEFT_OUT` and `PLACE`, what is no tensor."""
 
 LEFT_OUT = "left out"
-"""In every batch: what was left out in making it, a list of `LeftOut`."""
+"""In every batch: what was left out in making it, a list of `SkippedSample`."""
 
 SHARDS = "shards"
 """In batches of streamed shards: those that came to their end in it, a list of `ShardRead`."""
@@ -68,11 +68,11 @@ class _Prepared(Dataset):
     def __getitem__(self, position: int) -> Batch:
         index = pair_at(self.source, position, self.seed)
         rng = random.Random(f"{self.seed}/{position}")
-        left_out: list[LeftOut] = []
+        left_out: list[SkippedSample] = []
         while len(left_out) < ATTEMPTS:
             try:
                 return {**self.prepare(self.source, index, rng), LEFT_OUT: left_out}
-            except Unusable as error:
+            except BadSample as error:
                 left_out.append(_left_out(error, self.source, index))
                 index = any_pair(self.source, rng)
         raise _hopeless(left_out[-1])
@@ -87,7 +87,7 @@ class _Listed(Dataset):
     def __getitem__(self, index: int) -> Batch:
         try:
             return {**self.prepare(self.source, index, random.Random(index)), LEFT_OUT: []}
-        except Unusable as error:
+        except BadSample as error:
             return {LEFT_OUT: [_left_out(error, self.source, index)]}
 
 
@@ -95,7 +95,13 @@ class _Streaming(IterableDataset):
     """Batches of streamed shards; worker processes take turns, each with a reader of its own."""
 
     def __init__(
-        self, source: Streamed, prepare: Prepare, seed: int, size: int, readers: Readers, start: int
+        self,
+        source: StreamingShards,
+        prepare: Prepare,
+        seed: int,
+        size: int,
+        readers: Readers,
+        start: int,
     ) -> None:
         self.source, self.prepare, self.seed, self.size = source, prepare, seed, size
         self.readers, self.start = readers, start
@@ -109,7 +115,7 @@ class _Streaming(IterableDataset):
         pairs = self.source.read(reader, self.readers.count, self.seed, place)
         while True:
             examples: list[Batch] = []
-            left_out: list[LeftOut] = []
+            left_out: list[SkippedSample] = []
             shards: list[ShardRead] = []
             while len(examples) < self.size:
                 pair, place = next(pairs)
@@ -118,16 +124,16 @@ class _Streaming(IterableDataset):
                     continue
                 try:
                     examples.append(self._example(pair, f"{self.seed}/{reader}/{place}"))
-                except Unusable as error:
-                    left_out.append(LeftOut.because(error, pair.where))
+                except BadSample as error:
+                    left_out.append(SkippedSample.because(error, pair.where))
                 if len(left_out) == ATTEMPTS * self.size:
                     raise _hopeless(left_out[-1])
             told = {LEFT_OUT: left_out, SHARDS: shards, PLACE: (reader, place)}
             yield {**_stack(examples), **told}
 
-    def _example(self, pair: Pair | LeftOut, seed: str) -> Batch:
-        if isinstance(pair, LeftOut):
-            raise Unusable(pair.cause, pair.why, pair.where)
+    def _example(self, pair: Pair | SkippedSample, seed: str) -> Batch:
+        if isinstance(pair, SkippedSample):
+            raise BadSample(pair.cause, pair.why, pair.where)
         return {**self.prepare(pair, 0, random.Random(seed)), LEFT_OUT: []}
 
 
@@ -155,7 +161,7 @@ def batches(
     rank: int = 0,
     world_size: int = 1,
     place: Mapping[str, Any] | None = None,
-    tally: Tally | None = None,
+    tally: SkipStats | None = None,
 ) -> Generator[Batch]:
     """Yield a rank's share of each batch for ever, from step `start` on.
 
@@ -177,9 +183,9 @@ def batches(
             f"batch_size is {batch_size}, expected a multiple of the {world_size} processes"
         )
     share = batch_size // world_size
-    tally = tally or Tally(1.0)
-    opening: list[LeftOut] = []
-    if isinstance(source, Streamed):
+    tally = tally or SkipStats(1.0)
+    opening: list[SkippedSample] = []
+    if isinstance(source, StreamingShards):
         readers = split_readers(source, num_workers, rank, world_size, place, tally.say)
         loaded = _run(
             _Streaming(source, prepare, seed, share, readers, start),
@@ -207,7 +213,7 @@ def batches(
 
 
 def split_readers(
-    source: Streamed,
+    source: StreamingShards,
     num_workers: int,
     rank: int,
     world_size: int,
@@ -281,14 +287,18 @@ class _Found(Dataset):
         number, found = numbered
         if isinstance(found, ShardRead):
             return {LEFT_OUT: [], SHARDS: [found]}
-        if isinstance(found, LeftOut):
+        if isinstance(found, SkippedSample):
             return {LEFT_OUT: [found]}
         example = _Listed(found, self.prepare)[0]
         return {**example, "index": number} if len(example) > 1 else example
 
 
 def of_shards(
-    source: Streamed, urls: Iterable[str], prepare: Prepare, batch_size: int, num_workers: int = 0
+    source: StreamingShards,
+    urls: Iterable[str],
+    prepare: Prepare,
+    batch_size: int,
+    num_workers: int = 0,
 ) -> Generator[Batch]:
     """Yield the examples of shards once each, as `in_order` does; the workers decode them."""
     found = (numbered for url in urls for numbered in source.shard(url))
@@ -297,29 +307,32 @@ def of_shards(
 
 
 def usable(
-    source: Source, prepare: Prepare, split: str = "train", left_out: list[LeftOut] | None = None
+    source: Source,
+    prepare: Prepare,
+    split: str = "train",
+    left_out: list[SkippedSample] | None = None,
 ) -> Iterator[Example]:
     """Yield examples in a fixed order, each once; `left_out` takes in the others."""
-    if isinstance(source, Streamed):
+    if isinstance(source, StreamingShards):
         pairs: Iterable[Any] = source.held_out() if split == "validation" else source.once()
         found = ((pair, 0) for pair in pairs)
-    elif isinstance(source, Joined):  # of each its share
+    elif isinstance(source, Mixture):  # of each its share
         found = ((source, source.index_at(position, 0)) for position in range(len(source)))
     else:
         found = ((source, index) for index in range(len(source)))
     for number, (pair, index) in enumerate(found):
         try:
-            if isinstance(pair, LeftOut):
-                raise Unusable(pair.cause, pair.why, pair.where)
+            if isinstance(pair, SkippedSample):
+                raise BadSample(pair.cause, pair.why, pair.where)
             yield prepare(pair, index, random.Random(number))
-        except Unusable as error:
+        except BadSample as error:
             if left_out is not None:
                 left_out.append(_left_out(error, pair, index))
 
 
 def first_examples(source: Source, prepare: Prepare, count: int) -> dict[str, Tensor]:
     """Stack the first `count` usable examples to validate on, or as many as there are."""
-    left_out: list[LeftOut] = []
+    left_out: list[SkippedSample] = []
     found = list(islice(usable(source, prepare, "validation", left_out), count))
     if not found:
         last = f"{left_out[-1].where}: {left_out[-1].why}" if left_out else "there is nothing"
@@ -332,7 +345,7 @@ def first_examples(source: Source, prepare: Prepare, count: int) -> dict[str, Te
 
 def first_captions(source: Source, count: int) -> list[str]:
     """Give a caption of each of the first `count` usable pairs, to learn a vocabulary from."""
-    if isinstance(source, Streamed):
+    if isinstance(source, StreamingShards):
         source = source.without_pictures()
     captions: Iterator[Any] = usable(source, _caption_of)
     return list(islice(captions, count))
@@ -342,12 +355,12 @@ def _caption_of(source: CaptionSource, index: int, rng: random.Random) -> Any:
     return source.caption(index, rng)
 
 
-def _left_out(error: Unusable, source: CaptionSource, index: int) -> LeftOut:
+def _left_out(error: BadSample, source: CaptionSource, index: int) -> SkippedSample:
     """Name a pair only where the error does not: to look its name up may be another reading."""
-    return LeftOut.because(error, error.where or name_of(source, index))
+    return SkippedSample.because(error, error.where or name_of(source, index))
 
 
-def _hopeless(last: LeftOut) -> ValueError:
+def _hopeless(last: SkippedSample) -> ValueError:
     return ValueError(
         f"{ATTEMPTS} pairs in a row were left out, the last, {last.where}, because: {last.why}"
     )

@@ -1,6 +1,6 @@
 """What is left out of a dataset, and why: counted by cause, named once, too much of it refused.
 
-Whoever meets an unusable pair raises `Unusable`; batches then take another pair, and carry along
+Whoever meets an unusable pair raises `BadSample`; batches then take another pair, and carry along
 what they left out for the main process to tally.
 """
 
@@ -34,19 +34,19 @@ FEW_SHARDS = 20
 """Of fewer shards that were met nothing is concluded."""
 
 
-class Unusable(ValueError):
+class BadSample(ValueError):
     """A pair cannot be used: by which cause (one of `DAMAGE` and `RULES`), where it is, and why."""
 
     def __init__(self, cause: str, why: str, where: str = "") -> None:
         super().__init__(f"{where}: {why}" if where else why)
         self.cause, self.why, self.where = cause, why, where
 
-    def __reduce__(self) -> tuple[type[Unusable], tuple[str, str, str]]:
-        return Unusable, (self.cause, self.why, self.where)
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str, str]]:
+        return BadSample, (self.cause, self.why, self.where)
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedSample:
     """A pair that was left out."""
 
     cause: str
@@ -54,7 +54,7 @@ class LeftOut:
     why: str
 
     @classmethod
-    def because(cls, error: Unusable, where: str) -> LeftOut:
+    def because(cls, error: BadSample, where: str) -> SkippedSample:
         return cls(error.cause, error.where or where, error.why)
 
 
@@ -106,7 +106,7 @@ class ShardLosses:
         return self.lost_shards() * pairs / whole if whole else 0.0
 
 
-class Tally:
+class SkipStats:
     """Counts what is left out, says the first of each cause, and names each one once in a file.
 
     Args:
@@ -124,13 +124,15 @@ class Tally:
         self.shards = ShardLosses(max_bad_fraction)
         self.named = _names_in(file) if file else set()
 
-    def open(self, pairs: int, left_out: Iterable[LeftOut]) -> None:
+    def open(self, pairs: int, left_out: Iterable[SkippedSample]) -> None:
         """Take in what was found on opening a dataset, of which `pairs` pairs are left."""
         found = list(left_out)
         self._record(found)
         self._refuse(pairs + len(found), _damaged(found))
 
-    def add(self, used: int, left_out: Iterable[LeftOut], shards: Iterable[ShardRead] = ()) -> None:
+    def add(
+        self, used: int, left_out: Iterable[SkippedSample], shards: Iterable[ShardRead] = ()
+    ) -> None:
         """Take in a batch, and the shards that it ended. ValueError where the data is wrong."""
         found = list(left_out)
         self._record(found)
@@ -145,7 +147,7 @@ class Tally:
     def __str__(self) -> str:
         return ", ".join(f"{count} × {cause}" for cause, count in self.counts.most_common())
 
-    def _record(self, left_out: list[LeftOut]) -> None:
+    def _record(self, left_out: list[SkippedSample]) -> None:
         fresh = []
         for pair in left_out:
             if not self.counts[pair.cause]:
@@ -171,7 +173,7 @@ class Tally:
             )
 
 
-def _damaged(left_out: Iterable[LeftOut]) -> int:
+def _damaged(left_out: Iterable[SkippedSample]) -> int:
     return sum(pair.cause in DAMAGE for pair in left_out)
 
 

@@ -10,11 +10,11 @@ from typing import cast
 
 from braceexpand import braceexpand
 
-from dalle1.data.cleaning import Reading
-from dalle1.data.sources.base import Joined, PairSource, split_sources
+from dalle1.data.cleaning import CleaningConfig
+from dalle1.data.sources.base import Mixture, PairSource, split_sources
 from dalle1.data.sources.folder import Folder
-from dalle1.data.sources.indexed_shards import Shards
-from dalle1.data.sources.streaming_shards import SCHEMES, Streamed
+from dalle1.data.sources.indexed_shards import IndexedShards
+from dalle1.data.sources.streaming_shards import SCHEMES, StreamingShards
 
 INDEXED_BYTES = 16 << 30
 """Local shards of more are read front to back: to index them takes a minute for each 10 GiB."""
@@ -27,9 +27,9 @@ def open_source(
     seed: int = 0,
     captions: bool = True,
     *,
-    reading: Reading | None = None,
+    reading: CleaningConfig | None = None,
     detail: int = 0,
-) -> PairSource | Streamed:
+) -> PairSource | StreamingShards:
     """Open what --data names.
 
     Args:
@@ -42,11 +42,11 @@ def open_source(
         seed: of Toybox's scenes.
         captions: leave out pictures that have none; stage 1 needs none.
         reading: which pictures and captions are taken, and how.
-        detail: pixels of the shorter side that suffice; see `read_picture`.
+        detail: pixels of the shorter side that suffice; see `read_image`.
 
     Raises: ValueError where there is nothing of the kind.
     """
-    reading = reading or Reading()
+    reading = reading or CleaningConfig()
     names, weights = split_sources(data)
     shards = [shards_of(name) for name in names]
     if any(group and _is_streamed(group) for group in shards):
@@ -57,17 +57,17 @@ def open_source(
                     "of a command or URL, put quotes around it or write its comma as %2C"
                 )
         groups = shards if weights else [[url for group in shards for url in group]]
-        return Streamed(groups, weights, split, captions, reading, detail)
+        return StreamingShards(groups, weights, split, captions, reading, detail)
     sources: list[PairSource] = []
     for name, group in zip(names, shards, strict=True):
         if group:
             paths = [Path(path) for path in group]
-            sources.append(Shards(paths, split, captions, reading, detail))
+            sources.append(IndexedShards(paths, split, captions, reading, detail))
         elif os.path.isdir(name):
             sources.append(Folder(Path(name), split, captions, reading, detail))
         else:
             sources.append(_toybox(name, split, size, seed))
-    return sources[0] if len(sources) == 1 else cast(PairSource, Joined(sources, weights))
+    return sources[0] if len(sources) == 1 else cast(PairSource, Mixture(sources, weights))
 
 
 def _toybox(data: str, split: str, size: int, seed: int) -> PairSource:

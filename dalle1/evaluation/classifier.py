@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dalle1.files import write_whole
+from dalle1.files import write_atomic
 from dalle1.toybox import FILL_SURVIVES, FILLS, NOUNS, STYLES, Scene
 from dalle1.toybox.scene import Pair
 
@@ -246,7 +246,7 @@ def save_judge(judge: Judge, path: str | Path) -> None:
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
         for name, tensor in judge.state_dict().items()
     }
-    write_whole(Path(path), save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
+    write_atomic(Path(path), save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
 
 
 def load_judge(path: str | Path = BUNDLED) -> Judge:

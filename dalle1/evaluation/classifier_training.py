@@ -29,7 +29,7 @@ from dalle1.evaluation.classifier import (
     fills_count,
     truth,
 )
-from dalle1.files import write_whole
+from dalle1.files import write_atomic
 from dalle1.toybox import Scene, render
 from dalle1.toybox.kinds import scenes
 from dalle1.training.interrupts import stop_on_signal
@@ -180,7 +180,7 @@ def train_judge(
         state |= {"settings": settings, "step": step, "generator": generator.get_state()}
         torch.save(state, content := io.BytesIO())
         assert kept is not None
-        write_whole(kept, content.getvalue())
+        write_atomic(kept, content.getvalue())
 
     with stop_on_signal() as stopped:
         progress = trange(start, steps, desc="training the judge", initial=start, unit="step")

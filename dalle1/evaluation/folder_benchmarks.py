@@ -11,9 +11,9 @@ from PIL import Image
 
 from dalle1.clip import Clip
 from dalle1.data import open_source
-from dalle1.data.cleaning import AS_IT_IS, PICTURES
+from dalle1.data.cleaning import NO_CLEANING, PICTURES
 from dalle1.data.sources.folder import LISTS, Folder, caption_file
-from dalle1.data.sources.streaming_shards import Streamed
+from dalle1.data.sources.streaming_shards import StreamingShards
 from dalle1.data.spec import shards_of
 from dalle1.evaluation.clip_metrics import (
     Scores,
@@ -57,8 +57,8 @@ def folder_probes(clip: Clip, data: str, templates: Sequence[str], most: int | N
             warnings.warn(f"the linear probe is left out: {why}", stacklevel=2)
     if not root.is_dir() or shards_of(data) or _has_captions(root):
         found = True
-        source = open_source(data, "encode", reading=AS_IT_IS)
-        if isinstance(source, Streamed):
+        source = open_source(data, "encode", reading=NO_CLEANING)
+        if isinstance(source, StreamingShards):
             raise ValueError(f"{data} can only be read front to back: give fewer, local shards")
         shown = Pictures(source, most, seed=0)
         captions = [source.caption(i, random.Random(i)) for i in shown.indices]
@@ -80,7 +80,7 @@ class Files(Folder):
     """A source of the pictures in these files."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self.pictures, self.reading, self.detail = paths, AS_IT_IS, 0
+        self.pictures, self.reading, self.detail = paths, NO_CLEANING, 0
 
 
 def _labelled(root: Path, most: int | None) -> tuple[list[Path], list[int], list[str]] | None:
@@ -128,7 +128,7 @@ def drawn_pictures(folder: Path) -> Files:
     Where scores.json names the pictures, the others (grid.png, preview.png) are none. ValueError
     where there are none at all.
     """
-    found = Folder(folder, "encode", captions=False, reading=AS_IT_IS).pictures
+    found = Folder(folder, "encode", captions=False, reading=NO_CLEANING).pictures
     named = {parent: drawn_in(parent) for parent in {path.parent for path in found}}
     drawn = [p for p in found if (names := named[p.parent]) is None or p.name in names]
     if not drawn:

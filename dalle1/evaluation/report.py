@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dalle1.files import write_whole
+from dalle1.files import write_atomic
 
 CHANCE = "/chance"
 
@@ -26,7 +26,7 @@ def write_report(path: Path, options: Any, scores: Mapping[str, float], **more: 
     """Write settings, scores and whatever else there is to a JSON file, whole or not at all."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     whole = {"settings": settings, "scores": scores, **more}
-    write_whole(path, json.dumps(whole, indent=1) + "\n")
+    write_atomic(path, json.dumps(whole, indent=1) + "\n")
 
 
 def table(scores: Iterable[tuple[str, float]]) -> str:

@@ -20,7 +20,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from dalle1.console import clear_errors, parse
+from dalle1.console import one_line_errors, parse
 from dvae import DVAE, DVAEConfig
 
 CLASSES = (
@@ -147,7 +147,7 @@ class ImportConfig:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with clear_errors():
+    with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
         if (config.out / "latest").exists():
             raise ValueError(f"{config.out} holds a training; give another --out")

@@ -32,7 +32,7 @@ FILE_NAME = "transformer.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerSize:
+class TransformerArch:
     """What one may choose of a transformer. The defaults are the paper's 12 billion parameters."""
 
     text_vocab: int = 16_384
@@ -94,7 +94,7 @@ class TransformerSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(TransformerSize):
+class TransformerConfig(TransformerArch):
     """The size of a transformer, with what the dVAE says of it."""
 
     codebook_size: int = 8192

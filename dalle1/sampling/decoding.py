@@ -22,7 +22,7 @@ from dalle1.model.transformer import Transformer
 from dalle1.sampling.kv_cache import Caches
 from dalle1.sampling.packed_linear import packed
 
-COLDEST = 1e-20
+MIN_TEMPERATURE = 1e-20
 """Below this temperature, which float32 could not divide by, the likeliest is taken."""
 FREE = -1
 """Stands among codes that are given for one that is to be drawn."""
@@ -71,7 +71,7 @@ def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Ten
     return torch.tensor([[s.random() for _ in range(length)] for s in streams])
 
 
-def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Set to −∞ what `sampling` leaves out: top_k first, of the rest typical, of that top_p.
 
     Args:
@@ -108,11 +108,11 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling = PAPER) -> Tensor
     Returns: [B].
     """
     logits = logits.float()
-    if sampling.temperature < COLDEST:
+    if sampling.temperature < MIN_TEMPERATURE:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
-    cumulative = restrict(logits, sampling).exp().cumsum(-1, dtype=exact)
+    cumulative = filter_logits(logits, sampling).exp().cumsum(-1, dtype=exact)
     total = cumulative[:, -1:].contiguous()
     # A uniform that was rounded to 1 lies past all tokens; then it is the last that is possible.
     last = torch.searchsorted(cumulative, total)
@@ -120,7 +120,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling = PAPER) -> Tensor
     return torch.searchsorted(cumulative, target, right=True).minimum(last)[:, 0]
 
 
-class _Drawing:
+class DecodeState:
     """Candidates of some captions, of which each call of `advance` draws the next code.
 
     Everything that it touches stays where it is, so that a GPU can record it once and replay it.
@@ -137,7 +137,7 @@ class _Drawing:
         self.codes = given.repeat(self.prompts, self.candidates, 1)
         self.place = (given == FREE).nonzero()[:1, 0]
         if self.guided:
-            text = torch.cat([text, no_caption(model, text.device).expand_as(text)])
+            text = torch.cat([text, null_caption(model, text.device).expand_as(text)])
         self.caches = Caches(model, len(text), self.candidates)
         # The code that is drawn first is among them, and is not read.
         codes = given[: int(self.place) + 1].expand(len(text), -1)
@@ -199,7 +199,7 @@ def generate(
     if not len(free):
         return given.repeat(len(text), len(uniforms), 1).unflatten(2, grid)
     with torch.cuda.device(text.device) if text.is_cuda else nullcontext():
-        drawing = _Drawing(model, text, uniforms, sampling, given)
+        drawing = DecodeState(model, text, uniforms, sampling, given)
         advance = recorded(drawing.advance) if text.is_cuda else drawing.advance
         first = int(free[0])
         for place in range(first, config.image_len):
@@ -232,7 +232,7 @@ def _check_given(given: Tensor | None, model: Transformer) -> Tensor:
     return given.long()
 
 
-def no_caption(model: Transformer, device: str | torch.device = "cpu") -> Tensor:
+def null_caption(model: Transformer, device: str | torch.device = "cpu") -> Tensor:
     """Give the caption that says nothing, [1, L]: padding throughout."""
     config = model.config
     return torch.arange(config.text_len, device=device)[None] + config.text_vocab
@@ -259,7 +259,7 @@ def complete_text(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     config = model.config
-    text, padding = text.repeat(len(uniforms), 1), no_caption(model, text.device)[0]
+    text, padding = text.repeat(len(uniforms), 1), null_caption(model, text.device)[0]
     begun = int((text[0] < config.text_vocab).sum())
     ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
     for place in range(begun, config.text_len - 1):  # the last place is padding in any caption

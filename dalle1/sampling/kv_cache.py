@@ -137,7 +137,7 @@ class Caches:
             layer.spot = spots[kind]
 
 
-def drawing_bytes(model: Transformer) -> tuple[int, int]:
+def decode_memory(model: Transformer) -> tuple[int, int]:
     """Count what drawing takes: the bytes of one more prompt, and of one more candidate of it.
 
     A prompt's are its keys, its values, and what reading it takes at the most; a candidate's are

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from dalle1.clip import ClipSize
+from dalle1.clip import ClipArch
 from dalle1.clip.losses import Kind as ContrastiveKind
 from dalle1.data.images import FOR_TRANSFORMER, RANDOM_SQUARE, Augmentation
-from dalle1.model.transformer import TransformerSize
-from dalle1.training.loop import RunConfig
+from dalle1.model.transformer import TransformerArch
+from dalle1.training.loop import TrainConfig
 from dalle1.training.schedules import cosine
 from dvae import Distortion, DVAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DVAERecipe(RunConfig):
+class DVAETrainConfig(TrainConfig):
     """How a dVAE is trained (paper §2.1, A.2)."""
 
     model: DVAEConfig = field(default_factory=DVAEConfig)
@@ -85,7 +85,7 @@ class DVAERecipe(RunConfig):
 
 # Paper: no clipping is named. Here a loose one, since a training on other data than the paper's
 # should not die of one bad batch.
-_dvae_paper = DVAERecipe(
+_dvae_paper = DVAETrainConfig(
     out=Path("runs/dvae"),
     steps=3_000_000,
     batch_size=512,
@@ -138,10 +138,10 @@ _dvae_toy = replace(
     validate_every=3_500,
 )
 
-DVAE_PRESETS: dict[str, DVAERecipe] = {
+DVAE_PRESETS: dict[str, DVAETrainConfig] = {
     "toy": _dvae_toy,
     # Goes on from it (--init), and lets go of codes that the usage term alone kept.
-    "toy-settle": replace(
+    "toy-finetune": replace(
         _dvae_toy,
         out=Path("runs/settled"),
         usage_weight=0.0,
@@ -160,12 +160,12 @@ DVAE_PRESETS: dict[str, DVAERecipe] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerRecipe(RunConfig):
+class TransformerTrainConfig(TrainConfig):
     """How a transformer is trained (paper §2.2, B.2)."""
 
     dvae: Path = Path("runs/dvae")
     """Folder of the dVAE whose codes it models."""
-    model: TransformerSize = field(default_factory=TransformerSize)
+    model: TransformerArch = field(default_factory=TransformerArch)
     """Its size, but for what dVAE and vocabulary say."""
     image_size: int | None = None
     """Side of the pictures in pixels, a multiple of 8, if not the dVAE's own."""
@@ -206,7 +206,7 @@ class TransformerRecipe(RunConfig):
 
 
 # Paper (B.2), but for the average, which it moves every 25 updates by 0.99 in a copy on the CPU.
-_transformer_12b = TransformerRecipe(
+_transformer_12b = TransformerTrainConfig(
     out=Path("runs/transformer"),
     steps=430_000,
     batch_size=1024,
@@ -222,7 +222,7 @@ _transformer_12b = TransformerRecipe(
 )
 
 
-def _sized(width: int, depth: int, heads: int, **changes: Any) -> TransformerRecipe:
+def _sized(width: int, depth: int, heads: int, **changes: Any) -> TransformerTrainConfig:
     size = replace(_transformer_12b.model, width=width, depth=depth, heads=heads)
     return replace(_transformer_12b, model=size, **changes)
 
@@ -243,9 +243,9 @@ _ONE_GPU: dict[str, Any] = {
 
 # The paper's 32 × 32 codes and its masks, for two CPU cores and a few hours: what makes small
 # budgets learn faster is in docs/experiments.md.
-_transformer_toy = TransformerRecipe(
+_transformer_toy = TransformerTrainConfig(
     out=Path("runs/transformer"),
-    model=TransformerSize(
+    model=TransformerArch(
         text_vocab=1024,
         text_len=64,
         width=256,
@@ -277,11 +277,11 @@ _transformer_toy = TransformerRecipe(
     ),
 )
 
-TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
+TRANSFORMER_PRESETS: dict[str, TransformerTrainConfig] = {
     "toy": _transformer_toy,
     # Begins with half the side, 16 × 16 codes, where the caption is a larger part of what there is
     # to learn, and an update takes a third of the time; `toy` goes on from it (--init).
-    "toy-half": replace(
+    "toy-128": replace(
         _transformer_toy,
         out=Path("runs/half"),
         image_size=128,
@@ -299,10 +299,10 @@ TRANSFORMER_PRESETS: dict[str, TransformerRecipe] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipRecipe(RunConfig):
+class ClipTrainConfig(TrainConfig):
     """How a CLIP is trained (Radford et al. 2021, arXiv 2103.00020)."""
 
-    model: ClipSize = field(default_factory=ClipSize)
+    model: ClipArch = field(default_factory=ClipArch)
     """Its size."""
     init: str | None = None
     """Folder or Hugging Face name of a CLIP to begin with, of the same size: fine-tuning. It keeps
@@ -333,13 +333,13 @@ class ClipRecipe(RunConfig):
             raise ValueError(f"loss is {self.loss!r}, expected infonce or sigmoid")
 
 
-def _clip_of_the_paper(learning_rate: float, beta2: float, **size: Any) -> ClipRecipe:
+def _clip_of_the_paper(learning_rate: float, beta2: float, **size: Any) -> ClipTrainConfig:
     # Radford et al. 2021, tables 18 to 20: 32 epochs of 400 million pairs.
     common: dict[str, Any] = {"image_size": 224, "text_width": 512, "text_layers": 12}
     common |= {"text_len": 77, "head_dim": 64, "activation": "quick_gelu"}
-    return ClipRecipe(
+    return ClipTrainConfig(
         out=Path("runs/clip"),
-        model=ClipSize(**{**common, **size}),
+        model=ClipArch(**{**common, **size}),
         steps=390_625,
         batch_size=32_768,
         learning_rate=learning_rate,
@@ -356,16 +356,16 @@ def _clip_of_the_paper(learning_rate: float, beta2: float, **size: Any) -> ClipR
 
 # The modified ResNet, which learns Toybox in a fraction of a ViT's time: in 50 minutes of one core
 # it found the noun of 98.7 % of training pairs, the fill of 99.5 %, when Toybox had 23 nouns.
-_clip_small = ClipRecipe(
+_clip_small = ClipTrainConfig(
     out=Path("runs/clip"),
-    model=ClipSize(image_size=96, patch_size=None, layers=(1, 1, 1, 1), width=16, text_len=24),
+    model=ClipArch(image_size=96, patch_size=None, layers=(1, 1, 1, 1), width=16, text_len=24),
     steps=6_000,
     batch_size=128,
     learning_rate=3e-3,
     ema_decay=0.99,
 )
 
-CLIP_PRESETS: dict[str, ClipRecipe] = {
+CLIP_PRESETS: dict[str, ClipTrainConfig] = {
     "toy": replace(
         _clip_small,
         model=replace(_clip_small.model, image_size=128, width=24, text_len=64),

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle1.files import write_whole
+from dalle1.files import write_atomic
 
 LEAST = 3  # a word is known that the captions have so often
 _MOST_ENDINGS = 12
@@ -83,7 +83,7 @@ class Words:
     def save(self, path: Path) -> None:
         """Write the words as JSON, whole or not at all."""
         values = {"endings": self.endings, "counts": self.counts}
-        write_whole(path, json.dumps(values, ensure_ascii=False).encode())
+        write_atomic(path, json.dumps(values, ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, path: Path) -> Words:

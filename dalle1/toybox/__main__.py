@@ -26,7 +26,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from dalle1.console import clear_errors
+from dalle1.console import one_line_errors
 from dalle1.files import claim
 from dalle1.toybox.dataset import Toybox
 from dalle1.toybox.vocabulary import SPLITS
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--captions", type=int, default=1, help="of each scene, at most")
     parser.add_argument("--processes", type=int, default=1, help="that draw, each its own shards")
     args = parser.parse_args(argv)
-    with clear_errors():
+    with one_line_errors():
         dataset = Toybox(args.split, args.size, args.seed, args.num_scenes)
         how = {"captions": args.captions, "processes": args.processes}
         shards = write_shards(dataset, args.out, args.shard_size, **how)

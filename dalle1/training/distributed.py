@@ -104,7 +104,7 @@ def mean(values: Tensor) -> Tensor:
     return total / world_size()
 
 
-def together(thing: Any) -> list[Any]:
+def all_gather_object(thing: Any) -> list[Any]:
     """Give what all processes have, in order of rank."""
     if world_size() == 1:
         return [thing]
@@ -113,7 +113,7 @@ def together(thing: Any) -> list[Any]:
     return every
 
 
-def from_main(make: Callable[[], T]) -> T:
+def broadcast_from_main(make: Callable[[], T]) -> T:
     """Give to all processes what the main one makes, or raises: a ValueError or an OSError."""
     if world_size() == 1:
         return make()
@@ -129,7 +129,7 @@ def from_main(make: Callable[[], T]) -> T:
     return made[0]
 
 
-def anyone(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Say whether the flag is set in any process."""
     if world_size() == 1:
         return flag

@@ -20,7 +20,7 @@ from dalle1.storage import model_folder
 from dalle1.training import distributed
 
 if TYPE_CHECKING:
-    from dalle1.training.loop import RunConfig
+    from dalle1.training.loop import TrainConfig
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,7 +43,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def training(config: RunConfig) -> Iterator[None]:
+def training(config: TrainConfig) -> Iterator[None]:
     """Surround a training and its preparation: leave in peace, and say what memory runs out of.
 
     `fit` finishes its step where SIGINT or SIGTERM comes; before and after it there is nothing to
@@ -77,7 +77,7 @@ def stop_on_signal() -> Iterator[list[float]]:
         yield caught
 
 
-class Divergence:
+class NonFiniteGuard:
     """Counts the updates that were skipped because the loss or its gradient was no number."""
 
     def __init__(self, out: Path, counts: Counter[str], patience: int = 10) -> None:
@@ -111,7 +111,7 @@ def _last_checkpoint(out: Path) -> str:
 
 
 @contextmanager
-def advice(config: RunConfig) -> Iterator[None]:
+def advice(config: TrainConfig) -> Iterator[None]:
     """Where memory runs out, say what to lower; where the disk does, what is safe."""
     try:
         yield

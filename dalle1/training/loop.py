@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle1.data.cleaning import Reading
+from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.loader import Prepare, Source, batches
-from dalle1.data.skipped import Tally
-from dalle1.devices import keep_freed_memory, matrix_rate, peak_memory
+from dalle1.data.skipped import SkipStats
+from dalle1.devices import keep_freed_memory, matmul_flops_per_second, peak_memory
 from dalle1.training import distributed
-from dalle1.training.interrupts import Divergence, stop_on_signal
+from dalle1.training.interrupts import NonFiniteGuard, stop_on_signal
 from dalle1.training.logging import Progress
 from dalle1.training.recorders import Recorder, TensorBoard, WeightsAndBiases
 from dalle1.training.schedules import warmup_cosine
@@ -30,7 +30,7 @@ from dalle1.training.trainer import LossFunction, Model, Scales, Trainer, recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Reading):
+class TrainConfig(CleaningConfig):
     """What every training takes."""
 
     out: Path
@@ -170,7 +170,7 @@ class RunConfig(Reading):
 
 
 def stream_from(
-    source: Source, prepare: Prepare, config: RunConfig
+    source: Source, prepare: Prepare, config: TrainConfig
 ) -> Callable[..., Generator[dict[str, Any]]]:
     """Give what `fit` reads from: (step, place of the last batch) → this process's parts.
 
@@ -189,7 +189,7 @@ def stream_from(
         num_workers=config.num_workers,
         rank=rank,
         world_size=distributed.world_size(),
-        tally=Tally(config.max_bad_fraction, config.out / name, say=tqdm.write),
+        tally=SkipStats(config.max_bad_fraction, config.out / name, say=tqdm.write),
     )
 
 
@@ -203,7 +203,7 @@ class Work:
     """Multiplications and additions of its forward and backward pass."""
 
 
-def recorders(config: RunConfig, start: int) -> list[Recorder]:
+def recorders(config: TrainConfig, start: int) -> list[Recorder]:
     """Open what `config` asks for beside log.jsonl."""
     found: list[Recorder] = []
     if config.tensorboard:
@@ -215,7 +215,7 @@ def recorders(config: RunConfig, start: int) -> list[Recorder]:
 
 
 def efficiency(
-    config: RunConfig, device: torch.device, work: Work | None, rate: float
+    config: TrainConfig, device: torch.device, work: Work | None, rate: float
 ) -> dict[str, float]:
     """Tell what `rate` samples a second mean for the machine."""
     numbers = {"memory_gib": peak_memory(device)}
@@ -226,14 +226,14 @@ def efficiency(
     return numbers
 
 
-_matrix_rate = cache(matrix_rate)
+_matrix_rate = cache(matmul_flops_per_second)
 
 
 def fit(
     model: Model,
     loss_fn: LossFunction[Model],
     batches: Callable[..., Generator[dict[str, Any]]],
-    config: RunConfig,
+    config: TrainConfig,
     *,
     save_model: Callable[[Model, Path], None],
     validate: Callable[[Model, int], Mapping[str, float]] | None = None,
@@ -267,14 +267,14 @@ def fit(
         trainer.resume(init)
         others = recorders(config, trainer.step) if here else []
         progress = Progress(here, trainer.step, config.steps, config.batch_size, others)
-        skipped = Divergence(config.out, trainer.counts)
+        skipped = NonFiniteGuard(config.out, trainer.counts)
         measured = partial(_measured, trainer, validate, measure, draw)
         rates = partial(efficiency, config, trainer.device, work)
         with progress, closing(_updates(trainer, loss_fn, batches, progress)) as updates:
-            if _due(trainer.step, config) and not distributed.anyone(progress.has(trainer.step)):
+            if _due(trainer.step, config) and not distributed.any_rank(progress.has(trainer.step)):
                 progress.report(trainer.step, measured())  # a signal or a crash came before it
             for values in updates:
-                step, stopped = trainer.step, distributed.anyone(bool(caught))
+                step, stopped = trainer.step, distributed.any_rank(bool(caught))
                 skipped.update(step, values, trainer.scaled)
                 last = step == config.steps or stopped
                 if step % config.log_every == 0 or last:
@@ -309,7 +309,7 @@ def _updates(
                 return
 
 
-def _due(step: int, config: RunConfig) -> bool:
+def _due(step: int, config: TrainConfig) -> bool:
     """Say whether the model of this step is to be measured."""
     return step > 0 and (step % config.validate_every == 0 or step == config.steps)
 

@@ -23,7 +23,7 @@ from dalle1.training.scaling import LossScale
 from dalle1.training.schedules import Plateau
 
 if TYPE_CHECKING:
-    from dalle1.training.loop import RunConfig
+    from dalle1.training.loop import TrainConfig
 
 RAW_NAME = "raw"
 """The folder within a checkpoint with the weights as they are trained, instead of their average."""
@@ -61,7 +61,7 @@ FREE = (
 """What may change when a run is resumed: none of it changes what was learned so far."""
 
 
-def recipe(config: RunConfig) -> dict[str, str]:
+def recipe(config: TrainConfig) -> dict[str, str]:
     """Give the settings that a resumed run must share, by name."""
     fields = (f.name for f in dataclasses.fields(config) if f.name not in FREE)
     return {name: str(getattr(config, name)) for name in fields}
@@ -77,7 +77,7 @@ def step_generator(seed: int, step: int, device: torch.device, part: int = 0) ->
     return torch.Generator(device).manual_seed(number % (1 << 63))
 
 
-def engine_for(model: Model, config: RunConfig, scales: Scales | None = None) -> Engine[Model]:
+def engine_for(model: Model, config: TrainConfig, scales: Scales | None = None) -> Engine[Model]:
     """Give `model` the engine that `config` asks for; ValueError where a batch cannot be shared."""
     samples_at_once(config)
     if config.zero or config.deepspeed is not None:
@@ -90,7 +90,7 @@ def engine_for(model: Model, config: RunConfig, scales: Scales | None = None) ->
 class Trainer(Generic[Model]):
     """A model in its engine, at some step."""
 
-    def __init__(self, model: Model, config: RunConfig, scales: Scales | None = None) -> None:
+    def __init__(self, model: Model, config: TrainConfig, scales: Scales | None = None) -> None:
         self.config = config
         self.scales = scales
         if scales is None and config.precision == "fp16":
@@ -153,7 +153,7 @@ class Trainer(Generic[Model]):
 
     def counted(self) -> dict[str, int]:
         """Add up the counts of all processes, each of which must ask for it."""
-        return dict(sum(distributed.together(self.counts), Counter()))
+        return dict(sum(distributed.all_gather_object(self.counts), Counter()))
 
     @property
     def scaled(self) -> bool:
@@ -163,7 +163,7 @@ class Trainer(Generic[Model]):
     def save(self, save_model: Callable[[Model, Path], None]) -> None:
         """Write a checkpoint: models for use, and what resuming needs."""
 
-        places, counts = distributed.together(self.place), self.counted()
+        places, counts = distributed.all_gather_object(self.place), self.counted()
 
         def write(folder: Path) -> None:
             path = folder / TENSORS_NAME
@@ -194,7 +194,7 @@ class Trainer(Generic[Model]):
             init: file of the weights to begin with where there is no checkpoint.
         """
         self._resume(init)
-        if len(steps := set(distributed.together(self.step))) > 1:
+        if len(steps := set(distributed.all_gather_object(self.step))) > 1:
             raise ValueError(
                 f"processes found checkpoints of steps {', '.join(map(str, sorted(steps)))} in "
                 f"{self.config.out}; it has to be one folder that all machines share"

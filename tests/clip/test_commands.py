@@ -14,7 +14,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from dalle1.clip import Clip, ClipSize, new_clip
+from dalle1.clip import Clip, ClipArch, new_clip
 from dalle1.clip.__main__ import main
 from dalle1.data import open_source
 from dalle1.text.bpe import Tokenizer
@@ -26,7 +26,7 @@ COLOURS = ("red", "green", "blue", "black", "white")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     size = {"image_size": 32, "layers": 1, "width": 32, "text_width": 32, "text_layers": 1}
-    clip = new_clip(Tokenizer.train(["a red cube"], 300), ClipSize(text_len=16, **size))
+    clip = new_clip(Tokenizer.train(["a red cube"], 300), ClipArch(text_len=16, **size))
     clip.save_pretrained(tmp_path_factory.mktemp("clip"))
     path = tmp_path_factory.getbasetemp() / "ranker"
     clip.save_pretrained(path)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dalle1.clip
-from dalle1.clip import Clip, ClipSize, new_clip, soften
+from dalle1.clip import Clip, ClipArch, new_clip, soften
 from dalle1.text.bpe import Tokenizer
 
 CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]
@@ -33,7 +33,7 @@ def pictures(count: int = 4) -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def clip() -> Clip:
     torch.manual_seed(0)
-    return new_clip(Tokenizer.train(CAPTIONS, 300), ClipSize(image_size=32, text_len=12, **SMALL))
+    return new_clip(Tokenizer.train(CAPTIONS, 300), ClipArch(image_size=32, text_len=12, **SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_mistakes_are_named(clip: Clip) -> None:
     with pytest.raises(ValueError, match="batch_size is 0"):
         clip.embed_images(pictures(), batch_size=0)
     with pytest.raises(ValueError, match="divide"):
-        new_clip(Tokenizer.train([], 256), ClipSize(image_size=100))
+        new_clip(Tokenizer.train([], 256), ClipArch(image_size=100))
 
 
 def test_loading_leaves_logging_as_it_was(folder: Path, capfd: pytest.CaptureFixture) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dalle1.clip import Clip, ClipSize, new_clip
+from dalle1.clip import Clip, ClipArch, new_clip
 from dalle1.clip.resnet import ModifiedResNet
 from dalle1.tasks.presets import CLIP_PRESETS
 from dalle1.text.bpe import Tokenizer
@@ -165,7 +165,7 @@ def test_presets_have_the_sizes_of_the_released_models(name: str) -> None:
 def small(**size: Any) -> Clip:
     torch.manual_seed(0)
     vocabulary = Tokenizer.train(["a red cube", "a blue ball"], 300)
-    return new_clip(vocabulary, ClipSize(**{**TEXT, "image_size": 32, **size}))
+    return new_clip(vocabulary, ClipArch(**{**TEXT, "image_size": 32, **size}))
 
 
 @pytest.fixture(scope="module")
@@ -247,4 +247,4 @@ def test_only_cpus_train_by_the_eager_attention() -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(size: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ClipSize(**size)
+        ClipArch(**size)

@@ -14,16 +14,16 @@ import pytest
 from PIL import Image
 
 from dalle1.data import open_source
-from dalle1.data.cleaning import Reading, captions_in, clean, draw_caption, read_picture
+from dalle1.data.cleaning import CleaningConfig, captions_in, clean, read_image, sample_caption
 from dalle1.data.encoded import open_codes
-from dalle1.data.skipped import DAMAGE, RULES, LeftOut, Tally, Unusable
-from dalle1.data.sources.base import Joined, split_sources, turn
+from dalle1.data.skipped import DAMAGE, RULES, BadSample, SkippedSample, SkipStats
+from dalle1.data.sources.base import Mixture, split_sources, turn
 from dalle1.data.sources.folder import Folder
-from dalle1.data.sources.indexed_shards import Shards
-from dalle1.data.sources.streaming_shards import Streamed
+from dalle1.data.sources.indexed_shards import IndexedShards
+from dalle1.data.sources.streaming_shards import StreamingShards
 
 RNG = random.Random(0)
-AS_IT_IS = Reading()
+NO_CLEANING = CleaningConfig()
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 8)) -> None:
@@ -102,27 +102,27 @@ def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> 
     ],
 )
 def test_unusable_captions(content: bytes, suffix: str, cause: str) -> None:
-    reading = Reading(min_caption=2, max_caption=10)
-    with pytest.raises(Unusable, match=r"^where: .+") as error:
-        draw_caption(captions_in(content, suffix, "where"), "where", reading, RNG)
+    reading = CleaningConfig(min_caption=2, max_caption=10)
+    with pytest.raises(BadSample, match=r"^where: .+") as error:
+        sample_caption(captions_in(content, suffix, "where"), "where", reading, RNG)
     assert error.value.cause == cause
     again = pickle.loads(pickle.dumps(error.value))
     assert (again.cause, again.why, str(again)) == (cause, error.value.why, str(error.value))
 
 
 def test_of_several_captions_one_that_fits_is_drawn() -> None:
-    reading = Reading(min_caption=4, max_caption=6)
+    reading = CleaningConfig(min_caption=4, max_caption=6)
     for i in range(20):
         captions = ["a", "a star", "a red star"]
-        assert draw_caption(captions, "", reading, random.Random(i)) == "a star"
+        assert sample_caption(captions, "", reading, random.Random(i)) == "a star"
 
 
 def test_captions_are_cleaned_unless_told_not_to() -> None:
     dirty = "  schÃ¶n &amp;amp; good  \t day "
     assert clean(dirty) == "schön & good day"
-    assert draw_caption([dirty], "", AS_IT_IS, RNG) == "schön & good day"
-    raw = Reading(clean_captions=False)
-    assert draw_caption([dirty], "", raw, RNG) == "schÃ¶n &amp;amp; good  \t day"
+    assert sample_caption([dirty], "", NO_CLEANING, RNG) == "schön & good day"
+    raw = CleaningConfig(clean_captions=False)
+    assert sample_caption([dirty], "", raw, RNG) == "schÃ¶n &amp;amp; good  \t day"
 
 
 @pytest.mark.parametrize(
@@ -138,12 +138,12 @@ def test_captions_are_cleaned_unless_told_not_to() -> None:
 def test_pictures_are_taken_by_their_shape(size: tuple[int, int], cause: str | None) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", size).save(buffer, "PNG")
-    reading = Reading(min_side=10)
+    reading = CleaningConfig(min_side=10)
     if cause is None:
-        assert read_picture(buffer.getvalue(), "", reading).size == size
+        assert read_image(buffer.getvalue(), "", reading).size == size
         return
-    with pytest.raises(Unusable) as error:
-        read_picture(buffer.getvalue(), "a.png", reading)
+    with pytest.raises(BadSample) as error:
+        read_image(buffer.getvalue(), "a.png", reading)
     assert error.value.cause == cause
     assert f"a.png: {size[0]} × {size[1]}, and --m" in str(error.value)
 
@@ -157,7 +157,7 @@ def test_jpegs_are_decoded_no_larger_than_is_needed(detail: int, expected: tuple
     whole = Image.fromarray(np.stack([x, y, x], -1).astype(np.uint8))
     buffer = io.BytesIO()
     whole.save(buffer, "JPEG", quality=95)
-    small = read_picture(buffer.getvalue(), "", AS_IT_IS, detail)
+    small = read_image(buffer.getvalue(), "", NO_CLEANING, detail)
     assert small.size == expected
     assert min(small.size) >= detail or small.size == whole.size
     reference = np.asarray(whole.resize(expected, Image.Resampling.BOX), int)
@@ -170,7 +170,7 @@ def test_turned_jpegs_are_decoded_small_and_upright() -> None:
     stored = Image.new("RGB", (640, 480), "white")
     stored.paste("red", (0, 0, 320, 240))
     stored.save(buffer, "JPEG", quality=95, exif=exif)
-    upright = read_picture(buffer.getvalue(), "", AS_IT_IS, 100)
+    upright = read_image(buffer.getvalue(), "", NO_CLEANING, 100)
     assert upright.size == (120, 160)
     assert upright.getpixel((90, 40))[1] < 60  # the red corner went to the right
     assert upright.getpixel((30, 40))[1] > 200
@@ -182,7 +182,7 @@ def test_turned_jpegs_are_decoded_small_and_upright() -> None:
 )
 def test_impossible_rules_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"{next(iter(wrong))} is .*, expected"):
-        Reading(**wrong)  # type: ignore[arg-type]
+        CleaningConfig(**wrong)  # type: ignore[arg-type]
 
 
 # Several sources
@@ -226,17 +226,17 @@ def test_several_sources_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     picture(tmp_path / "b" / "alone.png")
     data = f"{tmp_path / 'a'},{tmp_path / 'b'}"
     joined = open_source(data)
-    assert isinstance(joined, Joined)
+    assert isinstance(joined, Mixture)
     assert [joined.caption(i, RNG) for i in range(5)] == ["a0", "a1", "a2", "b0", "b1"]
     assert sorted(joined.index_at(place, 0) for place in range(5, 10)) == list(range(5))
     assert [pair.cause for pair in joined.left_out] == ["no caption"]
     assert joined.name(4) == str(tmp_path / "b" / "1.png")
     weighted = open_source(f"{tmp_path / 'a'}::1,{tmp_path / 'b'}::3")
-    assert isinstance(weighted, Joined)
+    assert isinstance(weighted, Mixture)
     names = [weighted.caption(weighted.index_at(place, 0), RNG)[0] for place in range(40)]
     assert names.count("b") == 30
     mixed = open_source(f"toybox::1,{tmp_path / 'a'}::1", size=32)
-    assert isinstance(mixed, Joined)
+    assert isinstance(mixed, Mixture)
     assert [mixed.index_at(place, 0) for place in (1, 3, 5)] == [0, 1, 2]  # Toybox, in order
     assert mixed.image(0).size == (32, 32)
     rng = random.Random(0)
@@ -256,7 +256,7 @@ def test_long_sources_are_no_paths(scheme: str, tmp_path: Path) -> None:
     data = scheme + "x" * 5000
     assert open_codes(data, "train", tmp_path, 4) is None
     if scheme:
-        assert isinstance(open_source(data), Streamed)
+        assert isinstance(open_source(data), StreamingShards)
     else:
         with pytest.raises(ValueError, match="no data at 'xxx"):
             open_source(data)
@@ -265,14 +265,14 @@ def test_long_sources_are_no_paths(scheme: str, tmp_path: Path) -> None:
 # What is left out
 
 
-def left_out(cause: str, where: str = "a") -> LeftOut:
-    return LeftOut(cause, where, "why")
+def left_out(cause: str, where: str = "a") -> SkippedSample:
+    return SkippedSample(cause, where, "why")
 
 
 def test_a_tally_names_each_once_and_the_first_of_each_cause(tmp_path: Path) -> None:
     said: list[str] = []
     file = tmp_path / "run" / "left-out.jsonl"
-    tally = Tally(1.0, file, said.append)
+    tally = SkipStats(1.0, file, said.append)
     tally.add(10, [left_out("too small", "a"), left_out("no caption", "b")])
     tally.add(10, [left_out("too small", "a"), left_out("too small", "c")])
     assert str(tally) == "3 × too small, 1 × no caption"
@@ -282,14 +282,16 @@ def test_a_tally_names_each_once_and_the_first_of_each_cause(tmp_path: Path) -> 
     ]
     with file.open("a") as broken:
         broken.write('{"cau\n')
-    Tally(1.0, file, said.append).add(1, [left_out("too small", "c"), left_out("too small", "é")])
+    SkipStats(1.0, file, said.append).add(
+        1, [left_out("too small", "c"), left_out("too small", "é")]
+    )
     lines = file.read_text().splitlines()
     assert [json.loads(line)["where"] for line in lines if line.endswith("}")] == list("abcé")
 
 
 def test_damage_stops_and_rules_do_not() -> None:
     for cause in DAMAGE:
-        tally = Tally(0.05, say=lambda _: None)
+        tally = SkipStats(0.05, say=lambda _: None)
         for _ in range(18):
             tally.add(50, [left_out(cause)] * 2)
         tally.add(45, [])  # of fewer than 1,000 nothing is concluded
@@ -297,15 +299,15 @@ def test_damage_stops_and_rules_do_not() -> None:
             tally.add(0, [left_out(cause)] * 20)
         tally.add(1000, [])  # what is long ago is forgotten
     for cause in RULES:
-        tally = Tally(0.0, say=lambda _: None)
+        tally = SkipStats(0.0, say=lambda _: None)
         tally.open(10, [left_out(cause)] * 90)
         tally.add(10, [left_out(cause)] * 2000)
 
 
 def test_a_dataset_that_is_mostly_damaged_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"6 of 100 pairs \(6.0%\) .*--max-bad-fraction 0.05"):
-        Tally(0.05, say=lambda _: None).open(94, [left_out("no caption")] * 6)
-    Tally(0.05, say=lambda _: None).open(95, [left_out("no caption")] * 5)
+        SkipStats(0.05, say=lambda _: None).open(94, [left_out("no caption")] * 6)
+    SkipStats(0.05, say=lambda _: None).open(95, [left_out("no caption")] * 5)
 
 
 def test_shards_take_little_memory(tmp_path: Path) -> None:
@@ -314,6 +316,6 @@ def test_shards_take_little_memory(tmp_path: Path) -> None:
     words = ["--out", str(tmp_path), "--num-scenes", "5", "--size", "32"]
     write_toybox(words)
     source = open_source(str(tmp_path))
-    assert isinstance(source, Shards)
+    assert isinstance(source, IndexedShards)
     assert source.entries.nbytes == 48 * len(source)
     assert source.name(3) == f"000000003.png in {tmp_path}/00000.tar"

@@ -27,9 +27,9 @@ from dalle1.data.check import main as check
 from dalle1.data.encoded import CodeSource
 from dalle1.data.encoded import main as encode
 from dalle1.data.images import centre_square, to_tensor
-from dalle1.data.skipped import Tally
+from dalle1.data.skipped import SkipStats
 from dalle1.data.sources.indexed_shards import index_shard
-from dalle1.data.sources.streaming_shards import Streamed
+from dalle1.data.sources.streaming_shards import StreamingShards
 from dvae import DVAE, DVAEConfig
 
 SIZE = 32
@@ -145,13 +145,13 @@ def data_of(shards: Path, how: str) -> str:
 def test_900_of_1000_are_used_and_none_is_hidden(shards: Path, how: str, tmp_path: Path) -> None:
     assert CAUSES.total() == 100
     source = open_source(data_of(shards, how), "encode")
-    tally = Tally(1.0, tmp_path / "left-out.jsonl", say=lambda _: None)
+    tally = SkipStats(1.0, tmp_path / "left-out.jsonl", say=lambda _: None)
     used: Counter[int] = Counter()
-    epoch = 900 if isinstance(source, Streamed) else len(source)
+    epoch = 900 if isinstance(source, StreamingShards) else len(source)
     for batch in islice(batches(source, prepare, batch_size=1, tally=tally), epoch):
         used.update(batch["number"].tolist())
     assert len(used) == 900
-    if isinstance(source, Streamed):  # else another pair took the place of a damaged one
+    if isinstance(source, StreamingShards):  # else another pair took the place of a damaged one
         assert set(used.values()) == {1}
         assert tally.counts == CAUSES
     named = [json.loads(line) for line in (tmp_path / "left-out.jsonl").open()]
@@ -165,7 +165,7 @@ def test_a_training_stops_and_says_why(shards: Path) -> None:
             open_source(data_of(shards, how)),
             prepare,
             batch_size=10,
-            tally=Tally(0.05, say=lambda _: None),
+            tally=SkipStats(0.05, say=lambda _: None),
         )
         with pytest.raises(ValueError, match=r"are damaged, .* × damaged picture, "):
             deque(stream)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle1.console import clear_errors
+from dalle1.console import one_line_errors
 from dalle1.data import loader as batches
 from dalle1.data import open_source
 from dalle1.data.images import (
@@ -299,7 +299,7 @@ def test_a_killed_worker_is_told_in_one_line(
     found = in_order(source, Killing(), range(9), 1, num_workers=1)
     # Torch tells at any moment, also between batches.
     slowly = (time.sleep(0 if drawn else 0.1) for _ in found)
-    with pytest.raises(SystemExit), clear_errors():
+    with pytest.raises(SystemExit), one_line_errors():
         deque(slowly)
     said = capsys.readouterr().err
     assert re.fullmatch(r"error: a process that prepares .* killed.* --num-workers.*\n", said)

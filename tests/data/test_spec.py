@@ -22,10 +22,10 @@ from dalle1.data import open_source
 from dalle1.data.check import main as check
 from dalle1.data.cleaning import PICTURES, to_rgb
 from dalle1.data.loader import LEFT_OUT
-from dalle1.data.skipped import Unusable
+from dalle1.data.skipped import BadSample
 from dalle1.data.sources.base import ENDLESS
 from dalle1.data.sources.folder import Folder
-from dalle1.data.sources.indexed_shards import Shards
+from dalle1.data.sources.indexed_shards import IndexedShards
 from dalle1.toybox import Toybox
 from dalle1.toybox.__main__ import main as write_toybox
 
@@ -62,7 +62,7 @@ def test_folder(tmp_path: Path) -> None:
     rng = random.Random(0)
     assert {source.caption(1, rng) for _ in range(30)} == {"a blue sea", "die blaue See – Ü"}
     assert [source.caption(i, rng) for i in (0, 3)] == ["a red wall", "grass"]
-    with pytest.raises(Unusable, match=r"d\.txt: there is no text in it"):
+    with pytest.raises(BadSample, match=r"d\.txt: there is no text in it"):
         source.caption(2, rng)
     assert [pair.where for pair in source.left_out] == [str(tmp_path / "alone.png")]
     assert [source.image(i).getpixel((0, 0)) for i in (0, 1, 2)] == [RED, BLUE, WHITE]
@@ -166,7 +166,7 @@ def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
         (bomb, "too many pixels"),
     ):
         (tmp_path / "bad.png").write_bytes(content)
-        with pytest.raises(Unusable) as error:
+        with pytest.raises(BadSample) as error:
             Folder(tmp_path).image(0)
         assert error.value.cause == cause
         assert str(tmp_path / "bad.png") in str(error.value)
@@ -214,8 +214,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shards_of_toybox(shards: Path) -> None:
     train, held = open_source(str(shards), "train"), open_source(str(shards), "validation")
-    assert isinstance(train, Shards)
-    assert isinstance(held, Shards)
+    assert isinstance(train, IndexedShards)
+    assert isinstance(held, IndexedShards)
     assert (len(train), len(held)) == (40, 2)
     toybox = Toybox(size=32, num_scenes=42)
     for source, index, scene in ((train, 0, 0), (train, 23, 23), (held, 0, 40), (held, 1, 41)):
@@ -261,7 +261,7 @@ def test_shards_in_folders_and_with_more_files(tmp_path: Path) -> None:
         "v2/c.txt": b"without picture",
     }
     source = open_source(str(tar(tmp_path / "x.tar", files)))
-    assert isinstance(source, Shards)
+    assert isinstance(source, IndexedShards)
     assert [source.caption(i, RNG) for i in range(len(source))] == ["red", "grün"]
     assert [source.image(i).getpixel((0, 0)) for i in range(2)] == [RED, GREEN]
 
@@ -270,7 +270,7 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     pairs = {"a.png": b"no picture", "a.txt": b"a"}
     source = open_source(str(tar(path, pairs)))
-    with pytest.raises(Unusable, match=r"a\.png in .*x\.tar: it begins b'no picture'"):
+    with pytest.raises(BadSample, match=r"a\.png in .*x\.tar: it begins b'no picture'"):
         source.image(0)
     with pytest.raises(ValueError, match=r"no pairs in 1 shards, .*x.tar the first.*no caption"):
         open_source(str(tar(path, {"a.png": png(RED), "b.txt": b"a"})))
@@ -296,7 +296,7 @@ def test_a_shard_that_is_gone_is_left_out_of_a_training(tmp_path: Path) -> None:
     assert {(pair.cause, pair.where) for pair in left_out} == {
         ("unreadable file", str(tmp_path / "b.tar"))
     }
-    assert isinstance(source, Shards)
+    assert isinstance(source, IndexedShards)
     assert source.name(5) == f"pair 5 in {tmp_path}/b.tar"
 
 

@@ -24,7 +24,7 @@ from webdataset import TarWriter
 
 from dalle1.data import loader as batches
 from dalle1.data import open_source
-from dalle1.data.cleaning import Reading
+from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.loader import (
     LEFT_OUT,
     PLACE,
@@ -36,11 +36,11 @@ from dalle1.data.loader import (
     of_shards,
     split_readers,
 )
-from dalle1.data.skipped import ShardLosses, ShardRead, Tally
+from dalle1.data.skipped import ShardLosses, ShardRead, SkipStats
 from dalle1.data.sources import streaming_shards as streams
 from dalle1.data.sources.indexed_shards import index_shard
-from dalle1.data.sources.streaming_shards import Pair, Streamed, open_shard, shards_of_reader
-from dalle1.training.loop import RunConfig, fit, stream_from
+from dalle1.data.sources.streaming_shards import Pair, StreamingShards, open_shard, shards_of_reader
+from dalle1.training.loop import TrainConfig, fit, stream_from
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,13 @@ def number(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
     return {"index": torch.tensor(int(source.caption(index, rng))), "draw": torch.rand(1)}
 
 
-def piped(shards: Path, pattern: str = "{00000..00005}") -> Streamed:
+def piped(shards: Path, pattern: str = "{00000..00005}") -> StreamingShards:
     source = open_source(f"pipe:cat {shards}/{pattern}.tar")
-    assert isinstance(source, Streamed)
+    assert isinstance(source, StreamingShards)
     return source
 
 
-def take(source: Streamed, count: int, **how: Any) -> tuple[list[list[int]], Batch]:
+def take(source: StreamingShards, count: int, **how: Any) -> tuple[list[list[int]], Batch]:
     found = [*islice(batches(source, number, **{"batch_size": 5, **how}), count)]
     return [batch["index"].tolist() for batch in found], found[-1]
 
@@ -105,7 +105,7 @@ def test_every_shard_has_one_reader(shards: Path, world_size: int, workers: int)
 
 def test_too_few_shards_are_drawn_at_random_and_that_is_said(shards: Path) -> None:
     said: list[str] = []
-    tally = Tally(0.0, say=said.append)
+    tally = SkipStats(0.0, say=said.append)
     source = piped(shards, "{00000..00001}")
     given = [take(source, 8, batch_size=12, rank=r, world_size=3, tally=tally)[0] for r in range(3)]
     assert all(set(flat(numbers)) <= set(range(21)) for numbers in given)
@@ -125,7 +125,7 @@ def test_a_stream_goes_on_from_its_place(
     monkeypatch.setattr(streams, "BLOCK", 7)
     how = {"num_workers": workers, "seed": 3}
     source = open_source(f"pipe:cat {shards}/{{00000..00003}}.tar::2,{shards}/0000[45].tar::1")
-    assert isinstance(source, Streamed)
+    assert isinstance(source, StreamingShards)
     whole, _ = take(source, 34, **how)
     for at in (1, 2, 7, 16, 21):  # within blocks, at the ends of shards and of epochs
         before, last = take(source, at, **how)
@@ -146,7 +146,7 @@ def test_a_training_goes_on_mid_epoch_from_its_checkpoint(shards: Path, tmp_path
     def train(out: Path, steps: int) -> list[float]:
         how: dict[str, Any] = {"schedule_steps": 8, "num_workers": 2, "log_every": 1}
         how |= {"warmup_steps": 0, "learning_rate": 0.1, "precision": "fp32"}
-        config = RunConfig(out=out, steps=steps, batch_size=5, device="cpu", save_every=4, **how)
+        config = TrainConfig(out=out, steps=steps, batch_size=5, device="cpu", save_every=4, **how)
         torch.manual_seed(0)
         stream = stream_from(piped(shards), number, config)
         fit(nn.Linear(1, 1), loss, stream, config, save_model=lambda *_: None)
@@ -167,7 +167,7 @@ def test_a_place_is_of_all_ranks(shards: Path) -> None:
     for rank, given in zip(ranks, whole, strict=True):
         assert take(source, 5, start=4, place=places, **rank)[0] == given[4:]
     said: list[str] = []
-    after, last = take(source, 25, batch_size=3, place=places, tally=Tally(0, say=said.append))
+    after, last = take(source, 25, batch_size=3, place=places, tally=SkipStats(0, say=said.append))
     assert said == [
         "The shards had 2 readers and now have 1: going on with the next epoch; the rest of this "
         "one is left out"
@@ -179,7 +179,7 @@ def test_a_place_is_of_all_ranks(shards: Path) -> None:
 def test_weights_hold_at_every_moment(shards: Path) -> None:
     data = f"pipe:cat {shards}/00000.tar::3,pipe:cat {shards}/00005.tar::1"
     source = open_source(data)
-    assert isinstance(source, Streamed)
+    assert isinstance(source, StreamingShards)
     numbers = flat(take(source, 40)[0])
     for end in range(1, 201):
         of_the_first = sum(n < 10 for n in numbers[:end])
@@ -194,7 +194,7 @@ def test_damage_is_counted_and_the_rest_is_read(shards: Path, tmp_path: Path) ->
     cut.write_bytes(cut.read_bytes()[: fifth[0] + 3])
     (tmp_path / "00002.tar").write_bytes(b"")
     source = open_source(f"pipe:cat {tmp_path}/{{00000..00004}}.tar 2>/dev/null")
-    assert isinstance(source, Streamed)
+    assert isinstance(source, StreamingShards)
     given = islice(batches(source, number, batch_size=1), 27)
     found = [(batch["index"].item(), batch[LEFT_OUT]) for batch in given]
     assert sorted(index for index, _ in found) == [*range(14), *range(33, 46)]
@@ -215,7 +215,7 @@ def test_shards_that_are_not_there_end_a_training(tmp_path: Path) -> None:
 def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path: Path) -> None:
     for shard in range(6):
         shutil.copy(shards / f"0000{shard}.tar", tmp_path / f"{shard}.tar")
-    tally = Tally(0.05, say=lambda _: None)
+    tally = SkipStats(0.05, say=lambda _: None)
     source = open_source(f"pipe:cat {tmp_path}/{{0..59}}.tar 2>/dev/null")
     stream = batches(source, number, batch_size=1, tally=tally)
     # Long before the epoch ended:
@@ -225,7 +225,7 @@ def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path
         (tmp_path / f"{shard}.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"14 of 20 shards cannot be read, .* than --max-bad"):
         open_source(str(tmp_path))
-    assert len(open_source(str(tmp_path), reading=Reading(max_bad_fraction=0.7))) > 60
+    assert len(open_source(str(tmp_path), reading=CleaningConfig(max_bad_fraction=0.7))) > 60
 
 
 def test_lost_shards_are_seen_though_each_reader_meets_few(shards: Path, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_lost_shards_are_seen_though_each_reader_meets_few(shards: Path, tmp_pat
         if shard % 2:
             shutil.copy(shards / f"0000{shard % 6}.tar", tmp_path / f"{shard}.tar")
     source = open_source(f"pipe:cat {tmp_path}/{{0..23}}.tar 2>/dev/null")
-    tally = Tally(0.05, say=lambda _: None)
+    tally = SkipStats(0.05, say=lambda _: None)
     how: dict[str, Any] = {"batch_size": 3, "world_size": 3, "num_workers": 2}
     stream = batches(source, number, tally=tally, **how)
     with pytest.raises(ValueError, match=r"of 2\d shards cannot be read, or not to their end"):
@@ -279,7 +279,7 @@ def test_a_shard_cut_short_weighs_what_is_lost_of_it(shards: Path, tmp_path: Pat
     cut.write_bytes(cut.read_bytes()[: second[0] + 3])
     with pytest.raises(ValueError, match=r"1 of 6 shards .* and with them 14.\d% of all pairs"):
         open_source(str(tmp_path))
-    assert len(open_source(str(tmp_path), reading=Reading(max_bad_fraction=0.15))) > 50
+    assert len(open_source(str(tmp_path), reading=CleaningConfig(max_bad_fraction=0.15))) > 50
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -308,7 +308,7 @@ def test_some_of_the_last_shard_is_kept_to_validate_on(
     held = first_examples(open_source(data, "validation"), number, 10)["index"].tolist()
     assert held == [64, 84]
     train = open_source(data)
-    assert isinstance(train, Streamed)
+    assert isinstance(train, StreamingShards)
     kept = flat(take(train, 11, batch_size=8)[0])
     assert sorted(kept) == [i for i in range(90) if i not in held]
     assert first_captions(train, 3) == ["0", "1", "2"]
@@ -322,10 +322,10 @@ def test_some_of_the_last_shard_is_kept_to_validate_on(
     few = first_examples(open_source(f"pipe:cat {shards}/00000.tar", "validation"), number, 99)
     assert few["index"].tolist() == list(range(10))
     # Of many gigabytes, local shards are read in the same way.
-    assert not isinstance(open_source(str(tmp_path)), Streamed)
+    assert not isinstance(open_source(str(tmp_path)), StreamingShards)
     monkeypatch.setattr("dalle1.data.spec.INDEXED_BYTES", 1000)
     local = open_source(str(tmp_path))
-    assert isinstance(local, Streamed)
+    assert isinstance(local, StreamingShards)
     assert sorted(flat(take(local, 11, batch_size=8)[0])) == sorted(kept)
 
 
@@ -346,7 +346,7 @@ def server(shards: Path) -> Iterator[str]:
 def test_shards_over_http(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     source = open_source(server + "/{00000..00002}.tar")
-    assert isinstance(source, Streamed)
+    assert isinstance(source, StreamingShards)
     assert sorted(flat(take(source, 11, batch_size=3)[0])) == list(range(33))
     with pytest.raises(ValueError, match="unreadable shard"):
         next(batches(open_source(server + "/gone.tar"), number, batch_size=1))
@@ -360,7 +360,7 @@ def test_s3_goes_through_the_aws_command(
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     source = open_source("s3://a/{00000..00001}.tar")
-    assert isinstance(source, Streamed)
+    assert isinstance(source, StreamingShards)
     assert sorted(flat(take(source, 7, batch_size=3)[0])) == list(range(21))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dalle1.model.attention import Mask
 from dalle1.model.masks import MaskKind, image_mask
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.sampling.kv_cache import Caches, Window, drawing_bytes
+from dalle1.sampling.kv_cache import Caches, Window, decode_memory
 from dalle1.tasks.presets import TRANSFORMER_PRESETS
 
 KINDS = get_args(MaskKind)
@@ -128,7 +128,7 @@ def held(model: Transformer, prompts: int, candidates: int) -> int:
 
 def test_memory_is_what_was_estimated() -> None:
     model = loud(None, 13).to(torch.bfloat16)
-    of_prompt, of_candidate = drawing_bytes(model)
+    of_prompt, of_candidate = decode_memory(model)
     one_more = held(model, 1, 3) - held(model, 1, 2)
     assert one_more <= of_candidate <= one_more + 64 * V
     assert held(model, 2, 3) == 2 * held(model, 1, 3)

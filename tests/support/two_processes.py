@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dalle1.model.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.training import distributed, resblocks
 from dalle1.training.engines.deepspeed import partitioned
-from dalle1.training.loop import RunConfig, fit
+from dalle1.training.loop import TrainConfig, fit
 
 SIZE = TransformerConfig(
     text_vocab=13, text_len=5, codebook_size=11, grid_size=4, width=16, depth=3, heads=2
@@ -44,7 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_for(out: Path, **changes: Any) -> RunConfig:
+def config_for(out: Path, **changes: Any) -> TrainConfig:
     settings: dict[str, Any] = {
         "steps": STEPS,
         "schedule_steps": STEPS,
@@ -63,7 +63,7 @@ def config_for(out: Path, **changes: Any) -> RunConfig:
         "save_every": HALF,
         "keep": 2,
     }
-    return RunConfig(out=out, **{**settings, **changes})
+    return TrainConfig(out=out, **{**settings, **changes})
 
 
 def stream(start: int) -> Iterator[dict[str, Tensor]]:

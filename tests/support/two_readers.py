@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dalle1.data import open_source
 from dalle1.data.loader import first_captions
 from dalle1.training import distributed
-from dalle1.training.loop import RunConfig, fit, stream_from
+from dalle1.training.loop import TrainConfig, fit, stream_from
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def bright(model: nn.Module, batch: Any, step: int, noise: torch.Generator) -> B
 def train(data: str, out: Path, steps: int) -> dict[str, int]:
     settings: dict[str, Any] = {"batch_size": 8, "num_workers": 0, "max_bad_fraction": 1}
     settings |= {"log_every": 1, "save_every": 3, "schedule_steps": 6, "precision": "fp32"}
-    config = RunConfig(out=out, steps=steps, device="cpu", **settings)
+    config = TrainConfig(out=out, steps=steps, device="cpu", **settings)
     torch.manual_seed(0)
     stream = stream_from(open_source(data, reading=config), mean, config)
     fit(nn.Linear(3, 1), bright, stream, config, save_model=lambda *_: None)
@@ -60,12 +60,12 @@ def main(data: str, out: Path) -> None:
     told: dict[str, Any] = {"left out": train(data, out / "whole", 6)}
     train(data, out / "cut", 3)
     train(data, out / "cut", 6)
-    told["made"] = distributed.from_main(lambda: only_main(False))["made"].tolist()
+    told["made"] = distributed.broadcast_from_main(lambda: only_main(False))["made"].tolist()
     try:
-        distributed.from_main(lambda: only_main(True))
+        distributed.broadcast_from_main(lambda: only_main(True))
     except ValueError as error:
         told["error"] = str(error)
-    captions = distributed.from_main(lambda: first_captions(open_source(data), 3))
+    captions = distributed.broadcast_from_main(lambda: first_captions(open_source(data), 3))
     print(json.dumps({**told, "captions": captions}))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train_clip
 from dalle1.clip import Clip
 from dalle1.console import parse_preset
-from dalle1.tasks.presets import CLIP_PRESETS, ClipRecipe
+from dalle1.tasks.presets import CLIP_PRESETS, ClipTrainConfig
 from dalle1.training.checkpoint import TENSORS_NAME
 
 TINY = [
@@ -96,7 +96,7 @@ def test_a_training_on_a_single_pair(tmp_path: Path) -> None:
 
 
 def test_captions_are_cut_where_the_longest_ends(tmp_path: Path) -> None:
-    config: ClipRecipe = parse_preset(CLIP_PRESETS, [*VIT, "--out", str(tmp_path)], "")
+    config: ClipTrainConfig = parse_preset(CLIP_PRESETS, [*VIT, "--out", str(tmp_path)], "")
     run = train_clip.ClipTraining(config)
     ids = torch.stack(
         [train_clip.tokens(config, run.clip.tokenizer, text) for text in ("a red cube", "a ball")]

@@ -21,7 +21,7 @@ import train_clip
 import train_dvae
 import train_transformer
 from dalle1 import DallE
-from dalle1.clip import ClipSize, new_clip
+from dalle1.clip import ClipArch, new_clip
 from dalle1.data import encoded as codes
 from dalle1.model.transformer import Transformer
 from dalle1.tasks.presets import TRANSFORMER_PRESETS
@@ -204,7 +204,7 @@ def test_pictures_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> Non
 def test_with_a_clip_the_best_come_first(runs: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
-    clip = new_clip(Tokenizer.train([PROMPT], 260), ClipSize(image_size=32, text_len=12, **small))
+    clip = new_clip(Tokenizer.train([PROMPT], 260), ClipArch(image_size=32, text_len=12, **small))
     clip.save_pretrained(tmp_path / "clip")
     draw(runs, tmp_path / "out", PROMPT, "--clip", str(tmp_path / "clip"))
     scores = [s["score"] for s in json.loads((tmp_path / "out" / "scores.json").read_text())]
@@ -322,8 +322,8 @@ def test_mistakes_in_training_are_told_in_a_line(
     toy = ["toy", "--out", str(tmp_path / "out")]
     dvae, transformer = train_dvae.main, train_transformer.main
     for main, presets in (
-        (dvae, "toy, toy-settle, small, paper"),
-        (transformer, "toy, toy-half, small, base, 1b"),
+        (dvae, "toy, toy-finetune, small, paper"),
+        (transformer, "toy, toy-128, small, base, 1b"),
     ):
         line = refused(main, ["huge", *toy[1:]], capsys)
         assert f"no preset 'huge'; there are: {presets}" in line

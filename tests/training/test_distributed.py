@@ -13,7 +13,7 @@ import torch
 
 from dalle1.training import distributed
 from dalle1.training.engines.deepspeed import deepspeed_config
-from dalle1.training.loop import RunConfig
+from dalle1.training.loop import TrainConfig
 from dalle1.training.trainer import engine_for
 
 
@@ -23,8 +23,8 @@ def test_one_process_is_all_there_is() -> None:
     x = torch.ones(2, 3, requires_grad=True)
     assert distributed.gather(x) is x
     assert distributed.mean(x) is x
-    assert distributed.anyone(True)
-    assert not distributed.anyone(False)
+    assert distributed.any_rank(True)
+    assert not distributed.any_rank(False)
     distributed.barrier()
     distributed.stop()
 
@@ -63,13 +63,13 @@ def test_settings_that_would_be_ignored_are_refused(
     tmp_path: Path, changes: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        RunConfig(out=tmp_path, **changes)
+        TrainConfig(out=tmp_path, **changes)
 
 
 def test_a_batch_is_shared_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"batch_size is 8, expected a multiple of .* 3 × 2"):
-        engine_for(torch.nn.Linear(1, 1), RunConfig(out=tmp_path, batch_size=8, accumulate=2))
+        engine_for(torch.nn.Linear(1, 1), TrainConfig(out=tmp_path, batch_size=8, accumulate=2))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_config_of_ones_own_is_honoured_or_refused(
         given = {"zero_optimization": {"stage": 2}, **given}
     path.write_text(json.dumps(given))
     with pytest.raises(ValueError, match=complaint):
-        deepspeed_config(RunConfig(out=tmp_path, deepspeed=path))
+        deepspeed_config(TrainConfig(out=tmp_path, deepspeed=path))
 
 
 def test_a_config_of_ones_own_goes_to_deepspeed_as_it_is(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_config_of_ones_own_goes_to_deepspeed_as_it_is(tmp_path: Path) -> None
     }
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(given))
-    got = deepspeed_config(RunConfig(out=tmp_path, deepspeed=path, accumulate=4, batch_size=16))
+    got = deepspeed_config(TrainConfig(out=tmp_path, deepspeed=path, accumulate=4, batch_size=16))
     filled = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
     assert got == {**given, **filled, "gradient_clipping": 4.0}
 
@@ -125,7 +125,7 @@ def test_torch_updates_what_a_config_of_ones_own_offloads(tmp_path: Path) -> Non
     path = tmp_path / "mine.json"
     sharing = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     path.write_text(json.dumps({"zero_optimization": sharing}))
-    got = deepspeed_config(RunConfig(out=tmp_path, deepspeed=path))
+    got = deepspeed_config(TrainConfig(out=tmp_path, deepspeed=path))
     assert got["zero_optimization"] == sharing
     assert got["zero_force_ds_cpu_optimizer"] is False
 

@@ -14,12 +14,12 @@ from torch import nn
 from dalle1.devices import keep_freed_memory
 from dalle1.training import distributed
 from dalle1.training.interrupts import advice, training
-from dalle1.training.loop import RunConfig
+from dalle1.training.loop import TrainConfig
 from dalle1.training.trainer import Trainer
 
 
-def config_for(out: Path) -> RunConfig:
-    return RunConfig(out=out, device="cpu", precision="fp32")
+def config_for(out: Path) -> TrainConfig:
+    return TrainConfig(out=out, device="cpu", precision="fp32")
 
 
 def test_before_the_first_step_there_is_nothing_to_save(
@@ -68,13 +68,13 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path, error: Exception) -> N
     expected = r"out of memory.*--accumulate 2 \(32 samples at once now\).*--zero 1"
     with (
         pytest.raises(ValueError, match=expected),
-        advice(RunConfig(out=tmp_path, device="cpu")),
+        advice(TrainConfig(out=tmp_path, device="cpu")),
     ):
         raise error
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="another"), advice(RunConfig(out=tmp_path)):
+    with pytest.raises(RuntimeError, match="another"), advice(TrainConfig(out=tmp_path)):
         raise RuntimeError("another")
 
 

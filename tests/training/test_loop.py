@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint
 from dalle1.training.logging import Progress
-from dalle1.training.loop import RunConfig, fit
+from dalle1.training.loop import TrainConfig, fit
 from dalle1.training.schedules import cosine, warmup_cosine
 from dalle1.training.trainer import Trainer, step_generator
 
@@ -39,7 +39,7 @@ def squared_error(
     return SquaredError(total=error.mean(), largest=error.max())
 
 
-def run_config(out: Path, **changes: Any) -> RunConfig:
+def run_config(out: Path, **changes: Any) -> TrainConfig:
     plain: dict[str, Any] = {
         "steps": 12,
         "batch_size": 4,
@@ -53,7 +53,7 @@ def run_config(out: Path, **changes: Any) -> RunConfig:
         "validate_every": 5,
         "save_every": 3,
     }
-    return RunConfig(out=out, **{**plain, **changes})
+    return TrainConfig(out=out, **{**plain, **changes})
 
 
 def batch_at(step: int) -> dict[str, Tensor]:
@@ -414,7 +414,7 @@ def test_log_drops_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
 )
 def test_impossible_settings_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is '?{value}'?, expected"):
-        RunConfig(out=Path("out"), **{name: value})
+        TrainConfig(out=Path("out"), **{name: value})
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

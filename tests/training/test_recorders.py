@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle1.training.logging import Progress
-from dalle1.training.loop import RunConfig, fit
+from dalle1.training.loop import TrainConfig, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ def train(out: Path, **changes: Any) -> None:
         return Total(total=(model(batch["x"]) - step).square().mean())
 
     plain = {"steps": 12, "batch_size": 4, "log_every": 1, "validate_every": 5, "save_every": 3}
-    config = RunConfig(out=out, device="cpu", precision="fp32", **{**plain, **changes})
+    config = TrainConfig(out=out, device="cpu", precision="fp32", **{**plain, **changes})
     validate = {"validate": lambda model, step: {"weight": float(model.weight)}}
     fit(nn.Linear(1, 1), loss, stream, config, save_model=lambda *_: None, **validate)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.training import resblocks
-from dalle1.training.loop import RunConfig
+from dalle1.training.loop import TrainConfig
 from dalle1.training.scaling import (
     BACKOFF,
     FIRST,
@@ -246,7 +246,9 @@ def test_a_transformer_learns_in_fp16_on_a_gpu(tmp_path: Path) -> None:
     )
     torch.manual_seed(0)
     model = Transformer(size).cuda()
-    config = RunConfig(out=tmp_path, batch_size=4, precision="fp16", device="cuda", warmup_steps=1)
+    config = TrainConfig(
+        out=tmp_path, batch_size=4, precision="fp16", device="cuda", warmup_steps=1
+    )
     trainer = Trainer(model, config, resblocks.prepare(model, checkpointing=True, scaling=True))
     draw = torch.Generator().manual_seed(0)
     text = torch.randint(10, (4, 4), generator=draw).cuda()

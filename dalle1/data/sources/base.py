@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.skipped import LeftOut
+from dalle1.data.skipped import SkippedSample
 
 ENDLESS = 1 << 30
 """From this length on a source has fresh pairs for ever: read in order, shuffled by nature."""
@@ -34,7 +34,7 @@ class CaptionSource(Protocol):
 class PairSource(CaptionSource, Protocol):
     """What a training reads from: captions and their pictures.
 
-    Raises: Unusable from either, where a pair is damaged or not wanted.
+    Raises: BadSample from either, where a pair is damaged or not wanted.
     """
 
     def image(self, index: int) -> Image.Image:
@@ -60,7 +60,7 @@ def name_of(source: CaptionSource, index: int) -> str:
     return name(index) if name else f"pair {index}"
 
 
-def left_out_of(source: CaptionSource) -> list[LeftOut]:
+def left_out_of(source: CaptionSource) -> list[SkippedSample]:
     """Give what a source left out when it was opened."""
     return getattr(source, "left_out", [])
 
@@ -100,7 +100,7 @@ def _fraction(weights: tuple[float, ...]) -> Fraction:
     return exact[0] / sum(exact)
 
 
-class Joined:
+class Mixture:
     """Several sources as one: one after another, or each with its share of what is read.
 
     Args:
@@ -151,14 +151,14 @@ class Joined:
 
 def pair_at(source: CaptionSource, position: int, seed: int) -> int:
     """Give the index of the pair at a position of the endless stream of a source."""
-    if isinstance(source, Joined):
+    if isinstance(source, Mixture):
         return source.index_at(position, seed)
     return index_at(position, len(source), seed)
 
 
 def any_pair(source: CaptionSource, rng: random.Random) -> int:
     """Give the index of any pair of a source, to stand in for an unusable one."""
-    return source.draw(rng) if isinstance(source, Joined) else rng.randrange(len(source))
+    return source.draw(rng) if isinstance(source, Mixture) else rng.randrange(len(source))
 
 
 def split_sources(data: str) -> tuple[list[str], list[float] | None]:

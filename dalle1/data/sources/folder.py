@@ -13,13 +13,13 @@ from PIL import Image
 from dalle1.data.cleaning import (
     CAPTIONS,
     PICTURES,
-    Reading,
+    CleaningConfig,
     as_captions,
     captions_in,
-    draw_caption,
-    read_picture,
+    read_image,
+    sample_caption,
 )
-from dalle1.data.skipped import LeftOut, Unusable
+from dalle1.data.skipped import BadSample, SkippedSample
 from dalle1.data.sources.base import part
 
 LISTS = ("captions.csv", "captions.jsonl")
@@ -42,11 +42,11 @@ class Folder:
         path: Path,
         split: str = "train",
         captions: bool = True,
-        reading: Reading | None = None,
+        reading: CleaningConfig | None = None,
         detail: int = 0,
     ) -> None:
-        self.reading, self.detail, self.captions = reading or Reading(), detail, captions
-        self.left_out: list[LeftOut] = []
+        self.reading, self.detail, self.captions = reading or CleaningConfig(), detail, captions
+        self.left_out: list[SkippedSample] = []
         self.listed: dict[Path, list[str]] = {}
         lists = [path / name for name in LISTS if (path / name).is_file()]
         if lists and captions:
@@ -73,14 +73,14 @@ class Folder:
                 paired.append(picture)
             else:
                 why = "there is no .txt or .json beside it"
-                self.left_out.append(LeftOut("no caption", str(picture), why))
+                self.left_out.append(SkippedSample("no caption", str(picture), why))
         return paired
 
     def _read_list(self, path: Path) -> list[Path]:
         rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
         for where, row in rows:
-            if isinstance(row, Unusable):
-                self.left_out.append(LeftOut.because(row, where))
+            if isinstance(row, BadSample):
+                self.left_out.append(SkippedSample.because(row, where))
                 continue
             picture = path.parent / row[0]
             if picture in self.listed:
@@ -89,7 +89,7 @@ class Folder:
                 self.listed[picture] = list(row[1])
             else:
                 why = f"{where} names it, and it is not there"
-                self.left_out.append(LeftOut("no picture", str(picture), why))
+                self.left_out.append(SkippedSample("no picture", str(picture), why))
         return list(self.listed)
 
     def __len__(self) -> int:
@@ -101,23 +101,23 @@ class Folder:
     def caption(self, index: int, rng: random.Random) -> str:
         picture = self.pictures[index]
         if picture in self.listed:
-            return draw_caption(self.listed[picture], str(picture), self.reading, rng)
+            return sample_caption(self.listed[picture], str(picture), self.reading, rng)
         path = caption_file(picture)
         if path is None:
-            raise Unusable("no caption", "its caption is gone", str(picture))
+            raise BadSample("no caption", "its caption is gone", str(picture))
         captions = captions_in(_content(path), path.suffix, str(path))
-        return draw_caption(captions, str(path), self.reading, rng)
+        return sample_caption(captions, str(path), self.reading, rng)
 
     def image(self, index: int) -> Image.Image:
         path = self.pictures[index]
-        return read_picture(_content(path), str(path), self.reading, self.detail)
+        return read_image(_content(path), str(path), self.reading, self.detail)
 
 
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Unusable("unreadable file", f"{error}", str(path)) from error
+        raise BadSample("unreadable file", f"{error}", str(path)) from error
 
 
 def caption_file(picture: Path) -> Path | None:
@@ -130,7 +130,7 @@ Row = tuple[str, list[str]]
 """A picture's file and its captions."""
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Row | Unusable]]:
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row | BadSample]]:
     """Yield where each row is, and what it says."""
     # What is no UTF-8 becomes surrogates, so that one bad row does not cost the others.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -147,14 +147,14 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row | Unusable]]:
             yield f"{path}:{lines.line_num}", _row(line[name], line[text])
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | Unusable]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | BadSample]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path}:{number}", _object_row(line)
 
 
-def _object_row(line: str) -> Row | Unusable:
+def _object_row(line: str) -> Row | BadSample:
     try:
         found = json.loads(line)
         if not isinstance(found, dict):
@@ -165,16 +165,16 @@ def _object_row(line: str) -> Row | Unusable:
         )
         return _row(name, text)
     except (ValueError, RecursionError) as error:
-        return Unusable("damaged captions", f"{error}")
+        return BadSample("damaged captions", f"{error}")
 
 
-def _row(name: object, text: object) -> Row | Unusable:
+def _row(name: object, text: object) -> Row | BadSample:
     if not isinstance(name, str) or not name:
-        return Unusable("no picture", "it names no file")
+        return BadSample("no picture", "it names no file")
     try:
         captions = as_captions(text or [])
     except ValueError as error:
-        return Unusable("damaged captions", f"{error}", name)
+        return BadSample("damaged captions", f"{error}", name)
     if any("\udc80" <= letter <= "\udcff" for caption in [name, *captions] for letter in caption):
-        return Unusable("caption not UTF-8", "it holds bytes that are no UTF-8")
+        return BadSample("caption not UTF-8", "it holds bytes that are no UTF-8")
     return name, captions

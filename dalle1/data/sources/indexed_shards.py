@@ -15,19 +15,19 @@ from PIL import Image
 from dalle1.data.cleaning import (
     CAPTIONS,
     PICTURES,
-    Reading,
+    CleaningConfig,
     captions_in,
-    draw_caption,
-    read_picture,
+    read_image,
+    sample_caption,
 )
-from dalle1.data.skipped import LeftOut, ShardLosses, ShardRead, Unusable
+from dalle1.data.skipped import BadSample, ShardLosses, ShardRead, SkippedSample
 from dalle1.data.sources.base import part
 
 Span = tuple[int, int]
 """Offset and size in bytes of a file within a shard."""
 
 
-class Shards:
+class IndexedShards:
     """Local shards in img2dataset's layout: `KEY.jpg` (png, webp, gif), `KEY.txt` or `KEY.json`.
 
     A pair takes 48 bytes of memory, whatever its key.
@@ -44,11 +44,11 @@ class Shards:
         shards: Sequence[Path],
         split: str = "train",
         captions: bool = True,
-        reading: Reading | None = None,
+        reading: CleaningConfig | None = None,
         detail: int = 0,
     ) -> None:
-        self.shards, self.reading, self.detail = shards, reading or Reading(), detail
-        self.left_out: list[LeftOut] = []
+        self.shards, self.reading, self.detail = shards, reading or CleaningConfig(), detail
+        self.left_out: list[SkippedSample] = []
         self.shards_read: list[ShardRead] = []
         rows: list[tuple[int, ...]] = []
         for number, shard in enumerate(shards):
@@ -81,7 +81,7 @@ class Shards:
                 kept += 1
                 yield (number, *picture, *files.get(suffix, (0, 0)), kind)
             elif not (damage and i == len(samples) - 1):  # else it is what was cut off
-                self.left_out.append(LeftOut.because(lacking, f"{key} in {shard}"))
+                self.left_out.append(SkippedSample.because(lacking, f"{key} in {shard}"))
         met = kept + len(self.left_out) - before
         self.shards_read.append(ShardRead(str(shard), met, not damage))
 
@@ -102,34 +102,34 @@ class Shards:
         try:
             return read_member(self.shards[number], (offset, size))
         except OSError as error:
-            raise Unusable("unreadable file", f"{error}", str(self.shards[number])) from error
+            raise BadSample("unreadable file", f"{error}", str(self.shards[number])) from error
 
     def caption(self, index: int, rng: random.Random) -> str:
         suffix = CAPTIONS[self.entries[index][5]]
         with self._naming(index):
             captions = captions_in(self._read(index, 3), suffix, "")
-            return draw_caption(captions, "", self.reading, rng)
+            return sample_caption(captions, "", self.reading, rng)
 
     def image(self, index: int) -> Image.Image:
         with self._naming(index):
-            return read_picture(self._read(index, 1), "", self.reading, self.detail)
+            return read_image(self._read(index, 1), "", self.reading, self.detail)
 
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
         """Name the pair in errors alone, since to look its name up is another reading."""
         try:
             yield
-        except Unusable as error:
-            raise Unusable(error.cause, error.why, error.where or self.name(index)) from error
+        except BadSample as error:
+            raise BadSample(error.cause, error.why, error.where or self.name(index)) from error
 
 
-def lacks(files: Mapping[str, Any], captions: bool) -> Unusable | None:
+def lacks(files: Mapping[str, Any], captions: bool) -> BadSample | None:
     """Say what the files of a sample, by suffix, lack to be a pair."""
     given = ", ".join(files)
     if not any(suffix in files for suffix in PICTURES):
-        return Unusable("no picture", f"there is only {given}")
+        return BadSample("no picture", f"there is only {given}")
     if captions and not any(suffix in files for suffix in CAPTIONS):
-        return Unusable("no caption", f"there is only {given}")
+        return BadSample("no caption", f"there is only {given}")
     return None
 
 
@@ -162,7 +162,7 @@ def members(
                 yield folder + slash + stem, dot + suffix.lower(), member, tar
 
 
-def index_shard(shard: Path) -> tuple[dict[str, dict[str, Span]], LeftOut | None]:
+def index_shard(shard: Path) -> tuple[dict[str, dict[str, Span]], SkippedSample | None]:
     """Find the samples of a .tar shard, by key, each as suffix → span; and what damage it has."""
     samples: dict[str, dict[str, Span]] = {}
     try:
@@ -175,7 +175,7 @@ def index_shard(shard: Path) -> tuple[dict[str, dict[str, Span]], LeftOut | None
                     samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         cause = "shard cut short" if samples else "unreadable shard"
-        return samples, LeftOut(cause, str(shard), f"{error}")
+        return samples, SkippedSample(cause, str(shard), f"{error}")
     return samples, None
 
 
@@ -186,5 +186,5 @@ def read_member(shard: Path, span: Span) -> bytes:
         return file.read(span[1])
 
 
-def _told(left_out: LeftOut) -> str:
+def _told(left_out: SkippedSample) -> str:
     return f"{left_out.where} ({left_out.cause}: {left_out.why})"

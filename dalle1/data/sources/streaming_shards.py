@@ -20,12 +20,12 @@ from PIL import Image
 from dalle1.data.cleaning import (
     CAPTIONS,
     PICTURES,
-    Reading,
+    CleaningConfig,
     captions_in,
-    draw_caption,
-    read_picture,
+    read_image,
+    sample_caption,
 )
-from dalle1.data.skipped import FEW_SHARDS, LOST, LeftOut, ShardLosses, ShardRead, Unusable
+from dalle1.data.skipped import FEW_SHARDS, LOST, BadSample, ShardLosses, ShardRead, SkippedSample
 from dalle1.data.sources.base import turn
 from dalle1.data.sources.indexed_shards import lacks, members
 
@@ -45,7 +45,7 @@ class Pair:
 
     files: Mapping[str, bytes]
     where: str
-    reading: Reading
+    reading: CleaningConfig
     detail: int
 
     def __len__(self) -> int:
@@ -57,18 +57,18 @@ class Pair:
     def caption(self, index: int, rng: random.Random) -> str:
         suffix = next(suffix for suffix in CAPTIONS if suffix in self.files)
         captions = captions_in(self.files[suffix], suffix, self.where)
-        return draw_caption(captions, self.where, self.reading, rng)
+        return sample_caption(captions, self.where, self.reading, rng)
 
     def image(self, index: int) -> Image.Image:
         content = next(self.files[suffix] for suffix in PICTURES if suffix in self.files)
-        return read_picture(content, self.where, self.reading, self.detail)
+        return read_image(content, self.where, self.reading, self.detail)
 
 
-Found = Pair | LeftOut | ShardRead
+Found = Pair | SkippedSample | ShardRead
 """What a shard gives: pairs, what is damaged, and what was read of it."""
 
 
-class Streamed:
+class StreamingShards:
     """Groups of shards, by URL or path, read front to back.
 
     Of each group's last shard, every 20th sample, at most 512, is kept to validate on.
@@ -84,15 +84,15 @@ class Streamed:
         weights: Sequence[float] | None = None,
         split: str = "train",
         captions: bool = True,
-        reading: Reading | None = None,
+        reading: CleaningConfig | None = None,
         detail: int = 0,
     ) -> None:
         self.groups, self.weights = groups, list(weights or [1.0])
         self.split, self.captions = split, captions
-        self.reading, self.detail = reading or Reading(), detail
+        self.reading, self.detail = reading or CleaningConfig(), detail
         self.pictures = True
 
-    def without_pictures(self) -> Streamed:
+    def without_pictures(self) -> StreamingShards:
         """Give the same stream with empty pictures, which takes no memory for them."""
         other = copy(self)
         other.pictures = False
@@ -109,7 +109,7 @@ class Streamed:
             if number < first or (last and self._is_others(number)):
                 continue
             if lacking:
-                yield number, LeftOut.because(lacking, f"{key} in {url}" if key else url)
+                yield number, SkippedSample.because(lacking, f"{key} in {url}" if key else url)
             else:
                 yield number, Pair(files, f"{key} in {url}", self.reading, self.detail)
         if end >= first:
@@ -119,7 +119,7 @@ class Streamed:
         held = number % 20 == 19 and number < 20 * 512
         return {"train": held, "validation": not held}.get(self.split, False)
 
-    def _samples(self, url: str) -> Iterator[tuple[str, dict[str, bytes], Unusable | None]]:
+    def _samples(self, url: str) -> Iterator[tuple[str, dict[str, bytes], BadSample | None]]:
         """Yield key, files and what they lack; at the end, what cut the shard short, if it was."""
         key, files, damage = "", dict[str, bytes](), None
         try:
@@ -137,13 +137,13 @@ class Streamed:
                     pass
         except (tarfile.TarError, OSError, EOFError) as error:
             cause = "shard cut short" if key else "unreadable shard"
-            damage = Unusable(cause, f"{error}")
+            damage = BadSample(cause, f"{error}")
         if files and not (damage and lacks(files, self.captions)):  # else it is what was cut off
             yield key, files, lacks(files, self.captions)
         if damage:
             yield "", {}, damage
 
-    def held_out(self) -> Iterator[Pair | LeftOut]:
+    def held_out(self) -> Iterator[Pair | SkippedSample]:
         """Yield the pairs to validate on: of the groups' last shards."""
         for group in self.groups:
             found = False
@@ -151,13 +151,15 @@ class Streamed:
                 found = found or isinstance(pair, Pair)
                 yield pair
             if not found:  # too few to spare any
-                whole = Streamed([group], None, "encode", self.captions, self.reading, self.detail)
+                whole = StreamingShards(
+                    [group], None, "encode", self.captions, self.reading, self.detail
+                )
                 yield from whole._in(group[-1])
 
-    def _in(self, url: str) -> Iterator[Pair | LeftOut]:
+    def _in(self, url: str) -> Iterator[Pair | SkippedSample]:
         yield from (found for _, found in self.shard(url) if not isinstance(found, ShardRead))
 
-    def once(self) -> Iterator[Pair | LeftOut]:
+    def once(self) -> Iterator[Pair | SkippedSample]:
         """Yield every sample once, in the order of the shards."""
         for group in self.groups:
             for url in group:
@@ -193,12 +195,12 @@ class Streamed:
         losses = ShardLosses(self.reading.max_bad_fraction)
         empty = 0  # shards in a row, about: a reader may have few, and others the good ones
         while True:
-            found, reason = False, LeftOut("no picture", group[0], "the shards are empty")
+            found, reason = False, SkippedSample("no picture", group[0], "the shards are empty")
             for block in self._blocks(group, epoch, reader, readers, seed, first, offset):
                 start, pairs, others = block
                 # Where only part of a block is left, those who had the rest were told of these.
                 for other in others if done == 0 else ():
-                    if isinstance(other, LeftOut):
+                    if isinstance(other, SkippedSample):
                         reason = other
                     else:  # here, too, since where nothing can be read no batch is ever full
                         losses.add([other])
@@ -224,10 +226,10 @@ class Streamed:
         seed: str,
         first: int,
         offset: int,
-    ) -> Iterator[tuple[tuple[int, int], list[Pair], list[LeftOut | ShardRead]]]:
+    ) -> Iterator[tuple[tuple[int, int], list[Pair], list[SkippedSample | ShardRead]]]:
         """Yield the rest of an epoch in blocks: where each begins, its pairs, and what else is."""
         order = shards_of_reader(len(group), reader, readers, f"{seed}/{epoch}")
-        start, pairs, others = (first, offset), list[Pair](), list[LeftOut | ShardRead]()
+        start, pairs, others = (first, offset), list[Pair](), list[SkippedSample | ShardRead]()
         damaged = 0
         for number in range(first, len(order)):
             for at, sample in self.shard(group[order[number]], offset):
@@ -235,7 +237,7 @@ class Streamed:
                     pairs.append(sample)
                 else:
                     others.append(sample)
-                    damaged += isinstance(sample, LeftOut)
+                    damaged += isinstance(sample, SkippedSample)
                 if len(pairs) == BLOCK or damaged == FEW_SHARDS:
                     yield start, pairs, others
                     start, pairs, others, damaged = (number, at + 1), [], [], 0

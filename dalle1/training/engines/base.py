@@ -26,7 +26,7 @@ from dalle1.storage import write_tensors
 from dalle1.training import distributed
 
 if TYPE_CHECKING:
-    from dalle1.training.loop import RunConfig
+    from dalle1.training.loop import TrainConfig
     from dalle1.training.trainer import Loss, Scales
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,7 +75,7 @@ class Engine(ABC, Generic[Model]):
     together = False
     sharded = False
 
-    def __init__(self, model: Model, config: RunConfig) -> None:
+    def __init__(self, model: Model, config: TrainConfig) -> None:
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
@@ -255,7 +255,7 @@ class Engine(ABC, Generic[Model]):
             yield copy.deepcopy(self.form, {**filled, **shared}).eval()
 
 
-def samples_at_once(config: RunConfig) -> int:
+def samples_at_once(config: TrainConfig) -> int:
     """Give the size of the parts that a process computes with; ValueError where none fits."""
     parts = config.accumulate * distributed.world_size()
     if config.batch_size % parts:
@@ -302,7 +302,7 @@ def layer_matrices(model: nn.Module) -> list[Tensor]:
     return matrices
 
 
-def muon(model: nn.Module, config: RunConfig) -> torch.optim.Muon:
+def muon(model: nn.Module, config: TrainConfig) -> torch.optim.Muon:
     """Make the optimizer of the layers' matrices, whose steps are as large as AdamW's would be."""
     return torch.optim.Muon(
         layer_matrices(model),
@@ -312,7 +312,7 @@ def muon(model: nn.Module, config: RunConfig) -> torch.optim.Muon:
     )
 
 
-def adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Make the optimizer of all engines, for all that Muon does not move."""
     moved = {id(p) for p in layer_matrices(model)} if config.optimizer == "muon" else set()
     decaying, others = (
@@ -334,7 +334,7 @@ def adamw(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 class Plain(Engine[Model]):
     """Torch alone: every process has a copy of everything, and gradients are averaged."""
 
-    def __init__(self, model: Model, config: RunConfig, scales: Scales | None = None) -> None:
+    def __init__(self, model: Model, config: TrainConfig, scales: Scales | None = None) -> None:
         super().__init__(model, config)
         self.scales = scales
         self.optimizer = adamw(model, config)

@@ -34,7 +34,7 @@ from dalle1.training.engines.base import (
 )
 
 if TYPE_CHECKING:
-    from dalle1.training.loop import RunConfig
+    from dalle1.training.loop import TrainConfig
     from dalle1.training.trainer import Loss
 
 PASSED_ON = {
@@ -43,7 +43,7 @@ PASSED_ON = {
     *("prescale_gradients", "steps_per_print", "wall_clock_breakdown", "zero_optimization"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
 }
-"""What a config of one's own may say, beside what `RunConfig` says, too, and then the same."""
+"""What a config of one's own may say, beside what `TrainConfig` says, too, and then the same."""
 
 _OFFLOAD = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
 
@@ -65,7 +65,7 @@ WITHIN = {
 """What may be said within these. Other ways to share out have no pieces to write, or are ours."""
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """Give what DeepSpeed is to do, by flags or by a file; ValueError for what would be lost."""
     known: dict[str, Any] = {
         "train_batch_size": config.batch_size,
@@ -170,7 +170,7 @@ def _deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def stage_of(config: RunConfig) -> int:
+def stage_of(config: TrainConfig) -> int:
     """Give the stage of ZeRO: 0 to 3."""
     if config.deepspeed is None:
         return config.zero
@@ -178,7 +178,7 @@ def stage_of(config: RunConfig) -> int:
 
 
 @contextmanager
-def partitioned(config: RunConfig) -> Iterator[None]:
+def partitioned(config: TrainConfig) -> Iterator[None]:
     """Make models of which each process keeps its part of every weight, where that is asked for.
 
     A module's weights are taken apart as soon as its own __init__ is through: it has to give them
@@ -198,7 +198,7 @@ class Zero(Engine[Model]):
 
     sharded = True
 
-    def __init__(self, model: Model, config: RunConfig) -> None:
+    def __init__(self, model: Model, config: TrainConfig) -> None:
         settings = deepspeed_config(config)
         self.stage = int(settings["zero_optimization"]["stage"])
         self.together = self.stage == 3
