@@ -107,7 +107,7 @@ def stages(config: ToyConfig) -> list[Stage]:
     judge = config.out / "judge.safetensors"
     scenes, dvae = ["--data", str(out["scenes"])], ["--dvae", str(out["settle"])]
     shards = -(-config.scenes // SHARD)
-    draw = ["-m", "dalle1.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
+    draw = ["-m", "dalle1.commands.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
     draw += ["--shard-size", str(SHARD), "--processes", str(min(shards, os.cpu_count() or 1))]
     judging = [*shlex.split(config.judge), "--out", str(judge)]
     steps = parse(JudgeOptions, judging, "").steps

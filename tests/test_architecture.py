@@ -27,6 +27,7 @@ LAYERS = [
     ["dalle1.training.*", "dalle1.sampling.*"],
     ["dalle1.tasks.*", "dalle1.pipeline"],
     ["dalle1", "dalle1.evaluation.*", "dalle1.export", "dalle1.outputs", "dalle1.planner"],
+    ["dalle1.commands.*"],
 ]
 SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers
 
@@ -168,6 +169,18 @@ def check_dvae_stands_alone(root: Path) -> list[str]:
     ]
 
 
+def check_toybox_stands_alone(root: Path) -> list[str]:
+    """Toybox imports nothing else of dalle1."""
+    known = modules(root)
+    return [
+        f"{name}:{line} imports {target}, but dalle1.toybox stands alone"
+        for name in known
+        if name.startswith("dalle1.toybox")
+        for target, line, _ in imports_of(name, known)
+        if target.split(".")[0] in ("dalle1", "dvae") and not target.startswith("dalle1.toybox")
+    ]
+
+
 def check_deepspeed_has_one_door(root: Path) -> list[str]:
     """Only dalle1/training/engines/deepspeed.py imports deepspeed."""
     known = modules(root)
@@ -217,6 +230,7 @@ CHECKS = [
     check_packages,
     check_cycles,
     check_dvae_stands_alone,
+    check_toybox_stands_alone,
     check_deepspeed_has_one_door,
     check_names,
     check_sizes,
@@ -301,6 +315,11 @@ VIOLATIONS: list[tuple[Check, dict[str, str], str]] = [
         check_dvae_stands_alone,
         {"dvae/model.py": "def f():\n    import tyro\n"},
         "dvae.model:2 imports tyro, but dvae stands alone",
+    ),
+    (
+        check_toybox_stands_alone,
+        {"dalle1/toybox/scene.py": "def f():\n    from dalle1.files import claim\n"},
+        "dalle1.toybox.scene:2 imports dalle1.files, but dalle1.toybox stands alone",
     ),
     (
         check_deepspeed_has_one_door,

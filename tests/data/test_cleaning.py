@@ -311,7 +311,7 @@ def test_a_dataset_that_is_mostly_damaged_is_refused_at_once() -> None:
 
 
 def test_shards_take_little_memory(tmp_path: Path) -> None:
-    from dalle1.toybox.__main__ import main as write_toybox
+    from dalle1.commands.toybox import main as write_toybox
 
     words = ["--out", str(tmp_path), "--num-scenes", "5", "--size", "32"]
     write_toybox(words)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle1.commands.toybox import main as write_toybox
 from dalle1.data import loader as batches
 from dalle1.data import open_source
 from dalle1.data.check import main as check
@@ -27,7 +28,6 @@ from dalle1.data.sources.base import ENDLESS
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed_shards import IndexedShards
 from dalle1.toybox import Toybox
-from dalle1.toybox.__main__ import main as write_toybox
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 RNG = random.Random(0)

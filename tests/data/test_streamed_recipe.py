@@ -10,9 +10,9 @@ import pytest
 import train_clip
 import train_dvae
 import train_transformer
+from dalle1.commands.toybox import main as write_toybox
 from dalle1.data import encoded as codes
 from dalle1.data.check import main as check
-from dalle1.toybox.__main__ import main as write_toybox
 
 RUN = ["--steps", "3", "--batch-size", "4", "--device", "cpu", "--log-every", "1"]
 TINY_DVAE = [

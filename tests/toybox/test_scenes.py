@@ -1,16 +1,11 @@
 """Toybox: the scenes keep their promises, the captions tell the truth, the pictures differ."""
 
 import dataclasses
-import io
 import itertools
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
-import tarfile
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -40,7 +35,6 @@ from dalle1.toybox import (
     render,
     sample_scene,
 )
-from dalle1.toybox.__main__ import main
 
 # The words
 
@@ -247,105 +241,6 @@ def test_a_seed_moves_the_texture_and_keeps_the_shape() -> None:
     one, other = (pixels(alone("zebra", "mug", seed=seed)) for seed in (1, 2))
     assert np.abs(one - other).mean() > 2
     assert (one[0] == other[0]).all()
-
-
-# The shards
-
-
-def test_shards_have_the_usual_layout_and_the_same_bytes_twice(tmp_path: Path) -> None:
-    arguments = ["--num-scenes", "5", "--size", "32", "--shard-size", "3", "--seed", "4"]
-    for folder in ("one", "two"):
-        main(["--out", str(tmp_path / folder), *arguments])
-    shards = sorted((tmp_path / "one").glob("*.tar"))
-    assert [shard.name for shard in shards] == ["00000.tar", "00001.tar"]
-    for shard in shards:
-        assert shard.read_bytes() == (tmp_path / "two" / shard.name).read_bytes()
-    world = Toybox(size=32, seed=4)
-    with tarfile.open(shards[1]) as tar:
-        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-    keys = ["000010000", "000010001"]
-    assert sorted(files) == [f"{key}.{kind}" for key in keys for kind in ("json", "png", "txt")]
-    facts = json.loads(files["000010000.json"])
-    assert files["000010000.txt"].decode() == facts["caption"] == world.caption(3)
-    assert Scene.from_dict(facts["scene"]) == world.scene(3)
-    picture = Image.open(io.BytesIO(files["000010000.png"]))
-    assert picture.tobytes() == world[3][0].tobytes()
-
-
-def test_writing_goes_on_after_the_last_whole_shard(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--num-scenes", "5", "--size", "32", "--shard-size", "2", "--captions", "6"]
-    for folder, more in (("whole", []), ("cut", ["--processes", "2"])):
-        main(["--out", str(tmp_path / folder), *arguments, *more])
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    (cut / "00001.tar").unlink()
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        left = cut / f".00001.tar.{gone.pid}.partial"
-    left.write_bytes(b"half")
-    others = cut / f".00001.tar.{os.getppid()}.partial"  # of a process that is still there
-    others.write_bytes(b"half")
-    untouched = (cut / "00000.tar").stat().st_mtime_ns
-    for _ in range(2):  # the second finds all there
-        main(["--out", str(cut), *arguments])
-    assert (cut / "00000.tar").stat().st_mtime_ns == untouched
-    assert (left.exists(), others.exists()) == (False, True)
-    for shard in whole.glob("*.tar"):
-        assert shard.read_bytes() == (cut / shard.name).read_bytes()
-    with tarfile.open(whole / "00000.tar") as tar:
-        captions = tar.extractfile("000000000.txt").read().decode().split("\n")  # type: ignore[union-attr]
-    assert captions[0] == Toybox(size=32).caption(0)
-    assert len(captions) == len(set(captions)) > 2
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(["--out", str(cut), *arguments, "--size", "48"])
-    assert "holds results of other settings (size differ)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_all_processes_end_with_the_first(number: int, code: int, tmp_path: Path) -> None:
-    words = ["--out", str(tmp_path), "--num-scenes", "4000", "--size", "32", "--processes", "2"]
-    command = [sys.executable, "-m", "dalle1.toybox", *words]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as first:
-        while first.poll() is None and len(list(tmp_path.glob("*.partial"))) < 2:
-            time.sleep(0.02)
-        first.send_signal(number)
-        said = first.communicate(timeout=20)[1]  # till the last of them has closed it
-    assert first.returncode == code
-    assert "Traceback" not in said
-    assert not list(tmp_path.glob("*.tar"))
-
-
-def test_ctrl_c_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dalle1.toybox.__main__.encode_sample", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        main(["--out", str(tmp_path), "--num-scenes", "1", "--size", "32"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--size", "3"], "got size 3"),
-        (["--num-scenes", "0"], "got num_scenes 0"),
-        (["--num-scenes", "1", "--shard-size", "0"], "got shard_size 0"),
-        (["--num-scenes", "1", "--out", "{file}/below"], "Not a directory"),
-    ],
-)
-def test_the_command_says_what_is_wrong_in_one_line(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    given = [argument.format(file=file) for argument in arguments]
-    with pytest.raises(SystemExit, match="2"):
-        main(["--out", str(tmp_path / "out"), *given])
-    message = capsys.readouterr().err.strip()
-    assert said in message
-    assert "\n" not in message
 
 
 # The mistakes

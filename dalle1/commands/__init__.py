@@ -1,0 +1,1 @@
+"""Bodies of the subcommands of `dalle1`."""
