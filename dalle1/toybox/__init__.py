@@ -1,9 +1,9 @@
-"""Toybox: a captioned picture world that the program draws itself.
+"""Toybox: a procedurally rendered dataset of captioned images.
 
-It exists so that everything here can be tried, taught, tested and measured with no download: an
-endless supply of pictures of things (armchairs, teapots, snails) made of other things (avocado,
-brick, galaxy), with true captions, and a tenth of all combinations kept back, among them the
-avocado armchair, to see whether a trained model can compose what it has never seen.
+It needs no download and never ends: images of objects (armchairs, teapots, snails) made of other
+things (avocado, brick, galaxy), with captions that are always true. A tenth of all combinations,
+the avocado armchair among them, is held out of training. An evaluation uses the held-out pairs to
+measure whether a model composes combinations that it has never seen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Captions: many ways to say what a scene shows, all of them true.
+"""Captions: many phrasings of what a scene shows, all of them true.
 
-A plain picture's caption names each fill and each noun. The plainest, "a red cube", is the most
-frequent; the others teach that an avocado armchair is also an armchair in the shape of an avocado.
-A caption of a picture in a style may leave the fill out.
+The caption of an unstyled image names each fill and each noun. The plainest, "a red cube", is the
+most frequent; the others teach that an avocado armchair is also an armchair in the shape of an
+avocado. The caption of a styled image may omit the fill.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dalle1.toybox.phrases import (
     FOOD,
     NUMBERS,
     PHRASES,
-    PICTURES,
     PLURALS,
     SIZE_WORDS,
     STYLE_ADJECTIVES,
     STYLE_PHRASES,
     SYNONYMS,
+    WRAPPERS,
 )
 from dalle1.toybox.scene import Item, Scene
 from dalle1.toybox.vocabulary import COLOURS, FILL_SURVIVES, OPPOSITE
@@ -28,7 +28,7 @@ Items = tuple[Item, ...]
 
 
 def article(words: str) -> str:
-    """Put "a" or "an" before `words`, by the sound they start with."""
+    """Return `words` after "a" or "an", by the sound they start with."""
     vowel = words[0] in "aeio" or words.startswith("umb")
     return f"{'an' if vowel else 'a'} {words}"
 
@@ -45,7 +45,7 @@ def plural(noun: str) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Say what the scene shows in one of many phrasings, lower-case, with commas at most."""
+    """Return one of many captions of the scene, in lower case, punctuated by commas at most."""
     if scene.style is not None:
         words = _styled(scene, rng)
     elif scene.relation is not None:
@@ -58,16 +58,16 @@ def describe(scene: Scene, rng: random.Random) -> str:
         if len(scene.items) == 1 and PHRASES.get(fill) is FOOD and rng.random() < 0.06:
             words += ", " + _thing(scene.items, rng, plain=False, sized=False)
         elif rng.random() < 0.15:
-            words = rng.choice(PICTURES).format(t=words)
+            words = rng.choice(WRAPPERS).format(t=words)
         words = _on_background(scene, rng, words)
     first, _, rest = words.partition(" ")
     return rest if first in ("a", "an") and rng.random() < 0.08 else words
 
 
 def plain_caption(scene: Scene) -> str:
-    """Say what things there are, how many, where and in which style, in as few words as can be.
+    """Return the shortest caption with every object, fill, count, relation and style.
 
-    A fill that does not survive the style is left out.
+    Fills that the style makes unrecognisable are omitted.
     """
     style = scene.style
     parts = []
@@ -105,7 +105,7 @@ def _styled(scene: Scene, rng: random.Random) -> str:
 def _relation(scene: Scene, rng: random.Random, named: bool = True) -> str:
     first, second = scene.groups
     relation = str(scene.relation)
-    if rng.random() < 0.3:  # the same fact, seen from the other thing
+    if rng.random() < 0.3:  # the same relation, seen from the second object
         first, second = second, first
         relation = OPPOSITE[relation]
     sized = rng.random() < 0.6
@@ -114,7 +114,7 @@ def _relation(scene: Scene, rng: random.Random, named: bool = True) -> str:
 
 
 def _where(relation: str, rng: random.Random) -> str:
-    """Word a relation, now and then so that it says less."""
+    """Return words for a relation; a few of them are less specific."""
     chance = rng.random()
     if chance < 0.05:
         return "and"
@@ -134,7 +134,7 @@ def _thing(
     named: bool = True,
     before: str = "",
 ) -> str:
-    """Name one item, or several alike; with its fill if `named`, after the words `before`."""
+    """Return a noun phrase for one item or several alike, with its fill if `named`."""
     item, count = items[0], len(items)
     noun, fill = (_synonym(word, rng) for word in (item.noun, item.fill))
     if count > 1:

@@ -1,4 +1,4 @@
-"""Toybox as a dataset: scene i of a split is always the same, on every machine."""
+"""Toybox as a dataset: scene i of a split is the same on every machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ENDLESS = 2**31 - 1  # the length of a dataset without a limit; the largest that
 
 
 class Toybox:
-    """A map-style dataset of (picture, caption), drawn on the fly.
+    """A map-style dataset of (image, caption), rendered on the fly.
 
     Scene `index` depends on the split, the seed and the index alone, not on `size`, so the same
-    world can be had at any resolution. `num_scenes=None` never ends.
+    scenes can be rendered at any resolution. With `num_scenes=None` the dataset never ends.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Toybox:
             )
         if num_scenes is not None and not 0 < num_scenes <= ENDLESS:
             raise ValueError(
-                f"got num_scenes {num_scenes}, expected 1 to {ENDLESS}: None for an endless world"
+                f"got num_scenes {num_scenes}, expected 1 to {ENDLESS}: None for an endless dataset"
             )
         self.split, self.size, self.seed = split, size, seed
         self.num_scenes = num_scenes
@@ -40,18 +40,18 @@ class Toybox:
         return ENDLESS if self.num_scenes is None else self.num_scenes
 
     def scene(self, index: int) -> Scene:
-        """Return the scene behind picture `index`."""
+        """Return the scene that image `index` shows."""
         if not 0 <= index < len(self):
             raise IndexError(f"got index {index}, expected 0 to {len(self) - 1}")
         return sample_scene(random.Random(f"{self.split}/{self.seed}/{index}"), self.split)
 
     def caption(self, index: int, rng: random.Random | None = None) -> str:
-        """Describe picture `index`, phrased as `rng` has it; without one always alike."""
+        """Return a caption of image `index`; `rng` varies the phrasing, None does not."""
         rng = rng or random.Random(f"{self.split}/{self.seed}/{index}/caption")
         return describe(self.scene(index), rng)
 
     def image(self, index: int) -> Image.Image:
-        """Draw picture `index`, in RGB."""
+        """Render image `index`, in RGB."""
         return render(self.scene(index), self.size)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:

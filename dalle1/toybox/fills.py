@@ -1,11 +1,11 @@
-"""Fills: what the things of Toybox are made of.
+"""Fills: what the objects of Toybox are made of.
 
-A fill is bold and graphic on purpose. The pictures are meant for a small tokenizer that spends
+A fill is bold and graphic on purpose. The images are meant for a small tokenizer that spends
 one code on 8x8 pixels, so a stripe or a dot is about a tenth of the object and nothing is finer.
 
-There are three kinds: plain colours; tiles, painted once larger than the object and cropped at
-a place that the item's seed decides (more of them in `materials`); and fruit, whose skin follows
-the silhouette's edge.
+There are three kinds: plain colours; tiles, painted once, larger than the object, and cropped at
+a position that the item's seed selects (more of them in `materials`); and fruit, whose skin
+follows the silhouette's edge.
 """
 
 from __future__ import annotations
@@ -228,9 +228,9 @@ def _tile(fill: str, width: int) -> Pixels:
 
 
 def crop_tile(fill: str, width: int, seed: int) -> Pixels:
-    """Return a [width, width, 3] piece of the fill's texture, at a place that `seed` decides."""
+    """Return a [width, width, 3] crop of the fill's texture, at a position that `seed` selects."""
     tile = _tile(fill, width)
-    room = tile.shape[0] - width
+    slack = tile.shape[0] - width
     rng = random.Random(seed)
-    top, left = int(rng.random() * room), int(rng.random() * room)
+    top, left = int(rng.random() * slack), int(rng.random() * slack)
     return tile[top : top + width, left : left + width]

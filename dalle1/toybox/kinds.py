@@ -1,4 +1,4 @@
-"""Scenes of one kind, without end: one thing, several alike, two kinds in a relation, a style."""
+"""Endless scenes of one kind: one object, several alike, two kinds in a relation, a style."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 from dalle1.toybox.scene import Scene, sample_scene
 
 Kind = Literal["one", "two", "count", "style", "other"]
-"""One thing; two kinds in a relation; things alike; one thing in a style; several in a style."""
+"""One object; two kinds in a relation; several alike; one in a style; several in a style."""
 
 
 def scenes(split: str, seed: str, kind: Kind | None = None) -> Iterator[Scene]:
-    """Yield scenes of a split (see `sample_scene`) that are of one kind; None is of any."""
+    """Yield scenes of a split (see `sample_scene`) of one kind, or of every kind for None."""
     rng = random.Random(seed)
     while True:
         scene = sample_scene(rng, split)
@@ -22,7 +22,7 @@ def scenes(split: str, seed: str, kind: Kind | None = None) -> Iterator[Scene]:
 
 
 def kind_of(scene: Scene) -> Kind:
-    """Say of which kind a scene is."""
+    """Return the kind of a scene."""
     if scene.style is not None:
         return "style" if len(scene.items) == 1 else "other"
     if scene.relation is not None:

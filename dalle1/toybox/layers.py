@@ -1,4 +1,4 @@
-"""The layers that every style is made from, and how colours are laid over each other."""
+"""The layers that every style is rendered from, and the blending of colours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float32]
 class Layers:
     """One scene, all [size, size]; the masks have mode L."""
 
-    things: Image.Image  # RGB, on the style's ground
+    things: Image.Image  # RGB, on the style's background
     cover: Image.Image  # where the things are
     outline: Image.Image  # their contours
     details: Image.Image  # the lines inside
@@ -27,15 +27,15 @@ class Layers:
 
 
 def to_floats(mask: Image.Image) -> Floats:
-    """Bring a mask to 0..1."""
+    """Return a mask as values in 0..1."""
     return (np.asarray(mask, np.float32) / 255).astype(np.float32)
 
 
 def mixed(under: Floats, colour: Rgb, cover: Floats) -> Image.Image:
-    """Lay a colour over a picture [size, size, 3] where `cover` [size, size] is 1."""
-    return to_picture(under + (np.asarray(colour, np.float32) - under) * cover[..., None])
+    """Blend a colour over an image [size, size, 3] where `cover` [size, size] is 1."""
+    return to_image(under + (np.asarray(colour, np.float32) - under) * cover[..., None])
 
 
-def to_picture(colours: Floats) -> Image.Image:
-    """Turn [size, size, 3] in 0..255 into an RGB picture."""
+def to_image(colours: Floats) -> Image.Image:
+    """Convert [size, size, 3] in 0..255 to an RGB image."""
     return Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))

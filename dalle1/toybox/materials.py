@@ -1,4 +1,4 @@
-"""More tiles: stone, metal, cloth and food, by the same rules as those in `fills`."""
+"""More tiles: stone, metal, cloth and food, made like those in `fills`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dalle1.toybox.tile import REACH, Point, Rgb, Tile, lattice, polygon_around
 
 
 def line(tile: Tile, points: list[Point], width: float, colour: Rgb) -> None:
-    """Draw a line with round joints, `width` in object widths."""
+    """Paint a line with round joints, `width` in object widths."""
     pixels = [(x * tile.scale, y * tile.scale) for x, y in points]
     tile.draw.line(pixels, fill=colour, width=max(1, round(width * tile.scale)), joint="curve")
 

@@ -1,6 +1,6 @@
 """Silhouettes of living things, and of the sky: animals, plants, star, heart, moon.
 
-Drawn like `objects`, in the unit square with a `Pen`: a large body first, then bold details.
+Painted like `objects`, in the unit square with a `Pen`: a large body first, then bold details.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def snail(pen: Pen) -> None:
     pen.ellipse(0.76, 0.18, 0.045, 0.045)
     pen.ellipse(0.95, 0.18, 0.045, 0.045)
     pen.ellipse(0.42, 0.47, 0.37, 0.37)
-    turns = [i / 60 for i in range(61)]
+    steps = [i / 60 for i in range(61)]
     spiral = [(0.42 + (0.35 * t + 0.01) * math.cos(13.2 * t + 1.4),
-               0.47 + (0.35 * t + 0.01) * math.sin(13.2 * t + 1.4)) for t in turns]  # fmt: skip
+               0.47 + (0.35 * t + 0.01) * math.sin(13.2 * t + 1.4)) for t in steps]  # fmt: skip
     pen.stroke(spiral, 0.034)
     pen.ellipse(0.76, 0.18, 0.03, 0.03, BLACK)
     pen.ellipse(0.95, 0.18, 0.03, 0.03, BLACK)

@@ -1,4 +1,4 @@
-"""A neon sign: the lines of a drawing as glowing tubes before a dark wall."""
+"""The neon style: the lines of each object as glowing tubes before a dark wall."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from dalle1.toybox.layers import Floats, Layers, to_floats, to_picture
+from dalle1.toybox.layers import Floats, Layers, to_floats, to_image
 from dalle1.toybox.tile import Rgb
 
 # The light of a fill's contour and of the lines inside. A material gets the two colours that it is
@@ -62,7 +62,7 @@ TUBES: dict[str, tuple[Rgb, Rgb]] = {
 
 
 def neon(layers: Layers) -> Image.Image:
-    """Bend the lines from glowing tubes, before a dark wall of bricks."""
+    """Render the lines as glowing tubes before a dark brick wall."""
     size = layers.things.width
     light = _wide(layers.tubes, 0.05) * 1.1 + _wide(layers.tubes, 0.016) * 0.75
     wall = _wall(size, layers.background)
@@ -72,7 +72,7 @@ def neon(layers: Layers) -> Image.Image:
     lit = ground * (1 + light / 255) + light * 0.85
     lines = np.maximum(to_floats(layers.outline), to_floats(layers.details))[..., None]
     core = 0.62 * np.asarray(layers.tubes, np.float32) / np.maximum(lines, 0.2) + 0.42 * 255 * lines
-    return to_picture((lit + (core - lit) * lines).astype(np.float32))
+    return to_image((lit + (core - lit) * lines).astype(np.float32))
 
 
 @lru_cache(maxsize=16)
@@ -91,7 +91,7 @@ def _wall(size: int, tint: Rgb) -> Floats:
 
 
 def _wide(image: Image.Image, radius: float) -> Floats:
-    """Blur by a radius in picture widths, on a smaller picture where that shows no difference."""
+    """Blur by a radius in image widths, at a lower resolution where that makes no difference."""
     size = image.width
     few = max(1, round(radius * size / 2))
     small = image.reduce(few).filter(ImageFilter.GaussianBlur(radius * size / few))

@@ -1,6 +1,6 @@
 """Silhouettes of made things: furniture, vessels, vehicles, clothes.
 
-Each function draws one noun with a `Pen` in the unit square: first the body, as large as the
+Each function paints one noun with a `Pen` in the unit square: first the body, as large as the
 shape allows because it carries the fill, then a few bold details.
 """
 

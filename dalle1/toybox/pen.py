@@ -1,6 +1,6 @@
-"""A pen that draws silhouettes and their inner details in unit coordinates.
+"""A pen that paints silhouettes and their inner details in unit coordinates.
 
-A noun is drawn inside the unit square, x to the right and y down. The pen keeps two layers: the
+A noun is painted inside the unit square, x to the right and y down. The pen keeps two layers: the
 silhouette, which decides where the fill shows, and the ink, translucent darks and lights that are
 laid over the fill so that the fill stays visible under every detail.
 """
@@ -16,7 +16,7 @@ from dalle1.toybox.tile import Point
 
 Tone = tuple[int, int, int, int]
 
-MARGIN = 0.1  # empty border around the unit square, room for tilting
+MARGIN = 0.1  # border around the unit square, needed for tilting
 SPAN = 1 + 2 * MARGIN  # the canvas' width in units
 
 BODY: Tone = (0, 0, 0, -1)  # adds to the silhouette
@@ -58,7 +58,7 @@ def arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float) -
 
 
 class Pen:
-    """Draw one noun at `width` pixels, oversampled, on a silhouette layer and an ink layer."""
+    """Paint one noun at `width` pixels, oversampled, on a silhouette layer and an ink layer."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -93,7 +93,7 @@ class Pen:
         draw.rounded_rectangle(corners, radius * self.scale, fill=value)
 
     def stroke(self, points: Sequence[Point], thickness: float, tone: Tone = LINE) -> None:
-        """Draw a line with round ends along `points`."""
+        """Paint a line with round ends along `points`."""
         draw, value = self._layer(tone)
         pixels = self._pixels(points)
         radius = thickness * self.scale / 2
@@ -102,11 +102,11 @@ class Pen:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=value)
 
     def curve(self, points: Sequence[Point], thickness: float, tone: Tone = LINE) -> None:
-        """Draw a smooth line through `points`."""
+        """Paint a smooth line through `points`."""
         self.stroke(spline(points, closed=False), thickness, tone)
 
     def eye(self, x: float, y: float, radius: float) -> None:
-        """Draw a friendly eye."""
+        """Paint a friendly eye."""
         self.ellipse(x, y, radius, radius, GLASS)
         self.ellipse(x + radius * 0.15, y, radius * 0.62, radius * 0.62, BLACK)
 

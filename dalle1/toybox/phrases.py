@@ -1,14 +1,14 @@
-"""The phrases that captions are put together from.
+"""The phrases that captions are composed of.
 
 In a phrase {n} is the noun, in whichever number, {bare} the fill, {f} the fill with its article and
-{many} its plural. Each names the fill literally; whatever it says of a thing is true.
+{many} its plural. Each names the fill literally, and each is true.
 """
 
 from __future__ import annotations
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
-# Other words for the same things, said now and then.
+# Synonyms, used in a small share of the captions.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "armchair": ("chair",),
     "mug": ("cup",),
@@ -85,9 +85,9 @@ PHRASES: dict[str, tuple[str, ...]] = {
                    "candy cane-striped {n}"),
 }  # fmt: skip
 
-# Around what a picture shows; {t} is that with its article or number. No picture here is a photo or
+# Phrases around the object; {t} is its noun phrase. No image here is a photo or
 # a painting, but people ask for them.
-PICTURES = ("a picture of {t}", "a drawing of {t}", "an image of {t}", "an illustration of {t}",
+WRAPPERS = ("a picture of {t}", "a drawing of {t}", "an image of {t}", "an illustration of {t}",
             "a photo of {t}", "a painting of {t}", "a cartoon of {t}", "draw {t}", "show me {t}",
             "please draw {t}", "i want to see {t}")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Rendering: from a scene to a picture, deterministic and fast enough to draw while training.
+"""Rendering: from a scene to an image, deterministic and fast enough for use during training.
 
 Everything that does not depend on the single item is made once per noun and working width and
 kept: silhouette, light and ink (a `Sprite`), textures, backgrounds, shadows. An item then
@@ -42,17 +42,17 @@ MIN_SIZE, MAX_SIZE = 16, 2048
 # An item is composed at one of these widths and then reduced, so that few are ever cached.
 _WIDTHS = (48, 72, 96, 144, 192, 288, 384, 576)
 
-# Where a fruit's heart sits, for nouns whose widest place is not the natural one.
+# Position of a fruit's heart, for nouns whose widest part does not look natural.
 _HEARTS = {"armchair": (0.5, 0.33)}
 
-_DRAW: dict[str, Callable[[Pen], None]] = {
+_PAINT: dict[str, Callable[[Pen], None]] = {
     noun: getattr(objects, noun, None) or getattr(nature, noun) for noun in NOUNS
 }
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """What a noun brings to any fill: colour = fill * gain + offset, inside the mask."""
+    """A noun's shape and light for any fill: colour = fill * gain + offset, inside the mask."""
 
     mask: Image.Image  # L, [w, w]
     gain: Floats  # [w, w, 1]
@@ -61,7 +61,7 @@ class Sprite:
 
 
 def render(scene: Scene, size: int) -> Image.Image:
-    """Draw the scene as an RGB picture of `size` x `size` pixels.
+    """Render the scene as an RGB image of `size` x `size` pixels.
 
     The same scene and size always give the same pixels. `size` is at least 16.
     """
@@ -71,16 +71,16 @@ def render(scene: Scene, size: int) -> Image.Image:
         )
     if scene.style is not None:
         return PAINTERS[scene.style](_layers(scene, size))
-    picture = _background(scene.background, size).copy()
+    image = _background(scene.background, size).copy()
     for item in scene.items:
-        _cast_shadow(picture, item)
+        _cast_shadow(image, item)
     for item in scene.items:
-        _paste_item(picture, item)
-    return picture
+        _paste_item(image, item)
+    return image
 
 
 def _layers(scene: Scene, size: int) -> Layers:
-    """Draw the things on their own, and the lines of a drawing of them."""
+    """Render the objects alone, and their contours and inner lines."""
     blank, ground = (size, size), BACKGROUND_VALUES[scene.background]
     things = Image.new("RGB", blank, PAPER if scene.style == "sketch" else ground)
     cover, outline, details = (Image.new("L", blank) for _ in range(3))
@@ -92,7 +92,7 @@ def _layers(scene: Scene, size: int) -> Layers:
         cover.paste(255, corner, mask)
         if scene.style == "pixel art":
             continue
-        # Lines are about as wide in a picture of small things as in one of a large thing.
+        # Lines are about as wide in an image of small objects as in one of a large object.
         thickness = round(min(max(0.015 / item.extent, 0.02), 0.05), 2)
         inner, outer = _lines(item.noun, _working_width(mask.width), thickness)
         for colour, lines, layer in zip(
@@ -130,24 +130,24 @@ def _shadow(width: int) -> Image.Image:
     return image.resize((width, max(2, width // 4)), Image.Resampling.BILINEAR)
 
 
-def _cast_shadow(picture: Image.Image, item: Item) -> None:
-    size = picture.width
+def _cast_shadow(image: Image.Image, item: Item) -> None:
+    size = image.width
     middle, breadth, bottom = _sprite(item.noun, _WIDTHS[0]).foot
     unit = item.extent * size
     centre = item.x * size + (middle - 0.5) * unit
     shade = _shadow(max(4, round(breadth * 1.25 * unit)))
     ground = item.y * size + (bottom - 0.5) * unit
     corner = round(centre - shade.width / 2), round(ground - shade.height * 0.55)
-    picture.paste((70, 62, 96), corner, shade)
+    image.paste((70, 62, 96), corner, shade)
 
 
 def _working_width(target: int) -> int:
     return next((w for w in _WIDTHS if w >= 1.5 * target), _WIDTHS[-1])
 
 
-def _paste_item(picture: Image.Image, item: Item) -> tuple[tuple[int, int], Image.Image]:
-    """Draw an item into a picture; return its corner there and its mask."""
-    size = picture.width
+def _paste_item(image: Image.Image, item: Item) -> tuple[tuple[int, int], Image.Image]:
+    """Render an item into an image; return its corner there and its mask."""
+    size = image.width
     target = max(4, round(item.extent * SPAN * size))
     width = _working_width(target)
     sprite = _sprite(item.noun, width)
@@ -161,7 +161,7 @@ def _paste_item(picture: Image.Image, item: Item) -> tuple[tuple[int, int], Imag
     body = body.resize((target, target), Image.Resampling.BICUBIC)
     mask = mask.resize((target, target), Image.Resampling.BICUBIC)
     corner = round(item.x * size - target / 2), round(item.y * size - target / 2)
-    picture.paste(body, corner, mask)
+    image.paste(body, corner, mask)
     return corner, mask
 
 
@@ -213,9 +213,9 @@ def _depth(noun: str) -> Floats:
 
 @lru_cache(maxsize=256)
 def _sprite(noun: str, width: int) -> Sprite:
-    """Draw a noun and work out its light."""
+    """Paint a noun and compute its light."""
     pen = Pen(width)
-    _DRAW[noun](pen)
+    _PAINT[noun](pen)
     mask, ink = pen.layers()
     light, shine = _light(mask)
     inked = np.asarray(ink, np.float32)
@@ -233,7 +233,7 @@ def _sprite(noun: str, width: int) -> Sprite:
 def _lines(noun: str, width: int, thickness: float) -> tuple[Image.Image, Image.Image]:
     """Return the lines inside a noun and its contour, `thickness` in object widths, as masks."""
     pen = Pen(width)
-    _DRAW[noun](pen)
+    _PAINT[noun](pen)
     mask, ink = pen.layers()
     # The blurred silhouette is one half on the contour, and a thin part of it never gets far off.
     near = np.abs(_blurred(mask, thickness / SPAN / 2) - 0.5)

@@ -1,7 +1,7 @@
-"""Scenes: what a Toybox picture shows, decided before anything is drawn.
+"""Scenes: what a Toybox image shows, sampled before anything is rendered.
 
-A scene is the truth behind a picture. Captions are made from it, so they cannot be false, and an
-evaluation can compare what was asked for with what was drawn.
+A scene is the ground truth of an image. Captions are generated from it, so they are always true,
+and an evaluation can compare a prompt with what a model generated.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ HELD_OUT_STYLES: tuple[Pair, ...] = tuple(
     (s, n) for s in STYLES for n in NOUNS if is_style_held_out(s, n)
 )
 
-STYLED = 0.25  # of the scenes
+STYLED = 0.25  # share of the scenes
 MOST_ALIKE = 4
 
-# Extents in picture widths. The three ranges of one kind of scene never touch, so that "small"
+# Extents in image widths. The three ranges of one kind of scene never touch, so that "small"
 # and "large" are visible facts.
 _ALONE = {"small": (0.30, 0.38), "medium": (0.58, 0.70), "large": (0.76, 0.85)}
 _PAIRED = {"small": (0.24, 0.29), "medium": (0.38, 0.43), "large": (0.50, 0.55)}
 _COUNTED = {2: (0.38, 0.44), 3: (0.27, 0.30), 4: (0.27, 0.32)}
-_GROUPED = {1: (0.38, 0.44), 2: (0.28, 0.32), 3: (0.24, 0.28)}  # in a relation with another thing
-_STEP = {1: 0.0, 2: 0.36, 3: 0.305}  # from one to the next in such a row
+_GROUPED = {1: (0.38, 0.44), 2: (0.28, 0.32), 3: (0.24, 0.28)}  # in a relation with another object
+_STEP = {1: 0.0, 2: 0.36, 3: 0.305}  # distance between neighbours of a group
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One thing in a scene.
+    """One object in a scene.
 
-    `x` and `y` are its box's centre and `extent` the box's side, all in picture widths; `tilt` is
-    in degrees, anticlockwise; `seed` places the texture.
+    `x` and `y` are its box's centre and `extent` the box's side, all in image widths; `tilt` is
+    in degrees, anticlockwise; `seed` selects the crop of the texture.
     """
 
     noun: str
@@ -68,7 +68,7 @@ class Item:
         if not 0 < self.extent <= 1:
             raise ValueError(
                 f"got extent {self.extent}, expected more than 0 and at most 1: "
-                "it is the box's side in picture widths"
+                "it is the box's side in image widths"
             )
 
     @property
@@ -79,11 +79,11 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The things in one picture, first to last, the colour behind them, and how it is drawn.
+    """The objects in one image, first to last, the background's colour and the style.
 
-    `relation` says where the first thing, or the first group of things alike, is, seen from the
-    second. Without a relation the scene is a single thing, or several alike that can be counted.
-    `style` None is the plain rendering; some styles leave nothing of the background.
+    `relation` is the position of the first object, or first group of equal objects, relative to
+    the second. Without a relation the scene is a single object or several equal ones.
+    `style` None is the plain rendering; some styles hide the background.
     """
 
     items: tuple[Item, ...]
@@ -96,7 +96,7 @@ class Scene:
         if self.style is not None:
             check_word("style", self.style, STYLES)
         if not self.items:
-            raise ValueError("got no items, expected at least one: a scene shows something")
+            raise ValueError("got no items, expected at least one: a scene needs one")
         groups = self.groups
         if self.relation is not None:
             check_word("relation", self.relation, RELATIONS)
@@ -111,13 +111,11 @@ class Scene:
                 f"set relation to one of {', '.join(RELATIONS)}"
             )
         if (most := max(map(len, groups))) > MOST_ALIKE:
-            raise ValueError(
-                f"got {most} items alike, expected at most {MOST_ALIKE}: leave some out"
-            )
+            raise ValueError(f"got {most} items alike, expected at most {MOST_ALIKE}: remove some")
 
     @property
     def groups(self) -> tuple[tuple[Item, ...], ...]:
-        """The items by kind: those alike together, one group or, with a relation, two."""
+        """The items grouped by pair: one group or, with a relation, two."""
         return tuple(tuple(group) for _, group in groupby(self.items, lambda item: item.pair))
 
     @property
@@ -143,12 +141,12 @@ class Scene:
 
 
 def sample_scene(rng: random.Random, split: str) -> Scene:
-    """Draw a random scene of a split.
+    """Sample a random scene of a split.
 
     "train" and "validation" show only training pairs, of fill and noun and of style and noun;
-    "heldout" at least one held-out pair in every scene, "all" any pair. About 60% of the scenes are
-    one thing, 25% two kinds in a relation, a third of them with one kind twice or thrice, 15% two
-    to four alike; held-out scenes are mostly one thing. A quarter is in a style.
+    "heldout" has at least one held-out pair in every scene, "all" any pair. About 60% of the scenes
+    show one object, 25% two kinds in a relation (in a third of them one kind two or three times)
+    and 15% two to four equal objects. Held-out scenes mostly show one object. A quarter is styled.
     """
     check_word("split", split, SPLITS)
     style: str | None
@@ -173,7 +171,7 @@ def _style(rng: random.Random, split: str, items: tuple[Item, ...]) -> str | Non
 
 
 def _arrange(rng: random.Random, split: str, first: Pair) -> tuple[tuple[Item, ...], str | None]:
-    """Place things of the pair `first`, and perhaps of another; return the relation as well."""
+    """Return positioned items of the pair `first`, perhaps of a second pair, and the relation."""
     kind = rng.random()
     single, related = (0.8, 0.92) if split == "heldout" else (0.6, 0.85)
     if kind < single:
@@ -207,8 +205,8 @@ def _item(
 def _alone(rng: random.Random, pair: Pair) -> Item:
     size = rng.choices(SIZES, (0.08, 0.57, 0.35))[0]
     extent = rng.uniform(*_ALONE[size])
-    room = max(0.0, min(0.06, (0.97 - extent) / 2))
-    x, y = 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room)
+    slack = max(0.0, min(0.06, (0.97 - extent) / 2))
+    x, y = 0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack)
     return _item(rng, pair, size, x, y, extent, tilt=8)
 
 
@@ -233,10 +231,10 @@ def _related(rng: random.Random, first: Pair, second: Pair) -> tuple[tuple[Item,
     if not forward:
         along.reverse()
     items = []
-    for pair, size, extent, count, place in zip((first, second), sizes, extents, counts, along):
+    for pair, size, extent, count, centre in zip((first, second), sizes, extents, counts, along):
         middle = 0.5 + rng.uniform(-0.05, 0.05) * (count == 1)
         for k in range(count):
-            at = place + rng.uniform(-0.015, 0.015) * (count > 1)
+            at = centre + rng.uniform(-0.015, 0.015) * (count > 1)
             across = middle + (k - (count - 1) / 2) * _STEP[count]
             x, y = (across, at) if relation in ("above", "below") else (at, across)
             items.append(_item(rng, pair, size, x, y, extent, tilt=6))

@@ -1,8 +1,7 @@
 """Styles: the same scene as a pencil sketch, as pixel art, as a neon sign, as stained glass.
 
-A style is a function of a few layers of the picture: what the things look like, where they are, and
-the lines of a drawing of them. Whatever depends on the picture's size alone (hatching, a wall,
-panes) is made once and kept.
+A style is a function of a few layers of the image: the rendered objects, their masks, contours and
+inner lines. What depends on the image size alone (hatching, a wall, panes) is computed once.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from dalle1.toybox.neon import neon
 PAPER, GRAPHITE = (250, 247, 240), (44, 44, 54)
 LEAD = (22, 20, 26)
 
-PIXELS = 64  # of pixel art across a picture, whatever its size
+PIXELS = 64  # width of pixel art, at every image size
 
 
 def sketch(layers: Layers) -> Image.Image:
-    """Draw in graphite: contours, and hatching that is denser where the thing is darker."""
+    """Render a pencil sketch: contours, and hatching that is denser where the object is darker."""
     tone = np.clip(0.96 - to_floats(layers.things.convert("L")), 0, 1)
     first, second = _hatching(layers.things.width)
     dark = 0.2 * tone
@@ -47,7 +46,7 @@ def _hatching(size: int) -> tuple[Floats, Floats]:
 
 
 def pixel_art(layers: Layers) -> Image.Image:
-    """Keep a coarse grid of few colours, with a dark contour one pixel wide."""
+    """Render a coarse grid of few colours, with a dark contour one pixel wide."""
     size = layers.things.width
     side = min(PIXELS, size)
     small = layers.things.resize((side, side), Image.Resampling.BOX)
@@ -64,7 +63,7 @@ def pixel_art(layers: Layers) -> Image.Image:
 
 
 def stained_glass(layers: Layers) -> Image.Image:
-    """Set the things in panes between strips of lead, with rays behind and light through all."""
+    """Render the objects as panes between strips of lead, with rays behind them."""
     size = layers.things.width
     panes, pane_lead, rays, ray_lead = _panes(size, layers.seed % 4)
     cover = to_floats(layers.cover)
@@ -98,17 +97,17 @@ def _panes(size: int, variant: int) -> tuple[Floats, Floats, Floats, Floats]:
     soft = 1.2 / size
     lead = np.clip((wide + soft - (two[..., 1] - two[..., 0]) / 2) / soft, 0, 1)
     panes = light[nearest] * (1.08 - 1.4 * two[..., 0])
-    turn, count = rng.uniform(0, 1), 14
-    angle = (np.arctan2(y - 0.5, x - 0.5) / (2 * np.pi) + turn) % 1.0 * count
+    offset, count = rng.uniform(0, 1), 14
+    angle = (np.arctan2(y - 0.5, x - 0.5) / (2 * np.pi) + offset) % 1.0 * count
     distance = np.hypot(x - 0.5, y - 0.5)
     off = np.abs(angle - np.round(angle)) / count * 2 * np.pi * distance
     ring = np.abs(distance - 0.44)
     ray_lead = np.clip((wide + soft - np.minimum(off, ring)) / soft, 0, 1)
     edge = np.minimum(np.minimum(x, 1 - x), np.minimum(y, 1 - y))
     ray_lead = np.maximum(ray_lead, np.clip((0.014 - edge) * size, 0, 1))
-    place = np.floor(angle).astype(int) + count * (distance > 0.44)
+    sector = np.floor(angle).astype(int) + count * (distance > 0.44)
     shades = np.array([rng.uniform(0.15, 0.95) for _ in range(2 * count + 2)], np.float32)
-    rays = shades[place] + 0.25 * (0.5 - distance)
+    rays = shades[sector] + 0.25 * (0.5 - distance)
     return (
         panes.astype(np.float32),
         lead.astype(np.float32),

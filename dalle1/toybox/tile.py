@@ -12,7 +12,7 @@ Point = tuple[float, float]
 Rgb = tuple[int, int, int]
 Pixels = npt.NDArray[np.uint8]
 
-REACH = 2.0  # a tile's side in object widths; what exceeds SPAN is room for placement
+REACH = 2.0  # a tile's side in object widths; larger than SPAN, so that crops can vary
 
 
 class Tile:
@@ -52,6 +52,6 @@ def lattice(step_x: float, step_y: float) -> list[Point]:
 def polygon_around(
     x: float, y: float, radius: float, corners: int = 6, turn: float = 0.0
 ) -> list[Point]:
-    """Return the corners of a regular polygon, the first straight up but for `turn` radians."""
+    """Return the corners of a regular polygon, starting at `turn` radians from straight up."""
     angles = [turn + math.tau * k / corners for k in range(corners)]
     return [(x + radius * math.sin(a), y - radius * math.cos(a)) for a in angles]

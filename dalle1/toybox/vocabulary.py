@@ -1,7 +1,7 @@
-"""The words of Toybox: its things, their fills, the styles, and which pairs are kept back.
+"""The words of Toybox: nouns, fills and styles, and which pairs are held out.
 
-Everything else in the package is written against these tuples. Their order is part of the
-data: `is_held_out` and `is_style_held_out` count along it, so new words belong at the end.
+The order of the tuples is part of the data: `is_held_out` and `is_style_held_out` depend on it,
+so new words belong at the end.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FILLS: tuple[str, ...] = COLOURS + CONCEPTS
 
 STYLES: tuple[str, ...] = ("sketch", "pixel art", "neon", "stained glass")
 
-# The fills that can be told from each other in a style: pencil is grey, and a neon sign of marble
-# only hints at it. Elsewhere a caption often leaves the fill out, and no evaluation counts it.
+# The fills that are recognisable in a style: pencil is grey, and a neon sign of marble only hints
+# at it. Captions often omit the other fills, and no evaluation counts them.
 FILL_SURVIVES: dict[str, frozenset[str]] = {
     "sketch": frozenset(),
     "pixel art": frozenset(FILLS),
@@ -60,7 +60,7 @@ def check_word(kind: str, word: object, known: tuple[str, ...]) -> None:
 
 
 def is_held_out(fill: str, noun: str) -> bool:
-    """Say whether the pair is kept out of training, so that a model must compose it unseen.
+    """Whether the pair is held out of training, so that a model has to compose it.
 
     A fixed tenth of all pairs, laid out as a diagonal pattern over the word lists: every fill
     and every noun loses about a tenth of its partners and keeps the rest. The avocado armchair
@@ -75,7 +75,7 @@ def is_held_out(fill: str, noun: str) -> bool:
 
 
 def is_style_held_out(style: str, noun: str) -> bool:
-    """Say whether no picture of the noun in that style is trained on, whatever its fill.
+    """Whether training has no image of the noun in that style, with any fill.
 
     A tenth of all such pairs, on a diagonal again; the neon fish is among them.
     """

@@ -1,4 +1,4 @@
-"""Small scenes of Toybox for its tests."""
+"""Small Toybox scenes for tests."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Toybox's captions: all true, in many phrasings, and those that people use among them."""
+"""Toybox's captions are true, varied, and include the phrasings that people use."""
 
 import random
 import re
@@ -26,7 +26,7 @@ def test_articles_and_plurals() -> None:
 
 
 def named(caption: str, word: str) -> bool:
-    """Say whether a caption names a noun or a fill, by any of its names, in any number."""
+    """Whether a caption names a noun or a fill, by any synonym, singular or plural."""
     forms = [form for name in (word, *SYNONYMS.get(word, ())) for form in (name, plural(name))]
     return re.search(rf"\b({'|'.join(forms)})\b", caption) is not None
 
@@ -38,15 +38,15 @@ def test_captions_name_every_fill_and_noun_and_only_those() -> None:
         assert not re.search(r"\ba [aeio]|\ban [^aeiou]|  |{|}", caption), caption
         for item in scene.items:
             assert named(caption, item.noun), caption
-            # A style's caption may leave out all the fills.
-            said = [named(caption.replace("golden", "gold"), i.fill) for i in scene.items]
+            # The caption of a styled image may omit the fills.
+            present = [named(caption.replace("golden", "gold"), i.fill) for i in scene.items]
             wooden = "wooden" in caption and item.fill == "wood"
-            assert all(said) or wooden or (scene.style and not any(said)), caption
+            assert all(present) or wooden or (scene.style and not any(present)), caption
         nouns = {n for n in NOUNS if named(caption, n)}
         assert nouns == {item.noun for item in scene.items}, caption
 
 
-def test_captions_state_counts_sizes_and_backgrounds_truly() -> None:
+def test_counts_sizes_and_backgrounds_in_captions_are_true() -> None:
     counted = 0
     for index, scene in enumerate(scenes("train", 4000)):
         caption = describe(scene, random.Random(index))
@@ -55,8 +55,8 @@ def test_captions_state_counts_sizes_and_backgrounds_truly() -> None:
         counts = sorted(NUMBERS[len(group)] for group in scene.groups if len(group) > 1)
         assert numbers in (counts, []), caption
         counted += bool(numbers)
-        for size, said in SIZE_WORDS.items():
-            if re.search(rf"\b({'|'.join(said)}) ", caption):
+        for size, adjectives in SIZE_WORDS.items():
+            if re.search(rf"\b({'|'.join(adjectives)}) ", caption):
                 assert any(item.size == size for item in scene.items), caption
         if re.search(r"\bone ", caption):
             assert any(len(group) == 1 for group in scene.groups), caption
@@ -73,8 +73,8 @@ STYLE_WORDS = {"sketch": "sketch|pencil|hand-drawn", "pixel art": "pixel", "neon
 def test_captions_name_the_style_and_no_other() -> None:
     for index, scene in enumerate(scenes("all", 3000)):
         caption = describe(scene, random.Random(index))
-        said = [style for style, words in STYLE_WORDS.items() if re.search(words, caption)]
-        assert said == ([scene.style] if scene.style else []), caption
+        present = [style for style, words in STYLE_WORDS.items() if re.search(words, caption)]
+        assert present == ([scene.style] if scene.style else []), caption
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_captions_name_the_style_and_no_other() -> None:
         ("armchairs made of avocados", Scene(items=alone("avocado", "armchair").items * 2)),
     ],
 )
-def test_what_people_ask_for_is_in_the_language(prompt: str, scene: Scene) -> None:
+def test_common_prompts_are_among_the_captions(prompt: str, scene: Scene) -> None:
     rng = random.Random(0)
     assert any(describe(scene, rng) == prompt for _ in range(20_000))
 
@@ -119,12 +119,12 @@ def test_relation_captions_hold_from_either_side() -> None:
 
 def test_the_plainest_caption_is_the_most_frequent() -> None:
     scene = alone("avocado", "armchair")
-    said = Counter(describe(scene, random.Random(seed)) for seed in range(1000))
-    (plainest, count), (_, next_count) = said.most_common(2)
+    captions = Counter(describe(scene, random.Random(seed)) for seed in range(1000))
+    (plainest, count), (_, next_count) = captions.most_common(2)
     assert plainest == "an avocado armchair"
     assert count > 400 > next_count
-    assert "an armchair in the shape of an avocado" in said
-    assert len(said) > 20
+    assert "an armchair in the shape of an avocado" in captions
+    assert len(captions) > 20
 
 
 def test_training_captions_never_name_a_held_out_pair() -> None:
@@ -134,7 +134,7 @@ def test_training_captions_never_name_a_held_out_pair() -> None:
         assert not any(re.search(rf"\b{pair}\b", caption) for pair in held_out)
 
 
-def test_every_caption_fits_the_text_of_the_model() -> None:
+def test_every_caption_fits_the_text_length() -> None:
     captions = [Toybox().caption(index) for index in range(12_000)]
     tokenizer = Tokenizer.train(captions, 1024)
     assert max(map(tokenizer.count, captions)) <= 48, "of 63"

@@ -1,4 +1,4 @@
-"""Toybox: the scenes keep their promises, the captions tell the truth, the pictures differ."""
+"""Toybox: scenes, held-out pairs, rendered images and errors."""
 
 import dataclasses
 import itertools
@@ -36,10 +36,10 @@ from dalle1.toybox import (
     sample_scene,
 )
 
-# The words
+# Words
 
 
-def test_the_vocabulary_is_large_and_without_doubles() -> None:
+def test_the_vocabulary_is_large_and_has_no_duplicates() -> None:
     assert len(NOUNS) >= 44
     assert len(COLOURS) == 12
     assert len(FILLS) >= 36
@@ -50,17 +50,17 @@ def test_the_vocabulary_is_large_and_without_doubles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kept_back", "words", "famous"),
+    ("is_out", "words", "famous"),
     [
         (is_held_out, FILLS, ("avocado", "armchair")),
         (is_style_held_out, STYLES, ("neon", "fish")),
     ],
 )
 def test_a_tenth_of_the_pairs_is_held_out_evenly(
-    kept_back: Callable[[str, str], bool], words: tuple[str, ...], famous: tuple[str, str]
+    is_out: Callable[[str, str], bool], words: tuple[str, ...], famous: tuple[str, str]
 ) -> None:
-    assert kept_back(*famous)
-    table = np.array([[kept_back(word, noun) for noun in NOUNS] for word in words])
+    assert is_out(*famous)
+    table = np.array([[is_out(word, noun) for noun in NOUNS] for word in words])
     assert 0.09 <= table.mean() <= 0.11
     assert table.mean(1).min() >= 0.05
     assert table.mean(1).max() <= 0.15
@@ -69,18 +69,18 @@ def test_a_tenth_of_the_pairs_is_held_out_evenly(
         assert table.mean(0).min() >= 0.05
 
 
-def test_new_words_leave_what_is_held_out_as_it_was() -> None:
-    """The first 32 nouns and 29 fills are older than the rest, and so are these pairs."""
+def test_new_words_do_not_change_held_out_pairs() -> None:
+    """The pairs of the first 32 nouns and 29 fills were fixed before words were added."""
     old = [(f, n) for f in FILLS[:29] for n in NOUNS[:32]]
-    kept_back = " ".join(f"{f}/{n}" for f, n in old if is_held_out(f, n))
-    assert kept_back.startswith("red/armchair red/cat red/hat red/cactus orange/car")
-    assert zlib.crc32(kept_back.encode()) == 2010347397
+    is_out = " ".join(f"{f}/{n}" for f, n in old if is_held_out(f, n))
+    assert is_out.startswith("red/armchair red/cat red/hat red/cactus orange/car")
+    assert zlib.crc32(is_out.encode()) == 2010347397
 
 
-# The scenes
+# Scenes
 
 
-def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
+def test_a_scene_depends_on_seed_split_and_index_only() -> None:
     first, again = Toybox(size=32), Toybox(size=64)
     assert [first.scene(i) for i in (5, 3)] == [again.scene(i) for i in (5, 3)]
     assert first.scene(3) != Toybox(size=32, seed=1).scene(3)
@@ -89,7 +89,7 @@ def test_a_scene_depends_on_seed_split_and_index_alone() -> None:
     assert first[3][1] == again[3][1] == first.caption(3)
 
 
-def test_captions_follow_the_generator_given() -> None:
+def test_captions_follow_the_random_generator() -> None:
     world = Toybox(size=32)
     assert world.caption(7, random.Random(1)) == world.caption(7, random.Random(1))
     assert len({world.caption(7, random.Random(seed)) for seed in range(40)}) > 3
@@ -109,7 +109,7 @@ def test_every_heldout_scene_has_a_held_out_pair() -> None:
     assert all(scene.is_held_out for scene in found)
     assert sum(len(scene.items) == 1 for scene in found) > len(found) / 2
     by_fill = [any(is_held_out(*item.pair) for item in scene.items) for scene in found]
-    assert 0.6 < np.mean(by_fill) < 0.9, "of either kind"
+    assert 0.6 < np.mean(by_fill) < 0.9, "by fill or by style"
 
 
 def test_all_covers_every_pair() -> None:
@@ -132,7 +132,7 @@ def test_kinds_of_scenes_have_their_shares() -> None:
     assert min(styles[style] for style in STYLES) > 100
 
 
-def test_relations_are_true_and_things_stay_apart_and_inside() -> None:
+def test_relations_are_true_and_objects_stay_apart_and_inside() -> None:
     for scene in scenes("all", 3000):
         for item in scene.items:
             half = item.extent / 2 - 0.03  # a small part of the box may touch the border
@@ -169,68 +169,68 @@ def test_scenes_survive_json() -> None:
         assert Scene.from_dict(json.loads(json.dumps(scene.to_dict()))) == scene
 
 
-# The pictures
+# Images
 
 
 @pytest.mark.parametrize("size", [16, 33, 128])
-def test_pictures_have_the_size_asked_for(size: int) -> None:
-    picture = render(Toybox().scene(0), size)
-    assert isinstance(picture, Image.Image)
-    assert picture.mode == "RGB"
-    assert picture.size == (size, size)
+def test_images_have_the_requested_size(size: int) -> None:
+    image = render(Toybox().scene(0), size)
+    assert isinstance(image, Image.Image)
+    assert image.mode == "RGB"
+    assert image.size == (size, size)
 
 
 @pytest.mark.parametrize("fill", ["red", "white", "avocado", "zebra"])
 def test_every_noun_looks_different(fill: str) -> None:
     empty = pixels(alone("red", "ball", extent=0.01))
-    drawn = [pixels(alone(fill, noun)) for noun in NOUNS]
-    for i, picture in enumerate(drawn):
-        assert (np.abs(picture - empty).max(-1) > 20).mean() > 0.08, NOUNS[i]
+    rendered = [pixels(alone(fill, noun)) for noun in NOUNS]
+    for i, image in enumerate(rendered):
+        assert (np.abs(image - empty).max(-1) > 20).mean() > 0.08, NOUNS[i]
         for j in range(i):
-            assert np.abs(picture - drawn[j]).mean() > 3, (NOUNS[i], NOUNS[j])
+            assert np.abs(image - rendered[j]).mean() > 3, (NOUNS[i], NOUNS[j])
 
 
 @pytest.mark.parametrize("noun", ["armchair", "mug", "key"])
 def test_every_fill_looks_different(noun: str) -> None:
-    drawn = [pixels(alone(fill, noun)) for fill in FILLS]
-    for i, picture in enumerate(drawn):
+    rendered = [pixels(alone(fill, noun)) for fill in FILLS]
+    for i, image in enumerate(rendered):
         for j in range(i):
-            assert np.abs(picture - drawn[j]).mean() > 1, (FILLS[i], FILLS[j])
+            assert np.abs(image - rendered[j]).mean() > 1, (FILLS[i], FILLS[j])
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("size", [16, 50, 128])
-def test_a_style_changes_the_whole_picture_and_keeps_the_things(style: str, size: int) -> None:
+def test_a_style_changes_the_image(style: str, size: int) -> None:
     scene = Toybox().scene(0)
     plain = render(dataclasses.replace(scene, style=None), size)
-    drawn = render(dataclasses.replace(scene, style=style), size)
-    assert (drawn.size, drawn.mode) == (plain.size, "RGB")
-    assert drawn.tobytes() == render(dataclasses.replace(scene, style=style), size).tobytes()
+    rendered = render(dataclasses.replace(scene, style=style), size)
+    assert (rendered.size, rendered.mode) == (plain.size, "RGB")
+    assert rendered.tobytes() == render(dataclasses.replace(scene, style=style), size).tobytes()
     for other in {None, *STYLES} - {style}:
-        picture = render(dataclasses.replace(scene, style=other), size)
-        assert np.abs(np.asarray(picture, np.int16) - np.asarray(drawn, np.int16)).mean() > 8
+        image = render(dataclasses.replace(scene, style=other), size)
+        assert np.abs(np.asarray(image, np.int16) - np.asarray(rendered, np.int16)).mean() > 8
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_noun_looks_different_in_a_style(style: str) -> None:
-    drawn = [pixels(alone("red", noun, style=style), 64) for noun in NOUNS]
-    for i, picture in enumerate(drawn):
+    rendered = [pixels(alone("red", noun, style=style), 64) for noun in NOUNS]
+    for i, image in enumerate(rendered):
         for j in range(i):
-            assert np.abs(picture - drawn[j]).mean() > 3, (NOUNS[i], NOUNS[j])
+            assert np.abs(image - rendered[j]).mean() > 3, (NOUNS[i], NOUNS[j])
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_fills_that_survive_a_style_look_different_in_it(style: str) -> None:
     fills = sorted(FILL_SURVIVES[style])
-    drawn = [pixels(alone(fill, "armchair", style=style), 64) for fill in fills]
-    for i, picture in enumerate(drawn):
+    rendered = [pixels(alone(fill, "armchair", style=style), 64) for fill in fills]
+    for i, image in enumerate(rendered):
         for j in range(i):
-            assert np.abs(picture - drawn[j]).mean() > 1, (fills[i], fills[j])
+            assert np.abs(image - rendered[j]).mean() > 1, (fills[i], fills[j])
 
 
 def test_the_avocado_armchair_has_skin_flesh_and_a_stone() -> None:
-    picture = pixels(alone("avocado", "armchair", extent=0.8), 128)
-    stone, flesh, skin = picture[47, 66], picture[92, 29], picture[54, 36]
+    image = pixels(alone("avocado", "armchair", extent=0.8), 128)
+    stone, flesh, skin = image[47, 66], image[92, 29], image[54, 36]
     assert stone[0] > stone[1] > stone[2], "brown"
     assert flesh.min() > 90, "pale"
     assert flesh[1] > flesh[2] + 40, "yellow-green"
@@ -243,10 +243,10 @@ def test_a_seed_moves_the_texture_and_keeps_the_shape() -> None:
     assert (one[0] == other[0]).all()
 
 
-# The mistakes
+# Errors
 
 
-def test_mistakes_are_explained() -> None:
+def test_errors_name_the_value_and_the_choices() -> None:
     with pytest.raises(ValueError, match="got noun 'spoon', expected one of armchair"):
         Item(noun="spoon", fill="red")
     with pytest.raises(ValueError, match="got fill 'plaid', expected one of red"):
@@ -281,7 +281,7 @@ def test_length() -> None:
 
 
 def test_importing_is_cheap() -> None:
-    """Toybox itself stays light; its parent package, which may import torch, is stood in for."""
+    """Toybox imports nothing heavy. A stub replaces its parent package, which may import torch."""
     folder = str(Path(dalle1.toybox.__file__).parents[1])
     code = f"""
 import sys, types
