@@ -241,7 +241,7 @@ def run_dvae(options: DVAEOptions) -> dict[str, float]:
     from dalle1.data.images import grid as sheet
     from dalle1.data.loader import first_examples
     from dalle1.devices import autocast, keep_freed_memory, pick_device
-    from dalle1.evaluation.reconstruction import evaluate
+    from dalle1.evaluation.reconstruction import reconstruction_metrics
     from dvae import DVAE
 
     if options.pictures < 1:
@@ -258,7 +258,7 @@ def run_dvae(options: DVAEOptions) -> dict[str, float]:
     source = open_source(options.data, "validation", size, captions=False)
     images = to_float(first_examples(source, prepare, options.pictures)["images"]).to(device)
     with autocast(device, "bf16"):
-        scores = evaluate(model, images, options.temperature)
+        scores = dict(reconstruction_metrics(model, images, options.temperature))
         drawn = model.decode(model.encode(images[:16]))
     options.out.mkdir(parents=True, exist_ok=True)
     sheet(to_pil(torch.cat([images[:16], drawn])), 16).save(options.out / "reconstructions.png")

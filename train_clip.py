@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from dalle1.clip import Clip, ContrastiveLoss, new_clip, pair_loss, soften
+from dalle1.clip import Clip, ContrastiveLoss, new_clip, pair_loss, random_blur
 from dalle1.clip.losses import prepare_for
 from dalle1.console import one_line_errors, parse_preset
 from dalle1.data import PairSource, open_source
@@ -64,7 +64,7 @@ class ClipTraining:
     """What `fit` needs to know of a CLIP."""
 
     def __init__(self, config: ClipTrainConfig) -> None:
-        from dalle1.clip.towers import quicken
+        from dalle1.clip.towers import fast_attention
 
         self.config = config
         self.device = distributed.start(config.device)
@@ -75,7 +75,7 @@ class ClipTraining:
         self.clip = self.initial(source)
         prepare_for(self.clip.model, config.loss)
         self.model = self.clip.model.train().requires_grad_(True).to(self.device)
-        quicken(self.model, self.device)
+        fast_attention(self.model, self.device)
         prepare = partial(example, config, self.clip.tokenizer)
         self.stream = stream_from(source, prepare, config)
         as_used = partial(held_example, config, self.clip)
@@ -106,7 +106,7 @@ class ClipTraining:
     ) -> ContrastiveLoss:
         config, images = self.config, to_float(batch["images"])
         if config.soften:
-            images = soften(images, generator)
+            images = random_blur(images, generator)
         return pair_loss(
             model,
             self.clip.normalise(images),

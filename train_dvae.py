@@ -22,7 +22,7 @@ from dalle1.data import PairSource, open_source
 from dalle1.data.images import augmented, centre_square, grid, to_float, to_pil, to_tensor
 from dalle1.data.loader import Example, first_examples
 from dalle1.devices import autocast
-from dalle1.evaluation.reconstruction import evaluate
+from dalle1.evaluation.reconstruction import reconstruction_metrics
 from dalle1.tasks.presets import DVAE_PRESETS, DVAETrainConfig
 from dalle1.training import distributed
 from dalle1.training.interrupts import training
@@ -109,7 +109,8 @@ class DVAETraining:
             pictures = to_pil(torch.cat([shown, model.decode(model.encode(shown))]))
             likelihood = self.config.distortion == "logit-laplace"
             temperature = self.config.final_temperature
-            numbers = evaluate(model, self.held, temperature, likelihood=likelihood)
+            metrics = reconstruction_metrics(model, self.held, temperature, likelihood=likelihood)
+            numbers = dict(metrics)
         if distributed.is_main():
             folder = self.config.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ filter` keeps the pairs of a data set that fit each other.
 """
 
 from dalle1.clip.arch import ClipArch
-from dalle1.clip.loading import Clip, new_clip, soften
+from dalle1.clip.loading import Clip, new_clip, random_blur
 from dalle1.clip.losses import ContrastiveLoss, contrastive_loss, pair_loss, sigmoid_loss
 
 __all__ = [
@@ -15,6 +15,6 @@ __all__ = [
     "contrastive_loss",
     "new_clip",
     "pair_loss",
+    "random_blur",
     "sigmoid_loss",
-    "soften",
 ]

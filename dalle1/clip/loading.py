@@ -42,7 +42,7 @@ START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
 NEW_MEAN = NEW_STD = 0.5  # of the pixels that a new model reads
 
 
-def soften(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_blur(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur every second picture a little, each differently: `[B, 3, H, W]`, H and W even.
 
     A dVAE's pictures are softer than those that the scores are learned on.

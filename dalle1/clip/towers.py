@@ -106,7 +106,7 @@ def new_model(size: ClipArch, text_tokenizer: Any) -> CLIPModel | ResNetCLIPMode
     ).eval()
 
 
-def quicken(model: Any, device: torch.device) -> None:
+def fast_attention(model: Any, device: torch.device) -> None:
     """Choose the attention that trains fastest: on a CPU, of short sequences, not the fused one.
 
     There it takes half the time; GPUs have kernels of their own.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dalle1.clip
-from dalle1.clip import Clip, ClipArch, new_clip, soften
+from dalle1.clip import Clip, ClipArch, new_clip, random_blur
 from dalle1.text.bpe import Tokenizer
 
 CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]
@@ -104,11 +104,11 @@ def test_scores_are_cosines(clip: Clip) -> None:
     torch.testing.assert_close(clip.embed_images(images, batch_size=3), clip.embed_images(images))
 
 
-def test_softening_blurs_about_half_and_can_be_repeated() -> None:
+def test_random_blur_blurs_about_half_of_the_images_and_is_repeatable() -> None:
     images = torch.rand(64, 3, 16, 16)
 
     def draw(seed: int) -> torch.Tensor:
-        return soften(images, torch.Generator().manual_seed(seed))
+        return random_blur(images, torch.Generator().manual_seed(seed))
 
     torch.testing.assert_close(draw(0), draw(0))
     changed = (draw(0) != images).flatten(1).any(1)

@@ -227,11 +227,11 @@ def test_infonce_leaves_no_bias_without_a_gradient(tmp_path: Path) -> None:
 
 
 def test_only_cpus_train_by_the_eager_attention() -> None:
-    from dalle1.clip.towers import quicken
+    from dalle1.clip.towers import fast_attention
 
     clip = small(layers=1, width=32)
     for device, expected in (("cuda", "sdpa"), ("cpu", "eager")):
-        quicken(clip.model, torch.device(device))
+        fast_attention(clip.model, torch.device(device))
         assert clip.model.config.vision_config._attn_implementation == expected
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle1.evaluation.reconstruction import evaluate
+from dalle1.evaluation.reconstruction import reconstruction_metrics
 from dvae import DVAE, DVAEConfig, dvae_loss
 from dvae.gumbel import gumbel_noise, gumbel_softmax
 from dvae.losses import (
@@ -241,9 +241,9 @@ def test_a_few_steps_lower_the_loss() -> None:
     assert sum(losses[-5:]) / 5 < losses[0] - 0.05
 
 
-def test_evaluation() -> None:
+def test_reconstruction_metrics() -> None:
     model, images = tiny(), pictures(5)
-    numbers = evaluate(model, images, 1 / 16, batch_size=2)
+    numbers = dict(reconstruction_metrics(model, images, 1 / 16, batch_size=2))
     assert set(numbers) == {
         *("psnr_hard", "psnr_relaxed", "elbo_hard", "elbo_relaxed"),
         *("kl_nats", "kl_bits", "codes_used", "perplexity"),
@@ -262,4 +262,4 @@ def test_evaluation() -> None:
     assert numbers["codes_used"] == len(shares) > 1
     perplexity = math.exp(-(shares * shares.log()).sum().item())
     assert numbers["perplexity"] == pytest.approx(perplexity, rel=1e-5)
-    assert evaluate(model, images, 1 / 16, batch_size=2) == numbers
+    assert dict(reconstruction_metrics(model, images, 1 / 16, batch_size=2)) == numbers
