@@ -199,7 +199,7 @@ def run_toybox(options: ToyboxOptions, model: DallE | None = None) -> dict[str, 
         how = {"device": options.device, "precision": options.precision}
         model = DallE.from_pretrained(options.model, **how)
     options.out.mkdir(parents=True, exist_ok=True)
-    size = model.dvae.config.image_size
+    size = model.image_tokenizer.image_size
     scores = dict(toybox.check_judge(judge, options.judge_pictures, options.seed, size))
     toybox.report_judge(scores, options.judge_pictures)
     answers: list[toybox.Answer] = []
@@ -263,7 +263,7 @@ def run_dvae(options: DVAEOptions) -> dict[str, float]:
     options.out.mkdir(parents=True, exist_ok=True)
     sheet(to_pil(torch.cat([images[:16], drawn])), 16).save(options.out / "reconstructions.png")
     (options.out / "dvae.json").write_text(json.dumps(scores, indent=1) + "\n")
-    print(f"{len(images)} pictures of {size} × {size}, a codebook of {model.vocab_size}")
+    print(f"{len(images)} pictures of {size} × {size}, a codebook of {model.codebook_size}")
     for name, value in scores.items():
         print(f"{name:14} {value:.4g}")
     print(f"wrote {options.out}")

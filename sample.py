@@ -127,7 +127,7 @@ def previews(model: DallE, path: Path) -> Callable[[Tensor, int], None]:
     from dalle1.data.images import grid
 
     def write_preview(codes: Tensor, rows: int) -> None:
-        width = model.dvae.grid_size
+        width = model.image_tokenizer.grid_size
         images = model.decode(codes[:16].clamp_min(0).unflatten(1, (width, width)))
         for image in images:
             image.paste("grey", (0, image.height * rows // width, image.width, image.height))
@@ -173,7 +173,7 @@ def draw(
 ) -> None:
     """Draw, rank and write the pictures of all prompts."""
     rank, world = share
-    width, given = model.dvae.grid_size, encode_known(model, options)
+    width, given = model.image_tokenizer.grid_size, encode_known(model, options)
     begun = 0 if given is None else int((given < 0).nonzero()[0]) // width
     each = len(range(options.num_candidates)[rank::world])
     preview = previews(model, (options.out or Path("outputs")) / "preview.png")

@@ -26,9 +26,9 @@ import torch
 
 from dalle1.console import one_line_errors, parse, parse_preset
 from dalle1.data.encoded import INDEX_NAME, fingerprint
-from dalle1.storage import model_folder, same_tensors
+from dalle1.image_tokenizer import image_tokenizer_file
+from dalle1.storage import same_tensors
 from dalle1.tasks.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
-from dvae.model import FILE_NAME as DVAE_FILE
 from evaluate import JudgeOptions
 
 ROOT = Path(__file__).resolve().parent
@@ -206,7 +206,7 @@ def other_dvae(out: Path, name: Name) -> bool:
     """Tell whether codes, or a transformer, are of another dVAE than the one that settled."""
     settled = out / "settle"
     if name not in CODES:
-        files = (model_folder(folder) / DVAE_FILE for folder in (settled, out / name))
+        files = (image_tokenizer_file(folder) for folder in (settled, out / name))
         return not same_tensors(*files)
     index = out / name / INDEX_NAME
     return index.is_file() and json.loads(index.read_text())["dvae"] != fingerprint(settled)

@@ -25,6 +25,7 @@ from dalle1.data.encoded import CodeSource, JoinedCodes, open_codes
 from dalle1.data.images import Augmentation, augmented, centre_square, grid, to_float, to_tensor
 from dalle1.data.loader import Source, first_captions, first_examples
 from dalle1.devices import autocast
+from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer
 from dalle1.model.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.storage import model_folder, same_tensors
@@ -36,8 +37,6 @@ from dalle1.training.engines.deepspeed import partitioned
 from dalle1.training.interrupts import training
 from dalle1.training.loop import Work, fit, stream_from
 from dalle1.training.trainer import Batch
-from dvae import DVAE
-from dvae.model import FILE_NAME as DVAE_FILE
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,10 @@ class TransformerTraining:
     def __init__(self, config: TransformerTrainConfig) -> None:
         self.config = config
         self.device = distributed.start(config.device)
-        self.dvae = DVAE.load(config.dvae, self.device, config.image_size)
+        self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)
         self.source = self.open("train")
         self.tokenizer = self.vocabulary()
-        size, text_len = self.dvae.config.image_size, config.model.text_len
+        size, text_len = self.dvae.image_size, config.model.text_len
         prepare = Tokenized(size, self.tokenizer, text_len, 0.0, 0.0, None, config.allow_upscale)
         first = partial(first_examples, self.open("validation"), prepare, 256)
         held = distributed.broadcast_from_main(first)
@@ -109,7 +108,7 @@ class TransformerTraining:
         sizes = {
             **asdict(self.config.model),
             "text_vocab": self.tokenizer.vocab_size,
-            "codebook_size": self.dvae.vocab_size,
+            "codebook_size": self.dvae.codebook_size,
             "grid_size": self.dvae.grid_size,
         }
         wanted = TransformerConfig(**sizes)
@@ -125,7 +124,7 @@ class TransformerTraining:
                     f"the transformer in {self.config.init} differs: {'; '.join(other)}"
                 )
             folders = self.config.init, self.config.dvae
-            files = (model_folder(folder) / DVAE_FILE for folder in folders)
+            files = (image_tokenizer_file(folder) for folder in folders)
             if distributed.is_main() and not same_tensors(*files):
                 warnings.warn(
                     f"{folders[0]} was trained on codes of another dVAE than {folders[1]}: what "
@@ -149,9 +148,9 @@ class TransformerTraining:
         return tokenizer
 
     def open(self, split: str) -> Source:
-        config, size = self.config, self.dvae.config.image_size
+        config, size = self.config, self.dvae.image_size
         detail = math.ceil(size * config.augmentation.resize[1])
-        return open_codes(config.data, split, config.dvae, self.dvae.grid_size) or open_source(
+        return open_codes(config.data, split, config.dvae, self.dvae) or open_source(
             config.data, split, size, config.seed, reading=config, detail=detail
         )
 

@@ -158,7 +158,7 @@ def bundled(candidates: int, precision: str) -> Result:
     start = now()
     model.candidates("an avocado armchair", num_candidates=candidates)
     draw = now() - start
-    return {"step": draw / model.dvae.grid_size**2, "draw": draw}
+    return {"step": draw / model.image_tokenizer.grid_size**2, "draw": draw}
 
 
 CONTENDERS: dict[str, Callable[[int, str], Result]] = {

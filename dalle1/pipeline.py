@@ -18,6 +18,7 @@ from dalle1.clip import Clip
 from dalle1.data.cleaning import to_rgb
 from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
 from dalle1.devices import PRECISIONS, free_memory, out_of_memory, pick_device, pick_precision
+from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.decoding import (
     FREE,
@@ -30,7 +31,6 @@ from dalle1.sampling.decoding import (
 from dalle1.sampling.kv_cache import decode_memory
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
-from dvae import DVAE
 
 BUNDLED = Path(__file__).parent / "bundled" / "toybox"
 VOCABULARY_NAME = "vocab.json"
@@ -60,17 +60,23 @@ class Candidate:
 
 
 class DallE:
-    """A dVAE, a transformer over its codes, the vocabulary of its text, and perhaps a CLIP."""
+    """An image tokenizer, a transformer over its codes, a text tokenizer, and perhaps a CLIP."""
 
     def __init__(
-        self, dvae: DVAE, transformer: Transformer, tokenizer: Tokenizer, clip: Clip | None = None
+        self,
+        image_tokenizer: ImageTokenizer,
+        transformer: Transformer,
+        tokenizer: Tokenizer,
+        clip: Clip | None = None,
     ) -> None:
-        self.dvae, self.transformer, self.tokenizer, self.clip = dvae, transformer, tokenizer, clip
+        self.image_tokenizer, self.transformer = image_tokenizer, transformer
+        self.tokenizer, self.clip = tokenizer, clip
         config = transformer.config
-        if (dvae.vocab_size, dvae.grid_size) != (config.codebook_size, config.grid_size):
+        codes, grid = image_tokenizer.codebook_size, image_tokenizer.grid_size
+        if (codes, grid) != (config.codebook_size, config.grid_size):
             raise ValueError(
-                f"the dVAE has {dvae.vocab_size} codes on a grid of {dvae.grid_size}, the "
-                f"transformer expects {config.codebook_size} on {config.grid_size}; use the dVAE "
+                f"the image tokenizer has {codes} codes on a grid of {grid}, the transformer "
+                f"expects {config.codebook_size} on {config.grid_size}; use the image tokenizer "
                 "that it was trained with"
             )
         if tokenizer.vocab_size != config.text_vocab:
@@ -119,7 +125,7 @@ class DallE:
         if clip is not None and clip != "none":
             ranker = Clip.from_pretrained(clip, place, named)
         return cls(
-            DVAE.load(folder, place),
+            load_image_tokenizer(folder, place),
             Transformer.load(folder, place).to(dtype),
             Tokenizer.load(folder / VOCABULARY_NAME),
             ranker,
@@ -128,7 +134,7 @@ class DallE:
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write all parts to `directory`, weights rounded to `dtype`."""
         folder = Path(directory)
-        self.dvae.save(folder, dtype)
+        self.image_tokenizer.save(folder, dtype)
         self.transformer.save(folder, dtype)
         self.tokenizer.save(folder / VOCABULARY_NAME)
         if self.clip is not None:
@@ -202,14 +208,15 @@ class DallE:
     @torch.inference_mode()
     def decode(self, codes: Tensor, batch_size: int = 16) -> list[Image.Image]:
         """Turn codes [B, W, W] into pictures, so many at a time."""
-        return [x for part in codes.split(batch_size) for x in to_pil(self.dvae.decode(part))]
+        parts = codes.split(batch_size)
+        return [x for part in parts for x in to_pil(self.image_tokenizer.decode(part))]
 
     @torch.inference_mode()
     def encode(self, image: Image.Image) -> Tensor:
         """Turn a picture into codes [W, W]; what is not square is cut to its middle."""
-        square = centre_square(to_rgb(image), self.dvae.config.image_size, allow_upscale=True)
+        square = centre_square(to_rgb(image), self.image_tokenizer.image_size, allow_upscale=True)
         pixels = to_float(to_tensor(square)[None])
-        return self.dvae.encode(pixels.to(self.device))[0]
+        return self.image_tokenizer.encode(pixels.to(self.device))[0]
 
     def encode_known(
         self, image: Image.Image, *, keep_rows: int | None = None, mask: Image.Image | None = None
@@ -224,7 +231,7 @@ class DallE:
         """
         if (keep_rows is None) == (mask is None):
             raise ValueError("expected either keep_rows or a mask, to say what stays")
-        codes, width = self.encode(image).clone(), self.dvae.grid_size
+        codes, width = self.encode(image).clone(), self.image_tokenizer.grid_size
         if keep_rows is not None:
             if not 0 <= keep_rows < width:
                 raise ValueError(f"keep_rows is {keep_rows}, expected 0 to {width - 1}")

@@ -104,10 +104,13 @@ def same_tensors(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None) -> Path:
+def save_weights(
+    model: nn.Module, path: Path, dtype: torch.dtype | None = None, kind: str | None = None
+) -> Path:
     """Write `model` and `model.config`, a dataclass, to `path`; whole or not at all.
 
     Args:
+        kind: name of the model's class in the file; see `dalle1.image_tokenizer`.
         dtype: what floating-point weights are rounded to; None keeps them as they are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +120,10 @@ def save_weights(model: nn.Module, path: Path, dtype: torch.dtype | None = None)
         for name, t in weights.items()
     }
     partial = path.with_suffix(".partial")
-    config = json.dumps(asdict(model.config))  # type: ignore[call-overload]
-    write_tensors(partial, sizes, weights.values(), {"config": config})
+    metadata = {"config": json.dumps(asdict(model.config))}  # type: ignore[call-overload]
+    if kind is not None:
+        metadata["kind"] = kind
+    write_tensors(partial, sizes, weights.values(), metadata)
     os.replace(partial, path)
     return path
 
@@ -133,6 +138,15 @@ def _said_plainly(path: Path, what: str) -> Iterator[None]:
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or holds no {what} ({reason})") from error
+
+
+def read_kind(path: Path) -> str | None:
+    """Return the kind in a model file's metadata; None where the file has none or is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("kind")
+    except SafetensorError:
+        return None
 
 
 def load_config(model_class: type[Any], config_class: type[Config], path: Path) -> Config:

@@ -181,7 +181,10 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Pictures to codes and back. Stage 2 knows only `encode`, `decode` and the config's sizes."""
+    """The discrete VAE: images to codes and back; an `ImageTokenizer` to stage 2."""
+
+    downsampling = DOWNSAMPLING
+    """Pixels per code, along each side."""
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -191,13 +194,18 @@ class DVAE(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
-    def vocab_size(self) -> int:
-        """How many codes there are."""
+    def codebook_size(self) -> int:
+        """V: number of codes."""
         return self.config.codebook_size
 
     @property
+    def image_size(self) -> int:
+        """Side of its images in pixels."""
+        return self.config.image_size
+
+    @property
     def grid_size(self) -> int:
-        """Codes along each side of a picture."""
+        """Codes along each side of an image."""
         return self.config.grid_size
 
     def logits(self, images: Tensor) -> Tensor:
@@ -239,7 +247,7 @@ class DVAE(nn.Module):
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write weights and config to `directory`/dvae.safetensors, rounded to `dtype`."""
-        return save_weights(self, Path(directory) / FILE_NAME, dtype)
+        return save_weights(self, Path(directory) / FILE_NAME, dtype, kind="dvae")
 
     @classmethod
     def load(

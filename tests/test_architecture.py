@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["dalle1.files", "dalle1.storage", "dalle1.console", "dalle1.devices"],
     ["dvae.*"],
+    ["dalle1.image_tokenizer"],
     ["dalle1.toybox.*", "dalle1.text.*", "dalle1.model.*"],
     ["dalle1.clip.*", "dalle1.data.*", "dalle1.importers.*"],
     ["dalle1.training.*", "dalle1.sampling.*"],

@@ -56,7 +56,7 @@ def ranked(plain: DallE) -> DallE:
     torch.manual_seed(0)
     small = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
     clip = new_clip(plain.tokenizer, ClipArch(image_size=32, text_len=12, **small))
-    return DallE(plain.dvae, plain.transformer, plain.tokenizer, clip)
+    return DallE(plain.image_tokenizer, plain.transformer, plain.tokenizer, clip)
 
 
 @pytest.fixture(scope="module")

@@ -36,10 +36,11 @@ from dalle1.data.sources.indexed_shards import index_shard, read_member
 from dalle1.data.sources.streaming_shards import Pair, StreamingShards
 from dalle1.data.spec import open_source
 from dalle1.devices import autocast, keep_freed_memory, pick_device
-from dalle1.storage import model_folder
-from dvae import DVAE
-from dvae.model import DOWNSAMPLING
-from dvae.model import FILE_NAME as DVAE_FILE
+from dalle1.image_tokenizer import (
+    ImageTokenizer,
+    image_tokenizer_file,
+    load_image_tokenizer,
+)
 
 INDEX_NAME = "codes.json"
 
@@ -86,7 +87,7 @@ class EncodeConfig(CleaningConfig):
 
 def fingerprint(dvae_dir: Path) -> str:
     """Name a dVAE by its file's content, so that codes of another one are told apart."""
-    return hashlib.sha256((model_folder(dvae_dir) / DVAE_FILE).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(image_tokenizer_file(dvae_dir).read_bytes()).hexdigest()[:16]
 
 
 class CodeSource:
@@ -194,7 +195,7 @@ class JoinedCodes(Mixture):
 
 
 def open_codes(
-    data: str, split: str, dvae_dir: Path, grid_size: int
+    data: str, split: str, dvae_dir: Path, image_tokenizer: ImageTokenizer
 ) -> CodeSource | JoinedCodes | None:
     """Open --data if it is a folder of codes, or several; refuse those of another dVAE or grid."""
     names, weights = split_sources(data)
@@ -209,10 +210,12 @@ def open_codes(
             raise ValueError(
                 f"the codes in {name} are of another dVAE than {dvae_dir}; encode the data anew"
             )
-        if source.grid_size != grid_size:
+        if source.grid_size != image_tokenizer.grid_size:
+            image_size = image_tokenizer.downsampling * source.grid_size
             raise ValueError(
-                f"the codes in {name} are grids of {source.grid_size}, expected {grid_size}; give "
-                f"--image-size {DOWNSAMPLING * source.grid_size}, or encode the data anew"
+                f"the codes in {name} are grids of {source.grid_size}, expected "
+                f"{image_tokenizer.grid_size}; use --image-size {image_size}, or encode the data "
+                "again"
             )
     return sources[0] if len(sources) == 1 else JoinedCodes(sources, weights)
 
@@ -221,8 +224,8 @@ def encode(config: EncodeConfig) -> None:
     """Encode all of `config.data`, shard by shard; whole shards that are there are left alone."""
     device = pick_device(config.device)
     keep_freed_memory()
-    model = DVAE.load(config.dvae, device, config.image_size)
-    size = model.config.image_size
+    model = load_image_tokenizer(config.dvae, device, config.image_size)
+    size = model.image_size
     detail = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
     source = _open(config, size, detail)
     prepare = partial(_prepare, size, config)  # no closure: spawned workers must unpickle it
@@ -239,7 +242,7 @@ def encode(config: EncodeConfig) -> None:
                 written += 1
                 progress.update(config.shard_size)
             else:
-                encoded = _encoded(model, batches(), tally, progress)
+                encoded = _encoded(model, device, batches(), tally, progress)
                 written += _write_shard(path, encoded, number, source)
     if not written:
         raise ValueError(f"all pictures were left out: {tally}; see {tally.file}")
@@ -301,11 +304,11 @@ def _prepare(
     }
 
 
-def _claim(config: EncodeConfig, model: DVAE, source: Source, shards: int) -> None:
+def _claim(config: EncodeConfig, model: ImageTokenizer, source: Source, shards: int) -> None:
     """Write the index; refuse a folder with codes of another dVAE or other data."""
     index = {
         "dvae": fingerprint(config.dvae),
-        "codebook_size": model.vocab_size,
+        "codebook_size": model.codebook_size,
         "grid_size": model.grid_size,
         "data": config.data,
         "pictures": None if isinstance(source, StreamingShards) else len(source),
@@ -334,10 +337,13 @@ Encoded = tuple[int, np.ndarray, list[str]]
 
 
 def _encoded(
-    model: DVAE, batches: Iterator[Batch], tally: SkipStats, progress: tqdm
+    model: ImageTokenizer,
+    device: torch.device,
+    batches: Iterator[Batch],
+    tally: SkipStats,
+    progress: tqdm,
 ) -> Iterator[Encoded]:
-    kind = np.uint16 if model.vocab_size <= 1 << 16 else np.uint32
-    device = next(model.parameters()).device
+    kind = np.uint16 if model.codebook_size <= 1 << 16 else np.uint32
     for batch in batches:
         images, left_out = batch.get("images", ()), batch[LEFT_OUT]
         tally.add(len(images), left_out, batch[SHARDS])

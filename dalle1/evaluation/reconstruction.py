@@ -32,13 +32,13 @@ def reconstruction_metrics(
         temperature: of the relaxed codes.
         likelihood: whether to compute the ELBO, which needs a model trained with the likelihood.
     """
-    usage = torch.zeros(model.vocab_size, device=images.device)
+    usage = torch.zeros(model.codebook_size, device=images.device)
     sums: defaultdict[str, float] = defaultdict(float)
     generator = torch.Generator(images.device).manual_seed(0)
     for batch in images.split(batch_size):
         logits = model.logits(batch)
         codes = logits.argmax(-1)
-        usage += codes.flatten().bincount(minlength=model.vocab_size)
+        usage += codes.flatten().bincount(minlength=model.codebook_size)
         values = {"kl_nats": kl_to_uniform(logits).mean()}
         relaxed = gumbel_softmax(logits, temperature, generator)
         for name, z in (("hard", codes), ("relaxed", relaxed)):

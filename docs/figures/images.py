@@ -80,10 +80,11 @@ def announcement(model: DallE) -> Image.Image:
 
 def reconstructions(model: DallE) -> Image.Image:
     """Draw validation pictures of Toybox over what is left of them after encoding."""
-    world = Toybox("validation", size=model.dvae.config.image_size)
+    world = Toybox("validation", size=model.image_tokenizer.image_size)
     originals = [world.image(i) for i in range(8)]
     images = to_float(torch.stack([to_tensor(x) for x in originals]))
-    return grid(originals + to_pil(model.dvae.decode(model.dvae.encode(images))), 8)
+    decoded = model.image_tokenizer.decode(model.image_tokenizer.encode(images))
+    return grid(originals + to_pil(decoded), 8)
 
 
 def masks(path: Path) -> None:

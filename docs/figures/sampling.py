@@ -58,7 +58,7 @@ def row(model: DallE, scene: tuple[Image.Image, str], mask: Image.Image) -> list
 def completed(model: DallE, box: Sequence[float]) -> Image.Image:
     """Have what is in the box, in parts of the side, drawn anew."""
     cells = []
-    for picture, caption in scenes(4, model.dvae.config.image_size):
+    for picture, caption in scenes(4, model.image_tokenizer.image_size):
         mask = Image.new("L", picture.size)
         corners = [int(part * picture.width) for part in box]
         ImageDraw.Draw(mask).rectangle((*corners[:2], corners[2] - 1, corners[3] - 1), fill=255)

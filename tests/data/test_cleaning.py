@@ -21,6 +21,7 @@ from dalle1.data.sources.base import Mixture, split_sources, turn
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed_shards import IndexedShards
 from dalle1.data.sources.streaming_shards import StreamingShards
+from dvae import DVAE, DVAEConfig
 
 RNG = random.Random(0)
 NO_CLEANING = CleaningConfig()
@@ -254,7 +255,7 @@ def test_several_sources_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("scheme", ["https://host/a.tar?token=", "pipe:curl -H token:", ""])
 def test_long_sources_are_no_paths(scheme: str, tmp_path: Path) -> None:
     data = scheme + "x" * 5000
-    assert open_codes(data, "train", tmp_path, 4) is None
+    assert open_codes(data, "train", tmp_path, DVAE(DVAEConfig(width=4))) is None
     if scheme:
         assert isinstance(open_source(data), StreamingShards)
     else:

@@ -58,7 +58,7 @@ def encoded(tmp_path: Path) -> tuple[EncodeConfig, DVAE]:
 def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
     config, model = encoded
     assert [f.name for f in sorted(config.out.glob("*.tar"))] == [f"0000{i}.tar" for i in range(3)]
-    source = open_codes(str(config.out), "train", config.dvae, grid_size=4)
+    source = open_codes(str(config.out), "train", config.dvae, model)
     assert source is not None
     assert (len(source), source.code_grid(0, RNG).shape) == (10, (4, 4))
     toybox = Toybox(size=32, num_scenes=10)
@@ -130,11 +130,11 @@ def source_of(config: EncodeConfig) -> CodeSource:
 def test_codes_of_another_dvae_or_other_data_are_refused(
     encoded: tuple[EncodeConfig, DVAE], tmp_path: Path
 ) -> None:
-    config, _ = encoded
+    config, model = encoded
     save_dvae(tmp_path / "other", seed=1)
     assert fingerprint(tmp_path / "other") != fingerprint(config.dvae)
     with pytest.raises(ValueError, match=r"of another dVAE than .*other; encode the data anew"):
-        open_codes(str(config.out), "train", tmp_path / "other", grid_size=4)
+        open_codes(str(config.out), "train", tmp_path / "other", model)
     for change in ({"dvae": tmp_path / "other"}, {"data": "toybox:11"}, {"seed": 1}):
         with pytest.raises(ValueError, match="holds codes of another dVAE or other data"):
             encode(encoding(tmp_path, **change))
@@ -144,20 +144,22 @@ def test_codes_of_another_dvae_or_other_data_are_refused(
 def test_pictures_are_encoded_at_another_size(tmp_path: Path) -> None:
     model = save_dvae(tmp_path / "dvae")
     encode(config := encoding(tmp_path, image_size=16))
-    source = open_codes(str(config.out), "train", config.dvae, grid_size=2)
+    source = open_codes(
+        str(config.out), "train", config.dvae, DVAE.load(config.dvae, image_size=16)
+    )
     assert source is not None
     picture = to_float(to_tensor(Toybox(size=16, num_scenes=10).image(3))[None])
     with autocast(torch.device("cpu"), "bf16"):
         assert torch.equal(source.code_grid(3, RNG), model.encode(picture)[0])
-    with pytest.raises(ValueError, match=r"grids of 2, expected 4; give --image-size 16, or"):
-        open_codes(str(config.out), "train", config.dvae, grid_size=4)
+    with pytest.raises(ValueError, match=r"grids of 2, expected 4; use --image-size 16, or"):
+        open_codes(str(config.out), "train", config.dvae, model)
 
 
 def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:
-    save_dvae(tmp_path / "dvae")
+    model = save_dvae(tmp_path / "dvae")
     with pytest.raises(ValueError, match="'toybox' has no end; name how many"):
         encode(encoding(tmp_path, data="toybox"))
-    assert open_codes(str(tmp_path / "codes"), "train", tmp_path / "dvae", 4) is None
+    assert open_codes(str(tmp_path / "codes"), "train", tmp_path / "dvae", model) is None
     with pytest.raises(ValueError, match="holds no codes"):
         CodeSource(tmp_path / "codes")
     (tmp_path / "codes").mkdir(exist_ok=True)

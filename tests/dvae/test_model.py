@@ -41,7 +41,7 @@ def test_paper_size_has_exactly_the_parameters_of_the_paper() -> None:
         model = DVAE(DVAEConfig())
     assert sum(p.numel() for p in model.encoder.parameters()) == 53_786_240
     assert sum(p.numel() for p in model.decoder.parameters()) == 43_829_766
-    assert (model.vocab_size, model.grid_size) == (8192, 32)
+    assert (model.codebook_size, model.grid_size) == (8192, 32)
     assert model.encoder.groups[0][0].gain == 1 / 64
     assert model.decoder.input.weight.shape == (128, 8192, 1, 1)
 

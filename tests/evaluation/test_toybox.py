@@ -37,7 +37,7 @@ class FakeModel:
     def __init__(self, answer: Callable[[Verdict, int], Verdict], ranked: bool = True) -> None:
         self.answer, self.ranked = answer, ranked
         self.asked: list[tuple[int, int]] = []  # prompts and candidates of each draw
-        self.dvae = SimpleNamespace(config=SimpleNamespace(image_size=128))
+        self.image_tokenizer = SimpleNamespace(image_size=128)
         prompts = [p for split in SPLITS for p in choose_prompts(split, 40, 0)]
         self.truths = {prompt.text: truth(prompt.scene) for prompt in prompts}
 

@@ -46,7 +46,7 @@ def test_imported_is_the_original_bit_for_bit(tmp_path: Path, released: Modules)
     encoder, decoder = released
     paths = pickles(tmp_path, encoder, decoder)
     model = openai_dvae.load_openai_dvae(*paths)
-    assert (model.config.width, model.config.code_width, model.vocab_size) == (64, 16, 512)
+    assert (model.config.width, model.config.code_width, model.codebook_size) == (64, 16, 512)
     images = torch.rand(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     # The same arithmetic in the same order: both with channels last.
     squeezed = squeeze_pixels(images).contiguous(memory_format=torch.channels_last)

@@ -328,7 +328,7 @@ def test_mistakes_in_training_are_told_in_a_line(
         line = refused(main, ["huge", *toy[1:]], capsys)
         assert f"no preset 'huge'; there are: {presets}" in line
     line = refused(transformer, [*toy, "--dvae", "nowhere", "--device", "cpu"], capsys)
-    assert "no DVAE in nowhere" in line
+    assert "no image tokenizer in nowhere" in line
     line = refused(dvae, [*toy, *TINY_DVAE[:-2], "--data", "nowhere", "--device", "cpu"], capsys)
     assert "no data at 'nowhere'" in line
     assert "device 'quantum'" in refused(dvae, [*toy, "--device", "quantum"], capsys)

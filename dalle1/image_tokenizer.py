@@ -1,0 +1,91 @@
+"""Image tokenizers: stage 1 of DALL·E, as sampling, encoding and stage 2 see it.
+
+B batch, H W image in pixels, h w grid of codes (h = H / downsampling), V codebook size.
+
+To add a class: enter it in `IMAGE_TOKENIZERS` under a `kind` of its own, and have its `save` pass
+that kind to `storage.save_weights`, which writes it to the metadata of the model file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dalle1.storage import model_folder, read_kind
+from dvae.model import DVAE, FILE_NAME
+
+IMAGE_TOKENIZER_FILE = "image_tokenizer.safetensors"
+"""Model file of an image tokenizer that is not a dVAE."""
+
+
+class ImageTokenizer(Protocol):
+    """A model that turns images into grids of discrete codes and back."""
+
+    @property
+    def codebook_size(self) -> int:
+        """V: number of codes."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code, along each side."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of its images in pixels."""
+
+    @property
+    def grid_size(self) -> int:
+        """Codes along each side of an image: image_size / downsampling."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] in [0, 1] as codes [B, h, w], integers in [0, V)."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Decode codes [B, h, w] to images [B, 3, H, W] in [0, 1]."""
+
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write parameters and config to one model file in `directory`, rounded to `dtype`."""
+
+
+class ImageTokenizerClass(Protocol):
+    """What `load_image_tokenizer` calls: the class of an image tokenizer."""
+
+    def load(
+        self, directory: str | Path, device: str | torch.device, image_size: int | None
+    ) -> ImageTokenizer:
+        """Load what `save` wrote; see `load_image_tokenizer`."""
+
+
+IMAGE_TOKENIZERS: dict[str, ImageTokenizerClass] = {"dvae": DVAE}
+"""Kind, as in a model file's metadata → class."""
+
+
+def image_tokenizer_file(directory: str | Path) -> Path:
+    """Return the model file of the image tokenizer in a model folder or a training's folder."""
+    folder = model_folder(directory)
+    other = folder / IMAGE_TOKENIZER_FILE
+    return other if other.is_file() else folder / FILE_NAME
+
+
+def load_image_tokenizer(
+    directory: str | Path, device: str | torch.device = "cpu", image_size: int | None = None
+) -> ImageTokenizer:
+    """Load the image tokenizer in `directory`; the kind in its file picks the class.
+
+    Args:
+        image_size: side of its images in pixels; None is the size it was trained on.
+
+    Raises: ValueError where the file is missing, damaged or of an unknown kind.
+    """
+    path = image_tokenizer_file(directory)
+    if not path.is_file():
+        raise ValueError(
+            f"no image tokenizer in {path.parent}: expected the file {path.name} there"
+        )
+    kind = read_kind(path) or "dvae"  # dVAEs of earlier versions have none
+    if kind not in IMAGE_TOKENIZERS:
+        raise ValueError(f"{path} is of kind {kind!r}, expected {' or '.join(IMAGE_TOKENIZERS)}")
+    return IMAGE_TOKENIZERS[kind].load(directory, device, image_size)
