@@ -122,7 +122,7 @@ def _galaxy(unit: float) -> Tile:
         tile.ellipse(x + rng.uniform(-0.1, 0.1), y, 0.2, 0.13, rng.choice(clouds))
     blur = ImageFilter.GaussianBlur(0.06 * tile.scale)
     tile.image = tile.image.filter(blur)
-    tile.draw = ImageDraw.Draw(tile.image)
+    tile.canvas = ImageDraw.Draw(tile.image)
     for x, y in lattice(0.27, 0.2):
         x, y, r = x + rng.uniform(-0.07, 0.07), y + rng.uniform(-0.05, 0.05), rng.choice((1, 1, 2))
         if r == 1:

@@ -15,7 +15,7 @@ from dalle1.toybox.tile import REACH, Point, Rgb, Tile, lattice, polygon_around
 def line(tile: Tile, points: list[Point], width: float, colour: Rgb) -> None:
     """Paint a line with round joints, `width` in object widths."""
     pixels = [(x * tile.scale, y * tile.scale) for x, y in points]
-    tile.draw.line(pixels, fill=colour, width=max(1, round(width * tile.scale)), joint="curve")
+    tile.canvas.line(pixels, fill=colour, width=max(1, round(width * tile.scale)), joint="curve")
 
 
 def _pineapple(unit: float) -> Tile:

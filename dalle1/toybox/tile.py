@@ -22,21 +22,21 @@ class Tile:
         self.scale = unit * 3  # three times oversampled
         self.side = round(REACH * unit)
         self.image = Image.new("RGB", (self.side * 3, self.side * 3), base)
-        self.draw = ImageDraw.Draw(self.image)
+        self.canvas = ImageDraw.Draw(self.image)
 
     def polygon(self, points: list[Point], colour: Rgb) -> None:
         """Fill a polygon."""
-        self.draw.polygon([(x * self.scale, y * self.scale) for x, y in points], fill=colour)
+        self.canvas.polygon([(x * self.scale, y * self.scale) for x, y in points], fill=colour)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour: Rgb) -> None:
         """Fill an ellipse by centre and radii."""
         s = self.scale
-        self.draw.ellipse(((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s), fill=colour)
+        self.canvas.ellipse(((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s), fill=colour)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: Rgb) -> None:
         """Fill a rectangle."""
         s = self.scale
-        self.draw.rectangle((x0 * s, y0 * s, x1 * s, y1 * s), fill=colour)
+        self.canvas.rectangle((x0 * s, y0 * s, x1 * s, y1 * s), fill=colour)
 
     def pixels(self) -> Pixels:
         """Return the finished texture, [side, side, 3]."""
