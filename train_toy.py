@@ -28,7 +28,9 @@ from dalle1.console import one_line_errors, parse, parse_preset
 from dalle1.data.encoded import INDEX_NAME, fingerprint
 from dalle1.image_tokenizer import image_tokenizer_file
 from dalle1.storage import same_tensors
-from dalle1.tasks.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
+from dalle1.tasks.clip import CLIP_PRESETS
+from dalle1.tasks.dvae import DVAE_PRESETS
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 from evaluate import JudgeOptions
 
 ROOT = Path(__file__).resolve().parent

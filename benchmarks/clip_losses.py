@@ -16,12 +16,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import train_clip
 from dalle1.clip import Clip
 from dalle1.console import one_line_errors
 from dalle1.evaluation.toybox_probes import retrieval_probe
 from dalle1.files import claim, write_atomic
-from dalle1.tasks.presets import CLIP_PRESETS
+from dalle1.tasks import clip as train_clip
+from dalle1.tasks.clip import CLIP_PRESETS
 
 LOSSES = {"infonce": "InfoNCE", "sigmoid": "sigmoid"}
 KINDS = ("one object", "all kinds")

@@ -22,7 +22,7 @@ import torch
 from dalle1.devices import pick_device
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.planner import Plan, memory
-from dalle1.tasks.presets import TRANSFORMER_PRESETS
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
 from dalle1.training.engines.base import Plain
 from dalle1.training.loop import TrainConfig

@@ -35,7 +35,7 @@ from dalle1.devices import PRECISIONS, keep_freed_memory, matmul_flops_per_secon
 from dalle1.model.masks import image_mask
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.decoding import candidate_uniforms, generate
-from dalle1.tasks.presets import TRANSFORMER_PRESETS
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 CONFIG = TransformerConfig(**vars(TRANSFORMER_PRESETS["small"].model))
 Result = dict[str, float]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dalle1.devices import autocast, keep_freed_memory, matmul_flops_per_second, pick_device
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.tasks.presets import TRANSFORMER_PRESETS
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Text [B, L] and codes [B, N] to a loss."""

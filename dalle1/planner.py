@@ -46,7 +46,7 @@ from dalle1.devices import autocast
 from dalle1.model import attention
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.storage import without_weights
-from dalle1.tasks.presets import TRANSFORMER_PRESETS
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
 from dalle1.training.engines.base import layer_matrices
 from dvae.model import DOWNSAMPLING

@@ -26,8 +26,10 @@ LAYERS = [
     ["dalle1.toybox.*", "dalle1.text.*", "dalle1.model.*"],
     ["dalle1.clip.*", "dalle1.data.*", "dalle1.importers.*"],
     ["dalle1.training.*", "dalle1.sampling.*"],
-    ["dalle1.tasks.*", "dalle1.pipeline"],
-    ["dalle1", "dalle1.evaluation.*", "dalle1.export", "dalle1.outputs", "dalle1.planner"],
+    ["dalle1.pipeline"],
+    ["dalle1", "dalle1.evaluation.*", "dalle1.outputs"],
+    ["dalle1.tasks.*"],
+    ["dalle1.export", "dalle1.planner"],
     ["dalle1.commands.*"],
 ]
 SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers

@@ -16,7 +16,9 @@ import sample
 from dalle1.console import parse_preset
 from dalle1.data.check import CheckConfig
 from dalle1.data.encoded import EncodeConfig
-from dalle1.tasks.presets import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
+from dalle1.tasks.clip import CLIP_PRESETS
+from dalle1.tasks.dvae import DVAE_PRESETS
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8")

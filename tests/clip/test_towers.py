@@ -17,7 +17,7 @@ from torch import nn
 
 from dalle1.clip import Clip, ClipArch, new_clip
 from dalle1.clip.resnet import ModifiedResNet
-from dalle1.tasks.presets import CLIP_PRESETS
+from dalle1.tasks.clip import CLIP_PRESETS
 from dalle1.text.bpe import Tokenizer
 
 RESNET: dict[str, Any] = {"layers": (2, 1, 1, 2), "width": 16, "patch_size": None}

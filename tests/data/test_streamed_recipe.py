@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import train_clip
-import train_dvae
-import train_transformer
 from dalle1.commands.toybox import main as write_toybox
 from dalle1.data import encoded as codes
 from dalle1.data.check import main as check
+from dalle1.tasks import clip as train_clip
+from dalle1.tasks import dvae as train_dvae
+from dalle1.tasks import transformer as train_transformer
 
 RUN = ["--steps", "3", "--batch-size", "4", "--device", "cpu", "--log-every", "1"]
 TINY_DVAE = [

@@ -16,7 +16,7 @@ from dalle1.model.attention import Mask
 from dalle1.model.masks import MaskKind
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.decoding import Sampling, generate
-from dalle1.tasks.presets import TRANSFORMER_PRESETS
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 KINDS: list[MaskKind] = ["full", "row", "column", "conv"]
 L, W, V, TEXT = 5, 4, 11, 13

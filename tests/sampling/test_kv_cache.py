@@ -13,7 +13,7 @@ from dalle1.model.attention import Mask
 from dalle1.model.masks import MaskKind, image_mask
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.kv_cache import Caches, Window, decode_memory
-from dalle1.tasks.presets import TRANSFORMER_PRESETS
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 KINDS = get_args(MaskKind)
 L, V = 5, 11

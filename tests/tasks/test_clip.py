@@ -11,10 +11,10 @@ from launch import in_two_processes
 from PIL import Image
 from safetensors.torch import load_file
 
-import train_clip
 from dalle1.clip import Clip
 from dalle1.console import parse_preset
-from dalle1.tasks.presets import CLIP_PRESETS, ClipTrainConfig
+from dalle1.tasks import clip as train_clip
+from dalle1.tasks.clip import CLIP_PRESETS, ClipTrainConfig
 from dalle1.training.checkpoint import TENSORS_NAME
 
 TINY = [

@@ -17,14 +17,14 @@ from PIL import Image
 
 import evaluate
 import sample
-import train_clip
-import train_dvae
-import train_transformer
 from dalle1 import DallE
 from dalle1.clip import ClipArch, new_clip
 from dalle1.data import encoded as codes
 from dalle1.model.transformer import Transformer
-from dalle1.tasks.presets import TRANSFORMER_PRESETS
+from dalle1.tasks import clip as train_clip
+from dalle1.tasks import dvae as train_dvae
+from dalle1.tasks import transformer as train_transformer
+from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE
 

@@ -1,0 +1,371 @@
+"""Train a transformer on captions and codes as one stream (stage 2; paper §2.2, B).
+
+    python train_transformer.py small --dvae runs/dvae --data toybox --out runs/transformer
+
+writes runs/transformer/latest/, which `sample.py --model` takes as it is, a log and samples; the
+same command goes on after an interruption. Data may be pre-encoded (`dalle1.data.encoded`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle1.console import one_line_errors, parse_preset
+from dalle1.data import PairSource, open_source
+from dalle1.data.encoded import CodeSource, JoinedCodes, open_codes
+from dalle1.data.images import (
+    FOR_TRANSFORMER,
+    Augmentation,
+    augmented,
+    centre_square,
+    grid,
+    to_float,
+    to_tensor,
+)
+from dalle1.data.loader import Source, first_captions, first_examples
+from dalle1.devices import autocast
+from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer
+from dalle1.model.transformer import (
+    Transformer,
+    TransformerArch,
+    TransformerConfig,
+    TransformerLoss,
+)
+from dalle1.pipeline import VOCABULARY_NAME, DallE
+from dalle1.storage import model_folder, same_tensors
+from dalle1.text.bpe import Tokenizer
+from dalle1.text.known_words import Words
+from dalle1.training import distributed, resblocks
+from dalle1.training.engines.deepspeed import partitioned
+from dalle1.training.interrupts import training
+from dalle1.training.loop import TrainConfig, Work, fit, stream_from
+from dalle1.training.trainer import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerTrainConfig(TrainConfig):
+    """How a transformer is trained (paper §2.2, B.2)."""
+
+    dvae: Path = Path("runs/dvae")
+    """Folder of the dVAE whose codes it models."""
+    model: TransformerArch = field(default_factory=TransformerArch)
+    """Its size, but for what dVAE and vocabulary say."""
+    image_size: int | None = None
+    """Side of the pictures in pixels, a multiple of 8, if not the dVAE's own."""
+    init: Path | None = None
+    """Folder of a model to begin with, of the same size, with its vocabulary: fine-tuning. With
+    rotary positions it may know smaller pictures."""
+    vocab_captions: int = 20_000
+    """Captions that the BPE is learned from: the first of the data."""
+    bpe_dropout: float = 0.1
+    """Chance that a merge of the BPE is skipped, in training only."""
+    caption_dropout: float = 0.0
+    """Chance that a caption is left out, all padding: what guidance needs. Paper: 0."""
+    augmentation: Augmentation = FOR_TRANSFORMER
+    """How pictures are cut; codes that were made before are as they are."""
+    text_weight: float = 1 / 8
+    """Weight of the text's loss; the picture's has the rest."""
+    checkpointing: bool = False
+    """Compute each resblock again going back: less memory for a third more work."""
+    compile: bool = False
+    """Compile the layers by torch.compile: slow to start, then faster."""
+    prompts: tuple[str, ...] = (
+        "an avocado armchair",
+        "a zebra mug",
+        "a red star",
+        "a galaxy teapot",
+        "two gold bells",
+        "a blue house above a small pink fish",
+    )
+    """What sample pictures are drawn of at each validation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompts:
+            raise ValueError("prompts is empty, expected at least one to draw samples of")
+        for name in ("bpe_dropout", "caption_dropout", "text_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
+
+
+# Paper (B.2), but for the average, which it moves every 25 updates by 0.99 in a copy on the CPU.
+_transformer_12b = TransformerTrainConfig(
+    out=Path("runs/transformer"),
+    steps=430_000,
+    batch_size=1024,
+    learning_rate=4.5e-4,
+    schedule="plateau",
+    warmup_steps=5_000,
+    weight_decay=4.5e-2,
+    beta2=0.96,
+    variance_clip=5.0,
+    ema_decay=0.99,
+    ema_every=25,
+    checkpointing=True,
+)
+
+
+def _sized(width: int, depth: int, heads: int, **changes: Any) -> TransformerTrainConfig:
+    size = replace(_transformer_12b.model, width=width, depth=depth, heads=heads)
+    return replace(_transformer_12b, model=size, **changes)
+
+
+# One GPU: a cosine, smaller batches, and captions left out now and then, for guidance.
+_ONE_GPU: dict[str, Any] = {
+    "schedule": "cosine",
+    "steps": 200_000,
+    "warmup_steps": 2_000,
+    "batch_size": 64,
+    "final_learning_rate": 1.4e-5,
+    "variance_clip": None,
+    "ema_decay": 0.999,
+    "ema_every": 1,
+    "caption_dropout": 0.1,
+    "checkpointing": False,
+}
+
+# The paper's 32 × 32 codes and its masks, for two CPU cores and a few hours: what makes small
+# budgets learn faster is in docs/experiments.md.
+_transformer_toy = TransformerTrainConfig(
+    out=Path("runs/transformer"),
+    model=TransformerArch(
+        text_vocab=1024,
+        text_len=64,
+        width=256,
+        depth=10,
+        heads=4,
+        positions="rotary",
+        mlp="swiglu",
+        qk_norm=True,
+    ),
+    steps=1_400,
+    batch_size=16,
+    optimizer="muon",
+    learning_rate=2e-3,
+    final_learning_rate=1e-5,
+    warmup_steps=100,
+    weight_decay=4.5e-2,
+    beta2=0.99,
+    ema_decay=0.998,
+    caption_dropout=0.1,
+    validate_every=1_000,
+    save_every=100,
+    prompts=(
+        "an avocado armchair",
+        "a teapot made of watermelon",
+        "a snail that looks like a zebra",
+        "a pixel art cat",
+        "a sketch of a strawberry lamp",
+        "three purple stars below a gold clock",
+    ),
+)
+
+TRANSFORMER_PRESETS: dict[str, TransformerTrainConfig] = {
+    "toy": _transformer_toy,
+    # Begins with half the side, 16 × 16 codes, where the caption is a larger part of what there is
+    # to learn, and an update takes a third of the time; `toy` goes on from it (--init).
+    "toy-128": replace(
+        _transformer_toy,
+        out=Path("runs/half"),
+        image_size=128,
+        steps=5_000,
+        final_learning_rate=5e-4,
+        validate_every=500,
+    ),
+    "small": _sized(512, 8, 8, **_ONE_GPU),
+    "base": _sized(1024, 16, 16, **_ONE_GPU),
+    "1b": _sized(2048, 24, 32),
+    "2.8b": _sized(1920, 64, 30),
+    "5.6b": _sized(2688, 64, 42),
+    "12b": _transformer_12b,
+}
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Prepares one example: a caption's tokens, and the picture or its codes."""
+
+    size: int
+    tokenizer: Tokenizer
+    text_len: int
+    bpe_dropout: float
+    caption_dropout: float
+    augmentation: Augmentation | None
+    allow_upscale: bool
+
+    def __call__(
+        self, source: CodeSource | JoinedCodes | PairSource, index: int, rng: random.Random
+    ) -> Mapping[str, Tensor]:
+        caption = source.caption(index, rng)
+        if rng.random() < self.caption_dropout:
+            caption = ""
+        text = self.tokenizer.encode([caption], self.text_len, dropout=self.bpe_dropout, rng=rng)[0]
+        if isinstance(source, CodeSource | JoinedCodes):
+            return {"text": text, "codes": source.code_grid(index, rng)}
+        if self.augmentation is None:
+            picture = centre_square(source.image(index), self.size, self.allow_upscale)
+        else:
+            how = self.augmentation, self.allow_upscale
+            picture = augmented(source.image(index), self.size, rng, *how)
+        return {"text": text, "images": to_tensor(picture)}
+
+
+class TransformerTraining:
+    """What `fit` needs to know of stage 2."""
+
+    def __init__(self, config: TransformerTrainConfig) -> None:
+        self.config = config
+        self.device = distributed.start(config.device)
+        self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)
+        self.source = self.open("train")
+        self.tokenizer = self.vocabulary()
+        size, text_len = self.dvae.image_size, config.model.text_len
+        prepare = Tokenized(size, self.tokenizer, text_len, 0.0, 0.0, None, config.allow_upscale)
+        first = partial(first_examples, self.open("validation"), prepare, 256)
+        held = distributed.broadcast_from_main(first)
+        self.held = {name: tensor.to(self.device) for name, tensor in held.items()}
+        prepare = replace(
+            prepare,
+            bpe_dropout=config.bpe_dropout,
+            caption_dropout=config.caption_dropout,
+            augmentation=config.augmentation,
+        )
+        self.stream = stream_from(self.source, prepare, config)
+        torch.manual_seed(config.seed)
+        self.model = self.initial().to(self.device)
+        in_fp16 = config.precision == "fp16"
+        self.scales = resblocks.prepare(
+            self.model, checkpointing=config.checkpointing, scaling=in_fp16
+        )
+        if config.compile:
+            for layer in self.model.layers:
+                layer.compile()
+
+    def initial(self) -> Transformer:
+        """Make a new transformer; the one that --init names has to be of its size.
+
+        Where positions are turns, no weight knows how large the picture is; what stood half-way
+        down still does.
+        """
+        sizes = {
+            **asdict(self.config.model),
+            "text_vocab": self.tokenizer.vocab_size,
+            "codebook_size": self.dvae.codebook_size,
+            "grid_size": self.dvae.grid_size,
+        }
+        wanted = TransformerConfig(**sizes)
+        if self.config.init is not None:
+            before = Transformer.config_of(self.config.init)
+            if wanted.positions == before.positions == "rotary":
+                counted_on = before.rotary_grid or before.grid_size
+                wanted = replace(wanted, rotary_grid=counted_on)
+                before = replace(before, rotary_grid=counted_on, grid_size=wanted.grid_size)
+            given, named = asdict(before), asdict(wanted)
+            if other := [f"{k} is {given[k]}, not {v}" for k, v in named.items() if given[k] != v]:
+                raise ValueError(
+                    f"the transformer in {self.config.init} differs: {'; '.join(other)}"
+                )
+            folders = self.config.init, self.config.dvae
+            files = (image_tokenizer_file(folder) for folder in folders)
+            if distributed.is_main() and not same_tensors(*files):
+                warnings.warn(
+                    f"{folders[0]} was trained on codes of another dVAE than {folders[1]}: what "
+                    "codes stand for has to be learned anew",
+                    stacklevel=2,
+                )
+        with partitioned(self.config):
+            return Transformer(wanted)
+
+    def vocabulary(self) -> Tokenizer:
+        """Learn the BPE from the data; a training that goes on keeps the one that it has."""
+        if (kept := model_folder(self.config.out) / VOCABULARY_NAME).is_file():
+            return Tokenizer.load(kept)
+        first = partial(first_captions, self.source, self.config.vocab_captions)
+        captions = distributed.broadcast_from_main(first)
+        if self.config.init is None:
+            return Tokenizer.train(captions, self.config.model.text_vocab)
+        tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
+        if tokenizer.words is not None:  # what is fine-tuned on is known, too
+            tokenizer.words = tokenizer.words.merged(Words.of(captions))
+        return tokenizer
+
+    def open(self, split: str) -> Source:
+        config, size = self.config, self.dvae.image_size
+        detail = math.ceil(size * config.augmentation.resize[1])
+        return open_codes(config.data, split, config.dvae, self.dvae) or open_source(
+            config.data, split, size, config.seed, reading=config, detail=detail
+        )
+
+    def loss(
+        self,
+        model: Transformer,
+        batch: Batch,
+        step: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> TransformerLoss:
+        codes = batch["codes"] if "codes" in batch else self.dvae.encode(to_float(batch["images"]))
+        return model.loss(batch["text"], codes, self.config.text_weight)
+
+    def measure(self, model: Transformer, step: int = 0) -> dict[str, float]:
+        """Give the losses on the pairs that are set apart, in nats and in bits."""
+        sums = {"text": 0.0, "image": 0.0}
+        count = len(self.held["text"])
+        for start in range(0, count, 32):
+            batch = {name: tensor[start : start + 32] for name, tensor in self.held.items()}
+            with autocast(self.device, self.config.precision):
+                loss = self.loss(model, batch)
+            for name in sums:
+                sums[name] += float(getattr(loss, name)) * len(batch["text"]) / count
+        bits = {f"{name}_bits": value / math.log(2) for name, value in sums.items()}
+        return {**sums, **bits, "bits_per_image": bits["image_bits"] * model.config.image_len}
+
+    def measure_raw(self, model: Transformer) -> dict[str, float]:
+        """Give the losses, in nats, of the model that is not averaged."""
+        numbers = self.measure(model)
+        return {name: numbers[name] for name in ("text", "image")}
+
+    @torch.no_grad()
+    def draw(self, model: Transformer, step: int) -> None:
+        """Draw eight candidates of each prompt into OUT/samples."""
+        drawn = DallE(self.dvae, model, self.tokenizer)
+        rows = [drawn.candidates(p, num_candidates=8, seed=0) for p in self.config.prompts]
+        folder = self.config.out / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid([c.image for row in rows for c in row], 8).save(folder / f"step-{step}.png")
+
+    def save(self, model: Transformer, folder: Path) -> None:
+        DallE(self.dvae, model, self.tokenizer).save_pretrained(folder)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse_preset(TRANSFORMER_PRESETS, args, __doc__.splitlines()[0])
+        with training(config):
+            run = TransformerTraining(config)
+            model = run.model
+            fit(
+                model,
+                run.loss,
+                run.stream,
+                config,
+                save_model=run.save,
+                validate=run.measure,
+                measure=run.measure_raw,
+                draw=run.draw,
+                scales=run.scales,
+                work=Work(tokens=model.config.length, operations=3 * model.operations()),
+                init=config.init and Transformer.file_in(config.init),
+            )
+        if distributed.is_main():
+            draw = f"python sample.py PROMPT --model {config.out}"
+            print(f"The model is in {config.out}; draw with: {draw}")
