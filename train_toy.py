@@ -1,4 +1,4 @@
-"""Train the bundled model from nothing: scenes, dVAE, codes, transformer, CLIP, judge.
+"""Train the bundled model from nothing: scenes, dVAE, codes, transformer, CLIP, classifier.
 
     python train_toy.py --out runs/toy
 
@@ -26,18 +26,18 @@ import torch
 
 from dalle1.console import one_line_errors, parse, parse_preset
 from dalle1.data.encoded import INDEX_NAME, fingerprint
+from dalle1.evaluation.classifier_training import ClassifierOptions
 from dalle1.image_tokenizer import image_tokenizer_file
 from dalle1.storage import same_tensors
 from dalle1.tasks.clip import CLIP_PRESETS
 from dalle1.tasks.dvae import DVAE_PRESETS
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
-from evaluate import JudgeOptions
 
 ROOT = Path(__file__).resolve().parent
 SHARD = 1_000  # scenes in a file
 
 Name = Literal[
-    "scenes", "dvae", "settle", "half-codes", "codes", "half", "transformer", "clip", "judge"
+    "scenes", "dvae", "settle", "half-codes", "codes", "half", "transformer", "clip", "classifier"
 ]
 SECOND = {"settle": ("dvae", "toy-finetune"), "half": ("transformer", "toy-128")}
 """The script and the preset of a stage that shares its script with another."""
@@ -66,7 +66,7 @@ class ToyConfig:
     processes: int = 1
     """That train the transformer together, by torchrun, rather than one with all cores."""
     scenes: int = 40_000
-    """Drawn once, 29 kB each, for all stages but the judge."""
+    """Drawn once, 29 kB each, for all stages but the classifier."""
     dvae: str = ""
     """More flags of train_dvae.py, as in --dvae="--steps 20000"."""
     settle: str = ""
@@ -77,8 +77,8 @@ class ToyConfig:
     """More flags of train_transformer.py for whole ones."""
     clip: str = ""
     """More flags of train_clip.py."""
-    judge: str = ""
-    """More flags of evaluate.py judge."""
+    classifier: str = ""
+    """More flags of dalle1.evaluation.classifier_training."""
 
     def __post_init__(self) -> None:
         if self.scenes < 1 or self.processes < 1:
@@ -106,13 +106,13 @@ class Stage:
 def stages(config: ToyConfig) -> list[Stage]:
     """Give all stages in order."""
     out = {name: config.out / name for name in get_args(Name)}
-    judge = config.out / "judge.safetensors"
+    classifier = config.out / "classifier.safetensors"
     scenes, dvae = ["--data", str(out["scenes"])], ["--dvae", str(out["settle"])]
     shards = -(-config.scenes // SHARD)
     draw = ["-m", "dalle1.commands.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
     draw += ["--shard-size", str(SHARD), "--processes", str(min(shards, os.cpu_count() or 1))]
-    judging = [*shlex.split(config.judge), "--out", str(judge)]
-    steps = parse(JudgeOptions, judging, "").steps
+    judging = [*shlex.split(config.classifier), "--out", str(classifier)]
+    steps = parse(ClassifierOptions, judging, "").steps
 
     recipes: dict[Name, Any] = {}
 
@@ -148,9 +148,9 @@ def stages(config: ToyConfig) -> list[Stage]:
         training("transformer", TRANSFORMER_PRESETS, config.transformer, *data("codes"), *init),
         training("clip", CLIP_PRESETS, config.clip, *scenes),
         Stage(
-            "judge",
-            [str(ROOT / "evaluate.py"), "judge", *judging],
-            lambda: steps if judge.is_file() else judge_step(judge),
+            "classifier",
+            ["-m", "dalle1.evaluation.classifier_training", *judging],
+            lambda: steps if classifier.is_file() else classifier_step(classifier),
             steps,
             "step",
         ),
@@ -171,9 +171,9 @@ def step_of(out: Path) -> int:
     return int(latest.resolve().name.removeprefix("step-")) if latest.exists() else 0
 
 
-def judge_step(judge: Path) -> int:
-    """Give the step at which a judge's training was kept."""
-    kept = judge.with_name(f".{judge.name}.training")
+def classifier_step(classifier: Path) -> int:
+    """Give the step at which the classifier's training was kept."""
+    kept = classifier.with_name(f".{classifier.name}.training")
     return int(torch.load(kept, weights_only=True)["step"]) if kept.is_file() else 0
 
 
@@ -269,7 +269,7 @@ def join(out: Path) -> None:
 
     parts = {"--model": "transformer", "--clip": "clip", "--out": "model"}
     join_model([word for flag, name in parts.items() for word in (flag, str(out / name))])
-    shutil.copy(out / "judge.safetensors", out / "model")
+    shutil.copy(out / "classifier.safetensors", out / "model")
 
 
 if __name__ == "__main__":

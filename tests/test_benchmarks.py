@@ -1,4 +1,4 @@
-"""What the benchmarks of CLIP count, by hand, and that results of other settings are not theirs."""
+"""The CLIP benchmarks: values by hand, and results of other settings are refused."""
 
 from __future__ import annotations
 
@@ -24,31 +24,33 @@ def benchmark(name: str) -> ModuleType:
 
 def test_the_best_of_a_group_is_the_one_with_the_highest_score() -> None:
     best_of = benchmark("rerank").best_of
-    right, scores = [1, 0, 0, 1, 0, 0, 1, 0], [0.1, 0.9, 0.3, 0.2, 0.4, 0.5, 0.8, 0.7]
-    assert best_of(right, scores, 1) == 3 / 8
-    assert best_of(right, scores, 2) == 1 / 4  # the second, third, sixth and seventh
-    assert best_of(right, scores, 4) == 1 / 2  # the second and the seventh
-    assert best_of(right, scores, 8) == 0
+    correct, scores = [1, 0, 0, 1, 0, 0, 1, 0], [0.1, 0.9, 0.3, 0.2, 0.4, 0.5, 0.8, 0.7]
+    assert best_of(correct, scores, 1) == 3 / 8
+    assert best_of(correct, scores, 2) == 1 / 4  # the second, third, sixth and seventh
+    assert best_of(correct, scores, 4) == 1 / 2  # the second and the seventh
+    assert best_of(correct, scores, 8) == 0
 
 
-def test_reranking_does_not_take_other_answers_for_its_own(
+def test_reranking_resumes_and_refuses_results_of_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rerank, drawn = benchmark("rerank"), []
+    rerank, scored = benchmark("rerank"), []
 
-    def looked_at(model: Any, judge: Any, prompt: Any, seed: int) -> dict[str, list[float]]:
-        drawn.append(prompt.text)
-        return {"right": [1.0, 0.0] * 32, "CLIP": [1.0, 0.0] * 32, "likelihood": [0.0, 1.0] * 32}
+    def score_candidates(
+        model: Any, classifier: Any, prompt: Any, seed: int
+    ) -> dict[str, list[float]]:
+        scored.append(prompt.text)
+        return {"correct": [1.0, 0.0] * 32, "CLIP": [1.0, 0.0] * 32, "likelihood": [0.0, 1.0] * 32}
 
     model = SimpleNamespace(from_pretrained=lambda *_, **__: None)
     monkeypatch.setattr(rerank, "DallE", model)
-    monkeypatch.setattr(rerank, "load_judge", lambda path: None)
-    monkeypatch.setattr(rerank, "looked_at", looked_at)
+    monkeypatch.setattr(rerank, "load_classifier", lambda path: None)
+    monkeypatch.setattr(rerank, "score_candidates", score_candidates)
     monkeypatch.setattr(rerank, "plot", lambda *_: None)
     command = ["--out", str(tmp_path), "--num-prompts", "2"]
     rerank.main(command)
-    rerank.main(command)  # goes on: nothing is left to draw
-    assert len(drawn) == 4
+    rerank.main(command)  # resumes: nothing is left to generate
+    assert len(scored) == 4
     curves = json.loads((tmp_path / "rerank.json").read_text())
     assert curves["training"] == {
         "at random": [0.5] * 4,
@@ -61,15 +63,15 @@ def test_reranking_does_not_take_other_answers_for_its_own(
     said = capsys.readouterr().err
     assert "holds results of other settings (clip differ)" in said
     assert said.count("\n") == 1
-    (tmp_path / "judge").write_bytes(b"another")
-    monkeypatch.setattr(rerank, "JUDGE", tmp_path / "judge")
+    (tmp_path / "classifier").write_bytes(b"another")
+    monkeypatch.setattr(rerank, "CLASSIFIER", tmp_path / "classifier")
     with pytest.raises(SystemExit):
         rerank.main(command)
-    assert "holds results of other settings (judge differ)" in capsys.readouterr().err
-    assert len(drawn) == 4
+    assert "holds results of other settings (classifier differ)" in capsys.readouterr().err
+    assert len(scored) == 4
 
 
-def test_comparing_losses_refuses_results_of_other_data(
+def test_comparing_losses_refuses_results_of_other_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses = benchmark("clip_losses")

@@ -35,7 +35,7 @@ TINY = {
     "--transformer": TRANSFORMER,
     "--clip": f"{RUN} --steps 2 --model.width 8 --model.text-width 32 --model.text-layers 1 "
     "--vocab-size 260 --vocab-captions 3 --validation-pairs 1",
-    "--judge": "--steps 1 --pictures 4 --check-pictures 2",
+    "--classifier": "--steps 1 --pictures 4 --check-pictures 2",
 }
 
 
@@ -118,9 +118,9 @@ def test_the_recipe_goes_on_wherever_it_was_stopped(
     assert "codes        shard 0 of 1: to do" in capfd.readouterr().out
 
     # The proof takes what was trained as it is: nothing is right, but all is counted.
-    few = ["--num-prompts", "2", "1", "--best-of", "1", "2", "--judge-pictures", "2"]
-    judge = ["--judge", f"{model}/judge.safetensors"]
-    evaluate.main(["toybox", "--model", model, *judge, *few, "--out", str(tmp_path / "proof")])
+    few = ["--num-prompts", "2", "1", "--best-of", "1", "2", "--classifier-images", "2"]
+    classifier = ["--classifier", f"{model}/classifier.safetensors"]
+    evaluate.main(["toybox", "--model", model, *classifier, *few, "--out", str(tmp_path / "proof")])
     scores = json.loads((tmp_path / "proof" / "toybox.json").read_text())["scores"]
     assert 0 <= scores["heldout/all/best of 2/all"] <= 1
     assert 0 <= scores["train/one/best of 1/noun"] <= 1
@@ -183,7 +183,7 @@ def test_codes_wait_for_the_dvae(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 def test_stages_run_as_their_commands_are_given(tmp_path: Path) -> None:
-    more = {"clip": "--steps 7", "judge": "--steps=8 --pictures 4"}
+    more = {"clip": "--steps 7", "classifier": "--steps=8 --pictures 4"}
     config = train_toy.ToyConfig(out=tmp_path, scenes=2500, processes=2, **more)
     found = {stage.name: stage for stage in train_toy.stages(config)}
     assert [(s.total, s.done()) for s in found.values()] == [

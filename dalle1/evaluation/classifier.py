@@ -1,48 +1,47 @@
-"""The judge: a small network that says what a Toybox picture shows.
+"""The Toybox classifier: a small network that recognizes what a Toybox image shows.
 
-How many things or which one where, which nouns, which fills, in which style. Not in the paper,
-which asked people (appendix F). Here a classifier answers, so that anyone can repeat the count: it
-sees renderings of every pair, held-out pairs too, and never a caption. It is trained on blurred,
-blocky and shifted renderings so that it forgives what a discrete VAE does to a picture
-(`classifier_training`), and `evaluate.py` measures it on clean renderings before it believes a
-word it says. Of two things "near" is the one to the left or above, "far" the other.
+It predicts the layout (how many objects, or which relation), and each object's noun, fill and
+style. The paper asked people to rate samples (appendix F); a classifier makes the measurement
+repeatable. It is trained on renderings of all pairs, including held-out ones, and never sees a
+caption. Training images are blurred, blocky and shifted, as a dVAE's reconstructions are. Of two
+objects, "near" is the left or upper one, "far" is the other.
 
-Legend: B batch, C channels, H W pixels, h w places, S slots: things alike, near, far.
+Legend: B batch, C channels, H W pixels, h w positions, S slots: identical objects, near, far.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from dalle1.files import write_atomic
+from dalle1.data.images import to_float, to_tensor
+from dalle1.storage import load_weights, model_folder, save_weights
 from dalle1.toybox import FILL_SURVIVES, FILLS, NOUNS, STYLES, Scene
 from dalle1.toybox.scene import Pair
 
-BUNDLED = Path(__file__).parents[1] / "bundled" / "toybox" / "classifier.safetensors"
-PLAIN = "plain"  # the style of a picture without one
+FILE_NAME = "classifier.safetensors"
+BUNDLED = Path(__file__).parents[1] / "bundled" / "toybox" / FILE_NAME
+PLAIN = "plain"  # the style of an image without one
 LAYOUTS = ("one", "two", "three", "four", "across", "down")
-"""So many things alike, or two kinds in a row or a column."""
-COUNTS = 3  # of things alike, at most, where there are two kinds
+"""One to four identical objects, or two kinds of objects in a row or a column."""
+COUNTS = 3  # identical objects of one kind, at most, where there are two kinds
 SLOTS = 3
-WHAT = ("noun", "fill", "both", "count", "relation", "style", "all")
+ASPECTS = ("noun", "fill", "both", "count", "relation", "style", "all")
+"""What is scored in each image; "both" is noun and fill together."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
-    """What the judge looks at, and the names it may answer with."""
+class ClassifierConfig:
+    """Input size, widths and classes of the Toybox classifier."""
 
     nouns: tuple[str, ...] = NOUNS
     fills: tuple[str, ...] = FILLS
@@ -51,10 +50,13 @@ class JudgeConfig:
     widths: tuple[int, ...] = (24, 48, 96, 160)
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # a file's metadata has lists
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
         if not self.nouns or not self.fills or not self.styles:
-            raise ValueError("a judge needs at least one noun, one fill and one style")
+            raise ValueError("the classifier needs at least one noun, one fill and one style")
         if len(self.widths) < 2:
-            raise ValueError(f"widths must name a stem and a stage at least, got {self.widths}")
+            raise ValueError(f"widths is {self.widths}, expected at least a stem and one stage")
         if self.image_size < 1 << len(self.widths) or self.image_size % (1 << len(self.widths)):
             raise ValueError(
                 f"image_size is {self.image_size}, expected a multiple of {1 << len(self.widths)}"
@@ -63,69 +65,67 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in one picture."""
+    """What the classifier recognizes in one image."""
 
     layout: str
     things: tuple[Pair, ...]
-    """(fill, noun): of things alike once; of two kinds near, then far."""
+    """(fill, noun) pairs: one for identical objects; near, then far, for two kinds."""
     counts: tuple[int, ...] = ()
-    """Of two kinds: how many near, how many far."""
+    """Numbers of near and of far objects, where there are two kinds."""
     style: str = PLAIN
 
-    def right(self, scene: Scene) -> dict[str, bool | None]:
-        """Say what of a scene is there: `WHAT`, None where it is not asked.
+    def compare(self, scene: Scene) -> dict[str, bool | None]:
+        """Return whether each of `ASPECTS` is as in `scene`; None where it does not apply.
 
-        Nouns, fills, both joined and counts are right wherever they are in the picture. A relation
-        is right if what is recognised lies the way that was asked for rather than the other way
-        round. Only "all" asks for everything in its place. A style may hide fills.
+        Nouns, fills, pairs of both and counts are correct wherever they are in the image. A
+        relation is correct if the recognized objects match the requested order better than the
+        reversed one. Only "all" requires everything in its position. A style may hide fills.
         """
-        wanted = truth(scene)
-        fills, nouns = (self._has(wanted, part) for part in (0, 1))
-        told = fills_count(scene)
-        both = sorted(self.things) == sorted(wanted.things)
-        count = sorted(self._many) == sorted(wanted._many)
+        wanted = true_verdict(scene)
+        visible = fills_are_visible(scene)
+        nouns_match = self._sorted(1) == wanted._sorted(1)
+        fills_match = self._sorted(0) == wanted._sorted(0)
         style = self.style == wanted.style
-        in_place = (self.layout, self._many) == (wanted.layout, wanted._many) and (
-            self.things == wanted.things
-            if told
-            else [noun for _, noun in self.things] == [noun for _, noun in wanted.things]
-        )
+        same_layout = (self.layout, self._counts) == (wanted.layout, wanted._counts)
+        same_things = self.things == wanted.things if visible else self._nouns() == wanted._nouns()
         return {
-            "noun": nouns,
-            "fill": fills if told else None,
-            "both": both if told else None,
-            "count": count,
-            "relation": None if scene.relation is None else self._lies_as(wanted),
+            "noun": nouns_match,
+            "fill": fills_match if visible else None,
+            "both": sorted(self.things) == sorted(wanted.things) if visible else None,
+            "count": sorted(self._counts) == sorted(wanted._counts),
+            "relation": None if scene.relation is None else self._matches_relation(wanted),
             "style": style,
-            "all": in_place and style,
+            "all": same_layout and same_things and style,
         }
 
     @property
-    def _many(self) -> tuple[int, ...]:
+    def _counts(self) -> tuple[int, ...]:
         return self.counts or (LAYOUTS.index(self.layout) + 1,)
 
-    def _has(self, wanted: Verdict, part: int) -> bool:
-        return sorted(p[part] for p in self.things) == sorted(p[part] for p in wanted.things)
+    def _nouns(self) -> list[str]:
+        return [noun for _, noun in self.things]
 
-    def _lies_as(self, wanted: Verdict) -> bool:
+    def _sorted(self, part: int) -> list[str]:
+        return sorted(pair[part] for pair in self.things)
+
+    def _matches_relation(self, wanted: Verdict) -> bool:
+        """Whether the order is as wanted, judged by nouns first, then by fills."""
         near, far = wanted.things
 
-        def agreement(
-            *order: Pair,
-        ) -> list[int]:  # of nouns first, of fills where these tell nothing
+        def agreement(*order: Pair) -> list[int]:
             pairs = list(zip(self.things, order))
             return [sum(seen[part] == asked[part] for seen, asked in pairs) for part in (1, 0)]
 
         return self.layout == wanted.layout and agreement(near, far) > agreement(far, near)
 
 
-def fills_count(scene: Scene) -> bool:
-    """Say whether the fills of a scene can be told in its style."""
+def fills_are_visible(scene: Scene) -> bool:
+    """Whether the fills of a scene can be recognized in its style."""
     return scene.style is None or all(i.fill in FILL_SURVIVES[scene.style] for i in scene.items)
 
 
-def truth(scene: Scene) -> Verdict:
-    """Give the verdict that is right of a scene."""
+def true_verdict(scene: Scene) -> Verdict:
+    """Return the verdict that is correct for a scene."""
     groups, style = scene.groups, scene.style or PLAIN
     if scene.relation is None:
         return Verdict(LAYOUTS[len(scene.items) - 1], (scene.items[0].pair,), style=style)
@@ -137,8 +137,8 @@ def truth(scene: Scene) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Logits for all questions."""
+class ClassifierLogits:
+    """Logits of all predictions."""
 
     layout: Tensor  # [B, layouts]
     style: Tensor  # [B, styles]
@@ -148,7 +148,7 @@ class Answers:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside a 1×1 shortcut; halves the picture."""
+    """Two 3×3 convolutions beside a 1×1 shortcut; halves the resolution."""
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -165,13 +165,13 @@ class ResidualBlock(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-class Judge(nn.Module):
-    """A small residual network that looks for each slot at the places where its things are."""
+class ToyboxClassifier(nn.Module):
+    """A small residual network with one spatial attention map for each slot."""
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        self.places: Tensor
+        self.coordinates: Tensor
         stem, *_, last = config.widths
         side = config.image_size >> len(config.widths)
         self.stem = nn.Sequential(
@@ -180,17 +180,17 @@ class Judge(nn.Module):
         self.stages = nn.Sequential(*(ResidualBlock(a, b) for a, b in pairwise(config.widths)))
         self.whole = nn.Sequential(nn.Conv2d(last, 24, 1), nn.ReLU(), nn.Flatten())
         self.context = nn.Sequential(nn.Linear(24 * side**2, last), nn.ReLU())
-        sizes = len(LAYOUTS) + len(config.styles) + 2 * COUNTS
-        self.scene = nn.Linear(last, sizes)
+        self.scene = nn.Linear(last, len(LAYOUTS) + len(config.styles) + 2 * COUNTS)
         ramp = torch.linspace(-1, 1, side)
-        self.register_buffer("places", torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")))
+        self.register_buffer("coordinates", torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")))
+        self.register_load_state_dict_pre_hook(_rename_buffer)
         self.look = nn.Sequential(nn.Conv2d(2 * last + 2, last, 1), nn.ReLU())
         self.where = nn.Conv2d(last, SLOTS, 1)
         self.noun = nn.Linear(2 * last, len(config.nouns))
         self.fill = nn.Linear(2 * last, len(config.fills))
 
-    def forward(self, images: Tensor) -> Answers:
-        """Answer all questions about `images` [B, 3, H, W] in [0, 1]."""
+    def forward(self, images: Tensor) -> ClassifierLogits:
+        """Compute all logits for `images` [B, 3, H, W] in [0, 1]."""
         size = (self.config.image_size, self.config.image_size)
         if images.shape[2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
@@ -200,69 +200,59 @@ class Judge(nn.Module):
         sizes = (len(LAYOUTS), len(self.config.styles), 2 * COUNTS)
         layout, style, counts = self.scene(context).split(sizes, 1)
         spread = context[..., None, None].expand(-1, -1, *x.shape[2:])
-        places = self.places.to(x.dtype).expand(len(x), -1, -1, -1)
-        attention = self.where(self.look(torch.cat([x, spread, places], 1)))
+        coordinates = self.coordinates.to(x.dtype).expand(len(x), -1, -1, -1)
+        attention = self.where(self.look(torch.cat([x, spread, coordinates], 1)))
         weights = attention.flatten(2).float().softmax(2)  # [B, S, h·w]
-        seen = einsum(weights.to(x.dtype), x.flatten(2), "b s p, b c p -> b s c")
-        # The mean tells textures, the maximum of what is looked at tells small parts.
+        mean = einsum(weights.to(x.dtype), x.flatten(2), "b s p, b c p -> b s c")
+        # The mean recognizes textures, the maximum of what is attended to recognizes small parts.
         peak = weights / weights.amax(2, keepdim=True)
-        most = (x.flatten(2)[:, None] * peak[:, :, None].to(x.dtype)).amax(3)  # [B, S, C]
-        things = torch.cat([seen, most], 2)
+        largest = (x.flatten(2)[:, None] * peak[:, :, None].to(x.dtype)).amax(3)  # [B, S, C]
+        slots = torch.cat([mean, largest], 2)
         counts = rearrange(counts, "b (two n) -> b two n", two=2)
-        return Answers(layout, style, counts, self.fill(things), self.noun(things))
+        return ClassifierLogits(layout, style, counts, self.fill(slots), self.noun(slots))
 
     @torch.inference_mode()
-    def verdicts(self, pictures: Sequence[Image.Image], batch_size: int = 64) -> list[Verdict]:
-        """Say what each picture shows; the network must be in evaluation mode."""
-        assert not self.training, "call .eval() first: batch statistics would leak between pictures"
+    def classify(self, images: Sequence[Image.Image], batch_size: int = 64) -> list[Verdict]:
+        """Return the verdict on each image; the network must be in evaluation mode."""
+        assert not self.training, "call .eval() first: batch statistics would leak between images"
         device = self.noun.weight.device
-        found = []
-        for start in range(0, len(pictures), batch_size):
-            batch = as_tensor(pictures[start : start + batch_size]).to(device)
-            answers = self(batch.float() / 255)
-            kinds = (answers.layout, answers.style, answers.counts, answers.fills, answers.nouns)
-            found += [self._verdict(*row) for row in zip(*(k.argmax(-1).tolist() for k in kinds))]
-        return found
+        verdicts: list[Verdict] = []
+        for start in range(0, len(images), batch_size):
+            batch = [to_tensor(x.convert("RGB")) for x in images[start : start + batch_size]]
+            verdicts += self.verdicts(self(to_float(torch.stack(batch).to(device))))
+        return verdicts
 
-    def _verdict(
-        self, layout: int, style: int, counts: list[int], fills: list[int], nouns: list[int]
-    ) -> Verdict:
-        alike, *two = ((self.config.fills[f], self.config.nouns[n]) for f, n in zip(fills, nouns))
-        name, of = LAYOUTS[layout], self.config.styles[style]
-        if name in ("across", "down"):
-            return Verdict(name, tuple(two), tuple(count + 1 for count in counts), of)
-        return Verdict(name, (alike,), style=of)
-
-
-def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """Stack RGB pictures of one size into bytes [B, 3, H, W]."""
-    arrays = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous()
+    def verdicts(self, logits: ClassifierLogits) -> Iterator[Verdict]:
+        """Yield the most likely verdict on each image of a batch."""
+        config = self.config
+        parts = (logits.layout, logits.style, logits.counts, logits.fills, logits.nouns)
+        rows = zip(*(part.argmax(-1).tolist() for part in parts))
+        for layout, style, counts, fills, nouns in rows:
+            same, *two = ((config.fills[f], config.nouns[n]) for f, n in zip(fills, nouns))
+            name, style = LAYOUTS[layout], config.styles[style]
+            if name in ("across", "down"):
+                yield Verdict(name, tuple(two), tuple(count + 1 for count in counts), style)
+            else:
+                yield Verdict(name, (same,), style=style)
 
 
-def save_judge(judge: Judge, path: str | Path) -> None:
+def _rename_buffer(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Read files of earlier versions, which call the coordinates "places"."""
+    if (old := f"{prefix}places") in state_dict:
+        state_dict[f"{prefix}coordinates"] = state_dict.pop(old)
+
+
+def save_classifier(classifier: ToyboxClassifier, path: Path) -> None:
     """Write the weights as half-precision safetensors, with the config in the metadata."""
-    tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
-        for name, tensor in judge.state_dict().items()
-    }
-    write_atomic(Path(path), save(tensors, metadata={"config": json.dumps(asdict(judge.config))}))
+    save_weights(classifier, path, torch.float16)
 
 
-def load_judge(path: str | Path = BUNDLED) -> Judge:
-    """Read a judge back, ready to use; a `ValueError` if the file is not one."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no judge at {path}: train one with `evaluate.py judge`")
-    try:
-        with safe_open(path, framework="pt") as file:
-            fields = json.loads((file.metadata() or {})["config"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        judge = Judge(JudgeConfig(**(fields | lists)))
-        judge.load_state_dict(tensors)
-    except (
-        SafetensorError, KeyError, TypeError, ValueError, RuntimeError, json.JSONDecodeError,
-    ) as error:  # fmt: skip
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a judge of `evaluate.py judge`: {reason}") from error
-    return judge.eval()
+def load_classifier(
+    path: str | Path = BUNDLED, device: str | torch.device = "cpu"
+) -> ToyboxClassifier:
+    """Load a classifier from its file or a training's folder, in evaluation mode.
+
+    Raises: ValueError where the file is missing, damaged or something else.
+    """
+    path = model_folder(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    return load_weights(ToyboxClassifier, ClassifierConfig, path, device)

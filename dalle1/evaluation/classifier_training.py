@@ -1,4 +1,4 @@
-"""How the judge is trained and checked: on renderings of all pairs, treated as by a discrete VAE.
+"""How the classifier is trained: on augmented renderings of all pairs.
 
 Legend: B batch, H W pixels.
 """
@@ -7,34 +7,38 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm, trange
 
+from dalle1.console import one_line_errors, parse
+from dalle1.data.images import to_tensor
 from dalle1.evaluation.classifier import (
     LAYOUTS,
     SLOTS,
-    WHAT,
-    Answers,
-    Judge,
-    JudgeConfig,
-    as_tensor,
-    fills_count,
-    truth,
+    ClassifierConfig,
+    ClassifierLogits,
+    ToyboxClassifier,
+    fills_are_visible,
+    save_classifier,
+    true_verdict,
+)
+from dalle1.evaluation.classifier_accuracy import (
+    RENDER_SIZE,
+    classifier_accuracy,
+    print_accuracy,
 )
 from dalle1.files import write_atomic
 from dalle1.toybox import Scene, render
 from dalle1.toybox.kinds import scenes
 from dalle1.training.interrupts import stop_on_signal
 
-PICTURE_SIZE = 128  # of what the judge learns from; it takes any size
 KEEP_EVERY = 200  # steps of a training
 NONE = -1  # a question that a scene leaves open
 
@@ -58,29 +62,29 @@ def mixed_scenes(split: str, seed: str) -> Iterator[Scene]:
         yield from pair
 
 
-def answers_of(scene: Scene, config: JudgeConfig) -> list[int]:
+def answers_of(scene: Scene, config: ClassifierConfig) -> list[int]:
     """Give the index of the right answer to each question, `NONE` where it is not asked.
 
     Of layout, style, the counts near and far; and of fill and noun in each slot.
     """
-    right = truth(scene)
+    right = true_verdict(scene)
     counts = [count - 1 for count in right.counts] or [NONE, NONE]
     found = [LAYOUTS.index(right.layout), config.styles.index(right.style), *counts]
     first = 0 if scene.relation is None else 1
     slots = [NONE] * (2 * SLOTS)
     for slot, (fill, noun) in enumerate(right.things, first):
-        slots[2 * slot] = config.fills.index(fill) if fills_count(scene) else NONE
+        slots[2 * slot] = config.fills.index(fill) if fills_are_visible(scene) else NONE
         slots[2 * slot + 1] = config.nouns.index(noun)
     return found + slots
 
 
-def render_many(config: JudgeConfig, count: int, stream: Iterator[Scene]) -> Renderings:
+def render_many(config: ClassifierConfig, count: int, stream: Iterator[Scene]) -> Renderings:
     """Render `count` scenes into memory."""
-    pictures = torch.empty(count, 3, PICTURE_SIZE, PICTURE_SIZE, dtype=torch.uint8)
+    pictures = torch.empty(count, 3, RENDER_SIZE, RENDER_SIZE, dtype=torch.uint8)
     answers = []
     for i in tqdm(range(count), desc="rendering", unit="picture", leave=False):
         scene = next(stream)
-        pictures[i] = as_tensor([render(scene, PICTURE_SIZE)])[0]
+        pictures[i] = to_tensor(render(scene, RENDER_SIZE))
         answers.append(answers_of(scene, config))
     return Renderings(pictures, torch.tensor(answers))
 
@@ -134,7 +138,7 @@ def _resampling(height: int, size: int, shift: Tensor, zoom: Tensor, sigma: Tens
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def loss_of(answers: Answers, right: Tensor) -> Tensor:
+def loss_of(answers: ClassifierLogits, right: Tensor) -> Tensor:
     """Compute what the answers to all questions cost, each a mean of its own: nats."""
     counts = answers.counts.unbind(1)
     slots = zip(answers.fills.unbind(1), answers.nouns.unbind(1))
@@ -150,16 +154,16 @@ def question(logits: Tensor, answers: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), answers, ignore_index=NONE, label_smoothing=0.02)
 
 
-def train_judge(
-    config: JudgeConfig,
+def train_classifier(
+    config: ClassifierConfig,
     data: Renderings,
     *,
     steps: int,
     seed: int = 0,
     batch_size: int = 64,
     kept: Path | None = None,
-) -> Judge:
-    """Train a judge from nothing; the same arguments on the same machine give the same weights.
+) -> ToyboxClassifier:
+    """Train a classifier; the same arguments on the same machine give the same weights.
 
     Where `kept` is given, the state of the training is kept there now and then, and where SIGINT or
     SIGTERM stops it (SystemExit): the same call goes on. ValueError if it is of another training.
@@ -167,10 +171,10 @@ def train_judge(
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(config).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
+        classifier = ToyboxClassifier(config).train()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
-    parts: dict[str, Any] = {"judge": judge, "optimizer": optimizer, "schedule": schedule}
+    parts: dict[str, Any] = {"classifier": classifier, "optimizer": optimizer, "schedule": schedule}
     settings = {**asdict(config), "steps": steps, "seed": seed, "batch_size": batch_size}
     settings["pictures"] = len(data)
     start = _restored(kept, settings, parts, generator)
@@ -183,7 +187,7 @@ def train_judge(
         write_atomic(kept, content.getvalue())
 
     with stop_on_signal() as stopped:
-        progress = trange(start, steps, desc="training the judge", initial=start, unit="step")
+        progress = trange(start, steps, desc="training the classifier", initial=start, unit="step")
         for step in progress:
             if kept and (stopped or (step > start and step % KEEP_EVERY == 0)):
                 keep(step)
@@ -196,17 +200,17 @@ def train_judge(
                 progress.set_postfix(loss=f"{loss:.3f}")
     if kept:
         kept.unlink(missing_ok=True)
-    return judge.eval()
+    return classifier.eval()
 
 
 def update(parts: Mapping[str, Any], images: Tensor, answers: Tensor) -> float:
     """Make one update on images [B, 3, h, w] in [0, 1] and their right answers; give the loss."""
-    judge, optimizer = parts["judge"], parts["optimizer"]
+    classifier, optimizer = parts["classifier"], parts["optimizer"]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_of(judge(images), answers)
+        loss = loss_of(classifier(images), answers)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+    torch.nn.utils.clip_grad_norm_(classifier.parameters(), 5.0)
     optimizer.step()
     parts["schedule"].step()
     return loss.item()
@@ -227,30 +231,43 @@ def _restored(
     return int(state["step"])
 
 
-def accuracy(
-    judge: Judge,
-    stream: Iterator[Scene],
-    count: int,
-    degraded: bool = False,
-    size: int = PICTURE_SIZE,
-) -> Iterator[tuple[str, float]]:
-    """Yield `(name, share)` for each of `WHAT` that is asked of `count` fresh renderings.
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions:
+    """Train the Toybox classifier, and measure it on new renderings."""
 
-    Args:
-        degraded: whether the pictures are first treated as in training.
-        size: of the pictures, pixels.
-    """
-    shown = [next(stream) for _ in range(count)]
-    pictures: list[Image.Image] = [render(scene, size) for scene in shown]
-    if degraded:
-        from dalle1.data.images import to_pil
+    out: Path
+    """File to write, a .safetensors."""
+    steps: int = 5000
+    """Updates of 64 images."""
+    seed: int = 0
+    """Random seed."""
+    pictures: int = 40_000
+    """Renderings in memory to train on: 49 kB each."""
+    check_pictures: int = 1000
+    """Other renderings, on which the classifier is measured."""
 
-        generator = torch.Generator().manual_seed(0)
-        width = judge.config.image_size
-        batches = as_tensor(pictures).split(64)
-        pictures = [p for x in batches for p in to_pil(degrade(x.float() / 255, width, generator))]
-    found = [seen.right(scene) for seen, scene in zip(judge.verdicts(pictures), shown)]
-    for what in WHAT:
-        asked = [bool(right[what]) for right in found if right[what] is not None]
-        if asked:
-            yield what, sum(asked) / len(asked)
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("pictures", 1), ("check_pictures", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Train a classifier, measure it and write it."""
+    with one_line_errors():
+        options = parse(ClassifierOptions, args, "Train the Toybox classifier.")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        config = ClassifierConfig()
+        data = render_many(config, options.pictures, mixed_scenes("all", f"train {options.seed}"))
+        kept = options.out.with_name(f".{options.out.name}.training")
+        steps, seed = options.steps, options.seed
+        classifier = train_classifier(config, data, steps=steps, seed=seed, kept=kept)
+        save_classifier(classifier, options.out)
+        print_accuracy(
+            dict(classifier_accuracy(classifier, options.check_pictures, seed)),
+            options.check_pictures,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -3,15 +3,79 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from torch import Tensor
 
+from dalle1.data import PairSource, open_source
+from dalle1.data.images import centre_square, grid, to_float, to_pil, to_tensor
+from dalle1.data.loader import Example, first_examples
+from dalle1.devices import autocast, keep_freed_memory, pick_device
+from dalle1.evaluation.report import Scores
 from dvae.gumbel import gumbel_softmax
 from dvae.losses import dvae_loss, kl_to_uniform, psnr
 from dvae.model import DVAE, reconstruction
+
+SHOWN = 16  # images in reconstructions.png
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEOptions:
+    """Measure a dVAE on validation images, and save some reconstructions."""
+
+    model: Path
+    """Folder of the dVAE."""
+    data: str = "toybox"
+    """Dataset, as in training."""
+    images: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 1000
+    """Maximum number of images."""
+    temperature: float = 1 / 16
+    """Temperature of the relaxed codes."""
+    allow_upscale: bool = False
+    """Enlarge images that are too small. By default, they are skipped."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda, cuda:1, ... auto is cuda, else mps, else cpu."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of convolutions."""
+    out: Path = Path("runs/dvae-evaluation")
+    """Folder for dvae.json and reconstructions.png."""
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"images is {self.images}, expected at least 1")
+
+
+def evaluate_dvae(options: DVAEOptions) -> Scores:
+    """Yield the metrics of a dVAE, and write reconstructions.png."""
+    device = pick_device(options.device)
+    keep_freed_memory()
+    model = DVAE.load(options.model, device)
+    size = model.config.image_size
+    prepare = partial(_prepare, size, options.allow_upscale)
+    source = open_source(options.data, "validation", size, captions=False)
+    images = to_float(first_examples(source, prepare, options.images)["images"]).to(device)
+    yield "images", len(images)
+    yield "codebook size", model.codebook_size
+    with autocast(device, options.precision):
+        yield from reconstruction_metrics(model, images, options.temperature)
+        shown = images[:SHOWN]
+        reconstructions = model.decode(model.encode(shown))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = to_pil(torch.cat([shown, reconstructions]))
+    grid(rows, SHOWN).save(options.out / "reconstructions.png")
+
+
+def _prepare(
+    size: int, allow_upscale: bool, source: PairSource, index: int, _: random.Random
+) -> Example:
+    return {"images": to_tensor(centre_square(source.image(index), size, allow_upscale))}
 
 
 @torch.no_grad()
@@ -21,7 +85,7 @@ def reconstruction_metrics(
     temperature: float,
     batch_size: int = 32,
     likelihood: bool = True,
-) -> Iterator[tuple[str, float]]:
+) -> Scores:
     """Yield the metrics of `model` on `images`, [N, 3, H, W] in [0, 1].
 
     They are: PSNR in dB and the ELBO (β = 1) in nats per colour value, each for hard codes (the
@@ -48,8 +112,8 @@ def reconstruction_metrics(
                 values[f"elbo_{name}"] = -dvae_loss(batch, stats, logits, beta=1.0).total
         for key, value in values.items():
             sums[key] += float(value) * len(batch)
-    for key, value in sums.items():
-        yield key, value / len(images)
+    for key, total in sums.items():
+        yield key, total / len(images)
     yield "kl_bits", sums["kl_nats"] / len(images) / math.log(2)
     yield "codes_used", float((usage > 0).sum())
     shares = usage / usage.sum()

@@ -1,263 +1,232 @@
-"""What a model draws of Toybox prompts, counted by a small classifier that never reads them.
+"""How often a model's samples show what a Toybox prompt asks for.
 
-The question of the paper's figure 2: can the model join words that it never saw together? Prompts
-from held-out pairs beside as many from training pairs, of one thing, of two kinds in a relation, of
-things to count and in styles; the best of N candidates by CLIP (section 2.6), for several N of the
-same candidates. More candidates take longer, so that each N has its own number of prompts.
+This is the question of the paper's figure 2: can the model combine words that it never saw
+together? Half of the prompts use held-out pairs, half use training pairs; they ask for single
+objects, two kinds in a relation, counted objects and styles. A classifier that never reads the
+prompt checks the best of N candidates by CLIP (section 2.6), for several N of the same candidates.
 """
 
 from __future__ import annotations
 
-import math
-import random
+import json
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dalle1.evaluation.classifier import WHAT, Judge, Verdict
-from dalle1.evaluation.classifier_training import PICTURE_SIZE, accuracy
-from dalle1.evaluation.report import wilson
-from dalle1.toybox import Scene, is_held_out, is_style_held_out, sample_scene
-from dalle1.toybox.captions import plain_caption
-from dalle1.toybox.kinds import kind_of, scenes
+from dalle1.console import bar
+from dalle1.data.images import grid
+from dalle1.evaluation.classifier import ASPECTS, ToyboxClassifier, Verdict, load_classifier
+from dalle1.evaluation.classifier_accuracy import classifier_accuracy, print_accuracy
+from dalle1.evaluation.report import Scores, wilson_interval
+from dalle1.evaluation.toybox_prompts import KINDS, SPLITS, Prompt, PromptBatch, prompt_batches
+from dalle1.files import write_atomic
+from dalle1.pipeline import DallE
+from dalle1.sampling.decoding import Sampling
 
-if TYPE_CHECKING:
-    from dalle1.pipeline import DallE
-    from dalle1.sampling.decoding import Sampling
-
-SPLITS = {"heldout": "held-out", "train": "training"}
-KINDS = ("one", "two", "count", "style")
-"""Of scenes that are asked for; see `dalle1.toybox.kinds`."""
-TURNS = ("one", "two", "style", "one", "two", "count", "one", "style", "two", "one")
-"""Prompts take these turns, so that the first of them have all kinds, too."""
-MOST_PROMPTS = 400  # of a split; there are no more held-out pairs for the prompts of one thing
-AT_ONCE = 128  # candidates, of several prompts together
-MOST_TOGETHER = 32  # prompts, since they share their random numbers
-TRUSTED = 0.98  # below this accuracy on real renderings the judge's word is not worth much
+MAX_SHOWN = 96  # images in heldout.png
+NUM_PROMPTS = "/prompts"
+"""Suffix of the number of prompts that a share is computed from."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One question to the model, and what would be the right picture."""
+class ToyboxOptions:
+    """Measure how often samples show what their Toybox prompts ask for."""
 
-    text: str
-    scene: Scene
-    kind: str
-    split: str
+    model: str | None = None
+    """Name or folder of the model; the bundled model by default."""
+    best_of: tuple[int, ...] = (1, 16, 64)
+    """Numbers of candidates from which CLIP selects the best image."""
+    num_prompts: tuple[int, ...] = (200, 50, 12)
+    """Prompts of held-out pairs for each number in --best-of, and as many of training pairs. A
+    shorter list of prompts is the beginning of a longer one. The defaults generate 3,052 images."""
+    seed: int = 0
+    """Random seed of the prompts and of sampling."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling: keep the most likely codes with this total probability. 1 keeps all."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale. Above 1, samples follow the prompt more closely and take
+    twice the time."""
+    device: str = "auto"
+    """Device that runs the model: auto, cpu, cuda, cuda:1, ..."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the transformer. auto is bf16 where the hardware supports it."""
+    classifier: Path | None = None
+    """File or training folder of the Toybox classifier; the bundled classifier by default."""
+    classifier_images: int = 1000
+    """Renderings on which the classifier's own accuracy is measured first."""
+    out: Path = Path("runs/toybox")
+    """Folder for toybox.json, prompts.json and heldout.png."""
+
+    def __post_init__(self) -> None:
+        if len(self.num_prompts) != len(self.best_of) or not self.best_of:
+            raise ValueError(
+                f"num_prompts is {self.num_prompts} and best_of {self.best_of}, expected one "
+                "number of prompts for each number of candidates"
+            )
+        for name in ("num_prompts", "best_of"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected numbers of at least 1")
+        if self.classifier_images < 2:
+            raise ValueError(f"classifier_images is {self.classifier_images}, expected at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the judge saw in every candidate of one prompt, in the order of the draw."""
+class PromptResult:
+    """Verdicts on all candidates of one prompt, by candidate index."""
 
     prompt: Prompt
     seed: int
-    seen: list[Verdict]
-    scores: list[float] | None  # by which CLIP ranks; None without a CLIP
+    verdicts: list[Verdict]
+    scores: list[float] | None
+    """CLIP's score of each candidate; None without a CLIP."""
+    best_image: Image.Image
 
     def best(self, count: int) -> int:
-        """Give the index of the best of the first `count` candidates; the first without a CLIP."""
-        scores = self.scores or [0.0] * len(self.seen)
+        """Return the index of the best of the first `count` candidates; the first without CLIP."""
+        scores = self.scores or [0.0] * len(self.verdicts)
         return max(range(count), key=lambda index: (scores[index], -index))
 
-    def right(self, count: int) -> dict[str, bool | None]:
-        """Say what is right about the best of the first `count` candidates."""
-        return self.seen[self.best(count)].right(self.prompt.scene)
+    def compare_best(self, count: int) -> dict[str, bool | None]:
+        """Return which aspects are correct in the best of the first `count` candidates."""
+        return self.verdicts[self.best(count)].compare(self.prompt.scene)
 
 
-def choose_prompts(split: str, count: int, seed: int) -> list[Prompt]:
-    """Choose `count` plain prompts of one split, each a different one, in turns of all kinds.
+def evaluate_toybox(options: ToyboxOptions, model: DallE | None = None) -> Scores:
+    """Yield the classifier's accuracy, then the shares of correct samples; see `toybox_shares`.
 
-    A held-out prompt of the kind "style" has a held-out pair of style and noun, and a fill that is
-    no surprise; all other held-out prompts have a held-out pair of fill and noun.
+    Writes prompts.json, with the verdict on every sample, and heldout.png, a grid of samples.
     """
-    if count > MOST_PROMPTS:
-        raise ValueError(f"num_prompts is {count}, expected at most {MOST_PROMPTS}")
-    rng = random.Random(f"evaluate {split} {seed}")
-    found: dict[str, Prompt] = {}
-    waiting: dict[str, list[Scene]] = {kind: [] for kind in (*KINDS, "other")}
-    while len(found) < count:
-        kind = TURNS[len(found) % len(TURNS)]
-        while not waiting[kind]:
-            scene = sample_scene(rng, "validation" if split == "train" else split)
-            waiting[kind_of(scene)].append(scene)
-        scene = waiting[kind].pop(0)
-        text = plain_caption(scene)
-        by_fill = any(is_held_out(*item.pair) for item in scene.items)
-        by_style = scene.style is not None and is_style_held_out(scene.style, scene.items[0].noun)
-        wanted = (by_style and not by_fill) if kind == "style" else by_fill
-        if text not in found and (wanted or split == "train"):
-            found[text] = Prompt(text=text, scene=scene, kind=kind, split=split)
-    return list(found.values())
+    # Everything that can be refused comes before the work.
+    sampling = Sampling(
+        temperature=options.temperature, top_p=options.top_p, guidance=options.guidance
+    )
+    classifier = load_classifier(options.classifier) if options.classifier else load_classifier()
+    batches = list(prompt_batches(options.num_prompts, options.best_of, options.seed))
+    if model is None:
+        model = DallE.from_pretrained(
+            options.model, device=options.device, precision=options.precision
+        )
+    size = model.image_tokenizer.image_size
+    accuracy = dict(classifier_accuracy(classifier, options.classifier_images, options.seed, size))
+    print_accuracy(accuracy, options.classifier_images)
+    yield from accuracy.items()
+    results: list[PromptResult] = []
+    total = sum(len(batch.prompts) * batch.num_candidates for batch in batches)
+    with bar(total=total, unit="image") as progress:
+        for batch in batches:
+            for result in sample_and_classify(model, classifier, batch, sampling):
+                results.append(result)
+                progress.update(batch.num_candidates)
+    write_atomic(options.out / "prompts.json", json.dumps(list(map(details, results)), indent=1))
+    tiles = [result_tile(result) for result in results if result.prompt.split == "heldout"]
+    grid(tiles[:MAX_SHOWN], min(8, len(tiles))).save(options.out / "heldout.png")
+    if any(result.scores is None for result in results):
+        print("note: the model has no CLIP, so best of N needs N = 1", file=sys.stderr)
+    yield from toybox_shares(results, sorted(options.best_of))
 
 
-def most_candidates(place: int, num_prompts: Sequence[int], best_of: Sequence[int]) -> int:
-    """Say how many candidates the prompt in that place of its split is drawn."""
-    return max((n for n, prompts in zip(best_of, num_prompts) if place < prompts), default=0)
-
-
-def ask(
-    model: DallE,
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    num_candidates: int,
-    seed: int,
-    sampling: Sampling,
-) -> Iterator[tuple[Answer, Image.Image]]:
-    """Draw the candidates of some prompts and judge them all; yield each with the best picture."""
-    texts = [prompt.text for prompt in prompts]
-    drawn = model.draw(texts, num_candidates=num_candidates, seed=seed, **asdict(sampling))
-    for prompt, candidates in zip(prompts, drawn, strict=True):
-        in_order = sorted(candidates, key=lambda candidate: candidate.index)
-        seen = judge.verdicts([candidate.image for candidate in in_order])
-        scores = [candidate.score for candidate in in_order if candidate.score is not None]
-        yield (
-            Answer(prompt=prompt, seed=seed, seen=seen, scores=scores or None),
-            candidates[0].image,
+def sample_and_classify(
+    model: DallE, classifier: ToyboxClassifier, batch: PromptBatch, sampling: Sampling
+) -> Iterator[PromptResult]:
+    """Generate the candidates of some prompts, and yield the verdicts on them."""
+    ranked = model.draw(
+        [prompt.text for prompt in batch.prompts],
+        num_candidates=batch.num_candidates,
+        seed=batch.seed,
+        **asdict(sampling),
+    )
+    for prompt, best_first in zip(batch.prompts, ranked, strict=True):
+        candidates = sorted(best_first, key=lambda candidate: candidate.index)
+        scores = [c.score for c in candidates if c.score is not None]
+        yield PromptResult(
+            prompt=prompt,
+            seed=batch.seed,
+            verdicts=classifier.classify([candidate.image for candidate in candidates]),
+            scores=scores or None,
+            best_image=best_first[0].image,
         )
 
 
-def batches_of(
-    num_prompts: Sequence[int], best_of: Sequence[int], seed: int
-) -> Iterator[tuple[list[Prompt], int, int]]:
-    """Yield prompts with as many candidates together: them, how many candidates, and their seed.
+def toybox_shares(results: Sequence[PromptResult], best_of: Sequence[int]) -> Scores:
+    """Yield `SPLIT/KIND/best of N/ASPECT`, the share of correct images, and its number of prompts.
 
-    Candidate i of all prompts of a batch is drawn with the same random numbers.
+    The kind `all` includes every prompt with N candidates. The kind `same` includes only prompts
+    with the most candidates, so that its rows compare. Without a CLIP, only N = 1 is measured.
     """
-    rng = random.Random(f"draws {seed}")
     for split in SPLITS:
-        prompts = choose_prompts(split, max(num_prompts), seed)
-        groups: dict[int, list[Prompt]] = {}
-        for place, prompt in enumerate(prompts):
-            groups.setdefault(most_candidates(place, num_prompts, best_of), []).append(prompt)
-        for candidates, group in groups.items():
-            together = max(1, min(MOST_TOGETHER, AT_ONCE // candidates))
-            for start in range(0, len(group), together):
-                yield group[start : start + together], candidates, rng.getrandbits(31)
-
-
-@dataclass(frozen=True)
-class Share:
-    """How often something was right, of so many prompts."""
-
-    right: int
-    count: int
-
-    @property
-    def share(self) -> float:
-        return self.right / self.count
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval."""
-        return wilson(self.share, self.count)
-
-
-def toybox_shares(answers: Sequence[Answer], best_of: Sequence[int]) -> dict[str, Share]:
-    """Count by `SPLIT/KIND/best of N/WHAT`; the kind `all` is all of them.
-
-    A best of N counts the prompts that were drawn as many candidates; the kind `same` only those
-    that were drawn the most, so that its rows compare. Without a CLIP nothing says which is best,
-    and only N = 1 remains.
-    """
-    found = {}
-    for split in SPLITS:
-        of_split = [answer for answer in answers if answer.prompt.split == split]
+        of_split = [result for result in results if result.prompt.split == split]
         for kind in ("all", *KINDS, "same"):
-            of_kind = [a for a in of_split if kind in ("all", a.prompt.kind)]
+            of_kind = [r for r in of_split if kind in ("all", r.prompt.kind)]
             if kind == "same":
-                of_kind = [a for a in of_split if len(a.seen) >= max(best_of)]
+                of_kind = [r for r in of_split if len(r.verdicts) >= max(best_of)]
             for n in best_of:
-                group = [a for a in of_kind if len(a.seen) >= n and (n == 1 or a.scores)]
-                for what in WHAT:
-                    asked = [r for a in group if (r := a.right(n)[what]) is not None]
-                    if asked:
-                        found[f"{split}/{kind}/best of {n}/{what}"] = Share(sum(asked), len(asked))
-    return found
+                group = [r for r in of_kind if len(r.verdicts) >= n and (n == 1 or r.scores)]
+                compared = [result.compare_best(n) for result in group]
+                for aspect in ASPECTS:
+                    correct = [bool(x[aspect]) for x in compared if x[aspect] is not None]
+                    if correct:
+                        name = f"{split}/{kind}/best of {n}/{aspect}"
+                        yield name, sum(correct) / len(correct)
+                        yield f"{name}{NUM_PROMPTS}", len(correct)
 
 
-def toybox_table(shares: dict[str, Share]) -> str:
-    """Lay the shares out, a row for each split, kind and N, with an interval for all of it."""
-    head = "".join(f"{what:>9}" for what in WHAT)
-    lines = [f"{'pairs':10}{'kind':7}{'picture':12}{'prompts':>8}{head}   95 % interval"]
-    for name in dict.fromkeys(name.rpartition("/")[0] for name in shares):
-        split, kind, picture = name.split("/")
-        row = [shares.get(f"{name}/{what}") for what in WHAT]
-        cells = "".join(f"{part.share:9.1%}" if part else f"{'':9}" for part in row)
-        everything = shares[f"{name}/all"]
-        low, high = everything.interval
+def format_toybox_table(scores: Mapping[str, float]) -> str:
+    """Return the shares as a table: a row for each split, kind and N, an interval for "all"."""
+    head = "".join(f"{aspect:>9}" for aspect in ASPECTS)
+    lines = [f"{'pairs':10}{'kind':7}{'image':12}{'prompts':>8}{head}   95 % interval"]
+    names = [name for name in scores if name.partition("/")[0] in SPLITS]
+    rows = dict.fromkeys("/".join(name.split("/")[:3]) for name in names)
+    for row in rows:
+        split, kind, image = row.split("/")
+        shares = [scores.get(f"{row}/{aspect}") for aspect in ASPECTS]
+        cells = "".join(f"{share:9.1%}" if share is not None else f"{'':9}" for share in shares)
+        count = int(scores[f"{row}/all{NUM_PROMPTS}"])
+        low, high = wilson_interval(scores[f"{row}/all"], count)
         lines.append(
-            f"{SPLITS[split]:10}{kind:7}{picture:12}{everything.count:8}{cells}"
-            f"   {low:.1%} to {high:.1%}"
+            f"{SPLITS[split]:10}{kind:7}{image:12}{count:8}{cells}   {low:.1%} to {high:.1%}"
         )
+    lines.append(
+        "More candidates take longer, so fewer prompts have them (--num-prompts).\n"
+        "Compare numbers of candidates by the rows of `same`, which use the same prompts."
+    )
     return "\n".join(lines)
 
 
-def grid(shown: Sequence[tuple[Image.Image, str, bool]], columns: int = 8) -> Image.Image:
-    """Lay pictures out with the prompt under each, and a dot: green if right, red if wrong."""
-    side, gap, caption = 128, 12, 32
-    columns = min(columns, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    width, height = columns * (side + gap) + gap, rows * (side + gap + caption) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(9)
-    for place, (picture, text, right) in enumerate(shown):
-        x = gap + place % columns * (side + gap)
-        y = gap + place // columns * (side + gap + caption)
-        sheet.paste(picture.resize((side, side)), (x, y))
-        colour = "#3a9d5d" if right else "#c8553d"
-        pen.ellipse((x, y + side + 7, x + 5, y + side + 12), fill=colour)
-        lines = textwrap.fill(text, 24)
-        pen.multiline_text((x + 9, y + side + 4), lines, fill="#333333", font=font, spacing=2)
-    return sheet
+def result_tile(result: PromptResult, side: int = 128) -> Image.Image:
+    """Return the best image over its prompt, with a dot: green if all is correct, else red."""
+    tile = Image.new("RGB", (side, side + 32), "white")
+    tile.paste(result.best_image.resize((side, side)))
+    pen, font = ImageDraw.Draw(tile), ImageFont.load_default(9)
+    correct = result.compare_best(len(result.verdicts))["all"]
+    pen.ellipse((0, side + 7, 5, side + 12), fill="#3a9d5d" if correct else "#c8553d")
+    lines = textwrap.fill(result.prompt.text, 24)
+    pen.multiline_text((9, side + 4), lines, fill="#333333", font=font, spacing=2)
+    return tile
 
 
-def check_judge(
-    judge: Judge, pictures: int, seed: int, size: int = PICTURE_SIZE
-) -> Iterator[tuple[str, float]]:
-    """Yield the judge's accuracy on real renderings, half of held-out pairs, half of training.
-
-    They are `size` pixels wide, as what it shall judge.
-    """
-    for split in SPLITS:
-        # The seed is a phrase no training run uses, so the renderings are fresh.
-        stream = scenes(split, f"check {split} {seed}")
-        for name, share in accuracy(judge, stream, pictures // 2, size=size):
-            yield f"judge/{split}/{name}", share
-
-
-def report_judge(scores: dict[str, float], pictures: int) -> None:
-    """Print how often the judge is right, with a warning when that is not often enough."""
-    for split, name in SPLITS.items():
-        found = {what: scores.get(f"judge/{split}/{what}") for what in WHAT}
-        shares = ", ".join(f"{what} {share:.1%}" for what, share in found.items() if share)
-        print(f"judge on {pictures // 2} real renderings of {name} pairs: {shares}")
-        if scores[f"judge/{split}/all"] < TRUSTED:
-            print(f"warning: the judge is below {TRUSTED:.0%}: trust it less", file=sys.stderr)
+def details(result: PromptResult) -> dict[str, Any]:
+    """Return a prompt and the verdicts on all its candidates, for prompts.json."""
+    scene = result.prompt.scene
+    return {
+        "text": result.prompt.text,
+        "kind": result.prompt.kind,
+        "split": result.prompt.split,
+        "seed": result.seed,
+        "best": result.best(len(result.verdicts)),
+        "verdicts": [describe_verdict(verdict) for verdict in result.verdicts],
+        "correct": [verdict.compare(scene)["all"] for verdict in result.verdicts],
+    }
 
 
-def details(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Give every prompt with every verdict, for the JSON."""
-    return [
-        {
-            "text": answer.prompt.text,
-            "kind": answer.prompt.kind,
-            "split": answer.prompt.split,
-            "seed": answer.seed,
-            "best": answer.best(len(answer.seen)),
-            "seen": [spoken(verdict) for verdict in answer.seen],
-            "right": [verdict.right(answer.prompt.scene)["all"] for verdict in answer.seen],
-        }
-        for answer in answers
-    ]
-
-
-def spoken(verdict: Verdict) -> str:
-    """Put a verdict into a few words."""
+def describe_verdict(verdict: Verdict) -> str:
+    """Return a verdict in a few words."""
     things = " and ".join(
         f"{count} {fill} {noun}" if count != 1 else f"{fill} {noun}"
         for (fill, noun), count in zip(verdict.things, verdict.counts or (1,))

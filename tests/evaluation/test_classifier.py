@@ -1,8 +1,10 @@
-"""The judge: what it should say of a scene, that it learns it, and what file is none."""
+"""The Toybox classifier: the correct verdict on a scene, training, accuracy and its files."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +13,35 @@ import torch
 from PIL import Image
 from toybox_scenes import alone
 
-import evaluate
-from dalle1.evaluation import classifier_training as judge_training
+from dalle1.evaluation import classifier_training
 from dalle1.evaluation.classifier import (
+    ASPECTS,
     BUNDLED,
-    WHAT,
-    Judge,
-    JudgeConfig,
+    ClassifierConfig,
+    ClassifierLogits,
+    ToyboxClassifier,
     Verdict,
-    load_judge,
-    save_judge,
-    truth,
+    load_classifier,
+    save_classifier,
+    true_verdict,
 )
+from dalle1.evaluation.classifier_accuracy import accuracy, print_accuracy
 from dalle1.evaluation.classifier_training import (
     NONE,
     Renderings,
-    accuracy,
     answers_of,
     degrade,
     mixed_scenes,
     render_many,
-    train_judge,
+    train_classifier,
 )
-from dalle1.evaluation.toybox import SPLITS, report_judge
+from dalle1.evaluation.toybox_prompts import SPLITS
 from dalle1.toybox import FILLS, NOUNS, STYLES, Item, Scene, render
 from dalle1.toybox.captions import plain_caption
 from dalle1.toybox.kinds import scenes
 
 CUBE, BALL = ("red", "cube"), ("blue", "ball")
-TINY = JudgeConfig(image_size=32, widths=(8, 16))
+TINY = ClassifierConfig(image_size=32, widths=(8, 16))
 
 
 def scene(*pairs: tuple[str, str], relation: str | None = None, style: str | None = None) -> Scene:
@@ -80,10 +82,10 @@ TRUTHS = [
 
 
 @pytest.mark.parametrize(("shown", "verdict", "caption"), TRUTHS)
-def test_what_a_scene_shows(shown: Scene, verdict: Verdict, caption: str) -> None:
-    assert truth(shown) == verdict
+def test_the_true_verdict_on_a_scene(shown: Scene, verdict: Verdict, caption: str) -> None:
+    assert true_verdict(shown) == verdict
     assert plain_caption(shown) == caption
-    said = [truth(other).right(shown) for other, *_ in TRUTHS]
+    said = [true_verdict(other).compare(shown) for other, *_ in TRUTHS]
     assert [right["all"] for right in said].count(True) == 1
     asked = answers_of(shown, TINY)
     assert len(asked) == 10
@@ -109,28 +111,28 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("seen", "wrong"), WRONG)
-def test_what_is_wrong_is_told_apart(seen: Verdict, wrong: set[str]) -> None:
-    right = seen.right(scene(CUBE, BALL, relation="left of"))
-    assert list(right) == list(WHAT)
+def test_each_wrong_aspect_is_recognized(seen: Verdict, wrong: set[str]) -> None:
+    right = seen.compare(scene(CUBE, BALL, relation="left of"))
+    assert list(right) == list(ASPECTS)
     assert {what for what, value in right.items() if not value} == wrong | {"all"}
 
 
 def test_two_counted_kinds_lie_as_asked() -> None:
     shown = scene(CUBE, CUBE, BALL, relation="below")
-    right = two("down", BALL, CUBE, counts=(1, 2)).right(shown)
+    right = two("down", BALL, CUBE, counts=(1, 2)).compare(shown)
     assert all(right.values())
-    right = two("down", CUBE, BALL, counts=(2, 1)).right(shown)
+    right = two("down", CUBE, BALL, counts=(2, 1)).compare(shown)
     assert [what for what, value in right.items() if not value] == ["relation", "all"]
 
 
 def test_a_fill_that_the_style_hides_is_not_counted() -> None:
     seen = Verdict("one", (("gold", "cube"),), style="sketch")
-    right = seen.right(scene(CUBE, style="sketch"))
+    right = seen.compare(scene(CUBE, style="sketch"))
     assert right["fill"] is None
     assert right["all"]
 
 
-def test_a_judge_learns_what_scenes_show(tmp_path: Path) -> None:
+def test_a_classifier_learns_what_scenes_show(tmp_path: Path) -> None:
     rng = random.Random(0)
     few = [
         *(alone(fill, noun, style=style, extent=0.7, seed=rng.randrange(9))
@@ -144,26 +146,26 @@ def test_a_judge_learns_what_scenes_show(tmp_path: Path) -> None:
     turned = tuple(Item(fill=i.fill, noun=i.noun, x=1 - i.x, extent=0.4) for i in across)
     few += [Scene(items=turned, relation="right of")]
     data = render_many(TINY, 14, iter(few * 2))
-    judge = train_judge(TINY, data, steps=150, batch_size=14)
-    save_judge(judge, tmp_path / "judge.safetensors")
-    loaded = load_judge(tmp_path / "judge.safetensors")
+    classifier = train_classifier(TINY, data, steps=150, batch_size=14)
+    save_classifier(classifier, tmp_path / "classifier.safetensors")
+    loaded = load_classifier(tmp_path / "classifier.safetensors")
     assert loaded.config == TINY
-    seen = loaded.verdicts([render(s, 64) for s in few])
-    assert sum(bool(v.right(s)["all"]) for v, s in zip(seen, few)) >= 6
+    seen = loaded.classify([render(s, 64) for s in few])
+    assert sum(bool(v.compare(s)["all"]) for v, s in zip(seen, few)) >= 6
 
 
 def test_training_repeats_itself() -> None:
     data = render_many(TINY, 8, mixed_scenes("all", "x"))
-    one, other = (train_judge(TINY, data, steps=3, batch_size=4) for _ in range(2))
+    one, other = (train_classifier(TINY, data, steps=3, batch_size=4) for _ in range(2))
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
 
 
 def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_training, "KEEP_EVERY", 2)
+    monkeypatch.setattr(classifier_training, "KEEP_EVERY", 2)
     kept, data = tmp_path / "kept", render_many(TINY, 8, mixed_scenes("all", "x"))
     how: dict[str, Any] = {"steps": 5, "batch_size": 4}
-    whole = train_judge(TINY, data, **how)
-    calls, loss_of = [], judge_training.loss_of
+    whole = train_classifier(TINY, data, **how)
+    calls, loss_of = [], classifier_training.loss_of
 
     def interrupted(*arguments: Any) -> torch.Tensor:
         calls.append(1)
@@ -171,14 +173,14 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return loss_of(*arguments)
 
-    monkeypatch.setattr(judge_training, "loss_of", interrupted)
+    monkeypatch.setattr(classifier_training, "loss_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_judge(TINY, data, kept=kept, **how)
+        train_classifier(TINY, data, kept=kept, **how)
     with pytest.raises(ValueError, match="of a training with other settings"):
-        train_judge(TINY, data, kept=kept, steps=6, batch_size=4)
-    judge = train_judge(TINY, data, kept=kept, **how)
+        train_classifier(TINY, data, kept=kept, steps=6, batch_size=4)
+    classifier = train_classifier(TINY, data, kept=kept, **how)
     assert len(calls) == 4 + 3  # from the third step on
-    assert all(map(torch.equal, judge.state_dict().values(), whole.state_dict().values()))
+    assert all(map(torch.equal, classifier.state_dict().values(), whole.state_dict().values()))
     assert not kept.exists()
 
 
@@ -196,31 +198,36 @@ def test_one_batch_is_degraded_in_every_way(monkeypatch: pytest.MonkeyPatch) -> 
     assert min(counts.values()) > 8
 
 
-def test_accuracy_is_counted_by_what_is_asked() -> None:
-    """A judge that calls everything one plain red cube."""
+def test_accuracy_counts_only_aspects_that_apply() -> None:
+    class Same(ToyboxClassifier):
+        """Returns the verdict "a red cube" on every image."""
 
-    class Same:
-        config = TINY
+        def verdicts(self, logits: ClassifierLogits) -> Iterator[Verdict]:
+            yield from [Verdict("one", (CUBE,))] * len(logits.layout)
 
-        def verdicts(self, pictures: list[Image.Image]) -> list[Verdict]:
-            return [Verdict("one", (CUBE,))] * len(pictures)
-
-    judge: Any = Same()
     shown = [scene(CUBE), scene(BALL), scene(CUBE, style="sketch"), scene(CUBE, CUBE)]
-    for degraded in (False, True):
-        found = dict(accuracy(judge, iter(shown), 4, degraded))
-        assert found.pop("fill") == pytest.approx(2 / 3)  # a sketch hides it
-        assert found.pop("both") == pytest.approx(2 / 3)
-        assert found == {"noun": 0.75, "count": 0.75, "style": 0.75, "all": 0.25}
+    augmented = []
+
+    def augment(images: torch.Tensor) -> torch.Tensor:
+        augmented.append(len(images))
+        return images
+
+    found = dict(accuracy(Same(TINY).eval(), iter(shown), 4, augment=augment, batch_size=3))
+    assert augmented == [3, 1]
+    assert found.pop("fill") == pytest.approx(2 / 3)  # a sketch hides it
+    assert found.pop("both") == pytest.approx(2 / 3)
+    assert found == {"noun": 0.75, "count": 0.75, "style": 0.75, "all": 0.25}
 
 
-def test_a_judge_that_is_often_wrong_is_trusted_less(capsys: pytest.CaptureFixture[str]) -> None:
-    scores = {f"judge/{split}/{what}": 0.99 for split in SPLITS for what in WHAT}
-    report_judge(scores, 10)
-    assert "on 5 real renderings of held-out pairs: noun 99.0%" in (said := capsys.readouterr()).out
+def test_a_low_accuracy_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = {f"classifier/{split}/{what}": 0.99 for split in SPLITS for what in ASPECTS}
+    print_accuracy(scores, 10)
+    assert "on 5 renderings of held-out pairs: noun 99.0%" in (said := capsys.readouterr()).out
     assert not said.err
-    report_judge(scores | {"judge/train/all": 0.97}, 10)
-    assert capsys.readouterr().err == "warning: the judge is below 98%: trust it less\n"
+    print_accuracy(scores | {"classifier/train/all": 0.97}, 10)
+    assert capsys.readouterr().err == (
+        "warning: the classifier's accuracy is below 98%; the scores below are unreliable\n"
+    )
 
 
 def test_degraded_pictures_stay_pictures() -> None:
@@ -233,35 +240,37 @@ def test_degraded_pictures_stay_pictures() -> None:
     assert 0 < (first - images).abs().mean() < 0.15
 
 
-def test_the_bundled_judge_is_right() -> None:
-    judge = load_judge(BUNDLED)
-    assert judge.config == JudgeConfig()
+def test_the_bundled_classifier_is_accurate() -> None:
+    classifier = load_classifier(BUNDLED)
+    generator = torch.Generator().manual_seed(0)
+    augment = partial(degrade, size=classifier.config.image_size, generator=generator)
+    assert classifier.config == ClassifierConfig()
     assert BUNDLED.stat().st_size < 2.5e6
-    assert dict(accuracy(judge, scenes("all", "bundled"), 200))["all"] >= 0.98
-    assert dict(accuracy(judge, scenes("all", "bundled"), 100, degraded=True))["all"] >= 0.95
+    assert dict(accuracy(classifier, scenes("all", "bundled"), 200))["all"] >= 0.98
+    assert dict(accuracy(classifier, scenes("all", "bundled"), 100, augment=augment))["all"] >= 0.95
 
 
-def test_the_verdict_on_a_picture_does_not_depend_on_its_neighbours() -> None:
-    judge = Judge(TINY).eval()
+def test_the_verdict_on_an_image_does_not_depend_on_its_batch() -> None:
+    classifier = ToyboxClassifier(TINY).eval()
     pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "white")]
-    single = [judge.verdicts([picture])[0] for picture in pictures]
-    assert judge.verdicts(pictures, batch_size=2) == single
+    single = [classifier.classify([picture])[0] for picture in pictures]
+    assert classifier.classify(pictures, batch_size=2) == single
 
 
-def test_what_no_judge_can_be_is_refused(tmp_path: Path) -> None:
+def test_files_that_hold_no_classifier_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_size is 33, expected a multiple of 4"):
-        JudgeConfig(image_size=33, widths=(8, 16))
-    with pytest.raises(FileNotFoundError, match=r"evaluate\.py judge"):
-        load_judge(tmp_path / "none.safetensors")
-    (tmp_path / "judge.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="is not a judge"):
-        load_judge(tmp_path / "judge.safetensors")
+        ClassifierConfig(image_size=33, widths=(8, 16))
+    with pytest.raises(ValueError, match=r"no ToyboxClassifier in .*none.safetensors"):
+        load_classifier(tmp_path / "none.safetensors")
+    (tmp_path / "classifier.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="holds no ToyboxClassifier"):
+        load_classifier(tmp_path / "classifier.safetensors")
 
 
-def test_a_judge_trains_from_the_command_line(
+def test_a_classifier_trains_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, few = tmp_path / "judge.safetensors", ["--pictures", "8", "--check-pictures", "8"]
-    evaluate.main(["judge", "--out", str(out), "--steps", "1", *few])
-    assert load_judge(out).config.styles == ("plain", *STYLES)
+    out, few = tmp_path / "classifier.safetensors", ["--pictures", "8", "--check-pictures", "8"]
+    classifier_training.main(["--out", str(out), "--steps", "1", *few])
+    assert load_classifier(out).config.styles == ("plain", *STYLES)
     assert "held-out" in capsys.readouterr().out

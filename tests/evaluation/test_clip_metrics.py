@@ -1,4 +1,4 @@
-"""The evaluators of CLIPs and of samples: by hand, on Toybox and a user's folder."""
+"""The evaluators of CLIPs and of samples: by hand, on Toybox and on a user's folder."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from colour_clip import CLIP, PALETTE, plain
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import evaluate
 from dalle1 import Candidate, outputs
 from dalle1.clip import Clip
+from dalle1.commands import evaluate
 from dalle1.evaluation import toybox_probes as probes
 from dalle1.evaluation.clip_metrics import (
-    binding,
+    binding_accuracy,
     class_embeddings,
-    linear_probe,
-    retrieval,
-    zero_shot,
+    linear_probe_accuracy,
+    retrieval_recall,
+    zero_shot_accuracy,
 )
-from dalle1.evaluation.report import table
+from dalle1.evaluation.report import format_table
 
 
-def test_zero_shot_counts_the_nearest_class() -> None:
+def test_zero_shot_accuracy_by_hand() -> None:
     images = CLIP.embed_images([plain(x) for x in ("red", "green", "blue", "red")])
     classes = class_embeddings(CLIP, list(PALETTE), ["a {}", "the {} one."])
     torch.testing.assert_close(classes.norm(dim=1), torch.ones(3))
-    scores = dict(zero_shot(images, [0, 1, 0, 0], classes))
+    scores = dict(zero_shot_accuracy(images, [0, 1, 0, 0], classes))
     assert scores == {"top-1": 0.75, "top-1/chance": pytest.approx(1 / 3)}
     for wrong in ("a photo", "a {} on {place}", "{} and {}", "a {} {"):
         with pytest.raises(ValueError, match=re.escape(f"{wrong!r}, expected one {{}}")):
             class_embeddings(CLIP, ["red"], [wrong])
 
 
-def test_top_5_is_told_of_many_classes() -> None:
+def test_top_5_is_reported_for_more_than_five_classes() -> None:
     images, classes = torch.eye(7), torch.eye(7).roll(1, 0) + 0.1 * torch.eye(7)
-    scores = dict(zero_shot(images, list(range(7)), classes))
+    scores = dict(zero_shot_accuracy(images, list(range(7)), classes))
     assert (scores["top-1"], scores["top-5"], scores["top-5/chance"]) == (0, 1, 5 / 7)
 
 
-def test_retrieval_by_hand() -> None:
-    # Pictures 0, 1, 2 rank captions (0, 1, 2), (0, 1, 2), (2, 1, 0); captions 0, 1, 2 rank
-    # pictures (0, 1, 2), (1, 0, 2), (2, 1, 0).
+def test_retrieval_recall_by_hand() -> None:
+    # Images 0, 1, 2 rank captions (0, 1, 2), (0, 1, 2), (2, 1, 0); captions 0, 1, 2 rank
+    # images (0, 1, 2), (1, 0, 2), (2, 1, 0).
     similarity = torch.tensor([[0.9, 0.5, 0.1], [0.8, 0.6, 0.2], [0.1, 0.2, 0.7]])
-    scores = dict(retrieval(similarity, torch.eye(3), ["a", "b", "c"]))
+    scores = dict(retrieval_recall(similarity, torch.eye(3), ["a", "b", "c"]))
     assert scores["image-to-text/R@1"] == pytest.approx(2 / 3)
     assert scores["text-to-image/R@1"] == 1.0
     assert scores["image-to-text/R@1/chance"] == pytest.approx(1 / 3)
     assert "image-to-text/R@5" not in scores
-    # Where captions 0 and 1 are the same, picture 1 is right with either.
-    alike = dict(retrieval(similarity, torch.eye(3), ["a", "a", "c"]))
+    # Where captions 0 and 1 are the same, image 1 is correct with either.
+    alike = dict(retrieval_recall(similarity, torch.eye(3), ["a", "a", "c"]))
     assert alike["image-to-text/R@1"] == 1.0
     assert alike["image-to-text/R@1/chance"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
 
@@ -66,7 +66,7 @@ def test_retrieval_by_hand() -> None:
 def test_retrieval_of_noise_is_chance() -> None:
     generator = torch.Generator().manual_seed(0)
     images, texts = (F.normalize(torch.randn(400, 8, generator=generator)) for _ in range(2))
-    scores = dict(retrieval(images, texts, [str(i // 2) for i in range(400)]))
+    scores = dict(retrieval_recall(images, texts, [str(i // 2) for i in range(400)]))
     for k in (1, 5, 10):
         chance = scores[f"image-to-text/R@{k}/chance"]
         hit = 1 - math.comb(398, k) / math.comb(400, k)
@@ -79,35 +79,37 @@ def test_a_linear_probe_finds_what_is_linear() -> None:
     labels = [i % 3 for i in range(120)]
     noise = torch.randn(120, 16, generator=generator)
     clear = noise + 8 * F.one_hot(torch.tensor(labels), 16)
-    scores = dict(linear_probe(clear, labels))
+    scores = dict(linear_probe_accuracy(clear, labels))
     assert scores == {"accuracy": 1.0, "accuracy/chance": pytest.approx(1 / 3)}
-    assert dict(linear_probe(noise, labels))["accuracy"] < 0.6
+    assert dict(linear_probe_accuracy(noise, labels))["accuracy"] < 0.6
     with pytest.raises(ValueError, match="the smallest of 3"):
-        linear_probe(noise[:9], labels[:9]).__next__()
+        next(linear_probe_accuracy(noise[:9], labels[:9]))
 
 
-def test_binding_asks_which_caption_is_nearer() -> None:
+def test_binding_accuracy_by_hand() -> None:
     images = [plain("red"), plain("blue"), plain("green"), plain("green")]
     captions = ["red", "blue", "green", "red"]
     foils = ["blue", "red", "red", "green"]
-    assert dict(binding(CLIP, images, captions, foils))["accuracy"] == 0.75
+    assert dict(binding_accuracy(CLIP, images, captions, foils))["accuracy"] == 0.75
 
 
-def test_toybox_probes_ask_fairly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CLIP that knows the truth is always right; one that knows words alone cannot bind."""
+def test_toybox_probes_of_a_perfect_clip_and_a_bag_of_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A CLIP that knows whole captions is always correct; one that knows words cannot bind."""
 
     class Knowing:
         image_size = 32
 
         def __init__(self, words_only: bool) -> None:
             self.words_only = words_only
-            self.places: dict[str, int] = {}
+            self.indices: dict[str, int] = {}
 
         def embed(self, text: str) -> torch.Tensor:
             keys = text.split() if self.words_only else [text, *text.split()]
             found = torch.zeros(2**12)
             for key in keys:
-                found[self.places.setdefault(key, len(self.places))] = 1
+                found[self.indices.setdefault(key, len(self.indices))] = 1
             return F.normalize(found, dim=0)
 
         def embed_images(self, images: Sequence[Any]) -> torch.Tensor:
@@ -115,18 +117,18 @@ def test_toybox_probes_ask_fairly(monkeypatch: pytest.MonkeyPatch) -> None:
 
         embed_text = embed_images
 
-    def told(scene: probes.Scene, size: int) -> str:
+    def caption_of(scene: probes.Scene, size: int) -> str:
         return probes.plain_caption(scene)
 
     def as_many_of_each(features: torch.Tensor, labels: list[int]) -> list[tuple[str, float]]:
         assert len(features) == len(labels)
         return [("accuracy", float(len({labels.count(label) for label in labels}) == 1))]
 
-    monkeypatch.setattr(probes, "linear_probe", as_many_of_each)
-    monkeypatch.setattr(probes, "render", told)
+    monkeypatch.setattr(probes, "linear_probe_accuracy", as_many_of_each)
+    monkeypatch.setattr(probes, "render", caption_of)
     monkeypatch.setattr(probes, "describe", lambda scene, rng: probes.plain_caption(scene))
     for words_only in (False, True):
-        scores = dict(probes.toybox_probes(Knowing(words_only), pictures=40))  # type: ignore[arg-type]
+        scores = dict(probes.toybox_probes(Knowing(words_only), num_images=40))  # type: ignore[arg-type]
         for pairs in ("training", "held-out"):
             assert scores[f"{pairs}/zero-shot/both"] == 1.0
             assert scores[f"{pairs}/binding/fills swapped"] == (0.0 if words_only else 1.0)
@@ -145,9 +147,7 @@ def by_colour(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("by_colour")
-def test_a_folder_of_ones_own_is_measured_by_what_is_in_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_benchmarks_of_a_users_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     for name in PALETTE:
         (data / name).mkdir(parents=True)
@@ -175,7 +175,7 @@ def test_a_folder_of_ones_own_is_measured_by_what_is_in_it(
 
 
 @pytest.mark.usefixtures("by_colour")
-def test_classes_and_captions_are_drawn_fairly(
+def test_images_are_chosen_at_random_with_equally_many_of_each_class(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
@@ -183,14 +183,14 @@ def test_classes_and_captions_are_drawn_fairly(
         (data / name).mkdir(parents=True)
         for i in range(count):
             plain(name).save(data / name / f"{i:02d}.png")
-    command = ["clip", "--data", str(data), "--out", str(out), "--pictures"]
+    command = ["clip", "--data", str(data), "--out", str(out), "--images"]
     evaluate.main([*command, "8"])  # of 8 at random, most would be red
     assert "linear probe/accuracy" in json.loads((out / "clip.json").read_text())["scores"]
     assert capsys.readouterr().err == ""
     evaluate.main([*command, "6"])
     assert "linear probe/accuracy" not in json.loads((out / "clip.json").read_text())["scores"]
     said = capsys.readouterr().err
-    assert said.startswith("note: the linear probe is left out: 3 pictures of 'green' were drawn")
+    assert said.startswith("note: the linear probe is skipped: it has 3 images of 'green'")
     assert said.count("\n") == 1
     pairs = tmp_path / "pairs"
     pairs.mkdir()
@@ -202,7 +202,7 @@ def test_classes_and_captions_are_drawn_fairly(
         (pairs / f"{i:02d}.txt").write_text(name)
         (pairs / f"{i:02d}.foil.txt").write_text(name if i < 20 else "blue")
     (pairs / "captions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    evaluate.main(["clip", "--data", str(pairs), "--out", str(out), "--pictures", "20"])
+    evaluate.main(["clip", "--data", str(pairs), "--out", str(out), "--images", "20"])
     scores = json.loads((out / "clip.json").read_text())["scores"]
     # The first 20 are all red, where no caption is nearer than another, and no foil differs.
     assert 0.2 < scores["binding/accuracy"] < 0.8
@@ -213,23 +213,23 @@ def test_classes_and_captions_are_drawn_fairly(
 def test_samples_are_measured_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drawn, real, out = tmp_path / "drawn", tmp_path / "real", tmp_path / "out"
+    samples, real, out = tmp_path / "drawn", tmp_path / "real", tmp_path / "out"
     real.mkdir()
     for i, name in enumerate(PALETTE):
         info = PngInfo()
         info.add_itxt("prompt", f"a {name} thing")
         plain(name).save(real / f"{i}.png", pnginfo=info)
-        (drawn / name).mkdir(parents=True)
+        (samples / name).mkdir(parents=True)
         codes = torch.zeros(1, 1)
         kept = [Candidate(image=plain(name), codes=codes, index=0, seed=0, score=0.5)]
-        outputs.write(drawn / name, f"a {name} thing", kept, {})
-        plain(name).save(drawn / name / "preview.png", pnginfo=info)
-    (drawn / "green" / "00.txt").write_text("a red thing")  # goes before what the PNG says
-    plain("red").save(drawn / "own.png")  # without scores beside it, and without a prompt
-    command = ["samples", "--pictures", str(drawn), "--out", str(out)]
+        outputs.write(samples / name, f"a {name} thing", kept, {})
+        plain(name).save(samples / name / "preview.png", pnginfo=info)
+    (samples / "green" / "00.txt").write_text("a red thing")  # goes before what the PNG says
+    plain("red").save(samples / "own.png")  # without scores beside it, and without a prompt
+    command = ["samples", "--images", str(samples), "--out", str(out)]
     evaluate.main([*command, "--reference", str(real), "--blur", "0", "2"])
     scores = json.loads((out / "samples.json").read_text())["scores"]
-    assert (scores["pictures"], scores["reference pictures"]) == (4, 3)
+    assert (scores["images"], scores["reference images"]) == (4, 3)
     assert scores["similarity"] == pytest.approx(2 / 3, abs=0.01)
     assert scores["CMMD/blur 0"] > 0
     assert "Fréchet distance/blur 2" in capsys.readouterr().out
@@ -239,19 +239,19 @@ def test_samples_are_measured_from_the_command_line(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["samples", "--pictures", "EMPTY"], "no pictures in"),
-        (["samples", "--pictures", "PLAIN"], "have no prompts, and there is no --reference"),
-        (["samples", "--pictures", "PLAIN", "--inception"], "name them by --reference"),
-        (["samples", "--pictures", "PLAIN", "--blur", "-1"], "expected radii of 0 or more"),
+        (["samples", "--images", "EMPTY"], "no images in"),
+        (["samples", "--images", "PLAIN"], "have no prompts, and there is no --reference"),
+        (["samples", "--images", "PLAIN", "--inception"], "name them by --reference"),
+        (["samples", "--images", "PLAIN", "--blur", "-1"], "expected radii of 0 or more"),
         (["clip", "--data", "EMPTY"], "nothing to measure in"),
         (["clip", "--data", "PLAIN"], "nothing to measure in"),
         (["clip", "--data", "nowhere"], "no data at 'nowhere'"),
-        (["clip", "--templates", "a {}"], "templates are for classes of your own"),
-        (["clip", "--data", "TWINS"], "are of the class 'a b': rename one"),
-        (["clip", "--data", "FOILED"], "0.foil.txt is not there or empty"),
-        (["samples", "--pictures", "FOILED"], "0.txt is not there or empty"),
-        (["samples", "--pictures", "HUGE"], "huge.png has too many pixels"),
-        (["clip", "--pictures", "1"], "pictures is 1, expected at least 4"),
+        (["clip", "--templates", "a {}"], "templates are for your own classes"),
+        (["clip", "--data", "TWINS"], "have the class 'a b': rename one"),
+        (["clip", "--data", "FOILED"], "0.foil.txt is missing or empty"),
+        (["samples", "--images", "FOILED"], "0.txt is missing or empty"),
+        (["samples", "--images", "HUGE"], "huge.png has too many pixels"),
+        (["clip", "--images", "1"], "images is 1, expected at least 4"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -277,14 +277,14 @@ def test_mistakes_are_one_line(
     assert said.count("\n") == 1
 
 
-def test_the_table_puts_chance_beside_its_number() -> None:
-    lines = table({"a/b": 0.5, "a/b/chance": 0.25, "c": 3.0}.items()).splitlines()
+def test_the_table_shows_chance_beside_its_score() -> None:
+    lines = format_table({"a/b": 0.5, "a/b/chance": 0.25, "c": 3.0}).splitlines()
     assert lines == ["a/b               0.5   chance 0.25", "c                   3"]
-    assert table({"pictures": 30_000}.items()) == "pictures      30000"
+    assert format_table({"images": 30_000}) == "images      30000"
 
 
 def test_the_bundled_clip_is_measured() -> None:
-    found = probes.toybox_probes(Clip.from_pretrained("bundled"), pictures=40)
+    found = probes.toybox_probes(Clip.from_pretrained("bundled"), num_images=40)
     scores = dict(islice(found, 6))  # it measures as it goes: the rest would take seconds
     assert scores["training/zero-shot/noun"] > 0.4  # chance: 1 in 44
     assert scores["training/zero-shot/fill"] > 0.5

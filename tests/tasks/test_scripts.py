@@ -83,10 +83,11 @@ def test_a_dvae_is_fine_tuned(runs: Path, tmp_path: Path) -> None:
 
 
 def test_a_dvae_is_measured(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", str(runs / "dvae"), "--pictures", "20", "--out", str(tmp_path)]
-    evaluate.main(["dvae", *flags, "--device", "cpu"])
-    scores = json.loads((tmp_path / "dvae.json").read_text())
-    assert "20 pictures of 64 × 64, a codebook of 16" in capsys.readouterr().out
+    flags = ["--model", str(runs / "dvae"), "--images", "20", "--out", str(tmp_path)]
+    evaluate.main(["dvae", *flags, "--device", "cpu", "--precision", "fp32"])
+    scores = json.loads((tmp_path / "dvae.json").read_text())["scores"]
+    assert "psnr_hard" in capsys.readouterr().out
+    assert (scores["images"], scores["codebook size"]) == (20, 16)
     assert 5 < scores["psnr_hard"] < 30
     assert 1 <= scores["codes_used"] <= 16
     with Image.open(tmp_path / "reconstructions.png") as picture:

@@ -1,9 +1,9 @@
-"""How good drawn pictures are: the distances by hand, against SciPy and NumPy, and Inception's."""
+"""Metrics of samples: distances by hand and against SciPy and NumPy, blur, and Inception."""
 
 from __future__ import annotations
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,14 @@ import torch.nn.functional as F
 from colour_clip import CLIP, plain
 from PIL import Image
 
-from dalle1.evaluation import samples
-from dalle1.evaluation.samples import (
-    Pictures,
-    blurred,
+from dalle1.evaluation import sample_metrics
+from dalle1.evaluation.image_sets import LazyImages, blur, embed
+from dalle1.evaluation.sample_metrics import (
     clip_score,
     cmmd,
-    distances,
-    features,
     frechet_distance,
-    inception,
+    inception_metrics,
+    set_distances,
 )
 
 
@@ -44,7 +42,7 @@ def test_frechet_distance_equals_scipy(n: int, m: int, width: int) -> None:
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-3)
     assert frechet_distance(x, x + 2.0) == pytest.approx(4.0 * width, rel=1e-6)
     assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-6)
-    with pytest.raises(ValueError, match="two pictures or more"):
+    with pytest.raises(ValueError, match="at least two images"):
         frechet_distance(x[:1], y)
 
 
@@ -67,7 +65,7 @@ def test_cmmd_equals_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         held.append(len(a))
         return cdist(a, b)
 
-    monkeypatch.setattr(samples, "CMMD_ROWS", 7)
+    monkeypatch.setattr(sample_metrics, "CMMD_ROWS", 7)
     monkeypatch.setattr(torch, "cdist", watched)
     assert cmmd(x, y) == pytest.approx(expected, rel=1e-6)
     assert max(held) == 7
@@ -81,50 +79,46 @@ def test_clip_score_by_hand() -> None:
     assert scores["CLIPScore"] == pytest.approx(2.5 * 0.6 / 2)
 
 
-def test_blur_is_in_proportion_and_hides_differences() -> None:
+def test_blur_scales_with_the_width_and_removes_detail() -> None:
     noise = [Image.effect_noise((64, 64), 80).convert("RGB") for _ in range(6)]
-    assert blurred(noise, 0)[0] is noise[0]
-    small, large = (np.asarray(blurred(noise, radius)[0]).std() for radius in (1, 8))
+    assert blur(noise, 0)[0] is noise[0]
+    small, large = (np.asarray(blur(noise, radius)[0]).std() for radius in (1, 8))
     assert large < small < np.asarray(noise[0]).std()
     wide = noise[0].resize((256, 256), Image.Resampling.NEAREST)
-    expected = np.asarray(blurred([wide], 8)[0].resize((64, 64), Image.Resampling.BOX), float)
-    assert np.abs(np.asarray(blurred([noise[0]], 8)[0], float) - expected).mean() < 4
+    expected = np.asarray(blur([wide], 8)[0].resize((64, 64), Image.Resampling.BOX), float)
+    assert np.abs(np.asarray(blur([noise[0]], 8)[0], float) - expected).mean() < 4
 
 
-def test_distances_fall_with_likeness_and_read_pictures_once_asked() -> None:
+def test_similar_sets_have_small_distances_and_images_are_read_lazily() -> None:
     read: list[int] = []
 
     def image(index: int) -> Image.Image:
         read.append(index)
         return Image.new("RGB", (16, 16), (index, 40, 200))
 
-    class Source(SimpleNamespace):
-        def __len__(self) -> int:
-            return 50
-
-    pictures = Pictures(Source(image=image), 20)  # type: ignore[arg-type]
-    assert (len(pictures), read) == (20, [])
-    assert features(CLIP, pictures, batch_size=7).shape == (20, 3)
+    images = LazyImages(image, range(20))
+    assert (len(images), read) == (20, [])
+    assert embed(CLIP, images, batch_size=7).shape == (20, 3)
     assert read == list(range(20))
     near = [Image.new("RGB", (16, 16), (i, 50, 200)) for i in range(20)]
     far = [Image.new("RGB", (16, 16), (i, 200, 50)) for i in range(20)]
-    close, distant = (dict(distances(CLIP, x, pictures, (0, 8))) for x in (near, far))
+    close, distant = (dict(set_distances(CLIP, x, images, (0, 8))) for x in (near, far))
     assert close.keys() == {f"{n}/blur {r}" for n in ("Fréchet distance", "CMMD") for r in (0, 8)}
     assert all(close[name] < distant[name] for name in close)
 
 
-def test_inception_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = [plain("red"), plain("blue")]
+def test_inception_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [plain("red"), plain("blue")]
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(ValueError, match="pip install torchmetrics torch-fidelity"):
-        next(inception(pictures, pictures))
+        next(inception_metrics(images, images))
 
     def no_weights(**_: Any) -> None:
         raise OSError("<urlopen error: no network>")
 
     stand_in(monkeypatch, no_weights)
-    with pytest.raises(ValueError, match=r"weights are not here.*no network"):
-        next(inception(pictures, pictures))
+    with pytest.raises(ValueError, match=r"weights are missing.*no network"):
+        next(inception_metrics(images, images))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
@@ -136,7 +130,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
 
-def test_inception_feeds_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_uses_both_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     class Metric:
         def __init__(self, feature: int = 0) -> None:
             self.seen: list[tuple[Any, ...]] = []
@@ -162,12 +156,12 @@ def test_inception_feeds_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, Metric)
     placed: list[str] = []
     rough: list[float] = []
-    drawn, real = ([Image.effect_noise((256, 256), 80).convert("RGB")] * n for n in (5, 3))
-    scores = dict(inception(drawn, real, (0, 2), batch_size=2))
+    generated, real = ([Image.effect_noise((256, 256), 80).convert("RGB")] * n for n in (5, 3))
+    scores = dict(inception_metrics(generated, real, (0, 2), batch_size=2))
     assert scores == {"FID/blur 0": 8.0, "FID/blur 2": 8.0, "Inception Score": 5.0}
     assert placed == ["cpu", "cpu"]
-    sharp, blurry, scored = rough[:5], rough[5:10], rough[10:]  # two batches real, three drawn
+    sharp, blurry, scored = rough[:5], rough[5:10], rough[10:]  # two real batches, three generated
     assert max(blurry) < 0.5 * min(sharp)
     assert min(scored) == pytest.approx(sharp[-1])
-    dict(inception(drawn, real, (0,), device="meta"))
+    dict(inception_metrics(generated, real, (0,), device="meta"))
     assert placed[-1] == "meta"

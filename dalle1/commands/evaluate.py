@@ -1,0 +1,65 @@
+"""Evaluate a model's samples, a CLIP or a dVAE.
+
+    dalle1 evaluate toybox --best-of 1 16 64 --num-prompts 200 50 12 --out runs/evaluation
+    dalle1 evaluate samples --images outputs/a-red-star --reference toybox:1000
+    dalle1 evaluate clip --clip runs/clip --data toybox
+    dalle1 evaluate dvae --model runs/dvae --data toybox --images 1000
+
+`toybox` measures how often samples show what their prompts ask for. `samples` compares any images
+with their prompts and with real images. `clip` measures a CLIP, `dvae` an image tokenizer. Each
+prints a table and writes its scores to a JSON file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union
+
+import tyro
+
+from dalle1.console import notes, one_line_errors, parse
+from dalle1.evaluation.clip import ClipOptions, evaluate_clip
+from dalle1.evaluation.reconstruction import DVAEOptions, evaluate_dvae
+from dalle1.evaluation.report import Scores, format_table, write_report
+from dalle1.evaluation.samples import SamplesOptions, evaluate_samples
+from dalle1.evaluation.toybox import ToyboxOptions, evaluate_toybox, format_toybox_table
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A subcommand: its options, what yields its scores, and how they are printed."""
+
+    options: type
+    evaluate: Callable[[Any], Scores]
+    format_table: Callable[[Mapping[str, float]], str] = format_table
+
+
+EVALUATORS = {
+    "toybox": Evaluator(ToyboxOptions, evaluate_toybox, format_toybox_table),
+    "samples": Evaluator(SamplesOptions, evaluate_samples),
+    "clip": Evaluator(ClipOptions, evaluate_clip),
+    "dvae": Evaluator(DVAEOptions, evaluate_dvae),
+}
+
+
+def run(options: Any) -> dict[str, float]:
+    """Run the evaluator of these options, print and write its scores, and return them."""
+    name, evaluator = next((n, e) for n, e in EVALUATORS.items() if e.options is type(options))
+    options.out.mkdir(parents=True, exist_ok=True)
+    scores = dict(evaluator.evaluate(options))
+    path = options.out / f"{name}.json"
+    write_report(path, options, scores)
+    print(evaluator.format_table(scores))
+    print(f"wrote {path}")
+    return scores
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Read the command line and run one evaluator."""
+    subcommands = tuple(
+        Annotated[evaluator.options, tyro.conf.subcommand(name)]
+        for name, evaluator in EVALUATORS.items()
+    )
+    with one_line_errors(), notes():
+        run(parse(Union[subcommands], args, __doc__))  # noqa: UP007

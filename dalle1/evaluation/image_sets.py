@@ -1,0 +1,132 @@
+"""Sets of images that evaluators read: of a dataset, in files, or written by `sample.py`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar, overload
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from dalle1.clip import Clip
+from dalle1.data import PairSource, open_source
+from dalle1.data.cleaning import NO_CLEANING, PICTURES, read_image
+from dalle1.data.sources.streaming_shards import StreamingShards
+from dalle1.outputs import SCORES, drawn_in
+
+BLUR_WIDTH = 256  # width of the images that blur radii refer to
+Key = TypeVar("Key")
+
+
+class LazyImages(Sequence[Image.Image], Generic[Key]):
+    """Images that are read each time they are accessed.
+
+    Args:
+        read: key → image.
+        keys: one for each image, such as an index of a source or a path.
+    """
+
+    def __init__(self, read: Callable[[Key], Image.Image], keys: Sequence[Key]) -> None:
+        self.read, self.keys = read, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(index, slice):
+            return [self.read(key) for key in self.keys[index]]
+        return self.read(self.keys[index])
+
+
+def images_in_files(paths: Sequence[Path]) -> LazyImages[Path]:
+    """Return the images in these files."""
+    return LazyImages(read_image_file, paths)
+
+
+def read_image_file(path: Path) -> Image.Image:
+    """Read an image of any size and shape."""
+    return read_image(path.read_bytes(), str(path), NO_CLEANING)
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """Return the image files in a folder and its subfolders, in order."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+
+
+def sampled_image_paths(folder: Path) -> list[Path]:
+    """Return the samples in a folder and its subfolders.
+
+    Where a folder has a scores.json, only the images that it names are samples; grid.png and
+    preview.png are not. ValueError where there are none.
+    """
+    paths = image_paths(folder)
+    if not paths:
+        raise ValueError(f"no images in {folder}; expected .jpg, .png, .webp or .gif files")
+    named = {parent: drawn_in(parent) for parent in {path.parent for path in paths}}
+    samples = [p for p in paths if (names := named[p.parent]) is None or p.name in names]
+    if not samples:
+        raise ValueError(f"no images in {folder} that its {SCORES} names; sample them again")
+    return samples
+
+
+def prompt_of(path: Path) -> str | None:
+    """Return the prompt of a sample: from name.txt beside it, or from the PNG's metadata."""
+    text = path.with_suffix(".txt")
+    if text.is_file():
+        return first_line(text)
+    try:
+        with Image.open(path) as image:
+            prompt = image.info.get("prompt")
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} has too many pixels ({error}); make it smaller") from error
+    return str(prompt) if prompt else None
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a text file; ValueError where there is none."""
+    lines = path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else []
+    if not lines:
+        raise ValueError(f"{path} is missing or empty, expected a line of text")
+    return lines[0]
+
+
+def open_images(data: str, captions: bool = False) -> PairSource:
+    """Open a dataset as --data names it, without cleaning; ValueError where it is streamed."""
+    source = open_source(data, "encode", captions=captions, reading=NO_CLEANING)
+    if isinstance(source, StreamingShards):
+        raise ValueError(f"{data} can only be read in order; use fewer, local shards")
+    return source
+
+
+def random_subset(items: Sequence[Key], limit: int | None) -> Sequence[Key]:
+    """Return at most `limit` random items, always the same ones, in their order."""
+    if limit is None or len(items) <= limit:
+        return items
+    chosen = sorted(random.Random(0).sample(range(len(items)), limit))
+    return [items[i] for i in chosen]
+
+
+def embed(
+    clip: Clip, images: Sequence[Image.Image], radius: float = 0, batch_size: int = 64
+) -> Tensor:
+    """Embed images, blurred by `radius`, one batch at a time: [N, D], unit length."""
+    starts = range(0, len(images), batch_size)
+    batches = (blur(images[start : start + batch_size], radius) for start in starts)
+    return torch.cat([clip.embed_images(batch, batch_size) for batch in batches])
+
+
+def blur(images: Sequence[Image.Image], radius: float) -> list[Image.Image]:
+    """Blur images by a Gaussian, as the paper does before it measures (§3.1, figure 9).
+
+    `radius` is the standard deviation in pixels at a width of 256, and scales with the width.
+    """
+    if not radius:
+        return list(images)
+    return [x.filter(ImageFilter.GaussianBlur(radius * x.width / BLUR_WIDTH)) for x in images]
