@@ -64,7 +64,7 @@ def sampled_image_paths(folder: Path) -> list[Path]:
     """Return the samples in a folder and its subfolders.
 
     Where a folder has a scores.json, only the images that it names are samples; grid.png and
-    preview.png are not. ValueError where there are none.
+    preview.png are not. ValueError where it has no samples.
     """
     paths = image_paths(folder)
     if not paths:
@@ -90,7 +90,7 @@ def prompt_of(path: Path) -> str | None:
 
 
 def first_line(path: Path) -> str:
-    """Return the first line of a text file; ValueError where there is none."""
+    """Return the first line of a text file; ValueError where it is missing or empty."""
     lines = path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else []
     if not lines:
         raise ValueError(f"{path} is missing or empty, expected a line of text")

@@ -230,7 +230,7 @@ def test_a_low_accuracy_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
-def test_degraded_pictures_stay_pictures() -> None:
+def test_augmented_images_keep_shape_and_range() -> None:
     data: Renderings = render_many(TINY, 16, scenes("all", "y"))
     images = data.pictures.float() / 255
     first, second = (degrade(images, 128, torch.Generator().manual_seed(0)) for _ in range(2))

@@ -37,7 +37,7 @@ def test_zero_shot_accuracy_by_hand() -> None:
     torch.testing.assert_close(classes.norm(dim=1), torch.ones(3))
     scores = dict(zero_shot_accuracy(images, [0, 1, 0, 0], classes))
     assert scores == {"top-1": 0.75, "top-1/chance": pytest.approx(1 / 3)}
-    for wrong in ("a photo", "a {} on {place}", "{} and {}", "a {} {"):
+    for wrong in ("a photo", "a {} on {where}", "{} and {}", "a {} {"):
         with pytest.raises(ValueError, match=re.escape(f"{wrong!r}, expected one {{}}")):
             class_embeddings(CLIP, ["red"], [wrong])
 
@@ -213,7 +213,7 @@ def test_images_are_chosen_at_random_with_equally_many_of_each_class(
 def test_samples_are_measured_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    samples, real, out = tmp_path / "drawn", tmp_path / "real", tmp_path / "out"
+    samples, real, out = tmp_path / "chosen", tmp_path / "real", tmp_path / "out"
     real.mkdir()
     for i, name in enumerate(PALETTE):
         info = PngInfo()

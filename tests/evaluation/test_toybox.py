@@ -40,11 +40,11 @@ def wrong(right: Verdict) -> Verdict:
 
 
 class FakeModel:
-    """Draws what `answer(true_verdict, index)` names, as a verdict; ranks the last first."""
+    """Shows what `answer(truth, index)` returns, as a verdict; ranks the last candidate first."""
 
     def __init__(self, answer: Callable[[Verdict, int], Verdict], ranked: bool = True) -> None:
         self.answer, self.ranked = answer, ranked
-        self.asked: list[tuple[int, int]] = []  # prompts and candidates of each draw
+        self.asked: list[tuple[int, int]] = []  # prompts and candidates of each call
         self.image_tokenizer = SimpleNamespace(image_size=128)
         prompts = [p for split in SPLITS for p in choose_prompts(split, 40, 0)]
         self.truths = {prompt.text: true_verdict(prompt.scene) for prompt in prompts}
