@@ -14,11 +14,11 @@ A text place without a token holds a padding token of its own: id text_vocab + p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dalle1.model.attention import Attend, Attention, Linear, Mask, Rotary
 from dalle1.model.masks import MaskKind, layer_masks
+from dalle1.model.state_keys import upgrade_state_dict
 from dalle1.storage import load_config, load_weights, model_folder, save_weights
 
 FILE_NAME = "transformer.safetensors"
@@ -152,35 +153,31 @@ def _norm(config: TransformerConfig) -> nn.Module:
     return nn.RMSNorm(config.width) if config.norm == "rms" else nn.LayerNorm(config.width)
 
 
+class Residual(nn.Module):
+    """A resblock: x + branch(norm(x))."""
+
+    def __init__(self, norm: nn.Module, branch: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.branch = norm, branch
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Compute the sum: x [B, n, D] → [B, n, D]; `args` go to the branch."""
+        return x + self.branch(self.norm(x), *args)
+
+
 class Layer(nn.Module):
-    """Two resblocks: x += attention(norm(x)); x += MLP(norm(x))."""
+    """Two resblocks: attention, then the MLP."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = _norm(config)
-        self.attention = Attention(config.width, config.heads, config.depth, qk_norm=config.qk_norm)
-        self.mlp_norm = _norm(config)
-        self.mlp = MLP(config)
-        self.around: Around | None = None
+        d, heads = config.width, config.heads
+        self.attention = Residual(
+            _norm(config), Attention(d, heads, config.depth, qk_norm=config.qk_norm)
+        )
+        self.mlp = Residual(_norm(config), MLP(config))
 
     def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
-        def attention(h: Tensor) -> Tensor:
-            return self.attention(self.attention_norm(h), attend, turns)
-
-        def mlp(h: Tensor) -> Tensor:
-            return self.mlp(self.mlp_norm(h))
-
-        for which, branch in enumerate((attention, mlp)):
-            x = x + (self.around(which, branch, x) if self.around else branch(x))
-        return x
-
-    def branches(self) -> list[list[nn.Module]]:
-        """Give the modules of each resblock's branch."""
-        return [[self.attention_norm, self.attention], [self.mlp_norm, self.mlp]]
-
-
-Around = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
-"""(0 or 1, branch, x) → branch(x), computed in some other way: see `dalle1.training.resblocks`."""
+        return self.mlp(self.attention(x, attend, turns))
 
 
 class Embedding(nn.Embedding):
@@ -222,6 +219,7 @@ class Transformer(nn.Module):
         )
         seen = config.text_len, config.grid_size, config.conv_wrap
         self.masks = nn.ModuleDict({k: Mask(k, *seen) for k in sorted(set(self.kinds))})
+        self.register_load_state_dict_pre_hook(upgrade_state_dict)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Embed the start token and all but the last of text [B, L] → [B, L, D]."""

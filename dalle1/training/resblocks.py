@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dalle1.model.transformer import Layer, Transformer
+from dalle1.model.transformer import Layer, Residual, Transformer
 from dalle1.training.scaling import GradientScales, scaled
 
-Branch = Callable[[Tensor], Tensor]
+
+class TrainedResidual(Residual):
+    """A resblock that shares the modules of another, checkpointed or with a gradient scale."""
+
+    def __init__(self, inner: Residual, *, checkpointing: bool, scale: Tensor | None) -> None:
+        super().__init__(inner.norm, inner.branch)
+        self.checkpointing, self.scale = checkpointing, scale
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        def branch(h: Tensor) -> Tensor:
+            return self.branch(self.norm(h), *args)
+
+        def run(h: Tensor) -> Tensor:
+            return branch(h) if self.scale is None else scaled(branch, h, self.scale)
+
+        if self.checkpointing and x.requires_grad:
+            return x + checkpoint(run, x, use_reentrant=False)
+        return x + run(x)
 
 
 def prepare(
     model: Transformer, *, checkpointing: bool = False, scaling: bool = False
 ) -> GradientScales | None:
-    """Have `model` compute its resblocks as asked, until it is asked otherwise.
+    """Replace the resblocks of `model` by ones that compute as asked, with the same parameters.
 
     Args:
-        checkpointing: keep only what goes into each resblock, and compute the rest again going back
-            (§2.4): less memory for a third more work.
-        scaling: give each resblock a gradient scale of its own; what is given then is to unscale
-            the gradients before each update.
+        checkpointing: keep only the input of each resblock, and recompute the rest in the backward
+            pass (§2.4): less memory for a third more work.
+        scaling: give each resblock its own gradient scale.
+
+    Returns: what unscales the gradients before each update, if `scaling`.
     """
     layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-    scales = GradientScales([b for layer in layers for b in layer.branches()]) if scaling else None
+    residuals = [r for layer in layers for r in (layer.attention, layer.mlp)]
+    scales = GradientScales([[r] for r in residuals]) if scaling else None
     if scales is not None:
         scales.scales = scales.scales.to(next(model.parameters()).device)
 
-    def around(number: int) -> Callable[[int, Branch, Tensor], Tensor]:
-        def run(which: int, branch: Branch, x: Tensor) -> Tensor:
-            def whole(h: Tensor) -> Tensor:
-                if scales is None:
-                    return branch(h)
-                return scaled(branch, h, scales.scales[2 * number + which])
-
-            if checkpointing and x.requires_grad:
-                return checkpoint(whole, x, use_reentrant=False)
-            return whole(x)
-
-        return run
+    def wrapped(residual: Residual, number: int) -> Residual:
+        if not checkpointing and scales is None:
+            return Residual(residual.norm, residual.branch)
+        scale = None if scales is None else scales.scales[number]
+        return TrainedResidual(residual, checkpointing=checkpointing, scale=scale)
 
     for number, layer in enumerate(layers):
-        layer.around = around(number) if checkpointing or scaling else None
+        layer.attention = wrapped(layer.attention, 2 * number)
+        layer.mlp = wrapped(layer.mlp, 2 * number + 1)
     return scales

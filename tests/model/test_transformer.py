@@ -74,8 +74,10 @@ def reference(model: Transformer, text: Tensor, codes: Tensor) -> Tensor:
             states.append(w["image_embedding.weight"][code] + where)
         x = torch.stack(states)
         for number, kind in enumerate(model.kinds):
-            p = {k.split(".", 2)[2]: v for k, v in w.items() if k.startswith(f"layers.{number}.")}
-            y = F.layer_norm(x, (d,), p["attention_norm.weight"], p["attention_norm.bias"])
+            prefix = f"layers.{number}."
+            p = {k.removeprefix(prefix): w[k] for k in w if k.startswith(prefix)}
+            p = {k.replace(".branch.", "."): tensor for k, tensor in p.items()}
+            y = F.layer_norm(x, (d,), p["attention.norm.weight"], p["attention.norm.bias"])
             q, k, v = (y @ p["attention.qkv.weight"].T + p["attention.qkv.bias"]).chunk(3, -1)
             mixed = torch.zeros_like(x)
             for h in range(heads):
@@ -85,7 +87,7 @@ def reference(model: Transformer, text: Tensor, codes: Tensor) -> Tensor:
                     scores = k[seen, part] @ q[i, part] / math.sqrt(d // heads)
                     mixed[i, part] = scores.softmax(0) @ v[seen, part]
             x = x + mixed @ p["attention.out.weight"].T + p["attention.out.bias"]
-            y = F.layer_norm(x, (d,), p["mlp_norm.weight"], p["mlp_norm.bias"])
+            y = F.layer_norm(x, (d,), p["mlp.norm.weight"], p["mlp.norm.bias"])
             y = y @ p["mlp.up.weight"].T + p["mlp.up.bias"]
             x = x + (y * (1.702 * y).sigmoid()) @ p["mlp.down.weight"].T + p["mlp.down.bias"]
         x = F.layer_norm(x, (d,), w["norm.weight"], w["norm.bias"])
@@ -208,10 +210,10 @@ def test_the_number_of_parameters_and_their_initial_spread() -> None:
         "text_position": weights / math.sqrt(2),
         "row": weights / math.sqrt(3),
         "column": weights / math.sqrt(3),
-        "layers.0.attention.qkv": weights,
-        "layers.0.attention.out": weights / deep,
-        "layers.2.mlp.up": weights,
-        "layers.2.mlp.down": 0.125 / math.sqrt(4 * d) / deep,
+        "layers.0.attention.branch.qkv": weights,
+        "layers.0.attention.branch.out": weights / deep,
+        "layers.2.mlp.branch.up": weights,
+        "layers.2.mlp.branch.down": 0.125 / math.sqrt(4 * d) / deep,
     }
     for name, std in spread.items():
         found = model.get_submodule(name).weight.std().item()  # type: ignore[union-attr, operator]

@@ -117,7 +117,7 @@ def test_packed_weights_give_the_same_scores_and_leave_the_model_alone(dtype: to
     if not here:
         assert twin is model
         return
-    assert isinstance(twin.layers[0].mlp.up, PackedLinear)
+    assert isinstance(twin.layers[0].mlp.branch.up, PackedLinear)
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     for layer, packed_layer in zip(model.layers, twin.layers, strict=True):
         torch.testing.assert_close(packed_layer.mlp(x), layer.mlp(x))

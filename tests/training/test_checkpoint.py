@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from two_processes import SIZE, config_for
 
+from dalle1.model.transformer import Transformer
 from dalle1.storage import model_folder
 from dalle1.training import checkpoint
 from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
+from dalle1.training.engines.base import Plain
 
 
 def write_name(name: str) -> Callable[[Path], None]:
@@ -108,3 +112,20 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"state\.pt is damaged"):
         load_checkpoint(tmp_path)
+
+
+def test_parameter_names_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    def engine(seed: int) -> Plain[Transformer]:
+        torch.manual_seed(seed)
+        return Plain(Transformer(SIZE), config_for(tmp_path))
+
+    one, other = engine(1), engine(2)
+    one.save(tmp_path / "new.safetensors")
+    old = {}
+    for name, tensor in load_file(tmp_path / "new.safetensors").items():
+        in_layer = name.replace(".norm.", "_norm.").replace(".branch.", ".")
+        old[in_layer if "/layers." in name else name] = tensor
+    assert "mean/layers.0.mlp_norm.weight" in old
+    save_file(old, tmp_path / "old.safetensors")
+    other.load(tmp_path / "old.safetensors")
+    assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))

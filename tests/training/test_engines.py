@@ -96,7 +96,9 @@ def test_features_of_all_processes_are_compared(runs: tuple[Path, list[str]], st
 def test_bf16_weights_learn_nearly_that(runs: tuple[Path, list[str]], name: str) -> None:
     expected, got = log_of(runs[0] / "one", "total"), log_of(runs[0] / name, "total")
     assert got == pytest.approx({step: expected[step] for step in range(1, 6)}, rel=1e-2)
-    kept = load_file(runs[0] / name / "latest" / TENSORS_NAME)["weights/layers.0.mlp.up.weight"]
+    kept = load_file(runs[0] / name / "latest" / TENSORS_NAME)[
+        "weights/layers.0.mlp.branch.up.weight"
+    ]
     assert not torch.equal(kept, kept.bfloat16().float())  # the fp32 ones of the shares
 
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dalle1.devices import autocast
+from dalle1.model.state_keys import upgrade_key
 from dalle1.storage import write_tensors
 from dalle1.training import distributed
 
@@ -197,15 +198,15 @@ class Engine(ABC, Generic[Model]):
     def load(self, path: Path) -> None:
         """Take back what any engine's `save` wrote; ValueError where it is of another model."""
         with safe_open(path, "pt") as file:
-            there = set(file.keys())
-            pieces, expected = self.pieces(), set()
+            keys = {upgrade_key(key): key for key in file.keys()}  # noqa: SIM118
+            there, pieces, expected = set(keys), self.pieces(), set()
             for piece in pieces:
                 for kind, held in piece.held.items():
                     key = f"{kind}/{piece.name}"
                     expected.add(key)
                     if key not in there:
                         raise ValueError(f"{path} has no {key}")
-                    whole = file.get_tensor(key)
+                    whole = file.get_tensor(keys[key])
                     if whole.shape != piece.shape:
                         raise ValueError(
                             f"{key} in {path} is {tuple(whole.shape)}, expected "
@@ -223,8 +224,9 @@ class Engine(ABC, Generic[Model]):
     def begin_with(self, path: Path) -> None:
         """Take the weights of a model's own file, of the same sizes, tensor by tensor."""
         with safe_open(path, "pt") as file:
+            keys = {upgrade_key(key): key for key in file.keys()}  # noqa: SIM118
             for piece in self.pieces():
-                whole = file.get_tensor(piece.name)
+                whole = file.get_tensor(keys[piece.name])
                 for kind in ("weights", "average"):
                     if kind in piece.held:
                         piece.held[kind].copy_(self._part(whole, piece, kind))
