@@ -2,10 +2,10 @@
 
     python train_clip.py toy --data toybox --out runs/clip
 
-Config, presets and task are in dalle1/tasks/clip.py.
+The same as `dalle1 train clip`; config, presets and task are in dalle1/tasks/clip.py.
 """
 
-from dalle1.tasks.clip import main
+from dalle1.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("train clip")

@@ -2,10 +2,10 @@
 
     python train_dvae.py toy --data toybox --out runs/dvae
 
-Config, presets and task are in dalle1/tasks/dvae.py.
+The same as `dalle1 train dvae`; config, presets and task are in dalle1/tasks/dvae.py.
 """
 
-from dalle1.tasks.dvae import main
+from dalle1.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("train dvae")

@@ -2,10 +2,10 @@
 
     python train_transformer.py toy --dvae runs/dvae --data toybox --out runs/transformer
 
-Config, presets and task are in dalle1/tasks/transformer.py.
+The same as `dalle1 train transformer`; config, presets and task are in dalle1/tasks/transformer.py.
 """
 
-from dalle1.tasks.transformer import main
+from dalle1.cli import run
 
 if __name__ == "__main__":
-    main()
+    run("train transformer")

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from measuring import seconds
 from torch import Tensor
 
-from dalle1.devices import keep_freed_memory, pick_device
+from dalle1.console import keep_freed_memory
+from dalle1.devices import pick_device
 from dalle1.model.attention import Mask, attend
 from dalle1.model.masks import MaskKind
 

@@ -1,6 +1,6 @@
 """Compare InfoNCE and the sigmoid loss at several batch sizes, after as many pairs each.
 
-    python -m dalle1.toybox --out runs/scenes --num-scenes 60000 --size 128
+    dalle1 toybox --out runs/scenes --num-scenes 60000 --size 128
     python benchmarks/clip_losses.py --data runs/scenes --out runs/clip-losses
 
 Each run is `train_clip.py small` with another loss and batch size, and the step size of batches of

@@ -31,7 +31,8 @@ from peers import dalle_pytorch_model
 from torch import nn
 
 from dalle1 import DallE
-from dalle1.devices import PRECISIONS, keep_freed_memory, matmul_flops_per_second, pick_device
+from dalle1.console import keep_freed_memory
+from dalle1.devices import PRECISIONS, matmul_flops_per_second, pick_device
 from dalle1.model.masks import image_mask
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.decoding import candidate_uniforms, generate

@@ -28,7 +28,8 @@ from peers import dalle_pytorch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle1.devices import PRECISIONS, autocast, keep_freed_memory, pick_device
+from dalle1.console import keep_freed_memory
+from dalle1.devices import PRECISIONS, autocast, pick_device
 from dvae import DVAE, DVAEConfig, dvae_loss
 from dvae.losses import squeeze_pixels
 

@@ -24,7 +24,8 @@ from measuring import in_fresh_process, peak_memory, seconds
 from peers import dalle_pytorch_model
 from torch import Tensor, nn
 
-from dalle1.devices import autocast, keep_freed_memory, matmul_flops_per_second, pick_device
+from dalle1.console import keep_freed_memory
+from dalle1.devices import autocast, matmul_flops_per_second, pick_device
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 

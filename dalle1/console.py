@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 Config = TypeVar("Config")
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
+
+
+def prepare_process() -> None:
+    """Apply the process-wide settings of every command; the library itself changes none."""
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step, which needs as much again.
+
+    By default, every large tensor is mapped and faulted in anew: a third of a CPU training's time.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+                mallopt(parameter, 2**31 - 1)
+            mallopt(_M_TOP_PAD, 2**28)
 
 
 @contextmanager

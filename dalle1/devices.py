@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import sys
@@ -13,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 
 
 def pick_device(name: str) -> torch.device:
@@ -136,16 +133,3 @@ def recorded(step: Callable[[], None], warm_up: int = 2) -> Callable[[], None]:
         graph.replay()
 
     return call
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, for the next step, which needs just as much again.
-
-    By default every large tensor is mapped and faulted in anew: a third of a CPU training's time.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-                mallopt(parameter, 2**31 - 1)
-            mallopt(_M_TOP_PAD, 2**28)

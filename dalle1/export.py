@@ -1,6 +1,6 @@
 """Join what the trainings wrote into one folder that sample.py takes.
 
-python -m dalle1.export --model runs/transformer --clip runs/clip --out my-model
+dalle1 export --model runs/transformer --clip runs/clip --out my-model
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class JoinConfig:
-    """What `python -m dalle1.export` takes."""
+    """What `dalle1 export` takes."""
 
     model: Path
     """Folder that train_transformer.py wrote."""
@@ -39,7 +39,3 @@ def main(args: Sequence[str] | None = None) -> None:
         model.save_pretrained(config.out, DTYPES[config.dtype])
         size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())
         print(f"The model is in {config.out}: {size / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What a training of stage 2 needs, told before it is paid for.
 
-    python -m dalle1.planner 12b --gpus 64 --gpu-memory 80 --zero 3 --micro-batch 1
+    dalle1 plan 12b --gpus 64 --gpu-memory 80 --zero 3 --micro-batch 1
 
 Bytes of each GPU, for P parameters on N GPUs, w = 4 for fp32 weights and 2 for bf16 ones; `/N` is
 what ZeRO shares out, and --offload cpu moves the shares marked * to the machine's memory:
@@ -380,7 +380,3 @@ PLANS = {
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         print(report(parse_preset(PLANS, args, (__doc__ or "").splitlines()[0])))
-
-
-if __name__ == "__main__":
-    main()

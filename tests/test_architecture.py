@@ -31,6 +31,8 @@ LAYERS = [
     ["dalle1.tasks.*"],
     ["dalle1.export", "dalle1.planner"],
     ["dalle1.commands.*"],
+    ["dalle1.cli"],
+    ["dalle1.__main__"],
 ]
 SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import sample
 from dalle1 import DallE
+from dalle1.commands import sample
 from dalle1.pipeline import BUNDLED
 
 

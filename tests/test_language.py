@@ -126,7 +126,6 @@ MIGRATING: set[str] = {
     "benchmarks/train_transformer.py",
     "dalle1/bundled/toybox/README.md",
     "dalle1/clip/__init__.py",
-    "dalle1/clip/__main__.py",
     "dalle1/clip/arch.py",
     "dalle1/clip/filtering.py",
     "dalle1/clip/loading.py",
@@ -134,6 +133,7 @@ MIGRATING: set[str] = {
     "dalle1/clip/reranking.py",
     "dalle1/clip/resnet.py",
     "dalle1/clip/towers.py",
+    "dalle1/commands/sample.py",
     "dalle1/console.py",
     "dalle1/data/__init__.py",
     "dalle1/data/check.py",
@@ -192,7 +192,6 @@ MIGRATING: set[str] = {
     "pyproject.toml",
     "recipes/photographs.py",
     "recipes/slurm.sh",
-    "sample.py",
     "tests/clip/test_commands.py",
     "tests/clip/test_loading.py",
     "tests/clip/test_losses.py",
@@ -230,10 +229,7 @@ MIGRATING: set[str] = {
     "tests/training/test_interrupts.py",
     "tests/training/test_loop.py",
     "tests/training/test_recorders.py",
-    "train_clip.py",
-    "train_dvae.py",
     "train_toy.py",
-    "train_transformer.py",
 }
 
 

@@ -11,12 +11,13 @@ import torch
 from launch import in_two_processes
 from PIL import Image
 
-import sample
 from dalle1 import DallE
+from dalle1.commands import sample
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "a red cube"
 
 
@@ -157,7 +158,12 @@ def test_two_processes_draw_what_one_draws(folder: Path, tmp_path: Path) -> None
     alone = drawn(folder, tmp_path / "alone", PROMPT, "--rerank", "likelihood")
     scores = (tmp_path / "alone" / "scores.json").read_text()
     together = tmp_path / "together"
-    command = [sample.__file__, *arguments(folder, together, PROMPT), "--rerank", "likelihood"]
+    command = [
+        str(ROOT / "sample.py"),
+        *arguments(folder, together, PROMPT),
+        "--rerank",
+        "likelihood",
+    ]
     in_two_processes(*command)
     entries = json.loads((together / "scores.json").read_text())
     assert [Image.open(together / entry["file"]).tobytes() for entry in entries] == alone

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import evaluate
 import train_toy
 from dalle1 import DallE
+from dalle1.commands import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "--batch-size 2 --num-workers 0 --device cpu --save-every 1 --log-every 1"

@@ -1,6 +1,6 @@
 """CLIP: any of them to score pictures by, one's own to train, and what to do with either.
 
-`python -m dalle1.clip rank` sorts pictures by how well they fit a prompt, `python -m dalle1.clip
+`dalle1 rank` sorts images by how well they fit a prompt, `dalle1
 filter` keeps the pairs of a data set that fit each other.
 """
 

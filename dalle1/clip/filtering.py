@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dalle1.clip.loading import Clip
-from dalle1.console import bar
+from dalle1.console import bar, notes, one_line_errors, parse
 from dalle1.data.cleaning import CAPTIONS, NO_CLEANING, PICTURES, captions_in, read_image
 from dalle1.data.skipped import BadSample, SkippedSample
 from dalle1.data.sources.indexed_shards import Span, index_shard, lacks, read_member
@@ -325,3 +325,10 @@ def histogram(
     title = f"{before.sum()} pairs, {after.sum()} kept from {threshold:g} on"
     pen.text((width / 2, margin / 2), title, "#334155", font, anchor="mm")
     return sheet
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors(), notes():
+        options = parse(FilterOptions, args, (FilterOptions.__doc__ or "").strip())
+        if filter_shards(options)["damaged"]:
+            raise SystemExit(1)

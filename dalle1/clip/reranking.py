@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.clip.loading import Clip
+from dalle1.console import notes, one_line_errors, parse
 from dalle1.data.cleaning import NO_CLEANING, PICTURES, read_image
 from dalle1.data.images import grid
 from dalle1.devices import pick_device
@@ -133,3 +134,8 @@ def thumbnail(image: Image.Image, side: int = 256) -> Image.Image:
     sheet = Image.new("RGB", (side, side), "white")
     sheet.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return sheet
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors(), notes():
+        run(parse(RankOptions, args, (RankOptions.__doc__ or "").strip()))

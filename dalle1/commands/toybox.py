@@ -198,7 +198,3 @@ def main(args: Sequence[str] | None = None) -> None:
             dataset, config.out, config.shard_size, config.captions, config.processes
         )
         print(f"{len(dataset)} scenes in {len(shards)} shards: {shards[0]} … {shards[-1]}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Read a dataset through once, as a training would, and tell what is in it.
 
-    python -m dalle1.data.check DATA --out runs/check
+    dalle1 check DATA --out runs/check
 
 prints how many pairs there are, the sizes of the pictures, the lengths of the captions in tokens,
 and what is left out, by cause; and writes contact.png (some of the pairs), check.json (the numbers)
@@ -42,7 +42,7 @@ THUMB = 128
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(CleaningConfig):
-    """What `python -m dalle1.data.check` takes."""
+    """What `dalle1 check` takes."""
 
     data: Annotated[str, tyro.conf.Positional]
     """What is to be read, as the trainings' --data."""
@@ -215,7 +215,3 @@ def main(args: Sequence[str] | None = None) -> None:
         config = parse(CheckConfig, args, __doc__.splitlines()[0])
         if check(config)["damaged"] > config.max_bad_fraction:
             raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Pictures encoded once, so that stage 2 trains without the dVAE.
 
-    python -m dalle1.data.encoded --dvae runs/dvae --data toybox:60000 --out runs/codes
+    dalle1 encode --dvae runs/dvae --data toybox:60000 --out runs/codes
 
 writes shards with `KEY.npy` (codes [crops, W, W], uint16 or uint32) and `KEY.json` (its captions),
 and `codes.json`, which says which dVAE they are of. The same command goes on after an interruption.
@@ -35,7 +35,7 @@ from dalle1.data.sources.base import ENDLESS, Mixture, PairSource, part, split_s
 from dalle1.data.sources.indexed_shards import index_shard, read_member
 from dalle1.data.sources.streaming_shards import Pair, StreamingShards
 from dalle1.data.spec import open_source
-from dalle1.devices import autocast, keep_freed_memory, pick_device
+from dalle1.devices import autocast, pick_device
 from dalle1.image_tokenizer import (
     ImageTokenizer,
     image_tokenizer_file,
@@ -50,7 +50,7 @@ ENTRIES_NAME = "entries.npy"
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(CleaningConfig):
-    """What `python -m dalle1.data.encoded` takes."""
+    """What `dalle1 encode` takes."""
 
     dvae: Path
     """Folder of a trained dVAE."""
@@ -106,7 +106,7 @@ class CodeSource:
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(
                 f"{folder} holds no codes: expected {INDEX_NAME} and shards, as "
-                "`python -m dalle1.data.encoded` writes them"
+                "`dalle1 encode` writes them"
             ) from error
         shards = sorted(folder.glob("*.tar"))
         if len(shards) != expected:
@@ -223,7 +223,6 @@ def open_codes(
 def encode(config: EncodeConfig) -> None:
     """Encode all of `config.data`, shard by shard; whole shards that are there are left alone."""
     device = pick_device(config.device)
-    keep_freed_memory()
     model = load_image_tokenizer(config.dvae, device, config.image_size)
     size = model.image_size
     detail = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
@@ -379,7 +378,3 @@ def main(args: Sequence[str] | None = None) -> None:
         config = parse(EncodeConfig, args, __doc__.splitlines()[0])
         encode(config)
         print(f"Codes are in {config.out}")
-
-
-if __name__ == "__main__":
-    main()

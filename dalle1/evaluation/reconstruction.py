@@ -17,7 +17,7 @@ from torch import Tensor
 from dalle1.data import PairSource, open_source
 from dalle1.data.images import centre_square, grid, to_float, to_pil, to_tensor
 from dalle1.data.loader import Example, first_examples
-from dalle1.devices import autocast, keep_freed_memory, pick_device
+from dalle1.devices import autocast, pick_device
 from dalle1.evaluation.report import Scores
 from dvae.gumbel import gumbel_softmax
 from dvae.losses import dvae_loss, kl_to_uniform, psnr
@@ -55,7 +55,6 @@ class DVAEOptions:
 def evaluate_dvae(options: DVAEOptions) -> Scores:
     """Yield the metrics of a dVAE, and write reconstructions.png."""
     device = pick_device(options.device)
-    keep_freed_memory()
     model = DVAE.load(options.model, device)
     size = model.config.image_size
     prepare = partial(_prepare, size, options.allow_upscale)

@@ -1,6 +1,6 @@
 """OpenAI's released dVAE, read without its package and without running what is in the pickle.
 
-    python -m dalle1.importers.openai_dvae encoder.pkl decoder.pkl --out runs/openai-dvae
+    dalle1 import openai-dvae encoder.pkl decoder.pkl --out runs/openai-dvae
 
 `encoder.pkl` and `decoder.pkl` (https://cdn.openai.com/dall-e/) are pickles of whole modules of the
 `dall_e` package. Unpickling one as it is would import and call whatever it names. Here torch's
@@ -136,7 +136,7 @@ def load_openai_dvae(encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """What `python -m dalle1.importers.openai_dvae` takes."""
+    """What `dalle1 import openai-dvae` takes."""
 
     encoder: tyro.conf.Positional[Path]
     """The released encoder.pkl."""
@@ -152,7 +152,3 @@ def main(args: Sequence[str] | None = None) -> None:
         if (config.out / "latest").exists():
             raise ValueError(f"{config.out} holds a training; give another --out")
         print(f"The dVAE is {load_openai_dvae(config.encoder, config.decoder).save(config.out)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Train a CLIP, which tells which of some pictures fits a caption best (paper §2.6).
 
-    python train_clip.py small --data toybox --out runs/clip
+    dalle1 train clip small --data toybox --out runs/clip
 
 writes runs/clip/latest/ in Hugging Face's format, and a log; the same command goes on after an
 interruption. Any other CLIPModel or SiglipModel serves for reranking, too.

@@ -1,6 +1,6 @@
 """Train a dVAE: pictures to a grid of codes and back (stage 1; paper §2.1, A).
 
-    python train_dvae.py toy --data toybox --out runs/dvae
+    dalle1 train dvae toy --data toybox --out runs/dvae
 
 writes runs/dvae/latest/dvae.safetensors, a log and reconstructions; the same command goes on
 after an interruption.

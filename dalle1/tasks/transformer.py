@@ -1,9 +1,9 @@
 """Train a transformer on captions and codes as one stream (stage 2; paper §2.2, B).
 
-    python train_transformer.py small --dvae runs/dvae --data toybox --out runs/transformer
+    dalle1 train transformer small --dvae runs/dvae --data toybox --out runs/transformer
 
-writes runs/transformer/latest/, which `sample.py --model` takes as it is, a log and samples; the
-same command goes on after an interruption. Data may be pre-encoded (`dalle1.data.encoded`).
+writes runs/transformer/latest/, which `dalle1 sample --model` reads, a log and samples. The same
+command resumes after an interruption. Data may be encoded before, by `dalle1 encode`.
 """
 
 from __future__ import annotations
@@ -367,5 +367,5 @@ def main(args: Sequence[str] | None = None) -> None:
                 init=config.init and Transformer.file_in(config.init),
             )
         if distributed.is_main():
-            draw = f"python sample.py PROMPT --model {config.out}"
-            print(f"The model is in {config.out}; draw with: {draw}")
+            command = f"dalle1 sample PROMPT --model {config.out}"
+            print(f"The model is in {config.out}; sample with: {command}")

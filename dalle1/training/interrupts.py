@@ -139,5 +139,5 @@ def advice(config: TrainConfig) -> Iterator[None]:
         raise ValueError(
             f"out of memory, after {peak_memory(pick_device(config.device)):.1f} GiB; try "
             f"{', or '.join([*rather, 'a smaller model'])}. "
-            "`python -m dalle1.planner` tells what fits"
+            "`dalle1 plan` estimates what fits"
         ) from error

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.loader import Prepare, Source, batches
 from dalle1.data.skipped import SkipStats
-from dalle1.devices import keep_freed_memory, matmul_flops_per_second, peak_memory
+from dalle1.devices import matmul_flops_per_second, peak_memory
 from dalle1.training import distributed
 from dalle1.training.interrupts import NonFiniteGuard, stop_on_signal
 from dalle1.training.logging import Progress
@@ -260,7 +260,6 @@ def fit(
         work: what a sample costs, to be told in the log as a share of the machine's speed.
         init: safetensors file of weights to begin with, instead of the model's.
     """
-    keep_freed_memory()
     here = config.out if distributed.is_main() else None
     with stop_on_signal() as caught:
         trainer = Trainer(model.train(), config, scales)

@@ -1,4 +1,4 @@
-"""`python -m dalle1.clip`: ranking files by a prompt, filtering shards by similarity."""
+"""`dalle1 rank` and `dalle1 filter`: sorting files by a prompt, filtering shards by similarity."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 import webdataset
 from PIL import Image
 
+from dalle1.cli import main
 from dalle1.clip import Clip, ClipArch, new_clip
-from dalle1.clip.__main__ import main
 from dalle1.data import open_source
 from dalle1.text.bpe import Tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle1.devices import keep_freed_memory
+from dalle1.console import keep_freed_memory
 from dalle1.training import distributed
 from dalle1.training.interrupts import advice, training
 from dalle1.training.loop import TrainConfig

@@ -1,0 +1,69 @@
+"""The installed command: `dalle1 SUBCOMMAND …`, or `python -m dalle1 SUBCOMMAND …`.
+
+Each subcommand is the `main` of a module that is imported when it runs, so `dalle1 --help` answers
+at once, without torch. The scripts at the top of the repository run the same functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from dalle1.console import one_line_errors, prepare_process
+
+SUBCOMMANDS = {
+    "sample": ("dalle1.commands.sample", "Sample images for a prompt, the best first"),
+    "train dvae": ("dalle1.tasks.dvae", "Train stage 1: images to codes and back"),
+    "train transformer": ("dalle1.tasks.transformer", "Train stage 2: codes from a caption"),
+    "train clip": ("dalle1.tasks.clip", "Train a CLIP that reranks samples"),
+    "encode": ("dalle1.data.encoded", "Encode a dataset's images as codes, before stage 2"),
+    "evaluate": (
+        "dalle1.commands.evaluate",
+        "Evaluate samples, a CLIP or a dVAE: toybox, samples, clip, dvae",
+    ),
+    "rank": ("dalle1.clip.reranking", "Sort image files by how well they fit a prompt"),
+    "filter": ("dalle1.clip.filtering", "Keep the pairs of a dataset whose caption fits the image"),
+    "check": ("dalle1.data.check", "Check a dataset before a training reads it"),
+    "plan": ("dalle1.planner", "Plan a training: memory, time and flags for your GPUs"),
+    "import openai-dvae": ("dalle1.importers.openai_dvae", "Convert the dVAE that OpenAI released"),
+    "export": ("dalle1.export", "Join a trained transformer and a CLIP in one model folder"),
+    "toybox": ("dalle1.commands.toybox", "Render the Toybox dataset and write it as shards"),
+}
+"""Name → (module, what it does)."""
+
+
+def run(name: str, args: Sequence[str] | None = None) -> None:
+    """Run one subcommand; `args` defaults to the process's command line."""
+    with one_line_errors():
+        prepare_process()
+        import_module(SUBCOMMANDS[name][0]).main(args)
+
+
+def help_text(prefix: str = "") -> str:
+    """Return the help of `dalle1`, or of a group such as `dalle1 train`."""
+    usage = " ".join(["usage: dalle1", *prefix.split(), "SUBCOMMAND ..."])
+    rows = [(name, does) for name, (_, does) in SUBCOMMANDS.items() if name.startswith(prefix)]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:{width}}  {does}" for name, does in rows]
+    about = "A text-to-image toolkit that reproduces DALL·E v1."
+    more = "`dalle1 SUBCOMMAND --help` lists the flags of a subcommand."
+    return "\n".join([usage, "", about, "", *lines, "", more])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Read the subcommand, then run it with the other words."""
+    words = list(sys.argv[1:] if args is None else args)
+    for length in (1, 2):
+        if (name := " ".join(words[:length])) in SUBCOMMANDS:
+            sys.argv = [f"dalle1 {name}", *words[length:]]  # what --help calls the program
+            return run(name, words[length:])
+    groups = {name.split()[0] for name in SUBCOMMANDS if " " in name}
+    prefix = words[0] + " " if words and words[0] in groups else ""
+    rest = words[1:] if prefix else words
+    if not rest or rest[0] in ("-h", "--help"):
+        print(help_text(prefix))
+        return None
+    with one_line_errors():
+        known = ", ".join(name for name in SUBCOMMANDS if name.startswith(prefix))
+        raise ValueError(f"the subcommand is {prefix + rest[0]!r}, expected one of: {known}")

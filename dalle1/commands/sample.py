@@ -1,0 +1,241 @@
+"""Draw pictures for a prompt: many candidates, reranked by CLIP, the best kept (paper §2.6).
+
+    dalle1 sample "an avocado armchair"
+
+writes outputs/an-avocado-armchair/grid.png, 00.png, 01.png … (best first) and scores.json.
+torchrun --nproc-per-node N -m dalle1 sample … shares the candidates among N processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dalle1.console import bar, one_line_errors
+from dalle1.outputs import folder_names, writable, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalle1 import Candidate, DallE
+
+SETTINGS = (
+    "model",
+    "clip",
+    "num_candidates",
+    "num_images",
+    "seed",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical",
+    "guidance",
+    "rerank",
+    "precision",
+    "image",
+    "keep_rows",
+    "mask",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see dalle1 sample --help")
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line. Nothing heavy is imported before, so that --help comes at once."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several at once are welcome")
+    add("--prompts-file", type=Path, help="text file with more prompts, one a line")
+    add("--num-candidates", type=int, default=16, help="pictures drawn for each prompt")
+    add("--num-images", type=int, default=4, help="how many of them, the best, are kept")
+    add("--rerank", choices=("clip", "likelihood", "none"), help="what says which are best: CLIP; "
+        "how much likelier the prompt makes them; or nothing; clip if there is one")  # fmt: skip
+    add("--seed", type=int, default=0, help="the same seed gives the same pictures")
+    add(
+        "--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder; 0: likeliest"
+    )
+    add("--top-k", type=int, default=0, help="draw from the k likeliest codes; 0: from all")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest codes of this share")
+    add("--typical", type=float, default=1.0, help="draw from the most typical codes of this share")
+    add("--guidance", type=float, default=1.0, help="above 1: keep closer to the prompt; twice the "
+        "work, and for models that were trained with --caption-dropout")  # fmt: skip
+    add("--image", type=Path, help="picture to complete or change")
+    add("--keep-rows", type=int, metavar="N", help="keep its top N rows of codes")
+    add("--mask", type=Path, help="picture of the same size, white where --image is drawn anew")
+    add("--batch-size", type=batch_size, default="auto", help="candidates drawn at once; auto is "
+        "as many as fit in memory")  # fmt: skip
+    add("--preview", action="store_true", help="write preview.png after each row of codes")
+    add("--out", type=Path, help="folder to write to; outputs/PROMPT-AS-SLUG if not given")
+    add("--model", default="bundled", help="folder of a trained model, or bundled")
+    add("--clip", help="CLIP that reranks: a folder, a Hugging Face name, or none; "
+        "the model's own if not given")  # fmt: skip
+    add("--device", default="auto", help="auto is cuda, else mps, else cpu")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of the transformer; auto is bf16 where the processor has it")  # fmt: skip
+    options = parser.parse_args(args)
+    if options.prompts_file:
+        options.prompts += read_prompts(options.prompts_file)
+    if not options.prompts or not all(p.strip() for p in options.prompts):
+        raise ValueError("the prompt is empty; say what to draw, such as: an avocado armchair")
+    if not 1 <= options.num_images <= options.num_candidates:
+        raise ValueError(
+            f"--num-images is {options.num_images}, expected 1 to --num-candidates, "
+            f"{options.num_candidates}"
+        )
+    wants = options.keep_rows is not None or options.mask is not None
+    if wants != (options.image is not None) or (options.keep_rows is not None and options.mask):
+        raise ValueError("--image goes with either --keep-rows or --mask, and they with it")
+    return options
+
+
+def batch_size(text: str) -> int | None:
+    """Read --batch-size: a number, or auto, which is None."""
+    return None if text in ("auto", "None") else int(text)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read one prompt a line; empty lines are no prompts."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from error
+
+
+def encode_known(model: DallE, options: argparse.Namespace) -> Tensor | None:
+    """Give what stays of --image, if there is one."""
+    if options.image is None:
+        return None
+    from PIL import Image
+
+    mask = Image.open(options.mask) if options.mask else None
+    return model.encode_known(Image.open(options.image), keep_rows=options.keep_rows, mask=mask)
+
+
+def previews(model: DallE, path: Path) -> Callable[[Tensor, int], None]:
+    """Give what writes the pictures as far as they are drawn, grey where they are not yet."""
+    from dalle1.data.images import grid
+
+    def write_preview(codes: Tensor, rows: int) -> None:
+        width = model.image_tokenizer.grid_size
+        images = model.decode(codes[:16].clamp_min(0).unflatten(1, (width, width)))
+        for image in images:
+            image.paste("grey", (0, image.height * rows // width, image.width, image.height))
+        partial = path.with_suffix(".partial.png")
+        grid(images, 4).save(partial)
+        os.replace(partial, path)
+
+    return write_preview
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """Say which of how many processes this is: torchrun's, or the only one."""
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world == 1:
+        yield 0, 1
+        return
+    from dalle1.training import distributed
+
+    distributed.join("gloo")
+    try:
+        yield rank, world
+    finally:
+        distributed.stop()
+
+
+def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -> list[Candidate]:
+    """Give process 0 the candidates of all, best first, or as drawn where nothing ranked them."""
+    if world == 1:
+        return candidates
+    import torch.distributed as dist
+
+    parts: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(candidates, parts)
+    everyone = [c for part in parts or [] for c in part]
+    everyone.sort(key=lambda c: (-(c.score or 0.0), c.index))
+    by_clip = any(c.probability is not None for c in everyone)
+    return model.with_probabilities(everyone) if by_clip else everyone
+
+
+def draw(
+    model: DallE, outs: list[Path], options: argparse.Namespace, share: tuple[int, int]
+) -> None:
+    """Draw, rank and write the pictures of all prompts."""
+    rank, world = share
+    width, given = model.image_tokenizer.grid_size, encode_known(model, options)
+    begun = 0 if given is None else int((given < 0).nonzero()[0]) // width
+    each = len(range(options.num_candidates)[rank::world])
+    preview = previews(model, (options.out or Path("outputs")) / "preview.png")
+    # The delay keeps the bar away where a setting is refused before the first row.
+    with bar(
+        total=len(outs) * each * (width - begun) * width,
+        desc=options.prompts[0][:40] if len(outs) == 1 else f"{len(outs)} prompts",
+        unit="code", unit_scale=True, delay=0.1, disable=rank > 0,
+    ) as progress:  # fmt: skip
+
+        def on_row(codes: Tensor, rows: int) -> None:
+            progress.update(len(codes) * width)
+            if options.preview and rank == 0:
+                preview(codes, rows)
+
+        names = "num_candidates seed temperature top_k top_p typical guidance rerank batch_size"
+        drawn = model.draw(
+            options.prompts,
+            given=given,
+            share=share,
+            on_row=on_row,
+            **{name: getattr(options, name) for name in names.split()},
+        )
+        for prompt, folder, candidates in zip(options.prompts, outs, drawn, strict=True):
+            best = gathered(model, candidates, rank, world)
+            if rank == 0:
+                settings = {name: getattr(options, name) for name in SETTINGS}
+                write(folder, prompt, best[: options.num_images], settings)
+                progress.write(f"{prompt!r}: {folder / 'grid.png'}", file=sys.stdout)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors(), warnings.catch_warnings():
+        options = parse(args)
+        folders = folder_names(options.prompts)
+        root = options.out or Path("outputs")
+        several = len(options.prompts) > 1 or options.out is None
+        outs = [root / f if several else root for f in folders]
+        if os.environ.get("RANK", "0") == "0":
+            for out in outs:
+                writable(out)
+
+        # Threads wait for each other at every layer of every step: awake as long as that is free,
+        # then asleep. As libgomp has it, two of them on two busy cores keep each other from
+        # working, and drawing takes fifteen times as long as alone; so, three or four times.
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+        from dalle1 import DallE
+
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        with processes() as (rank, world):
+            device = options.device
+            if world > 1 and device == "auto" and (local := one_gpu_each()):
+                device = local
+            model = DallE.from_pretrained(
+                options.model, clip=options.clip, device=device, precision=options.precision
+            )
+            draw(model, outs, options, (rank, world))
+
+
+def one_gpu_each() -> str | None:
+    """Give this process's own GPU, if there are any."""
+    import torch
+
+    return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
