@@ -14,18 +14,21 @@ import argparse
 import ctypes
 import gc
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dalle1.devices import pick_device
-from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.model.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.planner import Plan, memory
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
-from dalle1.training.engines.base import Plain
-from dalle1.training.loop import TrainConfig
+from dalle1.training.config import TrainConfig
+from dalle1.training.engines.ddp import DDPEngine
+from dalle1.training.task import Task
 
 MIB = 2**20
 TINY = TransformerConfig(
@@ -61,19 +64,30 @@ class Peak:
         return self.most() - self.before
 
 
-def engine_of(size: TransformerConfig, options: argparse.Namespace) -> Plain[Transformer]:
-    """Take two steps of a training of that size."""
+class TransformerTask(Task[Transformer]):
+    """The losses of a transformer, without data."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def losses(self, batch: Mapping[str, Tensor], *_: object) -> list[TransformerLoss]:
+        return [self.model.loss(**batch)]
+
+
+def engine_of(size: TransformerConfig, options: argparse.Namespace) -> DDPEngine[Transformer]:
+    """Make two updates of a training of that size."""
     device, batch = pick_device(options.device), options.batch_size
     model = Transformer(size).to(device)
     resblocks.prepare(model, checkpointing=options.checkpointing)
     config = TrainConfig(out=Path("out"), precision=options.precision, batch_size=batch)
-    engine = Plain(model, config)
+    engine = DDPEngine(TransformerTask(model), config)
     for _ in range(2):
         text = torch.zeros(batch, size.text_len, dtype=torch.long, device=device)
         codes = torch.zeros(batch, size.image_len, dtype=torch.long, device=device)
-        engine.backward(lambda m, text=text, codes=codes: m.loss(text, codes), 0)
-        engine.update(1e-3)
-        engine.average(0.5)
+        batch_of_zeros = {"text": text, "codes": codes}
+        engine.backward(batch_of_zeros, 0, torch.Generator(device), last=True)
+        engine.step(1e-3)
+        engine.update_ema(0.5)
     return engine
 
 
@@ -101,14 +115,14 @@ def checkpoint(size: TransformerConfig, options: argparse.Namespace) -> str:
     """Tell what writing a checkpoint takes beyond what the training holds."""
     options.device = "cpu"
     engine = engine_of(size, options)
-    held = sum(t.numel() * 4 for piece in engine.pieces() for t in piece.held.values())
+    held = sum(t.numel() * 4 for shard in engine.shards() for t in shard.tensors.values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "training.safetensors"
         peak = Peak(torch.device("cpu"))
         engine.save(path)
         written = peak.grown()
-        for kind in ("average", "weights"):
-            with engine.saved(path, kind) as model:
+        for kind in ("ema", "weights"):
+            with engine.materialize(path, kind) as model:
                 model.save(folder)
     return (
         f"the training holds {held / MIB:.0f} MiB; writing it took {written / MIB:.0f} MiB more, "

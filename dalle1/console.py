@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import os
 import sys
 import traceback
 import warnings
@@ -22,6 +23,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 def prepare_process() -> None:
     """Apply the process-wide settings of every command; the library itself changes none."""
     keep_freed_memory()
+    # Under autocast, parameters of norms stay fp32, as they should; torch warns of RMSNorm's.
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
+    # DeepSpeed still calls these functions.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 
 def keep_freed_memory() -> None:

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,10 +27,6 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-# Under autocast the weights of norms stay fp32, as they should; torch warns of RMSNorm's.
-warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 def autocast(device: torch.device, precision: str, keep_casts: bool = True) -> torch.autocast:
@@ -90,7 +85,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def matmul_flops_per_second(device: torch.device, precision: str, size: int = 2048) -> float:
-    """Measure how many operations a second matrix products reach here: the best of five."""
+    """Return the floating-point operations per second of matrix products: the best of five."""
     a = torch.ones(size, size, dtype=PRECISIONS[precision], device=device)
     times = []
     for _ in range(6):

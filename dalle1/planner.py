@@ -48,7 +48,7 @@ from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.storage import without_weights
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
-from dalle1.training.engines.base import layer_matrices
+from dalle1.training.optimizers import layer_matrices
 from dvae.model import DOWNSAMPLING
 
 GIB = 2**30

@@ -147,11 +147,11 @@ def processes() -> Iterator[tuple[int, int]]:
         return
     from dalle1.training import distributed
 
-    distributed.join("gloo")
+    distributed.init_process_group("gloo")
     try:
         yield rank, world
     finally:
-        distributed.stop()
+        distributed.shutdown()
 
 
 def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -> list[Candidate]:

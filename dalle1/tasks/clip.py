@@ -9,7 +9,7 @@ interruption. Any other CLIPModel or SiglipModel serves for reranking, too.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,9 +36,10 @@ from dalle1.data.loader import Example, Source, first_captions, first_examples
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle1.training import distributed
-from dalle1.training.interrupts import training
-from dalle1.training.loop import TrainConfig, fit, stream_from
-from dalle1.training.trainer import Batch
+from dalle1.training.config import TrainConfig, resolve_precision
+from dalle1.training.interrupts import graceful_run
+from dalle1.training.loop import fit, train_loader
+from dalle1.training.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +153,14 @@ def tokens(config: ClipTrainConfig, tokenizer: Any, caption: str) -> Tensor:
     return torch.tensor(tokenizer(caption, **how)["input_ids"])
 
 
-class ClipTraining:
-    """What `fit` needs to know of a CLIP."""
+class ClipTask(Task[nn.Module]):
+    """Trains a CLIP."""
 
     def __init__(self, config: ClipTrainConfig) -> None:
         from dalle1.clip.towers import fast_attention
 
-        self.config = config
-        self.device = distributed.start(config.device)
+        self.device = distributed.init(config.device)
+        self.config = config = resolve_precision(config, self.device)
         size = config.model.image_size
         how: dict[str, Any] = {"size": size, "seed": config.seed, "reading": config, "detail": size}
         source, held = (open_source(config.data, split, **how) for split in ("train", "validation"))
@@ -169,7 +170,7 @@ class ClipTraining:
         self.model = self.clip.model.train().requires_grad_(True).to(self.device)
         fast_attention(self.model, self.device)
         prepare = partial(example, config, self.clip.tokenizer)
-        self.stream = stream_from(source, prepare, config)
+        self.loader = train_loader(source, prepare, config)
         as_used = partial(held_example, config, self.clip)
         first = partial(first_examples, held, as_used, config.validation_pairs)
         pairs = distributed.broadcast_from_main(first)
@@ -193,20 +194,21 @@ class ClipTraining:
             raise ValueError(f"the CLIP in {config.init} is of another size; add {changed}")
         return clip
 
-    def loss(
-        self, model: nn.Module, batch: Batch, step: int, generator: torch.Generator
-    ) -> ContrastiveLoss:
+    def losses(
+        self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
+    ) -> Sequence[ContrastiveLoss]:
         config, images = self.config, to_float(batch["images"])
         if config.soften:
-            images = random_blur(images, generator)
-        return pair_loss(
-            model,
+            images = random_blur(images, rng)
+        loss = pair_loss(
+            self.model,
             self.clip.normalise(images),
             self.trimmed(batch["input_ids"]),
             kind=config.loss,
             at_once=config.encode_at_once,
             gather=distributed.gather,
         )
+        return [loss]
 
     def trimmed(self, ids: Tensor) -> Tensor:
         """Cut off the columns after the last caption's end, which no place before them sees."""
@@ -214,11 +216,12 @@ class ClipTraining:
         return ids[:, : int(ends.max()) + 1]
 
     @torch.inference_mode()
-    def validate(self, model: nn.Module, step: int) -> Mapping[str, float]:
+    def validate(self, model: nn.Module) -> Iterator[tuple[str, float]]:
         ids, at_once = self.trimmed(self.held["input_ids"]), self.config.encode_at_once
         images, kind = self.held["images"], self.config.loss
         loss = pair_loss(model, images, ids, kind=kind, at_once=at_once)
-        return {"retrieval": float(loss.accuracy), "loss": float(loss.total)}
+        yield "retrieval", float(loss.accuracy)
+        yield "loss", float(loss.total)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         whole = Clip(model, self.clip.tokenizer, self.clip.processor)  # type: ignore[arg-type]
@@ -231,8 +234,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def train(config: ClipTrainConfig) -> nn.Module:
-    """Train as `config` says, resuming what is in `config.out`; give the averaged model."""
-    with training(config):
-        run = ClipTraining(config)
-        how: dict[str, Any] = {"save_model": run.save, "validate": run.validate}
-        return fit(run.model, run.loss, run.stream, config, **how)
+    """Train a CLIP, or resume the training in `config.out`; return the averaged model."""
+    with graceful_run(config):
+        return fit(ClipTask(config), config)

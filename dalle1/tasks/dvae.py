@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
 from dalle1.data import PairSource, open_source
@@ -32,10 +33,11 @@ from dalle1.data.loader import Example, first_examples
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import reconstruction_metrics
 from dalle1.training import distributed
-from dalle1.training.interrupts import training
-from dalle1.training.loop import TrainConfig, fit, stream_from
+from dalle1.training.config import TrainConfig, resolve_precision
+from dalle1.training.interrupts import graceful_run
+from dalle1.training.loop import fit, train_loader
 from dalle1.training.schedules import cosine
-from dalle1.training.trainer import Batch
+from dalle1.training.task import Task
 from dvae import DVAE, Distortion, DVAEConfig, DVAELoss, dvae_loss
 
 
@@ -207,19 +209,19 @@ class StepLoss(DVAELoss):
     beta: float
 
 
-class DVAETraining:
-    """What `fit` needs to know of stage 1."""
+class DVAETask(Task[DVAE]):
+    """Trains a dVAE (stage 1)."""
 
     def __init__(self, config: DVAETrainConfig) -> None:
-        self.config = config
-        self.device = distributed.start(config.device)
+        self.device = distributed.init(config.device)
+        self.config = config = resolve_precision(config, self.device)
         torch.manual_seed(config.seed)
         self.model = self.initial().to(self.device)
         size = config.model.image_size
         place = config.data, "train", size, config.seed, False
         detail = math.ceil(config.crop_size * config.augmentation.resize[1])
         source = open_source(*place, reading=config, detail=detail)
-        self.stream = stream_from(source, partial(crops, config), config)
+        self.loader = train_loader(source, partial(crops, config), config)
         place = config.data, "validation", size, config.seed, False
         held = open_source(*place, reading=config, detail=size)
         whole = partial(centred, config)
@@ -239,11 +241,13 @@ class DVAETraining:
             raise ValueError(f"the dVAE in {config.init} is of another size; add {flags}")
         return model.train()
 
-    def loss(self, model: DVAE, batch: Batch, step: int, generator: torch.Generator) -> StepLoss:
+    def losses(
+        self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
+    ) -> Sequence[StepLoss]:
         config = self.config
         temperature, beta = config.temperature_at(step), config.beta_at(step)
         images = to_float(batch["images"].flatten(0, 1))
-        stats, logits = model(images, temperature, generator)
+        stats, logits = self.model(images, temperature, rng)
         loss = dvae_loss(
             images,
             stats,
@@ -253,21 +257,23 @@ class DVAETraining:
             mse_weight=config.mse_weight_at(step),
             distortion=config.distortion,
         )
-        return StepLoss(**vars(loss), temperature=temperature, beta=beta)
+        return [StepLoss(**vars(loss), temperature=temperature, beta=beta)]
 
-    def validate(self, model: DVAE, step: int) -> Mapping[str, float]:
-        shown = self.held[:16]
+    def validate(self, model: DVAE) -> Iterator[tuple[str, float]]:
+        likelihood = self.config.distortion == "logit-laplace"
+        temperature = self.config.final_temperature
         with autocast(self.device, self.config.precision):
-            pictures = to_pil(torch.cat([shown, model.decode(model.encode(shown))]))
-            likelihood = self.config.distortion == "logit-laplace"
-            temperature = self.config.final_temperature
             metrics = reconstruction_metrics(model, self.held, temperature, likelihood=likelihood)
-            numbers = dict(metrics)
-        if distributed.is_main():
-            folder = self.config.out / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            grid(pictures, len(shown)).save(folder / f"step-{step}.png")
-        return numbers
+            numbers = list(metrics)
+        yield from numbers
+
+    def sample(self, model: DVAE, path: Path) -> None:
+        """Write 16 images above their reconstructions."""
+        images = self.held[:16]
+        with autocast(self.device, self.config.precision):
+            both = to_pil(torch.cat([images, model.decode(model.encode(images))]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(both, len(images)).save(path)
 
     def save(self, model: DVAE, folder: Path) -> None:
         model.save(folder)
@@ -276,8 +282,7 @@ class DVAETraining:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse_preset(DVAE_PRESETS, args, __doc__.splitlines()[0])
-        with training(config):
-            run = DVAETraining(config)
-            fit(run.model, run.loss, run.stream, config, save_model=run.save, validate=run.validate)
+        with graceful_run(config):
+            fit(DVAETask(config), config)
         if distributed.is_main():
             print(f"The dVAE is in {config.out}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -46,10 +46,11 @@ from dalle1.storage import model_folder, same_tensors
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.known_words import Words
 from dalle1.training import distributed, resblocks
+from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.engines.deepspeed import partitioned
-from dalle1.training.interrupts import training
-from dalle1.training.loop import TrainConfig, Work, fit, stream_from
-from dalle1.training.trainer import Batch
+from dalle1.training.interrupts import graceful_run
+from dalle1.training.loop import fit, train_loader
+from dalle1.training.task import SampleCost, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,9 @@ class TransformerTrainConfig(TrainConfig):
         for name in ("bpe_dropout", "caption_dropout", "text_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
+
+    def memory_flags(self) -> list[str]:
+        return [*([] if self.checkpointing else ["--checkpointing"]), *super().memory_flags()]
 
 
 # Paper (B.2), but for the average, which it moves every 25 updates by 0.99 in a copy on the CPU.
@@ -220,12 +224,12 @@ class Tokenized:
         return {"text": text, "images": to_tensor(picture)}
 
 
-class TransformerTraining:
-    """What `fit` needs to know of stage 2."""
+class TransformerTask(Task[Transformer]):
+    """Trains a transformer (stage 2)."""
 
     def __init__(self, config: TransformerTrainConfig) -> None:
-        self.config = config
-        self.device = distributed.start(config.device)
+        self.device = distributed.init(config.device)
+        self.config = config = resolve_precision(config, self.device)
         self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)
         self.source = self.open("train")
         self.tokenizer = self.vocabulary()
@@ -240,12 +244,15 @@ class TransformerTraining:
             caption_dropout=config.caption_dropout,
             augmentation=config.augmentation,
         )
-        self.stream = stream_from(self.source, prepare, config)
+        self.loader = train_loader(self.source, prepare, config)
         torch.manual_seed(config.seed)
         self.model = self.initial().to(self.device)
-        in_fp16 = config.precision == "fp16"
-        self.scales = resblocks.prepare(
-            self.model, checkpointing=config.checkpointing, scaling=in_fp16
+        self.initial_weights = config.init and Transformer.file_in(config.init)
+        self.cost = SampleCost(tokens=self.model.config.length, flops=3 * self.model.operations())
+        self.scaler = resblocks.prepare(
+            self.model,
+            checkpointing=config.checkpointing,
+            scaling=config.precision == "fp16",
         )
         if config.compile:
             for layer in self.model.layers:
@@ -306,18 +313,18 @@ class TransformerTraining:
             config.data, split, size, config.seed, reading=config, detail=detail
         )
 
-    def loss(
-        self,
-        model: Transformer,
-        batch: Batch,
-        step: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> TransformerLoss:
+    def losses(
+        self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
+    ) -> Sequence[TransformerLoss]:
+        return [self.loss(self.model, batch)]
+
+    def loss(self, model: Transformer, batch: Mapping[str, Tensor]) -> TransformerLoss:
+        """Compute the loss on a batch of text, and codes or images."""
         codes = batch["codes"] if "codes" in batch else self.dvae.encode(to_float(batch["images"]))
         return model.loss(batch["text"], codes, self.config.text_weight)
 
-    def measure(self, model: Transformer, step: int = 0) -> dict[str, float]:
-        """Give the losses on the pairs that are set apart, in nats and in bits."""
+    def validate(self, model: Transformer) -> Iterator[tuple[str, float]]:
+        """Yield the losses on the validation pairs, in nats and in bits."""
         sums = {"text": 0.0, "image": 0.0}
         count = len(self.held["text"])
         for start in range(0, count, 32):
@@ -326,22 +333,17 @@ class TransformerTraining:
                 loss = self.loss(model, batch)
             for name in sums:
                 sums[name] += float(getattr(loss, name)) * len(batch["text"]) / count
+        yield from sums.items()
         bits = {f"{name}_bits": value / math.log(2) for name, value in sums.items()}
-        return {**sums, **bits, "bits_per_image": bits["image_bits"] * model.config.image_len}
+        yield from bits.items()
+        yield "bits_per_image", bits["image_bits"] * model.config.image_len
 
-    def measure_raw(self, model: Transformer) -> dict[str, float]:
-        """Give the losses, in nats, of the model that is not averaged."""
-        numbers = self.measure(model)
-        return {name: numbers[name] for name in ("text", "image")}
-
-    @torch.no_grad()
-    def draw(self, model: Transformer, step: int) -> None:
-        """Draw eight candidates of each prompt into OUT/samples."""
-        drawn = DallE(self.dvae, model, self.tokenizer)
-        rows = [drawn.candidates(p, num_candidates=8, seed=0) for p in self.config.prompts]
-        folder = self.config.out / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid([c.image for row in rows for c in row], 8).save(folder / f"step-{step}.png")
+    def sample(self, model: Transformer, path: Path) -> None:
+        """Write eight candidates of each prompt, a row per prompt."""
+        pipeline = DallE(self.dvae, model, self.tokenizer)
+        rows = [pipeline.candidates(p, num_candidates=8, seed=0) for p in self.config.prompts]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid([c.image for row in rows for c in row], 8).save(path)
 
     def save(self, model: Transformer, folder: Path) -> None:
         DallE(self.dvae, model, self.tokenizer).save_pretrained(folder)
@@ -350,22 +352,8 @@ class TransformerTraining:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse_preset(TRANSFORMER_PRESETS, args, __doc__.splitlines()[0])
-        with training(config):
-            run = TransformerTraining(config)
-            model = run.model
-            fit(
-                model,
-                run.loss,
-                run.stream,
-                config,
-                save_model=run.save,
-                validate=run.measure,
-                measure=run.measure_raw,
-                draw=run.draw,
-                scales=run.scales,
-                work=Work(tokens=model.config.length, operations=3 * model.operations()),
-                init=config.init and Transformer.file_in(config.init),
-            )
+        with graceful_run(config):
+            fit(TransformerTask(config), config)
         if distributed.is_main():
             command = f"dalle1 sample PROMPT --model {config.out}"
             print(f"The model is in {config.out}; sample with: {command}")

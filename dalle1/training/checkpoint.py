@@ -1,8 +1,8 @@
-"""Checkpoints: OUT/step-N/, each whole or not there at all, and OUT/latest pointing to the last.
+"""Checkpoints: folders OUT/step-N/, each complete or absent; OUT/latest links to the last one.
 
-A checkpoint is a folder that is used as it is (`sample.py --model OUT/latest`, and OUT means the
-same). To resume from there are, beside the model, `training.safetensors`, with weights, averages
-and AdamW's moments by KIND/NAME, and `state.pt`, with the rest.
+A checkpoint is a usable model (`sample.py --model OUT/latest`, or just OUT). For resuming it also
+holds `training.safetensors`, with parameters, their averages and optimizer moments as KIND/NAME,
+and `state.pt`, with the rest.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ from safetensors import SafetensorError
 STATE_NAME = "state.pt"
 TENSORS_NAME = "training.safetensors"
 
+RENAMED = {"recipe": "resume_key", "place": "data_state", "scales": "scaler"}
+"""Old → new names in `state.pt`."""
+
 
 def save_checkpoint(
     out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], keep: int = 1
 ) -> Path:
-    """Write OUT/step-N and move OUT/latest there; a crash midway leaves the last one as it was.
+    """Write OUT/step-N and point OUT/latest to it; a crash midway leaves the last one intact.
 
     Args:
-        state: what resuming needs, but for what `write` writes; tensors, numbers and strings only.
-        write: writes all other files into the folder that it is given.
-        keep: how many checkpoints stay; older ones are removed once the new one is whole.
+        state: contents of `state.pt`: tensors, numbers and strings only.
+        write: function that writes all other files into a folder.
+        keep: number of checkpoints to keep; older ones are removed once the new one is complete.
 
-    Raises: ValueError where the disk is full, or cannot be written to for another reason.
+    Raises: ValueError where the disk is full, or cannot be written for another reason.
     """
     try:
         return _save(out, step, state, write, keep)
     except (OSError, SafetensorError) as error:
-        _sweep(out)  # what is half written would only keep the disk full
+        _remove_partial(out)  # a partial checkpoint would only fill the disk
         last = os.readlink(out / "latest") if (out / "latest").is_symlink() else "none"
         why = getattr(error, "strerror", None) or error
         raise ValueError(
             f"the checkpoint of step {step} could not be written to {out}: {why}. The last "
-            f"one, whole, is {last}; make room (--keep 1 keeps one), and the same command goes on "
-            "from there"
+            f"complete one is {last}; free disk space (--keep 1 keeps one checkpoint), then the "
+            "same command resumes from it"
         ) from error
 
 
@@ -52,31 +55,31 @@ def _save(
 ) -> Path:
     folder = out / f"step-{step}"
     partial = out / f".step-{step}.partial"
-    _sweep(out)
+    _remove_partial(out)
     partial.mkdir(parents=True)
     write(partial)
-    packed = io.BytesIO()  # torch would hide why a file could not be written
+    packed = io.BytesIO()  # torch.save to a file would hide the reason of a failure
     torch.save({"step": step, **state}, packed)
     (partial / STATE_NAME).write_bytes(packed.getbuffer())
     for written in (*partial.rglob("*"), partial):
-        _reach_disk(written)  # before the old one goes: the power may fail
-    _put_away(folder)
+        _flush(written)  # before the old checkpoint is removed: the power may fail
+    _retire(folder)
     os.replace(partial, folder)
     link = out / ".latest.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
     os.replace(link, out / "latest")
-    _reach_disk(out)
+    _flush(out)
     others = [f for f in out.glob("step-*") if f != folder and f.name[5:].isdecimal()]
     for old in sorted(others, key=lambda f: int(f.name[5:]))[: max(0, len(others) + 1 - keep)]:
-        _put_away(old)
-    _sweep(out)
+        _retire(old)
+    _remove_partial(out)
     return folder
 
 
-def _reach_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # which has no such thing
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk (fsync)."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot flush folders
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -85,26 +88,30 @@ def _reach_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _put_away(folder: Path) -> None:
-    """Have a checkpoint swept next, so that it is never there by half."""
+def _retire(folder: Path) -> None:
+    """Rename a checkpoint for removal, so that it never exists in part."""
     if folder.exists():
         os.replace(folder, folder.with_name(f".{folder.name}.old.partial"))
 
 
-def _sweep(out: Path) -> None:
-    """Remove what was not wholly written, or removed, when a run was killed."""
+def _remove_partial(out: Path) -> None:
+    """Remove checkpoints that a killed run left partly written or partly removed."""
     for left in out.glob(".step-*.partial"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def load_checkpoint(out: Path) -> dict[str, Any] | None:
-    """Read the latest state in `out`, or None where no training has begun."""
+    """Load the latest `state.pt` in `out`, also of earlier versions; None without any."""
     path = out / "latest" / STATE_NAME
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} is damaged and cannot be resumed from ({error}); give another --out"
+            f"{path} is damaged and cannot be resumed from ({error}); use another --out"
         ) from error
+    state = {RENAMED.get(name, name): value for name, value in state.items()}
+    counts = state.get("counts", {})
+    state["counts"] = {k.replace("left out/", "skipped/"): v for k, v in counts.items()}
+    return state

@@ -1,7 +1,7 @@
 """Several processes that train one model, each on its part of every batch.
 
-One process is the common case, and everything here then does nothing. Processes find each other by
-the variables that torchrun and deepspeed set; those of a Slurm step are translated into them.
+With one process, the common case, every function here is a no-op. Processes find each other by the
+environment variables of torchrun and deepspeed; those of a Slurm step are translated into them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dalle1.devices import pick_device
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=60)
-"""How long a process waits for the others, which may have a large dataset to list."""
+TIMEOUT = timedelta(minutes=60)
+"""Time that a process waits for the others, which may have to list a large dataset."""
 
 _SLURM = {
     "RANK": "SLURM_PROCID",
@@ -31,72 +31,77 @@ _SLURM = {
 }
 
 
-def start(device: str) -> torch.device:
-    """Join the other processes, if there are any, and give the device that this one computes on.
+def init(device: str) -> torch.device:
+    """Join the other processes, if there are any, and return this process's device.
+
+    Sets environment variables: those of torchrun under Slurm, and DeepSpeed's accelerator.
 
     Args:
-        device: auto is cuda, else mps, else cpu; of several GPUs each process takes its own.
+        device: auto (cuda, else mps, else cpu) or a device name; each process has its own GPU.
     """
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
-    place = pick_device(device)
+    chosen = pick_device(device)
+    os.environ.setdefault("DS_ACCELERATOR", chosen.type)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return place
+        return chosen
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(f"{' and '.join(missing)} not set; recipes/slurm.sh shows how")
-    if place.type == "cuda":
-        own = int(os.environ.get("LOCAL_RANK", 0))
-        if own >= torch.cuda.device_count():
+        raise ValueError(
+            f"{' and '.join(missing)} not set, expected the address of rank 0; see recipes/slurm.sh"
+        )
+    if chosen.type == "cuda":
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
             raise ValueError(
-                f"process {own} of this machine has no GPU of its own, there are "
-                f"{torch.cuda.device_count()}; start fewer processes, or use --device cpu"
+                f"LOCAL_RANK is {local_rank}, expected less than the number of GPUs, {gpus}; start "
+                "fewer processes, or use --device cpu"
             )
-        torch.cuda.set_device(own)
-    join("nccl" if place.type == "cuda" else "gloo")
-    return place
+        torch.cuda.set_device(local_rank)
+    init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
 
 
-def join(backend: str) -> None:
-    """Join the other processes, and leave them when this one ends.
+def init_process_group(backend: str) -> None:
+    """Make the process group, and destroy it when this process ends.
 
-    The threads of a group that outlives the interpreter end the process by a signal. That happens
-    where it is not destroyed, and where anything still holds it: torch.distributed.nn does, as the
-    default of its arguments, if it is first imported (torch itself does that) once there is one.
+    A group that outlives the interpreter kills the process by a signal. That happens where it is
+    not destroyed, or where something refers to it: torch.distributed.nn does, in the defaults of
+    its arguments, if it is first imported after the group was made. So it is imported before.
     """
     importlib.import_module("torch.distributed.nn")
-    dist.init_process_group(backend, timeout=PATIENCE)
-    atexit.register(stop)
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    atexit.register(shutdown)
 
 
-def stop() -> None:
-    """Leave the other processes."""
+def shutdown() -> None:
+    """Destroy the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """Give the number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Give the number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Say whether this is the process that writes and prints: rank 0."""
+    """Whether this is rank 0, the process that writes and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes call this."""
     if world_size() > 1:
         dist.barrier()
 
 
 def mean(values: Tensor) -> Tensor:
-    """Average a tensor over the processes; no gradient."""
+    """Return the mean of a tensor over the processes, without gradient."""
     if world_size() == 1:
         return values
     total = values.detach().clone()
@@ -104,17 +109,17 @@ def mean(values: Tensor) -> Tensor:
     return total / world_size()
 
 
-def all_gather_object(thing: Any) -> list[Any]:
-    """Give what all processes have, in order of rank."""
+def all_gather_object(value: T) -> list[T]:
+    """Return the values of all processes, in order of rank."""
     if world_size() == 1:
-        return [thing]
+        return [value]
     every: list[Any] = [None] * world_size()
-    dist.all_gather_object(every, thing)
+    dist.all_gather_object(every, value)
     return every
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
-    """Give to all processes what the main one makes, or raises: a ValueError or an OSError."""
+    """Return in all processes what the main one makes; raise its ValueError or OSError in all."""
     if world_size() == 1:
         return make()
     made: list[Any] = [None, None]
@@ -130,29 +135,32 @@ def broadcast_from_main(make: Callable[[], T]) -> T:
 
 
 def any_rank(flag: bool) -> bool:
-    """Say whether the flag is set in any process."""
+    """Whether the flag is set in any process."""
     if world_size() == 1:
         return flag
-    place = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flags = torch.tensor([flag], dtype=torch.uint8, device=place)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flags = torch.tensor([flag], dtype=torch.uint8, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags)
 
 
 def gather(x: Tensor) -> Tensor:
-    """Put the tensors of all processes together: [b, …] each → [b · world, …], in order of rank.
+    """Concatenate the tensors of all processes: [b, …] each → [b · world, …], in order of rank.
 
-    Where every process then computes the same loss of the whole, the mean of their gradients, which
-    is what an engine takes, is the gradient of that loss.
+    If every process computes the same loss of the result, the mean of their gradients, which an
+    engine takes, is the gradient of that loss.
     """
     if world_size() == 1:
         return x
-    together: Tensor = _Gather.apply(x)
-    return together
+    return _Gather.apply(x)
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather, whose gradient is the sum of what all processes ask of this one's part."""
+    """All-gather; the gradient is the sum of all processes' gradients of this process's part.
+
+    torch.distributed.nn.functional.all_gather does the same, but is deprecated since torch 2.13,
+    and its successor is in a private module.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What may come between a training and its end: signals, no memory, a full disk, no finite loss."""
+"""Interruptions of a training: signals, out of memory, a full disk, non-finite losses."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from dalle1.devices import out_of_memory, peak_memory, pick_device
 from dalle1.storage import model_folder
 from dalle1.training import distributed
-
-if TYPE_CHECKING:
-    from dalle1.training.loop import TrainConfig
+from dalle1.training.config import TrainConfig
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -36,39 +34,39 @@ def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(s, earlier)
 
 
-def say(text: str) -> None:
-    """Print a line in the main process, also from a handler that may have interrupted a print."""
+def print_main(text: str) -> None:
+    """Print a line in the main process; safe in a signal handler that interrupted a print."""
     if distributed.is_main():
         os.write(1, f"{text}\n".encode())
 
 
 @contextmanager
-def training(config: TrainConfig) -> Iterator[None]:
-    """Surround a training and its preparation: leave in peace, and say what memory runs out of.
+def graceful_run(config: TrainConfig) -> Iterator[None]:
+    """Run a training with its preparation: exit cleanly on signals, and explain failures.
 
-    `fit` finishes its step where SIGINT or SIGTERM comes; before and after it there is nothing to
-    save, and the process exits with 0 at once.
+    `fit` finishes its step on SIGINT or SIGTERM. Before and after `fit` there is nothing to save,
+    and the process exits with 0 at once.
     """
 
     def leave(*_: object) -> None:
-        say("Stopped with nothing to save; the same command goes on")
+        print_main("Stopped with nothing to save; the same command resumes")
         raise SystemExit(0)
 
-    with _handling(leave), advice(config):
+    with _handling(leave), explain_failure(config):
         yield
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[float]]:
-    """Collect SIGINT and SIGTERM instead of dying of them, so that the step can be finished.
+    """Collect SIGINT and SIGTERM, so that the current step can be finished.
 
-    Another Ctrl-C is obeyed at once, if it comes a second later: launchers send a first one twice.
+    A second Ctrl-C stops at once if it comes a second later: launchers send the first one twice.
     """
     caught: list[float] = []
 
     def note(number: int, _: object) -> None:
         if not caught:
-            say("Stopping once this step is through and saved; Ctrl-C again: at once")
+            print_main("Stopping after this step is saved; press Ctrl-C again to stop at once")
         elif number == signal.SIGINT and monotonic() - caught[0] > 1:
             raise KeyboardInterrupt
         caught.append(monotonic())
@@ -78,21 +76,23 @@ def stop_on_signal() -> Iterator[list[float]]:
 
 
 class NonFiniteGuard:
-    """Counts the updates that were skipped because the loss or its gradient was no number."""
+    """Counts updates that were skipped because the loss or its gradient was not finite."""
 
     def __init__(self, out: Path, counts: Counter[str], patience: int = 10) -> None:
-        """Count skipped updates in `counts`, of the main process, as they are every process's."""
+        """Count in the main process's `counts`; all processes skip the same updates."""
         self.out, self.counts, self.patience = out, counts, patience
         self.in_a_row = 0
 
-    def update(self, step: int, values: Mapping[str, float | Tensor], scaled: bool = False) -> None:
-        """Take what an update gave; ValueError after `patience` bad ones in a row.
+    def update(
+        self, step: int, values: Mapping[str, float | Tensor], may_overflow: bool = False
+    ) -> None:
+        """Check the values of an update; ValueError after `patience` skipped ones in a row.
 
         Args:
-            scaled: whether a gradient that overflowed only asks for a smaller scale, in fp16.
+            may_overflow: whether a gradient that overflowed only asks for a smaller fp16 scale.
         """
         loss, norm = (float(values[name]) for name in ("total", "gradient_norm"))
-        bad = not math.isfinite(loss) or not (values.get("applied", 1) or scaled)
+        bad = not math.isfinite(loss) or not (values.get("applied", 1) or may_overflow)
         if bad and distributed.is_main():
             self.counts["skipped_updates"] += 1
         self.in_a_row = self.in_a_row + 1 if bad else 0
@@ -100,44 +100,37 @@ class NonFiniteGuard:
             raise ValueError(
                 f"the last {self.patience} updates, to step {step}, had no finite loss or gradient "
                 f"(loss {loss}, gradient_norm {norm}) and were skipped; lower --learning-rate or "
-                f"--clip-norm, or look at the data. {_last_checkpoint(self.out)}"
+                f"--clip-norm, or check the data. {_last_checkpoint(self.out)}"
             )
 
 
 def _last_checkpoint(out: Path) -> str:
     kept = model_folder(out)
-    known = kept if kept != out else "none: it was too early for one"
-    return f"The last good checkpoint is {known}"
+    name = kept if kept != out else "none: none was due yet"
+    return f"The last good checkpoint is {name}"
 
 
 @contextmanager
-def advice(config: TrainConfig) -> Iterator[None]:
-    """Where memory runs out, say what to lower; where the disk does, what is safe."""
+def explain_failure(config: TrainConfig) -> Iterator[None]:
+    """Turn out-of-memory and disk errors into a ValueError with what to do."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
         raise ValueError(
-            f"{error.filename or config.out} could not be written: {error.strerror}. Make room, "
-            f"and the same command goes on. {_last_checkpoint(config.out)}"
+            f"{error.filename or config.out} could not be written: {error.strerror}. Free disk "
+            f"space, then the same command resumes. {_last_checkpoint(config.out)}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         part = config.batch_size // (config.accumulate * distributed.world_size())
-        rather = []
+        flags = config.memory_flags()
         if part > 1:
-            rather.append(f"--accumulate {2 * config.accumulate} ({part} samples at once now)")
-        if hasattr(config, "checkpointing") and not config.checkpointing:
-            rather.append("--checkpointing")
-        shares = config.deepspeed is None and config.optimizer != "muon"
-        if shares and config.zero < 3:
-            rather.append(f"--zero {config.zero + 1}, over more processes")
-        if shares and config.offload == "none":
-            rather.append("--offload cpu with --zero")
+            flags.insert(0, f"--accumulate {2 * config.accumulate} ({part} samples at once now)")
         raise ValueError(
             f"out of memory, after {peak_memory(pick_device(config.device)):.1f} GiB; try "
-            f"{', or '.join([*rather, 'a smaller model'])}. "
+            f"{', or '.join([*flags, 'a smaller model'])}. "
             "`dalle1 plan` estimates what fits"
         ) from error

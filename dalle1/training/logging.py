@@ -1,4 +1,4 @@
-"""What a training shows: a progress bar, lines on the console, and OUT/log.jsonl."""
+"""A training's log: progress bar, console, OUT/log.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,23 +7,100 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
+from uuid import uuid4
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
 from dalle1.console import bar
-from dalle1.training.recorders import Recorder
+from dalle1.devices import matmul_flops_per_second, peak_memory
+from dalle1.training import distributed
+from dalle1.training.config import TrainConfig
+from dalle1.training.resume_key import resume_key
+from dalle1.training.task import SampleCost
+
+
+class Recorder(Protocol):
+    """Receives what log.jsonl receives, and the sample images."""
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers by name."""
+
+    def image(self, step: int, path: Path) -> None:
+        """Record an image file."""
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+
+
+class TensorBoard:
+    """Event files in OUT/tensorboard."""
+
+    def __init__(self, out: Path, start: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--tensorboard needs the package: pip install tensorboard") from error
+        # Drops what a crashed run wrote past its last checkpoint, as in log.jsonl.
+        self.writer: Any = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, path: Path) -> None:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        self.writer.add_image("samples", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of a Weights & Biases project, resumed by its id in OUT/wandb-id.txt."""
+
+    def __init__(self, project: str, out: Path, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("--wandb needs the package: pip install wandb") from error
+        name = out / "wandb-id.txt"
+        if not name.exists():
+            name.write_text(uuid4().hex)
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=project,
+            dir=str(out),
+            id=name.read_text(),
+            resume="allow",
+            config=dict(config),
+        )
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def image(self, step: int, path: Path) -> None:
+        self.run.log({"samples": self.wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
 
 SHOWN = ("temperature", "beta")
-"""What the bar shows beside the loss, where there is such a thing."""
+"""Fields that the progress bar shows beside the loss, where a loss has them."""
 
 
 class Progress:
-    """The bar and the log of a run of `steps` steps, from step `start` on.
+    """Progress bar and log of a training from step `start` on.
 
-    log.jsonl has one object a line; lines past `start`, of a run that died, are dropped, and so is
-    one that it left half written. Without a folder nothing is shown or written.
+    log.jsonl has one object per line. Lines past `start`, which a crashed run wrote, are dropped,
+    as is an incomplete last line. Without a folder nothing is shown or written.
     """
 
     def __init__(
@@ -70,41 +147,41 @@ class Progress:
         self,
         step: int,
         values: Mapping[str, float | Tensor],
-        efficiency: Callable[[float], Mapping[str, float]] = lambda rate: {},
+        throughput: Callable[[float], Mapping[str, float]] = lambda rate: {},
     ) -> None:
-        """Log the numbers of an update, and how many samples a second went through since.
+        """Log the values of an update, with the samples per second since the last line.
 
         Args:
-            efficiency: samples a second → more numbers.
+            throughput: samples per second → more numbers.
         """
         if self.out is None:
             return
         rate = (step - self.seen) * self.batch_size / (time.perf_counter() - self.since)
-        self._write(step, {**values, "samples_per_second": rate, **efficiency(rate)})
+        self._write(step, {**values, "samples_per_second": rate, **throughput(rate)})
         shown = {"loss": values["total"], **{k: values[k] for k in SHOWN if k in values}}
         text = "  ".join(f"{name} {float(value):.4g}" for name, value in shown.items())
         self.bar.set_postfix_str(f"{text}  {rate:.3g} samples/s")
         self._restart_clock(step)
 
     def report(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log and print the numbers of a validation; the time it took is no training time."""
+        """Log and print the numbers of a validation; its time does not count as training time."""
         if self.out is None:
             return
         self._write(step, {f"validation/{k}": v for k, v in numbers.items()})
-        if (picture := self.out / "samples" / f"step-{step}.png").exists():
+        if (image := samples_path(self.out, step)).exists():
             for recorder in self.recorders:
-                recorder.picture(step, picture)
+                recorder.image(step, image)
         self.bar.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
         self._restart_clock(step)
 
     def stopped(self, step: int) -> None:
-        """Say that a signal ended the training here."""
+        """Print that a signal ended the training here."""
         if self.out is not None:
-            at = f"Stopped at step {step}, saved in {self.out}"
-            self.bar.write(f"{at}; the same command goes on")
+            stopped = f"Stopped at step {step}, saved in {self.out}"
+            self.bar.write(f"{stopped}; the same command resumes")
 
     def has(self, step: int) -> bool:
-        """Say whether a validation of this step is in the log."""
+        """Whether a validation of this step is in the log."""
         if self.out is None or not (path := self.out / "log.jsonl").exists():
             return False
         lines = path.read_text().splitlines()
@@ -120,8 +197,42 @@ class Progress:
 
 
 def _step_of(line: str) -> float:
-    """Give the step of a line of the log; infinity where a crash left the line incomplete."""
+    """Return the step of a log line; infinity where a crash left the line incomplete."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, TypeError, KeyError):
         return math.inf
+
+
+def open_recorders(config: TrainConfig, start: int) -> list[Recorder]:
+    """Return the recorders that `config` selects beside log.jsonl."""
+    recorders: list[Recorder] = []
+    if config.tensorboard:
+        recorders.append(TensorBoard(config.out, start))
+    if config.wandb:
+        config.out.mkdir(parents=True, exist_ok=True)
+        recorders.append(WeightsAndBiases(config.wandb, config.out, resume_key(config)))
+    return recorders
+
+
+def throughput(
+    config: TrainConfig, device: torch.device, cost: SampleCost | None, rate: float
+) -> dict[str, float]:
+    """Return memory, tokens per second and model FLOPs utilisation at `rate` samples per second."""
+    numbers = {"memory_gib": peak_memory(device)}
+    if cost is not None:
+        numbers["tokens_per_second"] = rate * cost.tokens
+        flops = rate * cost.flops / distributed.world_size()
+        numbers["mfu"] = flops / _matmul_flops(device, config.precision)
+    return numbers
+
+
+@cache
+def _matmul_flops(device: torch.device, precision: str) -> float:
+    size = 1024 if device.type == "cpu" else 2048  # takes milliseconds, and is fast enough
+    return matmul_flops_per_second(device, precision, size)
+
+
+def samples_path(out: Path, step: int) -> Path:
+    """Return the file of a step's sample images."""
+    return out / "samples" / f"step-{step}.png"

@@ -1,4 +1,4 @@
-"""How the resblocks of a transformer are computed while it is trained."""
+"""How the resblocks of a transformer are computed in training, set up from outside the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dalle1.model.transformer import Layer, Residual, Transformer
-from dalle1.training.scaling import GradientScales, scaled
+from dalle1.training.scaling import ResblockScaler, scale_gradient, unscale_gradient
 
 
 class TrainedResidual(Residual):
@@ -23,7 +23,9 @@ class TrainedResidual(Residual):
             return self.branch(self.norm(h), *args)
 
         def run(h: Tensor) -> Tensor:
-            return branch(h) if self.scale is None else scaled(branch, h, self.scale)
+            if self.scale is None:
+                return branch(h)
+            return scale_gradient(branch(unscale_gradient(h, self.scale)), self.scale)
 
         if self.checkpointing and x.requires_grad:
             return x + checkpoint(run, x, use_reentrant=False)
@@ -32,29 +34,27 @@ class TrainedResidual(Residual):
 
 def prepare(
     model: Transformer, *, checkpointing: bool = False, scaling: bool = False
-) -> GradientScales | None:
-    """Replace the resblocks of `model` by ones that compute as asked, with the same parameters.
+) -> ResblockScaler | None:
+    """Replace the resblocks of `model` by wrapped ones with the same parameters.
 
     Args:
         checkpointing: keep only the input of each resblock, and recompute the rest in the backward
-            pass (§2.4): less memory for a third more work.
-        scaling: give each resblock its own gradient scale.
+            pass (§2.4): less memory for a third more computation.
+        scaling: use a gradient scale per resblock.
 
-    Returns: what unscales the gradients before each update, if `scaling`.
+    Returns: the scaler that unscales the gradients before each update; None without `scaling`.
     """
     layers = [layer for layer in model.layers if isinstance(layer, Layer)]
     residuals = [r for layer in layers for r in (layer.attention, layer.mlp)]
-    scales = GradientScales([[r] for r in residuals]) if scaling else None
-    if scales is not None:
-        scales.scales = scales.scales.to(next(model.parameters()).device)
+    scaler = ResblockScaler([[r] for r in residuals]) if scaling else None
 
     def wrapped(residual: Residual, number: int) -> Residual:
-        if not checkpointing and scales is None:
+        if not checkpointing and scaler is None:
             return Residual(residual.norm, residual.branch)
-        scale = None if scales is None else scales.scales[number]
+        scale = None if scaler is None else scaler.scales[number]
         return TrainedResidual(residual, checkpointing=checkpointing, scale=scale)
 
     for number, layer in enumerate(layers):
         layer.attention = wrapped(layer.attention, 2 * number)
         layer.mlp = wrapped(layer.mlp, 2 * number + 1)
-    return scales
+    return scaler

@@ -229,7 +229,7 @@ path, out = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("losses_test", path)
 test = importlib.util.module_from_spec(spec); spec.loader.exec_module(test)
 from dalle1.training import distributed
-distributed.start("cpu")
+distributed.init("cpu")
 pixels, ids = (x.chunk(2)[distributed.rank()] for x in test.pairs())
 for kind in ("infonce", "sigmoid"):
     model = test.Towers(); test.prepare_for(model, kind)

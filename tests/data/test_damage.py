@@ -241,7 +241,7 @@ def test_counts_are_of_all_processes_and_go_on(tmp_path: Path) -> None:
     both = sum((Counter(process.pop("left out")) for process in told), Counter())
     assert both["no caption"] == 1  # of opening the folder
     assert both["empty file"] >= 6  # of two epochs
-    left_out = {f"left out/{cause}": count for cause, count in both.items()}
+    left_out = {f"skipped/{cause}": count for cause, count in both.items()}
     assert counts["whole"][-1] == {**left_out, "skipped_updates": 1}
     captions = ["picture 0", "picture 1", "picture 2"]
     assert told == [{"made": [0, 1, 2], "error": "nothing is usable", "captions": captions}] * 2

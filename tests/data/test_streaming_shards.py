@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from function_task import FunctionTask
 from PIL import Image
 from torch import Tensor, nn
 from webdataset import TarWriter
@@ -40,7 +41,8 @@ from dalle1.data.skipped import ShardLosses, ShardRead, SkipStats
 from dalle1.data.sources import streaming_shards as streams
 from dalle1.data.sources.indexed_shards import index_shard
 from dalle1.data.sources.streaming_shards import Pair, StreamingShards, open_shard, shards_of_reader
-from dalle1.training.loop import TrainConfig, fit, stream_from
+from dalle1.training.config import TrainConfig
+from dalle1.training.loop import fit, train_loader
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +150,9 @@ def test_a_training_goes_on_mid_epoch_from_its_checkpoint(shards: Path, tmp_path
         how |= {"warmup_steps": 0, "learning_rate": 0.1, "precision": "fp32"}
         config = TrainConfig(out=out, steps=steps, batch_size=5, device="cpu", save_every=4, **how)
         torch.manual_seed(0)
-        stream = stream_from(piped(shards), number, config)
-        fit(nn.Linear(1, 1), loss, stream, config, save_model=lambda *_: None)
+        task = FunctionTask(nn.Linear(1, 1), loss)
+        task.loader = train_loader(piped(shards), number, config)
+        fit(task, config)
         lines = (out / "log.jsonl").read_text().splitlines()
         return [json.loads(x)["total"] for x in lines if "total" in x]
 

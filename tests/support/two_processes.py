@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from function_task import FunctionTask
 from torch import Tensor, nn
 
 from dalle1.model.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.training import distributed, resblocks
+from dalle1.training.config import TrainConfig
 from dalle1.training.engines.deepspeed import partitioned
-from dalle1.training.loop import TrainConfig, fit
+from dalle1.training.loop import fit
 
 SIZE = TransformerConfig(
     text_vocab=13, text_len=5, codebook_size=11, grid_size=4, width=16, depth=3, heads=2
@@ -67,7 +69,7 @@ def config_for(out: Path, **changes: Any) -> TrainConfig:
 
 
 def stream(start: int) -> Iterator[dict[str, Tensor]]:
-    """Give this process's parts of the batches: the same pairs for any number of processes."""
+    """Yield this process's parts of the batches: the same pairs for any number of processes."""
     step = start
     while True:
         draw = torch.Generator().manual_seed(step)
@@ -102,7 +104,7 @@ def diverge(
     return replace(good, total=good.total * math.nan) if bad else good
 
 
-def validate(model: Transformer, step: int) -> dict[str, float]:
+def validate(model: Transformer) -> dict[str, float]:
     batch = next(iter(stream(1_000_000)))
     whole = {k: v[: BATCH // 2] for k, v in batch.items()} if distributed.is_main() else batch
     with torch.no_grad():
@@ -130,12 +132,12 @@ class Contrast:
 def contrast(
     model: Scaled, batch: Mapping[str, Tensor], step: int, noise: torch.Generator
 ) -> Contrast:
-    """Compare all pictures of the whole batch with each other."""
+    """Compare all images of the whole batch with each other."""
     features = distributed.gather(model(batch["x"]))
     return Contrast(total=(features @ features.T).softmax(0).square().sum())
 
 
-def pictures(start: int) -> Iterator[dict[str, Tensor]]:
+def images(start: int) -> Iterator[dict[str, Tensor]]:
     step = start
     while True:
         x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(step))
@@ -145,20 +147,19 @@ def pictures(start: int) -> Iterator[dict[str, Tensor]]:
 
 def train_scaled(out: Path, zero: Literal[0, 1, 2, 3] = 0) -> None:
     config = config_for(out, zero=zero, steps=4, batch_size=4)
-    distributed.start("cpu")
+    distributed.init("cpu")
     torch.manual_seed(0)
-    fit(Scaled(), contrast, pictures, config, save_model=lambda model, folder: None)
+    fit(FunctionTask(Scaled(), contrast, images), config)
 
 
 def train(out: Path, loss: Any = loss, **changes: Any) -> None:
     config = config_for(out, **changes)
-    distributed.start("cpu")
+    distributed.init("cpu")
     torch.manual_seed(0)
     with partitioned(config):
         model = Transformer(SIZE)
     resblocks.prepare(model, checkpointing=True)
-    save = lambda model, folder: model.save(folder) and None  # noqa: E731
-    fit(model, loss, stream, config, save_model=save, validate=validate)
+    fit(FunctionTask(model, loss, stream, validate=validate, save=Transformer.save), config)
 
 
 def keep_nothing_whole(path: Path) -> None:
@@ -173,7 +174,7 @@ def keep_nothing_whole(path: Path) -> None:
 
 def main(out: Path) -> None:
     os.chdir(out)
-    if distributed.start("cpu") and distributed.is_main():
+    if distributed.init("cpu") and distributed.is_main():
         keep_nothing_whole(out / "apart.json")
     distributed.barrier()
     special = {"zero3-stopped": knock, "zero3-skipping": diverge}
@@ -184,7 +185,7 @@ def main(out: Path) -> None:
             assert (name, stop.code) == ("zero3-stopped", 0)  # noqa: PT017
     for stage in (0, 1, 2, 3):
         train_scaled(out / f"scaled{stage}", stage)
-    distributed.stop()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

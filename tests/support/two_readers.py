@@ -1,4 +1,4 @@
-"""What tests/test_damage.py starts in two processes: a training on pictures of which some are bad.
+"""What tests/test_damage.py starts in two processes: a training on images of which some are bad.
 
 Prints one JSON object: what this process left out, and what it has of the main process.
 """
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from function_task import FunctionTask
 from torch import Tensor, nn
 
 from dalle1.data import open_source
 from dalle1.data.loader import first_captions
 from dalle1.training import distributed
-from dalle1.training.loop import TrainConfig, fit, stream_from
+from dalle1.training.config import TrainConfig
+from dalle1.training.loop import fit, train_loader
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ def train(data: str, out: Path, steps: int) -> dict[str, int]:
     settings |= {"log_every": 1, "save_every": 3, "schedule_steps": 6, "precision": "fp32"}
     config = TrainConfig(out=out, steps=steps, device="cpu", **settings)
     torch.manual_seed(0)
-    stream = stream_from(open_source(data, reading=config), mean, config)
-    fit(nn.Linear(3, 1), bright, stream, config, save_model=lambda *_: None)
-    return dict(stream.keywords["tally"].counts)  # type: ignore[attr-defined]
+    task = FunctionTask(nn.Linear(3, 1), bright)
+    task.loader = loader = train_loader(open_source(data, reading=config), mean, config)
+    fit(task, config)
+    return dict(loader.stream.keywords["tally"].counts)  # type: ignore[attr-defined]
 
 
 def only_main(fails: bool) -> Any:
@@ -56,7 +59,7 @@ def only_main(fails: bool) -> Any:
 
 
 def main(data: str, out: Path) -> None:
-    distributed.start("cpu")
+    distributed.init("cpu")
     told: dict[str, Any] = {"left out": train(data, out / "whole", 6)}
     train(data, out / "cut", 3)
     train(data, out / "cut", 6)

@@ -97,7 +97,7 @@ def test_a_training_on_a_single_pair(tmp_path: Path) -> None:
 
 def test_captions_are_cut_where_the_longest_ends(tmp_path: Path) -> None:
     config: ClipTrainConfig = parse_preset(CLIP_PRESETS, [*VIT, "--out", str(tmp_path)], "")
-    run = train_clip.ClipTraining(config)
+    run = train_clip.ClipTask(config)
     ids = torch.stack(
         [train_clip.tokens(config, run.clip.tokenizer, text) for text in ("a red cube", "a ball")]
     )
@@ -115,7 +115,7 @@ def test_what_is_validated_on_is_what_the_clip_sees(tmp_path: Path) -> None:
         picture.save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a red cube")
     config = parse_preset(CLIP_PRESETS, [*VIT, "--data", str(tmp_path), "--out", "out"], "")
-    run = train_clip.ClipTraining(config)
+    run = train_clip.ClipTask(config)
     assert torch.equal(run.held["images"], run.clip.preprocess(pictures))
     assert run.held["images"].shape == (2, 3, 32, 32)
 

@@ -114,7 +114,7 @@ def test_a_dvae_trains_on_pictures_without_captions(
     flags += ["--data", str(tmp_path / "pictures"), "--steps", "8", "--log-every", "1"]
     train_dvae.main(["toy", *flags, "--out", str(tmp_path / "run")])
     lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert lines[7]["left out/too small"] > 0
+    assert lines[7]["skipped/too small"] > 0
     assert "3.png (too small: a picture of 20 × 30" in capsys.readouterr().out
     assert lines[0]["temperature"] == 1
     assert lines[0]["beta"] == 0
@@ -390,8 +390,8 @@ def test_workers_are_sent_no_model(runs: Path, tmp_path: Path) -> None:
     config = replace(
         TRANSFORMER_PRESETS["toy"], dvae=runs / "dvae", data="toybox:4", out=tmp_path, device="cpu"
     )
-    training = train_transformer.TransformerTraining(config)
-    assert len(pickle.dumps(training.stream)) < 200_000
+    training = train_transformer.TransformerTask(config)
+    assert len(pickle.dumps(training.loader.stream)) < 200_000
 
 
 def test_damaged_data_ends_a_training_and_its_workers(tmp_path: Path) -> None:

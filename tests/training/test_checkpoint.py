@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from function_task import FunctionTask
 from safetensors.torch import load_file, save_file
-from two_processes import SIZE, config_for
+from two_processes import SIZE, config_for, loss
 
 from dalle1.model.transformer import Transformer
 from dalle1.storage import model_folder
 from dalle1.training import checkpoint
 from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
-from dalle1.training.engines.base import Plain
+from dalle1.training.engines.ddp import DDPEngine
 
 
 def write_name(name: str) -> Callable[[Path], None]:
@@ -51,11 +52,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(
-        ValueError, match=r"step 20 .* No space left on device. .* whole, is step-10"
+        ValueError, match=r"step 20 .* No space left on device. .* complete one is step-10"
     ):
         save_checkpoint(tmp_path, 20, {}, fill)
-    assert {f.name for f in tmp_path.iterdir()} == {"latest", "step-10"}  # the half would take room
-    assert load_checkpoint(tmp_path) == {"step": 10}
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "latest",
+        "step-10",
+    }
+    assert load_checkpoint(tmp_path) == {"step": 10, "counts": {}}
 
 
 @pytest.mark.parametrize(
@@ -115,9 +119,9 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
 
 
 def test_parameter_names_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    def engine(seed: int) -> Plain[Transformer]:
+    def engine(seed: int) -> DDPEngine[Transformer]:
         torch.manual_seed(seed)
-        return Plain(Transformer(SIZE), config_for(tmp_path))
+        return DDPEngine(FunctionTask(Transformer(SIZE), loss), config_for(tmp_path))
 
     one, other = engine(1), engine(2)
     one.save(tmp_path / "new.safetensors")

@@ -1,4 +1,4 @@
-"""Two processes train as one does, under every engine, and go on from each other's checkpoints."""
+"""Two processes train as one does, under every engine, and resume each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -157,5 +157,5 @@ def test_a_recipe_is_trained_in_two_processes_that_share_all_weights(tmp_path: P
 
 
 def test_only_the_main_process_speaks(runs: tuple[Path, list[str]]) -> None:
-    assert f"Going on at step {HALF} of {STEPS}" in runs[1][0]
+    assert f"Resuming at step {HALF} of {STEPS}" in runs[1][0]
     assert "step" not in runs[1][1]

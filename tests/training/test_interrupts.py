@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from function_task import FunctionTask
 from torch import nn
 
 from dalle1.console import keep_freed_memory
 from dalle1.training import distributed
-from dalle1.training.interrupts import advice, training
-from dalle1.training.loop import TrainConfig
+from dalle1.training.config import TrainConfig
+from dalle1.training.interrupts import explain_failure, graceful_run
 from dalle1.training.trainer import Trainer
 
 
@@ -26,9 +27,9 @@ def test_before_the_first_step_there_is_nothing_to_save(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def prepare() -> None:
-        with training(config_for(tmp_path)):
+        with graceful_run(config_for(tmp_path)):
             os.kill(os.getpid(), signal.SIGTERM)
-            raise AssertionError("it went on")
+            raise AssertionError("it continued")
 
     with pytest.raises(SystemExit) as stop:
         prepare()
@@ -39,20 +40,21 @@ def test_before_the_first_step_there_is_nothing_to_save(
 def test_processes_that_find_different_checkpoints_are_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(nn.Linear(1, 1), config_for(tmp_path))
+    task = FunctionTask(nn.Linear(1, 1), lambda *_: [])
+    trainer = Trainer(task, config_for(tmp_path))
     trainer.step = 3
-    trainer.save(lambda model, folder: None)
-    monkeypatch.setattr(distributed, "together", lambda thing: [0, thing])
+    trainer.save()
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: [0, value])
     with pytest.raises(ValueError, match=r"checkpoints of steps 0, 3 in .*all machines share"):
-        Trainer(nn.Linear(1, 1), config_for(tmp_path)).resume()
+        Trainer(task, config_for(tmp_path)).resume()
 
 
 def test_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
-    expected = "log.jsonl could not be written: No space left.*checkpoint is none"
-    with pytest.raises(ValueError, match=expected), training(config_for(tmp_path)):
+    expected = "log.jsonl could not be written: No space left.*checkpoint is [n]one"
+    with pytest.raises(ValueError, match=expected), graceful_run(config_for(tmp_path)):
         raise full
-    with pytest.raises(FileNotFoundError), training(config_for(tmp_path)):
+    with pytest.raises(FileNotFoundError), graceful_run(config_for(tmp_path)):
         (tmp_path / "missing").read_text()
 
 
@@ -68,13 +70,13 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path, error: Exception) -> N
     expected = r"out of memory.*--accumulate 2 \(32 samples at once now\).*--zero 1"
     with (
         pytest.raises(ValueError, match=expected),
-        advice(TrainConfig(out=tmp_path, device="cpu")),
+        explain_failure(TrainConfig(out=tmp_path, device="cpu")),
     ):
         raise error
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="another"), advice(TrainConfig(out=tmp_path)):
+    with pytest.raises(RuntimeError, match="another"), explain_failure(TrainConfig(out=tmp_path)):
         raise RuntimeError("another")
 
 

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from function_task import FunctionTask
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint
+from dalle1.training.config import TrainConfig
 from dalle1.training.logging import Progress
-from dalle1.training.loop import TrainConfig, fit
-from dalle1.training.schedules import cosine, warmup_cosine
-from dalle1.training.trainer import Trainer, step_generator
+from dalle1.training.loop import fit
+from dalle1.training.shim import Batch
+from dalle1.training.trainer import Trainer, step_rng
 
 CPU = torch.device("cpu")
 
@@ -82,7 +84,7 @@ class Noisy:
 
     def __init__(self, accident: Callable[[int], None] | None = None) -> None:
         self.accident = accident
-        self.given: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
 
     def __call__(
         self, model: nn.Module, batch: Any, step: int, generator: torch.Generator
@@ -91,20 +93,23 @@ class Noisy:
             self.accident(step)
         noise = torch.randn(batch["x"].shape, generator=generator)
         loss = squared_error(model, {**batch, "x": batch["x"] + 0.1 * noise}, step, generator)
-        assert step not in self.given
-        self.given[step] = loss.total.item()
+        assert step not in self.losses
+        self.losses[step] = loss.total.item()
         return loss
 
 
 def train(out: Path, loss: Any, **changes: Any) -> nn.Module:
-    return fit(
-        fresh(),
-        loss,
-        stream,
-        run_config(out, **changes),
-        save_model=save_plain,
-        validate=lambda model, step: {"norm": sum(p.sum().item() for p in model.parameters())},
-    )
+    norm = lambda model: {"norm": sum(p.sum().item() for p in model.parameters())}  # noqa: E731
+    task = FunctionTask(fresh(), loss, stream, validate=norm, save=save_plain)
+    return fit(task, run_config(out, **changes))
+
+
+def trainer_of(model: nn.Module, config: TrainConfig, loss: Any = squared_error) -> Trainer:
+    return Trainer(FunctionTask(model, loss), config)
+
+
+def update(trainer: Trainer, step: int) -> dict[str, Any]:
+    return trainer.update(Batch(tensors=batch_at(step)))
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -118,7 +123,7 @@ def validations(out: Path) -> list[dict[str, float]]:
 
 
 def flat(state: Any) -> list[Tensor]:
-    """Give all tensors of a nested state, in order."""
+    """Return all tensors of a nested state, in order."""
     if isinstance(state, Tensor):
         return [state]
     values = state.values() if isinstance(state, dict) else state
@@ -146,29 +151,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Noisy]:
     return out, loss
 
 
-# Schedules
-
-
-def test_cosine_by_hand() -> None:
-    values = [cosine(s, start=1.0, end=0.2, duration=8) for s in (0, 2, 4, 8, 9, 1000)]
-    quarter = 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2
-    assert values == pytest.approx([1.0, quarter, 0.6, 0.2, 0.2, 0.2])
-    assert cosine(0, start=0.0, end=6.6, duration=5000) == 0.0
-    assert cosine(5000, start=0.0, end=6.6, duration=5000) == 6.6
-    assert cosine(0, start=1.0, end=0.2, duration=0) == 0.2
-
-
-def test_warmup_cosine_by_hand() -> None:
-    def rate(step: int) -> float:
-        return warmup_cosine(step, peak=1.0, end=0.1, warmup=4, duration=12)
-
-    assert [rate(s) for s in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rate(8) == pytest.approx(0.55)
-    assert [rate(12), rate(13), rate(10**6)] == pytest.approx([0.1] * 3)
-    assert warmup_cosine(0, peak=1.0, end=0.1, warmup=0, duration=10) == 1.0
-    assert warmup_cosine(5, peak=1.0, end=0.1, warmup=10, duration=10) == pytest.approx(0.6)
-
-
 # Updates
 
 
@@ -177,14 +159,14 @@ def test_updates_by_hand(tmp_path: Path) -> None:
         tmp_path, clip_norm=1.5, weight_decay=0.3, beta2=0.98, ema_decay=0.3, learning_rate=0.01
     )
     torch.manual_seed(1)
-    trainer = Trainer(nn.Linear(3, 2), config)
+    trainer = trainer_of(nn.Linear(3, 2), config)
     model = trainer.engine.model
     w, b = (p.detach().double().numpy().copy() for p in model.parameters())
     average = [w.copy(), b.copy()]
     m, v = [np.zeros_like(w), np.zeros_like(b)], [np.zeros_like(w), np.zeros_like(b)]
     clipped = 0
     for step in range(10):
-        values = trainer.update(squared_error, batch_at(step))
+        values = update(trainer, step)
         x, y = (t.double().numpy() for t in batch_at(step).values())
         error = x @ w.T + b - y
         gradients = [2 * error.T @ x / 8, 2 * error.sum(0) / 8]
@@ -208,10 +190,10 @@ def test_updates_by_hand(tmp_path: Path) -> None:
             average[i] = ema * average[i] + (1 - ema) * weight
     assert clipped > 0
     assert trainer.step == 10
-    for kind, expected in (("weights", [w, b]), ("average", average)):
-        for piece, value in zip(trainer.engine.pieces(), expected, strict=True):
-            given = piece.held[kind].detach().numpy()
-            np.testing.assert_allclose(given, value, rtol=1e-4, atol=1e-5)
+    for kind, expected in (("weights", [w, b]), ("ema", average)):
+        for shard, value in zip(trainer.engine.shards(), expected, strict=True):
+            found = shard.tensors[kind].detach().numpy()
+            np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -219,23 +201,22 @@ def test_frozen_weights_stay(tmp_path: Path) -> None:
     model = fresh()
     model[0].requires_grad_(False)
     before = [p.clone() for p in model.parameters()]
-    trainer = Trainer(model, run_config(tmp_path))
-    trainer.update(squared_error, batch_at(0))
+    update(trainer_of(model, run_config(tmp_path)), 0)
     moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert moved == [False, False, True, True]
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_is_the_batch(tmp_path: Path, parts: int) -> None:
-    whole = Trainer(fresh(), run_config(tmp_path))
-    in_parts = Trainer(fresh(), run_config(tmp_path, accumulate=parts))
+    whole = trainer_of(fresh(), run_config(tmp_path))
+    in_parts = trainer_of(fresh(), run_config(tmp_path, accumulate=parts))
     for step in range(5):
-        one = whole.update(squared_error, batch_at(step))
-        other = in_parts.update(squared_error, batch_at(step))
+        one = update(whole, step)
+        other = update(in_parts, step)
         for name in ("total", "gradient_norm", "learning_rate"):
             assert float(other[name]) == pytest.approx(float(one[name]), rel=1e-5)
-    for a, b in zip(whole.engine.pieces(), in_parts.engine.pieces(), strict=True):
-        torch.testing.assert_close(a.held["weights"], b.held["weights"])
+    for a, b in zip(whole.engine.shards(), in_parts.engine.shards(), strict=True):
+        torch.testing.assert_close(a.tensors["weights"], b.tensors["weights"])
 
 
 def test_parts_of_a_batch_have_noise_of_their_own(tmp_path: Path) -> None:
@@ -245,31 +226,31 @@ def test_parts_of_a_batch_have_noise_of_their_own(tmp_path: Path) -> None:
         drawn.append(torch.rand(1, generator=generator).item())
         return squared_error(model, batch, step, generator)
 
-    trainer = Trainer(fresh(), run_config(tmp_path, accumulate=2))
+    trainer = trainer_of(fresh(), run_config(tmp_path, accumulate=2), loss)
     for step in range(2):
-        trainer.update(loss, batch_at(step))
+        update(trainer, step)
     assert len(set(drawn)) == 4
 
 
 def test_the_step_size_stays_at_its_end(tmp_path: Path) -> None:
-    trainer = Trainer(fresh(), run_config(tmp_path, steps=20, schedule_steps=8))
-    rates = [trainer.update(squared_error, batch_at(s))["learning_rate"] for s in range(12)]
+    trainer = trainer_of(fresh(), run_config(tmp_path, steps=20, schedule_steps=8))
+    rates = [update(trainer, s)["learning_rate"] for s in range(12)]
     assert rates[7] > 0.001
     assert rates[8:] == [pytest.approx(0.001)] * 4
 
 
 def test_noise_is_a_function_of_seed_and_step() -> None:
-    def draw(seed: int, step: int) -> list[float]:
-        return torch.rand(3, generator=step_generator(seed, step, CPU)).tolist()
+    def noise(seed: int, step: int) -> list[float]:
+        return torch.rand(3, generator=step_rng(seed, step, CPU)).tolist()
 
-    assert draw(1, 5) == draw(1, 5)
-    assert len({tuple(draw(seed, step)) for seed in range(3) for step in range(3)}) == 9
+    assert noise(1, 5) == noise(1, 5)
+    assert len({tuple(noise(seed, step)) for seed in range(3) for step in range(3)}) == 9
 
 
-def test_loss_decreases_and_the_average_is_given(tmp_path: Path) -> None:
+def test_loss_decreases_and_the_average_is_returned(tmp_path: Path) -> None:
     loss = Noisy()
     model = train(tmp_path, loss, steps=60, ema_decay=0.8)
-    assert loss.given[59] < 0.5 * loss.given[0]
+    assert loss.losses[59] < 0.5 * loss.losses[0]
     assert not model.training
     for name, same in (("average", True), ("weights", False)):
         kept = tensors_of(tmp_path)[f"{name}/0.weight"]
@@ -296,8 +277,8 @@ def test_resumed_after_a_crash_is_uninterrupted(
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "tot')  # a line that the crash cut off
     train(tmp_path, second)
-    assert min(second.given) == at // 3 * 3  # the last checkpoint
-    assert {**first.given, **second.given} == whole[1].given
+    assert min(second.losses) == at // 3 * 3  # the last checkpoint
+    assert {**first.losses, **second.losses} == whole[1].losses
     assert_same_training(tmp_path, whole[0])
     assert log_of(tmp_path) == log_of(whole[0])
 
@@ -319,14 +300,14 @@ def test_signal_saves_and_resumes(
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, first)
     assert stop.value.code == 0
-    assert list(first.given) == [*range(at + 1)]  # that step is finished, and no further one
+    assert list(first.losses) == [*range(at + 1)]  # that step is finished, and no further one
     assert f"Stopped at step {at + 1}, saved in {tmp_path}" in capsys.readouterr().out
     assert os.readlink(tmp_path / "latest") == f"step-{at + 1}"
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     train(tmp_path, second)
-    assert f"Going on at step {at + 1} of 12" in capsys.readouterr().out
+    assert f"Resuming at step {at + 1} of 12" in capsys.readouterr().out
     assert validations(tmp_path) == validations(whole[0])  # after step 6 there was no time for it
-    assert {**first.given, **second.given} == whole[1].given
+    assert {**first.losses, **second.losses} == whole[1].losses
     assert_same_training(tmp_path, whole[0])
 
 
@@ -352,7 +333,7 @@ def test_a_finished_training_is_left_alone(tmp_path: Path) -> None:
     files = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     again = Noisy()
     same = train(tmp_path, again)
-    assert not again.given
+    assert not again.losses
     assert all(torch.equal(a, b) for a, b in zip(flat(model.state_dict()), flat(same.state_dict())))
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == files
 
@@ -361,7 +342,7 @@ def test_resuming_another_model_is_refused(tmp_path: Path) -> None:
     train(tmp_path, Noisy(), steps=2)
     for other in (fresh(hidden=6), nn.Linear(3, 2)):
         with pytest.raises(ValueError, match="holds a training of another model") as error:
-            fit(other, squared_error, stream, run_config(tmp_path), save_model=save_plain)
+            fit(FunctionTask(other, squared_error, stream), run_config(tmp_path))
         assert str(tmp_path) in str(error.value)
 
 
@@ -372,7 +353,7 @@ def test_log(whole: tuple[Path, Noisy]) -> None:
     lines = log_of(whole[0])
     losses = {line["step"]: line["total"] for line in lines if "total" in line}
     assert list(losses) == list(range(1, 13))
-    for step, loss in whole[1].given.items():
+    for step, loss in whole[1].losses.items():
         assert losses[step + 1] == pytest.approx(loss, rel=1e-5)
     validations = [line["step"] for line in lines if "validation/norm" in line]
     assert validations == [5, 10, 12]
@@ -431,7 +412,7 @@ def test_updates_without_numbers_are_skipped(tmp_path: Path, what: str, bad: set
 
     def run() -> nn.Module:
         how = run_config(tmp_path, steps=20)
-        return fit(fresh(), loss, stream, how, save_model=save_plain)
+        return fit(FunctionTask(fresh(), loss, stream, save=save_plain), how)
 
     if len(bad) < 10:
         assert all(p.isfinite().all() for p in run().parameters())

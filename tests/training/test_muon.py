@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
+from function_task import FunctionTask
 from safetensors.torch import load_file
 from torch import nn
-from two_processes import HALF, SIZE, STEPS, config_for, stream
+from two_processes import HALF, SIZE, STEPS, config_for, loss, stream
 
 from dalle1.model.transformer import Transformer
 from dalle1.training.checkpoint import TENSORS_NAME
-from dalle1.training.engines.base import Plain, layer_matrices
+from dalle1.training.engines.ddp import DDPEngine
+from dalle1.training.optimizers import layer_matrices
 
 
 def test_an_update_by_hand(tmp_path: Path) -> None:
@@ -25,11 +27,11 @@ def test_an_update_by_hand(tmp_path: Path) -> None:
     for head in (model.text_head, model.image_head):
         nn.init.normal_(head.weight)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine = Plain(model, config)
-    loss = engine.backward(lambda model: model.loss(**next(stream(0))), 0)
+    engine = DDPEngine(FunctionTask(model, loss), config)
+    (value,) = engine.backward(next(stream(0)), 0, torch.Generator(), last=True)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    engine.update(0.01)
-    assert loss.total > 0
+    engine.step(0.01)
+    assert value.total > 0
     matrices = {id(p) for p in layer_matrices(model)}
     assert len(matrices) == 4 * SIZE.depth
     for name, p in model.named_parameters():
@@ -69,10 +71,11 @@ def test_a_training_keeps_its_optimizer(tmp_path: Path) -> None:
 
 
 def test_zero_has_no_whole_matrices(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"muon, which needs whole matrices.*leave out --zero"):
+    with pytest.raises(ValueError, match=r"muon, which needs unsharded matrices.*remove --zero"):
         config_for(tmp_path, optimizer="muon", zero=1)
 
 
 def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
+    task, config = FunctionTask(nn.Linear(3, 2), loss), config_for(tmp_path, optimizer="muon")
     with pytest.raises(ValueError, match="no matrices for it; expected adamw"):
-        Plain(nn.Linear(3, 2), config_for(tmp_path, optimizer="muon"))
+        DDPEngine(task, config)

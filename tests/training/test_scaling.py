@@ -1,4 +1,4 @@
-"""fp16: a scale for each resblock keeps what no single scale does; checkpointing; plateaus."""
+"""fp16: a scale for each resblock keeps what no single scale does; checkpointing."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from function_task import FunctionTask
 from torch import Tensor, nn
 
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.training import resblocks
-from dalle1.training.loop import TrainConfig
+from dalle1.training.config import TrainConfig
 from dalle1.training.scaling import (
     BACKOFF,
-    FIRST,
     GROWTH,
-    LEAST,
-    MOST,
+    INIT_SCALE,
+    MAX_SCALE,
+    MIN_SCALE,
     PATIENCE,
-    GradientScales,
-    LossScale,
-    scaled,
+    LossScaler,
+    ResblockScaler,
+    scale_gradient,
+    unscale_gradient,
 )
-from dalle1.training.schedules import Plateau
+from dalle1.training.shim import Batch
 from dalle1.training.trainer import Trainer
 
 DEPTH, WIDTH = 22, 8
+
+
+def scaled(branch: Callable[[Tensor], Tensor], x: Tensor, scale: Tensor) -> Tensor:
+    return scale_gradient(branch(unscale_gradient(x, scale)), scale)
 
 
 class Stack(nn.Module):
@@ -83,8 +89,8 @@ def test_a_scale_for_each_resblock_does() -> None:
     expected, stack = exact(), Stack()
     sizes = torch.stack([g.abs().max() for g in expected])
     assert sizes.max() / sizes.min() > 2.0**40  # more than from fp16's least number to its most
-    scales = GradientScales([[linear] for linear in stack.branches])
-    wanted = (2.0**4 / sizes).clamp(LEAST, MOST)  # all that the paper allows is enough
+    scales = ResblockScaler([[linear] for linear in stack.branches])
+    wanted = (2.0**4 / sizes).clamp(MIN_SCALE, MAX_SCALE)  # all that the paper allows is enough
     scales.load_state_dict({"scales": wanted, "since_fall": torch.zeros(DEPTH)})
     loss_of(stack(inputs(), torch.float16, scales.scales)).backward()
     assert scales.unscale()
@@ -94,8 +100,8 @@ def test_a_scale_for_each_resblock_does() -> None:
 
 def test_scales_by_hand() -> None:
     layers = [nn.Linear(2, 2) for _ in range(2)]
-    scales = GradientScales([[layer] for layer in layers])
-    assert scales.scales.tolist() == [FIRST, FIRST]
+    scales = ResblockScaler([[layer] for layer in layers])
+    assert scales.scales.tolist() == [INIT_SCALE, INIT_SCALE]
 
     def update(bad: bool = False) -> bool:
         for layer in layers:
@@ -106,12 +112,12 @@ def test_scales_by_hand() -> None:
         return scales.unscale()
 
     assert update()
-    assert layers[0].weight.grad[0, 0].item() == pytest.approx(3 / FIRST)
-    assert scales.scales.tolist() == pytest.approx([FIRST * GROWTH] * 2)
+    assert layers[0].weight.grad[0, 0].item() == pytest.approx(3 / INIT_SCALE)
+    assert scales.scales.tolist() == pytest.approx([INIT_SCALE * GROWTH] * 2)
     assert not update(bad=True)  # the update is skipped; only the second scale falls
     high, low = scales.scales.tolist()
-    assert high == pytest.approx(FIRST * GROWTH**2)
-    assert low == pytest.approx(FIRST * GROWTH * BACKOFF)
+    assert high == pytest.approx(INIT_SCALE * GROWTH**2)
+    assert low == pytest.approx(INIT_SCALE * GROWTH * BACKOFF)
     for _ in range(PATIENCE - 1):
         assert not update(bad=True)  # too soon to fall again
     assert scales.scales[1].item() == pytest.approx(low)
@@ -119,11 +125,11 @@ def test_scales_by_hand() -> None:
     assert not update(bad=True)
     assert scales.scales[1].item() == pytest.approx(low * BACKOFF)
     state = scales.state_dict()
-    other = GradientScales([[layer] for layer in layers])
+    other = ResblockScaler([[layer] for layer in layers])
     other.load_state_dict(state)
     assert torch.equal(other.scales, scales.scales)
     assert torch.equal(other.since_fall, scales.since_fall)
-    for value, limit in ((1.0, LEAST), (1e12, MOST)):
+    for value, limit in ((1.0, MIN_SCALE), (1e12, MAX_SCALE)):
         scales.scales.fill_(value)
         update()
         assert scales.scales.tolist() == [limit, limit]
@@ -137,39 +143,51 @@ def test_gradients_that_are_no_numbers_do_not_pass_on() -> None:
     assert x.grad.tolist() == [3.0, 8.0, 1.5]
 
 
-@pytest.mark.parametrize("kind", [LossScale, lambda model: GradientScales([[model]])])
-def test_a_scale_that_cannot_fall_is_stuck(kind: Callable[[nn.Module], Any]) -> None:
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["loss", "resblock"])
+def test_a_scale_that_cannot_fall_is_stuck(kind: str) -> None:
     model = nn.Linear(1, 1)
-    scale, falls = kind(model), 0
+    optimizers = [torch.optim.SGD(model.parameters())]
+    scale: Any = LossScaler(CPU) if kind == "loss" else ResblockScaler([[model]])
+    scale.scale_loss(torch.ones(()))
+    falls = 0
     for _ in range(2000):
         for p in model.parameters():
             p.grad = torch.full_like(p, math.inf)
-        assert not scale.unscale()
+        assert not scale.unscale(optimizers)
         if scale.stuck:
             break
         falls += 1
     # Of a resblock's: 12 falls by √2, 126 updates apart.
-    assert falls == (16 if kind is LossScale else 11 * 126 + 1)
+    assert falls == (16 if kind == "loss" else 11 * 126 + 1)
     model.weight.grad, model.bias.grad = torch.ones(1, 1), torch.ones(1)
-    assert scale.unscale()
+    assert scale.unscale(optimizers)
     assert not scale.stuck
 
 
 def test_the_ordinary_loss_scale() -> None:
     model = nn.Linear(2, 1)
-    scale = LossScale(model, first=8.0, patience=3)
+    optimizers = [torch.optim.SGD(model.parameters())]
+    scale = LossScaler(CPU, init_scale=8.0, interval=3)
 
     def update(value: float) -> bool:
         model.zero_grad()
         scale.scale_loss(model(torch.full((1, 2), value)).sum()).backward()
-        return scale.unscale()
+        return scale.unscale(optimizers)
 
     assert update(3.0)
     assert model.weight.grad.tolist() == [[3.0, 3.0]]
     assert not update(math.inf)
-    assert scale.scale == 4.0
+    assert scale.scaler.get_scale() == 4.0
     assert [update(1.0) for _ in range(3)] == [True] * 3
-    assert scale.scale == 8.0
+    assert scale.scaler.get_scale() == 8.0
+    update(1.0)
+    old, new = LossScaler(CPU, interval=3), LossScaler(CPU, interval=3)
+    old.load_state_dict({"scale": 8.0, "good": 4})  # as earlier versions wrote it
+    new.load_state_dict(scale.state_dict())
+    assert old.state_dict() == new.state_dict() == scale.state_dict()
 
 
 SIZE = TransformerConfig(
@@ -187,7 +205,7 @@ def gradients(change: Callable[[Transformer], object] = lambda model: None) -> l
     text, codes = torch.arange(10).view(2, 5), torch.arange(32).view(2, 4, 4) % 11
     loss = model.loss(text, codes)
     loss.total.backward()
-    if isinstance(scales, GradientScales):
+    if isinstance(scales, ResblockScaler):
         assert scales.unscale()
     return [loss.total.detach(), *(p.grad for p in model.parameters())]
 
@@ -225,20 +243,6 @@ def test_compiled_layers_give_the_same_loss() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_plateaus_by_hand() -> None:
-    plateau = Plateau(window=2, most=2, least=0.1)
-    halvings = []
-    for loss in (5.0, 3.0, 3.0, 3.0, 3.0, 2.9, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0):
-        plateau.update(torch.tensor(loss))
-        halvings.append(plateau.halvings)
-    # Means of two: 4, 3, 2.95 (not 0.1 lower), 2, 2, 2 (two halvings at most).
-    assert halvings == [0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
-    plateau.update(torch.tensor(7.0))
-    other = Plateau(window=2, most=2, least=0.1)
-    other.load_state_dict(plateau.state_dict())
-    assert other.state_dict() == plateau.state_dict()
-
-
 @pytest.mark.gpu
 def test_a_transformer_learns_in_fp16_on_a_gpu(tmp_path: Path) -> None:
     size = TransformerConfig(
@@ -249,13 +253,15 @@ def test_a_transformer_learns_in_fp16_on_a_gpu(tmp_path: Path) -> None:
     config = TrainConfig(
         out=tmp_path, batch_size=4, precision="fp16", device="cuda", warmup_steps=1
     )
-    trainer = Trainer(model, config, resblocks.prepare(model, checkpointing=True, scaling=True))
+    task = FunctionTask(model, lambda m, b, *_: m.loss(b["text"], b["codes"]))
+    task.scaler = resblocks.prepare(model, checkpointing=True, scaling=True)
+    trainer = Trainer(task, config)
     draw = torch.Generator().manual_seed(0)
     text = torch.randint(10, (4, 4), generator=draw).cuda()
     codes = torch.randint(8, (4, 4, 4), generator=draw).cuda()
     losses = [
-        float(trainer.update(lambda m, b, *_: m.loss(b["text"], b["codes"]), batch)["total"])
-        for batch in [{"text": text, "codes": codes}] * 200
+        float(trainer.update(Batch(tensors={"text": text, "codes": codes}))["total"])
+        for _ in range(200)
     ]
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < 0.2 * losses[0]

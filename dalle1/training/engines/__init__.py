@@ -1,1 +1,15 @@
-"""Engines under the training loop: plain torch (DDP) and DeepSpeed ZeRO."""
+"""Engines under the training loop: plain torch (DDP), and ZeRO by DeepSpeed."""
+
+from __future__ import annotations
+
+from dalle1.training.config import TrainConfig
+from dalle1.training.engines.base import Engine, samples_at_once
+from dalle1.training.engines.ddp import DDPEngine
+from dalle1.training.engines.deepspeed import DeepSpeedEngine
+from dalle1.training.task import Model, Task
+
+
+def make_engine(task: Task[Model], config: TrainConfig) -> Engine[Model]:
+    """Return the engine that `config` selects; ValueError where a batch cannot be split evenly."""
+    samples_at_once(config)
+    return (DeepSpeedEngine if config.uses_deepspeed else DDPEngine)(task, config)

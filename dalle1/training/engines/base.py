@@ -1,20 +1,21 @@
-"""The engines under the training loop: what makes gradients, updates and averages weights.
+"""What all engines share: gradients, updates, averaged parameters and their checkpoints.
 
-`Plain` is torch alone, for one process or, each with a copy of everything, for several. ZeRO, where
-each process keeps a part, is in `engines.deepspeed`. What an engine holds of a parameter is a
-`Piece`; whatever the engine, a checkpoint is written from pieces and read back into them, so that
-it says nothing of the engine, nor of how many processes there were.
+An engine describes what its process holds of each parameter as a `ParamShard`. Checkpoints are
+written from shards and read into shards, so that they depend neither on the engine nor on the
+number of processes.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,139 +26,152 @@ from dalle1.devices import autocast
 from dalle1.model.state_keys import upgrade_key
 from dalle1.storage import write_tensors
 from dalle1.training import distributed
+from dalle1.training.config import TrainConfig
+from dalle1.training.optimizers import full_shape
+from dalle1.training.scaling import GradientScaler
+from dalle1.training.task import Loss, Model, Task
 
-if TYPE_CHECKING:
-    from dalle1.training.loop import TrainConfig
-    from dalle1.training.trainer import Loss, Scales
+Result = TypeVar("Result")
+Tensors = Mapping[str, Tensor]
 
-Model = TypeVar("Model", bound=nn.Module)
-Call = Callable[[Any], Any]
-
-KINDS = ("weights", "average", "mean", "variance")
-"""What is kept of each parameter: itself, its running average, and its gradient's first and second
-moment; Muon knows no second."""
+KINDS = {"weights": "weights", "ema": "average", "exp_avg": "mean", "exp_avg_sq": "variance"}
+"""Tensors that belong to each parameter, and their prefixes in a checkpoint: the parameter, its
+moving average, and the first and second moment of its gradient (Muon keeps no second one)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What this process keeps of a parameter."""
+class ParamShard:
+    """What this process holds of one parameter."""
 
     name: str
+    """Name of the parameter in the model."""
     shape: torch.Size
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     start: int
-    """Where in the flattened parameter the piece begins."""
-    held: Mapping[str, Tensor]
-    """By `KINDS`; of one size. A frozen parameter has its weights alone."""
+    """Offset of the shard in the flattened parameter."""
+    tensors: Tensors
+    """Tensors of equal size by `KINDS`; a frozen parameter has its weights alone."""
 
 
-class Whole(nn.Module):
-    """A model whose forward pass is whatever one calls it with, so that hooks see one module."""
+class LossModule(nn.Module, Generic[Model]):
+    """A task's model and losses as one module, so that DDP and DeepSpeed hook one forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, task: Task[Model], precision: str, *, keep_casts: bool = True) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.losses = task.model, task.losses
+        self.precision, self.keep_casts = precision, keep_casts
 
-    def forward(self, call: Call) -> Any:
-        return call(self.model)
+    def forward(
+        self, batch: Tensors, step: int, rng: torch.Generator
+    ) -> tuple[Tensor, Sequence[Loss]]:
+        """Return the sum of the losses' totals, which is differentiated, and the losses."""
+        with autocast(rng.device, self.precision, self.keep_casts):
+            losses = self.losses(batch, step, rng)
+        total = reduce(operator.add, (loss.total for loss in losses))
+        return nan_grad_if_nan(total), losses
 
 
 class Engine(ABC, Generic[Model]):
     """A model in training. Every method is called by all processes alike.
 
     Attributes:
-        model: with the weights as they are trained.
-        together: whether the model only computes when all processes call it at once.
-        sharded: whether the pieces of all processes add up to the whole, rather than being it.
+        model: the model with the parameters in training.
+        collective_eval: whether the model only computes when all processes call it at once.
+        scaler: gradient scaler for fp16, if any.
+        sharded: whether each process holds a part of every parameter, rather than all of it.
     """
 
     model: Model
     optimizer: torch.optim.Optimizer
-    together = False
+    scaler: GradientScaler | None = None
+    collective_eval = False
     sharded = False
 
-    def __init__(self, model: Model, config: TrainConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, task: Task[Model], config: TrainConfig) -> None:
+        self.model = model = task.model
+        self.config = config
         self.device = next(model.parameters()).device
         self.buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-        # The model's form without its weights, to be filled when it is written.
+        # The model without its parameters, which `materialize` fills.
         empty = {id(p): nn.Parameter(_empty(p), requires_grad=False) for p in model.parameters()}
         shared = {id(buffer): buffer for buffer in model.buffers()}
-        self.form: Model = copy.deepcopy(model, {**empty, **shared})  # type: ignore[arg-type]
+        self.skeleton: Model = copy.deepcopy(model, {**empty, **shared})  # type: ignore[arg-type]
         self.names = [name for name, _ in model.named_parameters()]
 
     @abstractmethod
-    def backward(self, call: Call, part: int) -> Loss:
-        """Add the gradient of call(model).total / accumulate, of one of a batch's parts."""
+    def backward(
+        self, batch: Tensors, step: int, rng: torch.Generator, last: bool
+    ) -> Sequence[Loss]:
+        """Add the gradient of one of the `accumulate` parts of a batch.
 
-    @abstractmethod
-    def update(self, rate: float) -> tuple[Tensor, bool]:
-        """Move the weights along the clipped mean gradient of all processes.
-
-        Returns: the gradient's norm before clipping, and whether the update was made; one whose
-            gradient is not finite is not, in any process.
+        Args:
+            last: whether it is the last part, whose gradients the processes exchange.
         """
 
     @abstractmethod
-    def pieces(self) -> list[Piece]:
-        """Give what this process keeps, in the same order in every process."""
+    def step(self, lr: float) -> tuple[Tensor, bool]:
+        """Update the parameters with the clipped mean gradient of all processes.
+
+        Returns: the gradient's norm before clipping, and whether the optimizer stepped. With a
+            non-finite gradient in one process, it steps in none.
+        """
+
+    @abstractmethod
+    def shards(self) -> list[ParamShard]:
+        """Return what this process holds, in the same order in every process."""
 
     def refresh(self) -> None:
-        """Have the model compute with the weights that the pieces hold now."""
-
-    def prepare_optimizer(self) -> None:
-        """Allocate what AdamW keeps, so that memory runs out at once or never."""
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                self.optimizer.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-                }
+        """Make the model compute with the parameters that the shards hold now."""
 
     @torch.no_grad()
     def clip_variance(self) -> None:
-        """Keep AdamW's variance below the config's limit, if there is one."""
+        """Limit AdamW's second moments to the config's `variance_clip`."""
         if self.config.variance_clip is not None:
             variances = [state["exp_avg_sq"] for state in self.optimizer.state.values()]
             torch._foreach_clamp_max_(variances, self.config.variance_clip)
 
     @torch.no_grad()
-    def average(self, decay: float) -> None:
-        """Move the average of the weights: decay · average + (1 − decay) · weights."""
-        held = [p.held for p in self.pieces() if "average" in p.held]
-        averages = [h["average"] for h in held]
-        torch._foreach_lerp_(averages, [h["weights"] for h in held], 1 - decay)
+    def update_ema(self, decay: float) -> None:
+        """Move the averaged parameters: ema ← decay · ema + (1 − decay) · weights."""
+        trained = [s.tensors for s in self.shards() if "ema" in s.tensors]
+        averages = [tensors["ema"] for tensors in trained]
+        torch._foreach_lerp_(averages, [tensors["weights"] for tensors in trained], 1 - decay)
 
     @torch.no_grad()
-    def exchange(self) -> None:
-        """Swap the weights and their average, piece by piece, which takes no more memory."""
-        for piece in self.pieces():
-            if "average" in piece.held:
-                kept = piece.held["weights"].clone()
-                piece.held["weights"].copy_(piece.held["average"])
-                piece.held["average"].copy_(kept)
+    def swap_ema(self) -> None:
+        """Swap the parameters and their average, shard by shard, in the memory of one shard."""
+        for shard in self.shards():
+            if "ema" in shard.tensors:
+                weights = shard.tensors["weights"].clone()
+                shard.tensors["weights"].copy_(shard.tensors["ema"])
+                shard.tensors["ema"].copy_(weights)
         self.refresh()
 
     @contextmanager
-    def averaged(self) -> Iterator[Model]:
-        """Give the model with its averaged weights, for use; with its own again afterwards."""
-        self.exchange()
-        self.model.eval()
+    def ema_weights(self) -> Iterator[Model]:
+        """Yield the model with its averaged parameters; restore its own afterwards."""
+        self.swap_ema()
         try:
             yield self.model
         finally:
-            self.model.train()
-            self.exchange()
+            self.swap_ema()
 
     @torch.no_grad()
-    def apply(self, call: Call) -> Any:
-        """Compute with the model as it is now, without gradients."""
+    def evaluate(self, call: Callable[[Model], Result]) -> Result:
+        """Return call(model), in eval mode and without gradients."""
+        self.model.eval()
+        try:
+            return self.call(call)
+        finally:
+            self.model.train()
+
+    def call(self, call: Callable[[Model], Result]) -> Result:
+        """Return call(model)."""
         return call(self.model)
 
     @property
     def updates(self) -> float:
-        """How many updates AdamW has made."""
+        """Number of updates that AdamW has made."""
         return max((float(s["step"]) for s in self.optimizer.state.values()), default=0.0)
 
     @updates.setter
@@ -167,15 +181,15 @@ class Engine(ABC, Generic[Model]):
 
     @torch.no_grad()
     def save(self, path: Path) -> None:
-        """Write all pieces to one safetensors file, tensor by tensor, as `KIND/NAME` in fp32."""
-        pieces = self.pieces()
-        listed = [(kind, p) for kind in KINDS for p in pieces if kind in p.held]
-        sizes = {f"{kind}/{p.name}": (torch.float32, p.shape) for kind, p in listed}
+        """Write all shards to one safetensors file, tensor by tensor, as `KIND/NAME` in fp32."""
+        shards = self.shards()
+        listed = [(kind, s) for kind in KINDS for s in shards if kind in s.tensors]
+        sizes = {f"{KINDS[kind]}/{s.name}": (torch.float32, s.shape) for kind, s in listed}
         buffers = {f"buffer/{name}": b for name, b in self.buffers.items()}
         sizes |= {name: (b.dtype, b.shape) for name, b in buffers.items()}
 
         def tensors() -> Iterator[Tensor]:
-            yield from (self._whole(p, kind) for kind, p in listed)
+            yield from (self._whole(s, kind) for kind, s in listed)
             yield from buffers.values()
 
         if distributed.is_main():
@@ -184,226 +198,98 @@ class Engine(ABC, Generic[Model]):
             for _ in tensors():
                 pass
 
-    def _whole(self, piece: Piece, kind: str) -> Tensor:
-        """Put the pieces of a parameter together, in the main process."""
-        held = piece.held[kind]
+    def _whole(self, shard: ParamShard, kind: str) -> Tensor:
+        """Assemble the shards of a parameter in the main process."""
+        part = shard.tensors[kind]
         if not self.sharded:
-            return held.detach()
-        whole = torch.zeros(piece.shape.numel(), device=self.device)
-        whole[piece.start : piece.start + held.numel()] = held.to(self.device)
+            return part.detach()
+        whole = torch.zeros(shard.shape.numel(), device=self.device)
+        whole[shard.start : shard.start + part.numel()] = part.to(self.device)
         dist.reduce(whole, 0)
-        return whole.view(piece.shape)
+        return whole.view(shard.shape)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Take back what any engine's `save` wrote; ValueError where it is of another model."""
+        """Load what any engine's `save` wrote; ValueError where it is of another model."""
         with safe_open(path, "pt") as file:
-            keys = {upgrade_key(key): key for key in file.keys()}  # noqa: SIM118
-            there, pieces, expected = set(keys), self.pieces(), set()
-            for piece in pieces:
-                for kind, held in piece.held.items():
-                    key = f"{kind}/{piece.name}"
+            stored = {upgrade_key(key): key for key in file.keys()}  # noqa: SIM118
+            expected = set()
+            for shard in self.shards():
+                for kind, part in shard.tensors.items():
+                    key = f"{KINDS[kind]}/{shard.name}"
                     expected.add(key)
-                    if key not in there:
+                    if key not in stored:
                         raise ValueError(f"{path} has no {key}")
-                    whole = file.get_tensor(keys[key])
-                    if whole.shape != piece.shape:
+                    whole = file.get_tensor(stored[key])
+                    if whole.shape != shard.shape:
                         raise ValueError(
                             f"{key} in {path} is {tuple(whole.shape)}, expected "
-                            f"{tuple(piece.shape)}"
+                            f"{tuple(shard.shape)}"
                         )
-                    held.copy_(self._part(whole, piece, kind))
+                    part.copy_(self._part(whole, shard))
             for name, buffer in self.buffers.items():
                 expected.add(f"buffer/{name}")
                 buffer.copy_(file.get_tensor(f"buffer/{name}"))
-        if there != expected:
-            raise ValueError(f"{path} has {', '.join(sorted(there - expected)[:3])}, too")
+        if extra := sorted(stored.keys() - expected):
+            raise ValueError(f"{path} also has {', '.join(extra[:3])}")
         self.refresh()
 
     @torch.no_grad()
-    def begin_with(self, path: Path) -> None:
-        """Take the weights of a model's own file, of the same sizes, tensor by tensor."""
+    def load_initial(self, path: Path) -> None:
+        """Start from the parameters in a model's own file, of the same sizes."""
         with safe_open(path, "pt") as file:
             keys = {upgrade_key(key): key for key in file.keys()}  # noqa: SIM118
-            for piece in self.pieces():
-                whole = file.get_tensor(keys[piece.name])
-                for kind in ("weights", "average"):
-                    if kind in piece.held:
-                        piece.held[kind].copy_(self._part(whole, piece, kind))
+            for shard in self.shards():
+                whole = file.get_tensor(keys[shard.name])
+                for kind in ("weights", "ema"):
+                    if kind in shard.tensors:
+                        shard.tensors[kind].copy_(self._part(whole, shard))
             for name, buffer in self.buffers.items():
                 buffer.copy_(file.get_tensor(name))
         self.refresh()
 
-    def _part(self, whole: Tensor, piece: Piece, kind: str) -> Tensor:
-        """Cut out of a parameter, or of what is kept of it, what this process holds."""
+    def _part(self, whole: Tensor, shard: ParamShard) -> Tensor:
+        """Cut out of a whole tensor what this process holds of it."""
         if not self.sharded:
             return whole
-        return whole.flatten()[piece.start : piece.start + piece.held[kind].numel()]
+        return whole.flatten()[shard.start : shard.start + shard.tensors["weights"].numel()]
 
     @contextmanager
-    def saved(self, path: Path, kind: str) -> Iterator[Model]:
-        """Give a model whose weights are those in what `save` wrote, read only when they are used.
+    def materialize(self, path: Path, kind: str) -> Iterator[Model]:
+        """Yield a model with parameters from what `save` wrote, each read only when it is used.
 
         Args:
-            kind: weights or average.
+            kind: weights or ema.
         """
         with safe_open(path, "pt") as file:
-            there = set(file.keys())
+            stored = set(file.keys())
             filled: dict[int, Any] = {}
-            for name, p in zip(self.names, self.form.parameters(), strict=True):
-                key = f"{kind}/{name}" if f"{kind}/{name}" in there else f"weights/{name}"
+            for name, p in zip(self.names, self.skeleton.parameters(), strict=True):
+                key = f"{KINDS[kind]}/{name}"
+                key = key if key in stored else f"weights/{name}"  # of a frozen parameter
                 filled[id(p)] = nn.Parameter(file.get_tensor(key), requires_grad=False)
-            shared = {id(buffer): buffer for buffer in self.form.buffers()}
-            yield copy.deepcopy(self.form, {**filled, **shared}).eval()
+            shared = {id(buffer): buffer for buffer in self.skeleton.buffers()}
+            yield copy.deepcopy(self.skeleton, {**filled, **shared}).eval()
 
 
 def samples_at_once(config: TrainConfig) -> int:
-    """Give the size of the parts that a process computes with; ValueError where none fits."""
+    """Return the size of the parts that a process computes with; ValueError where none fits."""
     parts = config.accumulate * distributed.world_size()
     if config.batch_size % parts:
         raise ValueError(
-            f"batch_size is {config.batch_size}, expected a multiple of processes times accumulate,"
-            f" {distributed.world_size()} × {config.accumulate}"
+            f"batch_size is {config.batch_size}, expected a multiple of processes × accumulate, "
+            f"{distributed.world_size()} × {config.accumulate}"
         )
     return config.batch_size // parts
 
 
-def _empty(p: Tensor) -> Tensor:
-    return torch.empty(full_shape(p), dtype=p.dtype, device="meta")
+def nan_grad_if_nan(loss: Tensor) -> Tensor:
+    """Return the loss; a non-finite one has a non-finite gradient too.
 
-
-def full_shape(p: Tensor) -> torch.Size:
-    """Give a parameter's shape, also where DeepSpeed has taken it apart."""
-    return torch.Size(getattr(p, "ds_shape", p.shape))
-
-
-def split_by_decay(model: nn.Module, decays: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Give the parameters that decay, and the others; frozen ones are in neither."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decaying: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for p in model.parameters():
-        is_weight = len(full_shape(p)) > 1
-        is_matrix = is_weight and id(p) not in tables
-        chosen = is_matrix or decays == "all" or (decays == "weights" and is_weight)
-        if p.requires_grad:
-            (decaying if chosen else others).append(p)
-    return decaying, others
-
-
-def layer_matrices(model: nn.Module) -> list[Tensor]:
-    """Give the weights of linear layers within `layers`; ValueError where there are none."""
-    found = [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "layers" in name.split(".")
-    ]
-    matrices = [weight for weight in found if weight.requires_grad]
-    if not matrices:
-        raise ValueError("optimizer is muon, and this model has no matrices for it; expected adamw")
-    return matrices
-
-
-def muon(model: nn.Module, config: TrainConfig) -> torch.optim.Muon:
-    """Make the optimizer of the layers' matrices, whose steps are as large as AdamW's would be."""
-    return torch.optim.Muon(
-        layer_matrices(model),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-
-
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Make the optimizer of all engines, for all that Muon does not move."""
-    moved = {id(p) for p in layer_matrices(model)} if config.optimizer == "muon" else set()
-    decaying, others = (
-        [p for p in part if id(p) not in moved] for part in split_by_decay(model, config.decays)
-    )
-    groups: list[dict[str, Any]] = [
-        {"params": decaying},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-class Plain(Engine[Model]):
-    """Torch alone: every process has a copy of everything, and gradients are averaged."""
-
-    def __init__(self, model: Model, config: TrainConfig, scales: Scales | None = None) -> None:
-        super().__init__(model, config)
-        self.scales = scales
-        self.optimizer = adamw(model, config)
-        self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
-        if config.optimizer == "muon":
-            self.optimizers.append(muon(model, config))
-        self.prepare_optimizer()
-        self.averages = {
-            p: p.detach().clone(memory_format=torch.preserve_format)
-            for p in model.parameters()
-            if p.requires_grad
-        }
-        self.root: nn.Module = Whole(model)
-        if distributed.world_size() > 1:
-            self.root = nn.parallel.DistributedDataParallel(self.root, gradient_as_bucket_view=True)
-
-    def prepare_optimizer(self) -> None:
-        super().prepare_optimizer()
-        for optimizer in self.optimizers[1:]:
-            for p in optimizer.param_groups[0]["params"]:
-                optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
-
-    def backward(self, call: Call, part: int) -> Loss:
-        several = isinstance(self.root, nn.parallel.DistributedDataParallel)
-        waits = several and part < self.config.accumulate - 1  # for the last part's gradients
-        with self.root.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with autocast(self.device, self.config.precision):
-                loss: Loss = self.root(call)
-            total = spoiled(loss.total) / self.config.accumulate
-            (self.scales.scale_loss(total) if self.scales else total).backward()
-        return loss
-
-    def update(self, rate: float) -> tuple[Tensor, bool]:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        finite = self.scales.unscale() if self.scales else True
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-        made = finite and bool(norm.isfinite())
-        if made:
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.clip_variance()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        return norm, made
-
-    def pieces(self) -> list[Piece]:
-        return [
-            Piece(name=name, shape=p.shape, start=0, held=self._held(p))
-            for name, p in self.model.named_parameters()
-        ]
-
-    def _held(self, p: nn.Parameter) -> dict[str, Tensor]:
-        if not p.requires_grad:
-            return {"weights": p}
-        (state,) = (each.state[p] for each in self.optimizers if p in each.state)
-        known = {"mean": ("exp_avg", "momentum_buffer"), "variance": ("exp_avg_sq",)}
-        moments = {
-            kind: state[name] for kind, names in known.items() for name in names if name in state
-        }
-        return {"weights": p, "average": self.averages[p], **moments}
-
-
-def spoiled(loss: Tensor) -> Tensor:
-    """Give the loss as it is; one that is not finite, with a gradient that is none, either.
-
-    So every process comes to skip the same update, without asking the others.
+    So all processes skip the same update without asking each other.
     """
     return loss * (1 + 0 * loss.detach())
+
+
+def _empty(p: Tensor) -> Tensor:
+    return torch.empty(full_shape(p), dtype=p.dtype, device="meta")

@@ -1,53 +1,47 @@
-"""ZeRO by DeepSpeed: processes share out AdamW's state, gradients and weights (paper §2.5).
+"""ZeRO by DeepSpeed: AdamW's state, gradients and parameters are sharded over processes (§2.5).
 
-Rajbhandari et al. 2020, arXiv 1910.02054. The one module that knows of DeepSpeed. It looks into
-DeepSpeed's optimizers for the piece of each parameter that a process keeps, and nowhere else.
+Rajbhandari et al. 2020, arXiv 1910.02054. The only module that imports DeepSpeed. It reads private
+attributes of DeepSpeed's optimizers for the shard of each parameter that a process holds.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from dalle1.devices import autocast, pick_device
+from dalle1.devices import pick_device
 from dalle1.training import distributed
+from dalle1.training.config import TrainConfig
 from dalle1.training.engines.base import (
-    Call,
     Engine,
-    Model,
-    Piece,
-    Whole,
-    adamw,
-    full_shape,
+    LossModule,
+    ParamShard,
+    Result,
+    Tensors,
     samples_at_once,
-    spoiled,
 )
+from dalle1.training.optimizers import adamw, full_shape
+from dalle1.training.task import Loss, Model, Task
 
-if TYPE_CHECKING:
-    from dalle1.training.loop import TrainConfig
-    from dalle1.training.trainer import Loss
-
-PASSED_ON = {
+TOP_LEVEL_KEYS = {
     *("bf16", "comms_logger", "communication_data_type", "data_types", "disable_allgather"),
     *("dump_state", "flops_profiler", "gradient_predivide_factor", "memory_breakdown"),
     *("prescale_gradients", "steps_per_print", "wall_clock_breakdown", "zero_optimization"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
 }
-"""What a config of one's own may say, beside what `TrainConfig` says, too, and then the same."""
+"""Top-level keys that a DeepSpeed config file may hold, beside those that repeat the flags."""
 
 _OFFLOAD = {"device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"}
 
-WITHIN = {
+NESTED_KEYS = {
     "zero_optimization": {
         *("stage", "offload_optimizer", "offload_param", "memory_efficient_linear"),
         *("contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size"),
@@ -62,11 +56,11 @@ WITHIN = {
     "offload_param": _OFFLOAD,
     "bf16": {"enabled", "check_grad_overflow"},
 }
-"""What may be said within these. Other ways to share out have no pieces to write, or are ours."""
+"""Keys that these objects may hold. Other ways to shard have no shards that can be saved."""
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """Give what DeepSpeed is to do, by flags or by a file; ValueError for what would be lost."""
+    """Return DeepSpeed's config, from flags or a file; ValueError for keys that have no effect."""
     known: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": samples_at_once(config),
@@ -75,93 +69,90 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     }
     if config.deepspeed is not None:
         return {**_checked(config.deepspeed, known, config.precision), **known}
-    # The buffers in which gradients travel would otherwise be of 500 million numbers.
-    sharing: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": 50_000_000}
+    # By default the buffers that gradients are reduced in hold 500 million numbers.
+    zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": 50_000_000}
     if config.offload == "cpu":
-        sharing["offload_optimizer"] = {"device": "cpu"}
+        zero["offload_optimizer"] = {"device": "cpu"}
         if config.zero == 3:
-            sharing["offload_param"] = {"device": "cpu"}
+            zero["offload_param"] = {"device": "cpu"}
     if config.zero == 3:
-        sharing["memory_efficient_linear"] = False  # it would replace torch's for good
-    more: dict[str, Any] = {"zero_optimization": sharing, "zero_force_ds_cpu_optimizer": False}
+        zero["memory_efficient_linear"] = False  # True replaces torch's linear function
+    more: dict[str, Any] = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
     if config.weights == "bf16":
         more["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return {**known, **more, "steps_per_print": 1 << 60}
 
 
 def _checked(path: Path, known: dict[str, Any], precision: str) -> dict[str, Any]:
-    """Read a config of one's own; ValueError for what is not honoured, or says another thing."""
+    """Read a DeepSpeed config file; ValueError for unsupported keys and values."""
     try:
-        given = json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} holds a {type(given).__name__}, expected an object")
-    for name, value in given.items():
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}, expected an object")
+    for name, value in settings.items():
         if name in known:
             if value not in (known[name], "auto"):
                 raise ValueError(
                     f"{name} is {value} in {path}, and {known[name]} by --batch-size, --accumulate,"
-                    " --clip-norm and the number of processes; make them agree, or say auto"
+                    " --clip-norm and the number of processes; make them equal, or write auto"
                 )
-        elif name not in PASSED_ON:
+        elif name not in TOP_LEVEL_KEYS:
             raise ValueError(
-                f"{name} in {path} is not supported: optimizer, schedule, precision and logs are "
-                f"those of the flags. Take it out; there may be {', '.join(sorted(PASSED_ON))}"
+                f"{name} in {path} is not supported: flags set optimizer, schedule, precision and "
+                f"logs. Remove it; supported are {', '.join(sorted(TOP_LEVEL_KEYS))}"
             )
-    sharing = _within(given, "zero_optimization", path)
-    if sharing.get("stage") not in (1, 2, 3):
+    zero = _nested(settings, "zero_optimization", path)
+    if zero.get("stage") not in (1, 2, 3):
         raise ValueError(
-            f"zero_optimization.stage is {sharing.get('stage')} in {path}, expected 1, 2 or 3; "
-            "without --deepspeed every process has everything"
+            f"zero_optimization.stage is {zero.get('stage')} in {path}, expected 1, 2 or 3; "
+            "without --deepspeed nothing is sharded"
         )
     for name in ("offload_optimizer", "offload_param"):
-        if (device := _within(sharing, name, path).get("device", "none")) not in ("cpu", "none"):
+        if (device := _nested(zero, name, path).get("device", "none")) not in ("cpu", "none"):
             raise ValueError(f"{name}.device is {device} in {path}, expected cpu or none")
-    offloads = _within(sharing, "offload_optimizer", path).get("device", "none") == "cpu"
-    if given.get("zero_force_ds_cpu_optimizer", False) is not False:
+    offloads = _nested(zero, "offload_optimizer", path).get("device", "none") == "cpu"
+    if settings.get("zero_force_ds_cpu_optimizer", False) is not False:
         raise ValueError(
-            f"zero_force_ds_cpu_optimizer in {path} asks for DeepSpeed's own AdamW; it is torch's, "
-            "wherever its state is kept: take it out"
+            f"zero_force_ds_cpu_optimizer in {path} asks for DeepSpeed's own AdamW, expected "
+            "torch's; remove it"
         )
     if offloads:
-        given["zero_force_ds_cpu_optimizer"] = False
-    half = _within(given, "bf16", path)
-    if half.get("enabled") and (precision != "bf16" or not half.get("check_grad_overflow")):
+        settings["zero_force_ds_cpu_optimizer"] = False
+    half = _nested(settings, "bf16", path)
+    if half.get("enabled") and not (
+        precision in ("auto", "bf16") and half.get("check_grad_overflow")
+    ):
         raise ValueError(
             f'bf16 in {path} needs --precision bf16, and "check_grad_overflow": true, so that '
-            "updates that are no numbers are skipped"
+            "non-finite updates are skipped"
         )
-    return given
+    return settings
 
 
-def _within(given: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """Give what a file says within `name`; ValueError for what is not supported there."""
-    if not isinstance(inner := given.get(name, {}), dict):
+def _nested(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """Return the object under `name`; ValueError for keys that are not supported there."""
+    if not isinstance(inner := settings.get(name, {}), dict):
         raise ValueError(f"{name} is {json.dumps(inner)} in {path}, expected an object or nothing")
-    if unknown := sorted(inner.keys() - WITHIN[name]):
+    if unknown := sorted(inner.keys() - NESTED_KEYS[name]):
         raise ValueError(
-            f"{name}.{unknown[0]} in {path} is not supported; take it out. There may be "
-            f"{', '.join(sorted(WITHIN[name]))}"
+            f"{name}.{unknown[0]} in {path} is not supported; remove it. Supported are "
+            f"{', '.join(sorted(NESTED_KEYS[name]))}"
         )
     return inner
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for `device`, quietly; ValueError where it is not installed."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    """Import DeepSpeed and connect it to the process group; ValueError where it is missing."""
     try:
         import deepspeed
     except ImportError as error:
         raise ValueError(
-            "--zero and --deepspeed need the package: pip install deepspeed; --zero 0 does without"
+            "--zero and --deepspeed need the package: pip install deepspeed; or use --zero 0"
         ) from error
-    # It asks torch, at every exchange, in words of before.
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-    # It would compile a kernel to sum over shared memory, at every start that finds none.
+    # Do not compile a kernel for reductions in shared memory at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not dist.is_initialized():  # a single process
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -171,7 +162,7 @@ def _deepspeed(device: torch.device) -> Any:
 
 
 def stage_of(config: TrainConfig) -> int:
-    """Give the stage of ZeRO: 0 to 3."""
+    """Return the ZeRO stage, 0 to 3."""
     if config.deepspeed is None:
         return config.zero
     return int(deepspeed_config(config)["zero_optimization"]["stage"])
@@ -179,35 +170,42 @@ def stage_of(config: TrainConfig) -> int:
 
 @contextmanager
 def partitioned(config: TrainConfig) -> Iterator[None]:
-    """Make models of which each process keeps its part of every weight, where that is asked for.
+    """Make models whose parameters are sharded from the start, at ZeRO stage 3.
 
-    A module's weights are taken apart as soon as its own __init__ is through: it has to give them
-    their values itself, in `reset_parameters`.
+    A module's own parameters are sharded as soon as its __init__ returns: `reset_parameters` has to
+    initialise them before that.
     """
     if stage_of(config) < 3:
         yield
         return
     deepspeed = _deepspeed(pick_device(config.device))
-    # Told a dtype, DeepSpeed 0.19 takes bf16 or fp16 whatever it is; its config says the right one.
+    # Given any dtype here, DeepSpeed 0.19 takes bf16 or fp16; its config has the right one.
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config)):
         yield
 
 
-class Zero(Engine[Model]):
-    """DeepSpeed's ZeRO, stage 1, 2 or 3, with torch's AdamW on each process's pieces."""
+class GatheringLossModule(LossModule[Model]):
+    """Also evaluates in its forward pass, in which DeepSpeed gathers any parameter that is used."""
+
+    def forward(self, *inputs: Any, evaluate: Callable[[Model], Any] | None = None) -> Any:
+        return evaluate(self.model) if evaluate else super().forward(*inputs)
+
+
+class DeepSpeedEngine(Engine[Model]):
+    """DeepSpeed's ZeRO, stage 1, 2 or 3, with torch's AdamW on each process's shards."""
 
     sharded = True
 
-    def __init__(self, model: Model, config: TrainConfig) -> None:
-        settings = deepspeed_config(config)
+    def __init__(self, task: Task[Model], config: TrainConfig) -> None:
+        model, settings = task.model, deepspeed_config(config)
         self.stage = int(settings["zero_optimization"]["stage"])
-        self.together = self.stage == 3
+        self.collective_eval = self.stage == 3
         buffers = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
-        super().__init__(model, config)
+        super().__init__(task, config)
         deepspeed = _deepspeed(self.device)
         self.optimizer = adamw(model, config)
         scalars = [p for p in model.parameters() if full_shape(p) == ()]
-        for p in model.parameters():  # DeepSpeed sends no other order of memory, and no scalars
+        for p in model.parameters():  # DeepSpeed broadcasts no other memory format, and no scalars
             if p.ndim == 4:
                 p.data = p.data.clone(memory_format=torch.contiguous_format)
         for p in scalars:
@@ -215,103 +213,98 @@ class Zero(Engine[Model]):
         if self.stage == 3:
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
 
-        def once_sent(_: Any) -> torch.optim.Optimizer:
+        def after_broadcast(_: Any) -> torch.optim.Optimizer:
             for p in scalars:
                 p.ds_shape, p.data = torch.Size(), p.data.view(() if len(p) else 0)  # type: ignore[attr-defined]
             return self.optimizer
 
+        # Without a cache of casts at stage 3: it would keep a cast of every gathered parameter.
+        module = GatheringLossModule(task, config.precision, keep_casts=self.stage < 3)
         self.root, *_ = deepspeed.initialize(
-            model=Whole(model), optimizer=once_sent, config=settings
+            model=module, optimizer=after_broadcast, config=settings
         )
-        for module, name, buffer in buffers:  # masks and positions, which bf16 would make coarse
-            module._buffers[name] = buffer
-        self.shared: Any = self.root.optimizer
-        flat = (
-            self.shared.fp32_partitioned_groups_flat
+        for owner, name, buffer in buffers:  # masks and positions, which bf16 would round
+            owner._buffers[name] = buffer
+        self.zero_optimizer: Any = self.root.optimizer
+        self.flat: list[Tensor] = (
+            self.zero_optimizer.fp32_partitioned_groups_flat
             if self.stage == 3
-            else self.shared.single_partition_of_fp32_groups
+            else self.zero_optimizer.single_partition_of_fp32_groups
         )
-        self.flat: list[Tensor] = flat
-        for tensor in flat:
+        for tensor in self.flat:
             self.optimizer.state[tensor] = {
                 "step": torch.zeros((), device=tensor.device),
                 "exp_avg": torch.zeros_like(tensor),
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
-        self.listed = [self._piece(name, p) for name, p in model.named_parameters()]
+        self.listed = [self._shard(name, p) for name, p in model.named_parameters()]
 
-    def backward(self, call: Call, part: int) -> Loss:
-        def within(model: nn.Module) -> tuple[Tensor, Loss]:
-            # A cache would keep what was cast of every weight until the end.
-            with autocast(self.device, self.config.precision, keep_casts=self.stage < 3):
-                loss: Loss = call(model)
-            return spoiled(loss.total), loss
-
-        last = part == self.config.accumulate - 1
+    def backward(
+        self, batch: Tensors, step: int, rng: torch.Generator, last: bool
+    ) -> Sequence[Loss]:
         self.root.set_gradient_accumulation_boundary(last)
-        total, loss = self.root(within)
-        self.root.backward(total)  # it divides by the number of parts
+        total, losses = self.root(batch, step, rng)
+        self.root.backward(total)  # divides by the number of parts
         if not last:
-            self.root.step()  # which only counts
-        return loss
+            self.root.step()  # only counts
+        return losses
 
-    @torch.no_grad()
-    def apply(self, call: Call) -> Any:
-        # Within its forward pass DeepSpeed fetches whatever weight is used, by hooks or not.
-        return self.root(call) if self.together else call(self.model)
+    def call(self, call: Callable[[Model], Result]) -> Result:
+        return self.root(evaluate=call) if self.collective_eval else call(self.model)
 
-    def update(self, rate: float) -> tuple[Tensor, bool]:
+    def step(self, lr: float) -> tuple[Tensor, bool]:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         self.root.step()
-        made = bool(self.root.was_step_applied())
-        if made:
+        stepped = bool(self.root.was_step_applied())
+        if stepped:
             self.clip_variance()
-        return torch.as_tensor(self.root.get_global_grad_norm()), made
+        return torch.as_tensor(self.root.get_global_grad_norm()), stepped
 
-    def pieces(self) -> list[Piece]:
+    def shards(self) -> list[ParamShard]:
         return self.listed
 
-    def _piece(self, name: str, p: Any) -> Piece:
+    def _shard(self, name: str, p: Any) -> ParamShard:
         if self.stage == 3:
-            return self._piece_of_partition(name, p)
+            return self._stage3_shard(name, p)
         if not p.requires_grad:
-            mine = p.data.flatten() if distributed.is_main() else p.data.flatten()[:0]
-            return Piece(name=name, shape=p.shape, start=0, held={"weights": mine})
-        if (mapping := p._hp_mapping) is None:  # all of it is another process's
-            return Piece(name=name, shape=p.shape, start=0, held=self._held(self.flat[0], 0, 0))
-        where = mapping.get_hp_fragment_address()
-        held = self._held(self.flat[mapping.param_group_index], where.start, where.numel)
+            part = p.data.flatten() if distributed.is_main() else p.data.flatten()[:0]
+            return ParamShard(name=name, shape=p.shape, start=0, tensors={"weights": part})
+        if (mapping := p._hp_mapping) is None:  # all of it is in another process
+            tensors = self._tensors(self.flat[0], 0, 0)
+            return ParamShard(name=name, shape=p.shape, start=0, tensors=tensors)
+        address = mapping.get_hp_fragment_address()
+        flat = self.flat[mapping.param_group_index]
+        tensors = self._tensors(flat, address.start, address.numel)
         start = mapping.lp_fragment_address.start
-        return Piece(name=name, shape=p.shape, start=start, held=held)
+        return ParamShard(name=name, shape=p.shape, start=start, tensors=tensors)
 
-    def _piece_of_partition(self, name: str, p: Any) -> Piece:
-        share = p.ds_tensor.ds_numel  # the last ones may be partly padding, or all of it
-        start = min(share * distributed.rank(), p.ds_numel)
-        count = min(share, p.ds_numel - start)
+    def _stage3_shard(self, name: str, p: Any) -> ParamShard:
+        size = p.ds_tensor.ds_numel  # the last shards may be padding, in part or as a whole
+        start = min(size * distributed.rank(), p.ds_numel)
+        count = min(size, p.ds_numel - start)
         if not p.requires_grad:
-            held = {"weights": p.ds_tensor.data[:count]}
+            tensors = {"weights": p.ds_tensor.data[:count]}
         else:
-            group, offset, _ = self.shared.grad_position[self.shared.get_param_id(p)]
-            held = self._held(self.flat[group], offset, count)
-        return Piece(name=name, shape=torch.Size(p.ds_shape), start=start, held=held)
+            number = self.zero_optimizer.get_param_id(p)
+            group, offset, _ = self.zero_optimizer.grad_position[number]
+            tensors = self._tensors(self.flat[group], offset, count)
+        return ParamShard(name=name, shape=torch.Size(p.ds_shape), start=start, tensors=tensors)
 
-    def _held(self, flat: Tensor, start: int, count: int) -> dict[str, Tensor]:
+    def _tensors(self, flat: Tensor, start: int, count: int) -> dict[str, Tensor]:
         state = self.optimizer.state[flat]
-        weights, mean, variance = (
-            t.detach().narrow(0, start, count)
-            for t in (flat, state["exp_avg"], state["exp_avg_sq"])
-        )
-        return {"weights": weights, "average": weights.clone(), "mean": mean, "variance": variance}
+        whole = {"weights": flat, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        parts = {kind: t.detach().narrow(0, start, count) for kind, t in whole.items()}
+        return {**parts, "ema": parts["weights"].clone()}
 
     @torch.no_grad()
     def refresh(self) -> None:
-        shared = self.shared
+        optimizer = self.zero_optimizer
         if self.stage < 3:
-            shared.update_lp_params()
+            optimizer.update_lp_params()
             return
-        shared._partition_all_parameters()
-        for group in range(len(shared.fp16_groups)):
-            shared._reassign_or_swap_out_partitioned_parameters(group)
-        if shared.persistent_parameters:  # small ones, which every process has whole
-            shared.persistent_parameters[0].all_gather(shared.persistent_parameters)
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:  # small ones, which every process holds as a whole
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

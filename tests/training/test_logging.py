@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from function_task import FunctionTask
 from torch import Tensor, nn
 
+from dalle1.training.config import TrainConfig
 from dalle1.training.logging import Progress
-from dalle1.training.loop import TrainConfig, fit
+from dalle1.training.loop import fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,8 @@ def train(out: Path, **changes: Any) -> None:
 
     plain = {"steps": 12, "batch_size": 4, "log_every": 1, "validate_every": 5, "save_every": 3}
     config = TrainConfig(out=out, device="cpu", precision="fp32", **{**plain, **changes})
-    validate = {"validate": lambda model, step: {"weight": float(model.weight)}}
-    fit(nn.Linear(1, 1), loss, stream, config, save_model=lambda *_: None, **validate)
+    weight = lambda model: {"weight": float(model.weight)}  # noqa: E731
+    fit(FunctionTask(nn.Linear(1, 1), loss, stream, validate=weight), config)
 
 
 def log_of(out: Path) -> list[dict[str, float]]:
@@ -44,33 +46,33 @@ def log_of(out: Path) -> list[dict[str, float]]:
 
 
 class Remembered:
-    """A recorder that keeps what it was given."""
+    """A recorder that keeps what it was settings."""
 
     def __init__(self) -> None:
-        self.given: list[Any] = []
+        self.received: list[Any] = []
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self.given.append((step, dict(values)))
+        self.received.append((step, dict(values)))
 
-    def picture(self, step: int, path: Path) -> None:
-        self.given.append((step, path.name))
+    def image(self, step: int, path: Path) -> None:
+        self.received.append((step, path.name))
 
     def close(self) -> None:
-        self.given.append("closed")
+        self.received.append("closed")
 
 
-def test_recorders_are_given_what_the_log_is(tmp_path: Path) -> None:
+def test_recorders_receive_what_the_log_does(tmp_path: Path) -> None:
     recorder = Remembered()
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/step-4.png").touch()
     with Progress(tmp_path, 0, 10, 4, [recorder]) as progress:
         progress.advance()
-        progress.log(2, {"total": torch.tensor(0.5), "left out/too small": 3})
+        progress.log(2, {"total": torch.tensor(0.5), "skipped/too small": 3})
         progress.report(4, {"psnr": 20.0})
     lines = log_of(tmp_path)
-    assert lines[0]["left out/too small"] == 3
+    assert lines[0]["skipped/too small"] == 3
     numbers = [(line.pop("step"), line) for line in lines]
-    assert recorder.given == [numbers[0], numbers[1], (4, "step-4.png"), "closed"]
+    assert recorder.received == [numbers[0], numbers[1], (4, "step-4.png"), "closed"]
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -91,10 +93,10 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
     )
     fake = ModuleType("wandb")
-    fake.init = lambda **given: calls.append(given) or run  # type: ignore[attr-defined]
+    fake.init = lambda **settings: calls.append(settings) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train(tmp_path, steps=2, wandb="dalle1")
-    train(tmp_path, steps=3, wandb="dalle1")  # the same run goes on
+    train(tmp_path, steps=3, wandb="dalle1")  # the same run is resumed
     started = [call for call in calls if isinstance(call, dict)]
     assert [(s["project"], s["resume"]) for s in started] == [("dalle1", "allow")] * 2
     assert started[0]["id"] == started[1]["id"] == (tmp_path / "wandb-id.txt").read_text()
