@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle1.console import keep_freed_memory
 from dalle1.devices import pick_device
-from dalle1.model.attention import Mask, attend
+from dalle1.model.attention import MaskedAttention, attend
 from dalle1.model.masks import MaskKind
 
 
@@ -52,10 +52,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
         causal = timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))  # noqa: B023
         for kind in get_args(MaskKind):
-            mask = Mask(kind, options.text_len, options.grid_size).to(device)
+            mask = MaskedAttention(kind, options.text_len, options.grid_size).to(device)
             skipping = timed(lambda: attend(q, k, v, mask))  # noqa: B023
             dense = timed(
-                lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask.whole)  # noqa: B023
+                lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense)  # noqa: B023
             )
             name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
             print(f"{name:5} {kind:>7} {skipping:>9.1f} {dense:>11.1f} {causal:>8.1f}", flush=True)

@@ -113,7 +113,7 @@ def measure(name: str, batch_size: int, precision: str, repeats: int) -> dict[st
     }
     if isinstance(model, Transformer):
         rate = matmul_flops_per_second(device, precision)
-        result["utilisation"] = 3 * model.operations() * result["samples"] / rate
+        result["utilisation"] = 3 * model.flops() * result["samples"] / rate
     return result
 
 

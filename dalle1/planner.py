@@ -294,7 +294,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def seconds(plan: Plan) -> float:
     """Tell how long all updates take; what is computed twice is not counted as reached."""
-    operations = 3 * _formed(plan.model).operations() * plan.batch_size * plan.steps
+    operations = 3 * _formed(plan.model).flops() * plan.batch_size * plan.steps
     return operations / (plan.gpus * plan.tflops * 1e12 * plan.utilisation)
 
 
@@ -353,7 +353,7 @@ def report(plan: Plan) -> str:
         lines.append(
             f"It does not fit. This would: {flags}, with {memory(other).total / GIB:.2f} GiB."
         )
-    flops = 3 * _formed(plan.model).operations()
+    flops = 3 * _formed(plan.model).flops()
     lines += [
         f"{flops:.3g} operations a pair, forward and back.",
         f"{seconds(plan) / 86400:.3g} days for {plan.steps:,} updates of {plan.batch_size:,}, at "

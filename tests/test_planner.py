@@ -75,7 +75,7 @@ def test_activations_grow_with_depth_and_batch() -> None:
 
 
 def test_time_and_network_by_hand() -> None:
-    work = 3 * Transformer(SIZE).operations()
+    work = 3 * Transformer(SIZE).flops()
     timed = replace(PLAN, tflops=1e-6, utilisation=0.5)
     assert seconds(timed) == pytest.approx(work * 32 * 10 / (4 * 1e6 * 0.5))
     sent = [network(replace(PLAN, zero=zero)) / P for zero in (0, 1, 2, 3)]

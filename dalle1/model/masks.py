@@ -1,7 +1,7 @@
-"""Who sees whom: the attention masks of the paper (§B.1, figure 11) as boolean matrices.
+"""The attention masks of the paper (§B.1, figure 11) as boolean matrices.
 
-These functions are the specification: `mask[i, j]` says whether position i sees position j, and
-never for j > i. Pictures are read in raster order, so position i lies in row i // W, column i % W.
+These functions are the specification: `mask[i, j]` is whether position i sees position j, never for
+j > i. Images are in raster order: position i is row i // W, column i % W of a grid of W × W codes.
 """
 
 from __future__ import annotations
@@ -13,50 +13,53 @@ from torch import Tensor
 
 MaskKind = Literal["full", "row", "column", "conv"]
 CONV_REACH = 5
-"""An 11×11 kernel: five rows back, five columns to each side."""
+"""Reach of an 11 × 11 kernel: five rows back, five columns to each side."""
 
 
-def _behind(length: int) -> Tensor:
-    """How many places j lies behind i: [length, length], negative where j is ahead."""
-    places = torch.arange(length)
-    return places[:, None] - places[None, :]
+def distance(length: int) -> Tensor:
+    """Return how far j is behind i: [length, length], negative where j is ahead."""
+    positions = torch.arange(length)
+    return positions[:, None] - positions[None, :]
 
 
 def full(length: int) -> Tensor:
     """See oneself and everything before."""
-    return _behind(length) >= 0
+    return distance(length) >= 0
 
 
 def row(grid_size: int) -> Tensor:
-    """See the last W places, as far as the same column of the row above: W + 1 with oneself."""
-    behind = _behind(grid_size**2)
-    return (behind >= 0) & (behind <= grid_size)
+    """See the last W positions, up to the same column of the row above: W + 1 with oneself."""
+    distances = distance(grid_size**2)
+    return (distances >= 0) & (distances <= grid_size)
 
 
 def column(grid_size: int) -> Tensor:
     """See one's own column."""
-    behind = _behind(grid_size**2)
-    return (behind >= 0) & (behind % grid_size == 0)
+    distances = distance(grid_size**2)
+    return (distances >= 0) & (distances % grid_size == 0)
 
 
 def conv(grid_size: int, reach: int = CONV_REACH, wrap: bool = True) -> Tensor:
     """See a kernel of 2·reach + 1 columns over one's own and the `reach` rows above, up to oneself.
 
     Args:
-        wrap: at the right edge the kernel goes on at the left, one row further down, as the places
-            do in raster order; else it ends at the edge.
+        wrap: beyond the right edge the kernel continues at the left, one row further down, as
+            positions do in raster order; otherwise it ends at the edge.
     """
-    behind = _behind(grid_size**2)
+    distances = distance(grid_size**2)
     if wrap:
         rows, columns = torch.arange(reach + 1), torch.arange(-reach, reach + 1)
-        return (behind >= 0) & torch.isin(behind, (grid_size * rows[:, None] + columns).flatten())
-    places = torch.arange(grid_size**2)
-    above, beside = (at[:, None] - at[None, :] for at in (places // grid_size, places % grid_size))
-    return (behind >= 0) & (above <= reach) & (beside.abs() <= reach)
+        return (distances >= 0) & torch.isin(
+            distances, (grid_size * rows[:, None] + columns).flatten()
+        )
+    positions = torch.arange(grid_size**2)
+    axes = positions // grid_size, positions % grid_size
+    above, beside = (axis[:, None] - axis[None, :] for axis in axes)
+    return (distances >= 0) & (above <= reach) & (beside.abs() <= reach)
 
 
 def image_mask(kind: MaskKind, grid_size: int, conv_wrap: bool = True) -> Tensor:
-    """Give the mask of that kind among the codes of a picture: [W², W²]."""
+    """Return the mask of that kind among the codes of an image: [W², W²]."""
     if kind not in get_args(MaskKind):
         raise ValueError(f"mask is {kind!r}, expected one of {', '.join(get_args(MaskKind))}")
     if kind == "full":
@@ -67,10 +70,10 @@ def image_mask(kind: MaskKind, grid_size: int, conv_wrap: bool = True) -> Tensor
 
 
 def joint_mask(kind: MaskKind, text_len: int, grid_size: int, conv_wrap: bool = True) -> Tensor:
-    """Give the mask of the whole stream, text then picture: [T, T], T = text_len + W².
+    """Return the mask of the whole stream, text then image: [T, T], T = text_len + W².
 
-    Text sees the text before it, every code sees all of the text, and codes see one another as
-    `kind` has it.
+    Text sees the text before it, every code sees all of the text, and codes see each other as
+    `kind` defines.
     """
     mask = full(text_len + grid_size**2)
     mask[text_len:, text_len:] = image_mask(kind, grid_size, conv_wrap)
@@ -78,6 +81,6 @@ def joint_mask(kind: MaskKind, text_len: int, grid_size: int, conv_wrap: bool = 
 
 
 def layer_masks(depth: int) -> list[MaskKind]:
-    """Name the mask of each layer: column where (i − 2) mod 4 = 0, conv last, else row (§B.1)."""
+    """Return the mask of each layer: column where (i − 2) mod 4 = 0, conv last, else row (§B.1)."""
     kinds: list[MaskKind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, depth + 1)]
     return [*kinds[:-1], "conv"]

@@ -1,6 +1,6 @@
 """The transformer of the paper (§2.2, B.1), at any size: caption and codes as one stream.
 
-B batch, L text places, W grid, N = W² codes, T = L + N, D width, V codebook size.
+B batch, L text positions, W grid, N = W² codes, T = L + N, D width, V codebook size.
 
 | states   | 0       1    …  L−1     | L       L+1  …  T−1     |
 |----------|-------------------------|-------------------------|
@@ -8,7 +8,8 @@ B batch, L text places, W grid, N = W² codes, T = L + N, D width, V codebook si
 | predict  | t₀      t₁   …  t_{L−1} | z₀      z₁   …  z_{N−1} |
 
 Text states are scored against the text vocabulary only, image states against the codebook only.
-A text place without a token holds a padding token of its own: id text_vocab + place (§2.2).
+A text position without a token holds its own padding token: id text_vocab + position (§2.2).
+Parameters start as the table in `dalle1.model.layers` lists.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle1.model.attention import Attend, Attention, Linear, Mask, Rotary
+from dalle1.model.attention import Attend, Attention, MaskedAttention
+from dalle1.model.layers import Embedding, Linear
 from dalle1.model.masks import MaskKind, layer_masks
+from dalle1.model.rotary import Rotary
 from dalle1.model.state_keys import upgrade_state_dict
 from dalle1.storage import load_config, load_weights, model_folder, save_weights
 
@@ -34,51 +37,51 @@ FILE_NAME = "transformer.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerArch:
-    """What one may choose of a transformer. The defaults are the paper's 12 billion parameters."""
+    """Architecture of a transformer. The defaults are the paper's 12 billion parameters."""
 
     text_vocab: int = 16_384
-    """BPE tokens, padding not counted; fewer, where the data do not give so many."""
+    """Number of BPE tokens without padding; fewer if the captions are too few to learn so many."""
     text_len: int = 256
-    """L: text places. A caption takes at most L − 1 of them."""
+    """L: text positions. A caption has at most L − 1 tokens."""
     width: int = 3968
     """D: channels of the residual stream."""
     depth: int = 64
-    """Layers, each of attention and MLP."""
+    """Number of layers, each an attention and an MLP."""
     heads: int = 62
-    """Attention heads; they divide the width."""
+    """Attention heads; the width is a multiple of them."""
 
     # What the paper leaves open.
     image_start: Literal["token", "text"] = "token"
-    """What the first image state reads: a start token of its own, or the last text token."""
+    """Input of the first image state: its own start token, or the last text token."""
     pad_targets: bool = True
-    """Whether padding is predicted, too. If not, the text's loss is that of its tokens alone."""
+    """Whether padding counts in the text loss; if not, only the caption's tokens do."""
     shared_softmax: bool = False
-    """Normalise each state's scores over both vocabularies, rather than over its own."""
+    """Whether each softmax covers both vocabularies, not only the state's own."""
     conv_wrap: bool = True
-    """Whether the kernel of the convolutional mask goes on at the other edge of the picture."""
+    """Whether the kernel of the convolutional mask wraps around the edges of the image."""
 
     # What came later. Paper: the first of each.
     attention: Literal["sparse", "full"] = "sparse"
-    """The paper's row, column and conv masks, or every layer sees all that is before."""
+    """Attention masks: the paper's row, column and conv, or full causal attention in all layers."""
     positions: Literal["learned", "rotary"] = "learned"
-    """Embeddings that are added, or queries and keys that are turned by text place, row, column."""
+    """Position encoding: learned embeddings, or rotary by text position, row and column."""
     norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm, or RMSNorm."""
+    """Normalization: LayerNorm, or RMSNorm."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    """Four times as wide with GELU, or 8/3 times with SwiGLU: as many weights."""
+    """MLP: four times as wide with GELU, or 8/3 times with SwiGLU; both have as many parameters."""
     qk_norm: bool = False
-    """Normalise the queries and keys of each head."""
+    """Whether the queries and keys of each head are normalized."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             kind = get_type_hints(type(self))[field.name]
             choices = get_args(kind) if get_origin(kind) is Literal else ()
             if choices and getattr(self, field.name) not in choices:
-                given = getattr(self, field.name)
-                raise ValueError(f"{field.name} is {given!r}, expected {' or '.join(choices)}")
+                value = getattr(self, field.name)
+                raise ValueError(f"{field.name} is {value!r}, expected {' or '.join(choices)}")
             if field.type == "int" and getattr(self, field.name) < 1:
-                given = getattr(self, field.name)
-                raise ValueError(f"{field.name} is {given}, expected at least 1")
+                value = getattr(self, field.name)
+                raise ValueError(f"{field.name} is {value}, expected at least 1")
         if self.text_len < 2:
             raise ValueError(f"text_len is {self.text_len}, expected at least 2")
         if self.width % self.heads:
@@ -96,35 +99,35 @@ class TransformerArch:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(TransformerArch):
-    """The size of a transformer, with what the dVAE says of it."""
+    """Architecture of a transformer, with the sizes that the image tokenizer sets."""
 
     codebook_size: int = 8192
-    """V: the dVAE's codes."""
+    """V: number of codes of the image tokenizer."""
     grid_size: int = 32
-    """W: codes along each side of a picture."""
+    """W: codes along each side of an image."""
     rotary_grid: int | None = None
-    """W that rotary positions are counted on, if not its own: that of the smaller pictures which it
-    learned from before."""
+    """W of the smaller images that the model was trained on first, whose rotary positions are
+    interpolated; None without such a training."""
 
     @property
     def image_len(self) -> int:
-        """N: codes of a picture."""
+        """N: codes of an image."""
         return self.grid_size**2
 
     @property
     def length(self) -> int:
-        """T: places of the stream."""
+        """T: positions of the stream."""
         return self.text_len + self.image_len
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerLoss:
-    """What `Transformer.loss` returns; scalar tensors."""
+    """What `Transformer.loss` reangles; scalar tensors."""
 
     total: Tensor
-    """What is minimised: text/8 + 7·image/8."""
+    """Weighted sum to minimize: text/8 + 7·image/8."""
     text: Tensor
-    """Cross-entropy in nats per text place."""
+    """Cross-entropy in nats per text token."""
     image: Tensor
     """Cross-entropy in nats per code."""
 
@@ -176,24 +179,12 @@ class Layer(nn.Module):
         )
         self.mlp = Residual(_norm(config), MLP(config))
 
-    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
-        return self.mlp(self.attention(x, attend, turns))
-
-
-class Embedding(nn.Embedding):
-    """A table drawn from N(0, 0.125/√d), or 0.125/√(d·n) for one of n that are summed."""
-
-    def __init__(self, rows: int, width: int, summed: int = 1) -> None:
-        self.std = 0.125 / math.sqrt(width * summed)
-        super().__init__(rows, width)
-
-    def reset_parameters(self) -> None:
-        """Draw the table anew."""
-        nn.init.normal_(self.weight, std=self.std)
+    def forward(self, x: Tensor, attend: Attend, angles: Tensor | None = None) -> Tensor:
+        return self.mlp(self.attention(x, attend, angles))
 
 
 class Transformer(nn.Module):
-    """Predicts each token of caption and picture from those before it."""
+    """A decoder that predicts each token of caption and image from those before it."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -217,8 +208,8 @@ class Transformer(nn.Module):
         self.kinds: list[MaskKind] = (
             layer_masks(config.depth) if sparse else ["full"] * config.depth
         )
-        seen = config.text_len, config.grid_size, config.conv_wrap
-        self.masks = nn.ModuleDict({k: Mask(k, *seen) for k in sorted(set(self.kinds))})
+        shape = config.text_len, config.grid_size, config.conv_wrap
+        self.masks = nn.ModuleDict({k: MaskedAttention(k, *shape) for k in sorted(set(self.kinds))})
         self.register_load_state_dict_pre_hook(upgrade_state_dict)
 
     def embed_text(self, text: Tensor) -> Tensor:
@@ -227,63 +218,66 @@ class Transformer(nn.Module):
         x = self.text_embedding(torch.cat([start, text[:, :-1]], dim=1))
         if self.text_position is None:
             return x
-        # Called, rather than its weight taken, so that the weight may be kept elsewhere till then.
+        # Called instead of reading its weight: ZeRO gathers the weight when the module is called.
         return x + self.text_position(torch.arange(x.shape[1], device=x.device))
 
-    def embed_codes(self, inputs: Tensor, places: Tensor | None = None) -> Tensor:
-        """Embed what image states read, [B, n] → [B, n, D].
+    def embed_codes(self, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Embed the inputs of image states, [B, n] → [B, n, D].
 
         Args:
             inputs: codes, or codebook_size for the start token.
-            places: which image states, [n], or [1] for all of them; the first n if not given.
+            positions: indices among the image states, [n], or [1] if all share one; None is the
+                first n.
         """
-        return self._placed(self.image_embedding(inputs), places)
+        return self._add_positions(self.image_embedding(inputs), positions)
 
     def embed_start(self, text: Tensor) -> Tensor:
-        """Embed what the first image state reads, [B, L] → [B, 1, D]; see `image_start`."""
+        """Embed the input of the first image state, [B, L] → [B, 1, D]; see `image_start`."""
         if self.config.image_start == "text":
-            return self._placed(self.text_embedding(text[:, -1:]))
+            return self._add_positions(self.text_embedding(text[:, -1:]))
         return self.embed_codes(text.new_full((len(text), 1), self.config.codebook_size))
 
     def embed(self, text: Tensor, codes: Tensor) -> Tensor:
         """Embed all states of text [B, L], and those of the codes [B, n] that they predict.
 
-        Returns: [B, L + n, D]; the last of the codes is not read.
+        Reangles: [B, L + n, D]; the last of the codes is not read.
         """
         parts = [self.embed_text(text)]
         if codes.shape[1]:
-            places = torch.arange(1, codes.shape[1], device=codes.device)
-            parts += [self.embed_start(text), self.embed_codes(codes[:, :-1], places)]
+            positions = torch.arange(1, codes.shape[1], device=codes.device)
+            parts += [self.embed_start(text), self.embed_codes(codes[:, :-1], positions)]
         return torch.cat(parts, dim=1)
 
-    def _placed(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+    def _add_positions(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if self.row is None or self.column is None:
             return x
-        if places is None:
-            places = torch.arange(x.shape[1], device=x.device)
-        rows = places.div(self.config.grid_size, rounding_mode="floor")
-        return x + self.row(rows) + self.column(places % self.config.grid_size)
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        rows = positions.div(self.config.grid_size, rounding_mode="floor")
+        return x + self.row(rows) + self.column(positions % self.config.grid_size)
 
     def run(
-        self, x: Tensor, attends: Sequence[Attend] | None = None, places: Tensor | None = None
+        self, x: Tensor, attends: Sequence[Attend] | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Run embedded states [B, n, D] through all layers.
 
         Args:
-            attends: what sees what in each layer; its mask, if not given.
-            places: the states' places in the stream, [n], or [1] where all stand at the same; the
-                first n if not given.
+            attends: attention of each layer; None is its mask.
+            positions: positions in the stream, [n], or [1] if all states share one; None is the
+                first n.
         """
-        turns = None
+        angles = None
         if self.rotary is not None:
-            here = torch.arange(x.shape[1], device=x.device) if places is None else places
-            turns = self.rotary(here)
+            n = x.shape[1]
+            angles = self.rotary(
+                torch.arange(n, device=x.device) if positions is None else positions
+            )
         for i, layer in enumerate(self.layers):
-            x = layer(x, attends[i] if attends else self.masks[self.kinds[i]], turns)
+            x = layer(x, attends[i] if attends else self.masks[self.kinds[i]], angles)
         return self.norm(x)
 
     def states(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the last states of whole streams: [B, L, D] of the text, [B, N, D] of the image.
+        """Compute the last states of whole streams: [B, L, D] of the text, [B, N, D] of the image.
 
         Args:
             text: [B, L], ids in [0, text_vocab + L).
@@ -297,21 +291,21 @@ class Transformer(nn.Module):
     def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Score every token of whole streams; see `states`.
 
-        Returns: text logits [B, L, text_vocab + L] and image logits [B, N, V].
+        Reangles: text logits [B, L, text_vocab + L] and image logits [B, N, V].
         """
         text_states, image_states = self.states(text, codes)
         return self.text_head(text_states), self.image_head(image_states)
 
-    def operations(self) -> float:
-        """Count the multiplications and additions that one sample's forward pass needs.
+    def flops(self) -> float:
+        """Count the multiplications and additions of one sample's forward pass.
 
-        Those of matrix products and of what the masks show, not of what is skipped or recomputed.
+        Matrix products and visible attention pairs count; what is hidden or recomputed does not.
         """
         c = self.config
-        products = [m for m in self.layers.modules() if isinstance(m, nn.Linear)]
-        weights = sum(m.in_features * m.out_features for m in products)
-        seen = {kind: int(mask.get_buffer("whole").sum()) for kind, mask in self.masks.items()}
-        pairs = sum(seen[kind] for kind in self.kinds)
+        linears = [m for m in self.layers.modules() if isinstance(m, nn.Linear)]
+        weights = sum(m.in_features * m.out_features for m in linears)
+        visible = {kind: int(mask.get_buffer("dense").sum()) for kind, mask in self.masks.items()}
+        pairs = sum(visible[kind] for kind in self.kinds)
         heads = c.width * (c.text_len * self.text_tokens + c.image_len * c.codebook_size)
         return 2 * (c.length * weights + heads + 2 * c.width * pairs)
 
@@ -326,7 +320,7 @@ class Transformer(nn.Module):
             )
 
     def losses(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Give −ln p of every token: [B, L] of the text, [B, N] of the image."""
+        """Return −ln p of every token: [B, L] of the text, [B, N] of the image."""
         text_states, image_states = self.states(text, codes)
         return (
             self._losses(self.text_head, self.image_head, text_states, text),
@@ -334,7 +328,7 @@ class Transformer(nn.Module):
         )
 
     def loss(self, text: Tensor, codes: Tensor, text_weight: float = 1 / 8) -> TransformerLoss:
-        """Give the two-part loss: each cross-entropy a mean over its own tokens (§2.2)."""
+        """Compute the two-part loss: each cross-entropy a mean over its own tokens (§2.2)."""
         text_losses, image_losses = self.losses(text, codes)
         if self.config.pad_targets:
             text_loss = text_losses.mean()
@@ -345,15 +339,15 @@ class Transformer(nn.Module):
         total = text_weight * text_loss + (1 - text_weight) * image_loss
         return TransformerLoss(total=total, text=text_loss, image=image_loss)
 
-    def _losses(self, own: nn.Linear, other: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
-        """Give −ln p of each target [B, n], under the softmax of its own vocabulary or of both."""
-        logits = _score(own, states)
+    def _losses(self, head: nn.Linear, other: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+        """Return −ln p of each target [B, n], normalized over its own vocabulary or over both."""
+        logits = _score(head, states)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         losses = losses.view(targets.shape)
         if not self.config.shared_softmax:
             return losses
-        mine, theirs = logits.logsumexp(-1), _score(other, states).logsumexp(-1)
-        return losses - mine + torch.logaddexp(mine, theirs)
+        own_sum, other_sum = logits.logsumexp(-1), _score(other, states).logsumexp(-1)
+        return losses - own_sum + torch.logaddexp(own_sum, other_sum)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write weights and config to `directory`/transformer.safetensors, rounded to `dtype`."""
@@ -366,25 +360,25 @@ class Transformer(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Transformer:
-        """Read what `save` or a training wrote, straight into `dtype`.
+        """Load what `save` or a training wrote, directly into `dtype`.
 
-        Raises: ValueError where there is none, or it is damaged.
+        Raises: ValueError if the file is missing or damaged.
         """
         return load_weights(cls, TransformerConfig, cls.file_in(directory), device, dtype)
 
     @classmethod
     def config_of(cls, directory: str | Path) -> TransformerConfig:
-        """Read the config of what `load` would; ValueError where there is none."""
+        """Read the config of the model that `load` returns; ValueError if the file is missing."""
         return load_config(cls, TransformerConfig, cls.file_in(directory))
 
     @staticmethod
     def file_in(directory: str | Path) -> Path:
-        """Give where `save` or a training keeps the weights."""
+        """Return the file that `save` or a training writes."""
         return model_folder(directory) / FILE_NAME
 
 
 def _score(head: nn.Linear, states: Tensor) -> Tensor:
-    """Give logits in fp32; where fp16 is used, computed in fp32, too (paper §D)."""
+    """Return logits in fp32; under fp16 autocast they are computed in fp32 too (paper §D)."""
     kind = states.device.type
     in_fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
     with torch.autocast(kind, enabled=False) if in_fp16 else nullcontext():

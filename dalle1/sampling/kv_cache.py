@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle1.model.attention import Mask
+from dalle1.model.attention import MaskedAttention
 from dalle1.model.masks import MaskKind, image_mask
 from dalle1.model.transformer import Transformer
 
@@ -63,14 +63,16 @@ class Cache:
     spot: Spot
     """Where the next step stands."""
 
-    def __init__(self, mask: Mask, window: Window, sizes: Sequence[int], like: Tensor) -> None:
+    def __init__(
+        self, mask: MaskedAttention, window: Window, sizes: Sequence[int], like: Tensor
+    ) -> None:
         """Make room for sizes (P, H, C, d), in the precision and on the device of `like`."""
         self.mask, self.window = mask, window
         prompts, heads, candidates, width = sizes
-        self.text = like.new_zeros(2, prompts, heads, mask.text_len, width)
+        self.text = like.new_zeros(2, prompts, heads, mask.layout.text_len, width)
         slots = window.groups, window.size
         self.codes = like.new_zeros(2, prompts, heads, candidates, *slots, width)
-        self.scores = like.new_zeros(prompts, heads, candidates, mask.text_len + window.size)
+        self.scores = like.new_zeros(prompts, heads, candidates, mask.layout.text_len + window.size)
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Read captions, and codes that all candidates share: [P, H, n, d] each → [P, H, n, d]."""
@@ -80,7 +82,7 @@ class Cache:
         for text, codes, x in zip(self.text, self.codes, (k, v), strict=True):
             text.copy_(x[:, :, :length])
             codes.flatten(3, 4)[:, :, :, slots] = x[:, :, None, kept]
-        seen = self.mask.whole[:end, :end]
+        seen = self.mask.dense[:end, :end]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class Caches:
         }
         sizes = prompts, config.heads, candidates, config.head_width
         self.layers = [
-            Cache(cast(Mask, model.masks[kind]), self.windows[kind], sizes, like)
+            Cache(cast(MaskedAttention, model.masks[kind]), self.windows[kind], sizes, like)
             for kind in self.kinds
         ]
         self.prefill = [layer.prefill for layer in self.layers]

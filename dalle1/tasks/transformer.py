@@ -248,7 +248,7 @@ class TransformerTask(Task[Transformer]):
         torch.manual_seed(config.seed)
         self.model = self.initial().to(self.device)
         self.initial_weights = config.init and Transformer.file_in(config.init)
-        self.cost = SampleCost(tokens=self.model.config.length, flops=3 * self.model.operations())
+        self.cost = SampleCost(tokens=self.model.config.length, flops=3 * self.model.flops())
         self.scaler = resblocks.prepare(
             self.model,
             checkpointing=config.checkpointing,

@@ -1,4 +1,4 @@
-"""The form that skips what is hidden gives what dense attention under the same mask gives."""
+"""Block and flex attention compute what dense attention under the same mask computes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle1.model.attention import Mask, attend, attend_in_blocks, attend_in_tiles
+from dalle1.model.attention import MaskedAttention, attend, attend_blocks, attend_flex
 from dalle1.model.masks import MaskKind, joint_mask
 
 KINDS: list[MaskKind] = ["full", "row", "column", "conv"]
@@ -32,7 +32,7 @@ def test_skipping_is_dense_forward_and_backward(
             mask = joint_mask(kind, text_len, grid_size)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
-            y = attend(q, k, v, Mask(kind, text_len, grid_size))
+            y = attend(q, k, v, MaskedAttention(kind, text_len, grid_size))
         (y * weight).sum().backward()
         results.append([y, *(t.grad for t in leaves)])
     for got, expected in zip(*results, strict=True):
@@ -43,7 +43,7 @@ def test_skipping_is_dense_forward_and_backward(
 def test_skipping_is_dense_in_bf16(kind: MaskKind) -> None:
     low = [(x / 2).requires_grad_() for x in streams(7, 13, torch.bfloat16)]  # of unit size
     high = [x.detach().float().requires_grad_() for x in low]
-    got = attend(*low, Mask(kind, 7, 13))
+    got = attend(*low, MaskedAttention(kind, 7, 13))
     expected = F.scaled_dot_product_attention(*high, attn_mask=joint_mask(kind, 7, 13))
     assert got.dtype == torch.bfloat16
     assert (got.float() - expected).norm() / expected.norm() < 1e-2
@@ -57,8 +57,8 @@ def test_skipping_is_dense_in_bf16(kind: MaskKind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("text_len", "grid_size"), SIZES)
 def test_tiles_are_the_blocks(kind: MaskKind, text_len: int, grid_size: int) -> None:
-    x, mask = streams(text_len, grid_size), Mask(kind, text_len, grid_size)
-    torch.testing.assert_close(attend_in_tiles(*x, mask), attend_in_blocks(*x, mask))
+    x, mask = streams(text_len, grid_size), MaskedAttention(kind, text_len, grid_size)
+    torch.testing.assert_close(attend_flex(*x, mask), attend_blocks(*x, mask))
 
 
 @pytest.mark.gpu
@@ -68,9 +68,9 @@ def test_tiles_are_dense_forward_and_backward_on_a_gpu(kind: MaskKind) -> None:
     x = streams(256, 32, torch.bfloat16).cuda()
     low = [t.clone().requires_grad_() for t in x]
     high = [t.float().requires_grad_() for t in x]
-    got = attend(*low, Mask(kind, 256, 32).cuda())
-    whole = joint_mask(kind, 256, 32).cuda()
-    expected = F.scaled_dot_product_attention(*high, attn_mask=whole)
+    got = attend(*low, MaskedAttention(kind, 256, 32).cuda())
+    dense = joint_mask(kind, 256, 32).cuda()
+    expected = F.scaled_dot_product_attention(*high, attn_mask=dense)
     got.sum().backward()
     expected.sum().backward()
     for a, b in [(got, expected), *((a.grad, b.grad) for a, b in zip(low, high, strict=True))]:
@@ -79,27 +79,27 @@ def test_tiles_are_dense_forward_and_backward_on_a_gpu(kind: MaskKind) -> None:
 
 @pytest.mark.parametrize(("kind", "blocks"), [("row", 2), ("column", 1), ("conv", 7), ("full", 16)])
 def test_the_work_is_skipped(kind: MaskKind, blocks: int) -> None:
-    mask = Mask(kind, 3, 16)
-    assert mask.blocked.shape == (16, 16, blocks * 16)
+    mask = MaskedAttention(kind, 3, 16)
+    assert mask.block_mask.shape == (16, 16, blocks * 16)
     # Within the blocks, exactly what the specification allows.
-    assert mask.blocked.sum() == joint_mask(kind, 3, 16)[3:, 3:].sum()
+    assert mask.block_mask.sum() == joint_mask(kind, 3, 16)[3:, 3:].sum()
 
 
-def test_windows_and_arrangement_by_hand() -> None:
+def test_windows_and_block_order_by_hand() -> None:
     codes = torch.arange(9.0)[None, None, :, None]
-    columns, rows = Mask("column", 2, 3), Mask("row", 2, 3)
-    arranged = columns.arrange(codes)
-    assert arranged.flatten().tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
-    assert torch.equal(columns.arrange(arranged), codes)
-    assert torch.equal(rows.arrange(codes), codes)
-    assert rows.windows(codes)[0, 0, :, :, 0].tolist() == [
+    columns, rows = MaskedAttention("column", 2, 3), MaskedAttention("row", 2, 3)
+    in_blocks = columns.layout.to_blocks(codes)
+    assert in_blocks.flatten().tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
+    assert torch.equal(columns.layout.to_blocks(in_blocks), codes)
+    assert torch.equal(rows.layout.to_blocks(codes), codes)
+    assert rows.layout.windows(codes)[0, 0, :, :, 0].tolist() == [
         [0, 0, 0, 0, 1, 2],  # nothing before the first row: zeros, which the mask hides
         [0, 1, 2, 3, 4, 5],
         [3, 4, 5, 6, 7, 8],
     ]
-    assert rows.blocked[0].int().tolist() == [
+    assert rows.block_mask[0].int().tolist() == [
         [0, 0, 0, 1, 0, 0],
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 1, 1, 1],
     ]
-    assert rows.blocked[2, 1].tolist() == [False, True, True, True, True, False]
+    assert rows.block_mask[2, 1].tolist() == [False, True, True, True, True, False]

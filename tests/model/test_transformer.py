@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle1.model.attention import Mask
+from dalle1.model.attention import MaskedAttention
 from dalle1.model.masks import MaskKind
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.decoding import Sampling, generate
@@ -38,7 +38,7 @@ def loud(config: TransformerConfig = SIZE) -> Transformer:
 
 def one_layer(kind: MaskKind) -> Transformer:
     model = loud(TransformerConfig(**{**vars(SIZE), "depth": 1}))
-    model.kinds, model.masks = [kind], nn.ModuleDict({kind: Mask(kind, L, W)})
+    model.kinds, model.masks = [kind], nn.ModuleDict({kind: MaskedAttention(kind, L, W)})
     return model
 
 
@@ -434,9 +434,9 @@ def test_an_unknown_option_is_refused(wrong: dict[str, Any]) -> None:
         TransformerConfig(**wrong)
 
 
-def test_operations_by_hand() -> None:
+def test_flops_by_hand() -> None:
     model = one_layer("row")
     d, t = model.config.width, L + N
     pairs = sum(allowed("row", i, j) for i in range(t) for j in range(t))
     products = t * 12 * d * d + L * d * (TEXT + L) + N * d * V
-    assert model.operations() == 2 * (products + 2 * d * pairs)
+    assert model.flops() == 2 * (products + 2 * d * pairs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle1.model.attention import Mask
+from dalle1.model.attention import MaskedAttention
 from dalle1.model.masks import MaskKind, image_mask
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.kv_cache import Caches, Window, decode_memory
@@ -34,7 +34,7 @@ def loud(kind: MaskKind | None, grid_size: int = 7, **changes: object) -> Transf
     if kind:
         wrap = model.config.conv_wrap
         model.kinds = [kind] * 2
-        model.masks = nn.ModuleDict({kind: Mask(kind, L, grid_size, wrap)})
+        model.masks = nn.ModuleDict({kind: MaskedAttention(kind, L, grid_size, wrap)})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
