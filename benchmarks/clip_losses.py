@@ -4,7 +4,7 @@
     python benchmarks/clip_losses.py --data runs/scenes --out runs/clip-losses
 
 Each run is `train_clip.py small` with another loss and batch size, and the step size of batches of
-128 times the square root of their ratio. Interrupted, the same command goes on. Writes
+128 times the square root of their ratio. After an interruption, the same command resumes. Writes
 OUT/losses.json and OUT/losses.png: how often partners find each other among 256 validation pairs.
 """
 
@@ -28,7 +28,7 @@ KINDS = ("one object", "all kinds")
 
 
 def measured(options: argparse.Namespace, loss: str, batch_size: int) -> dict[str, float]:
-    """Train, or go on, and give R@1 averaged over both directions."""
+    """Train, or resume, and return R@1 averaged over both directions."""
     out = options.out / f"{loss}-{batch_size}"
     done = out / "retrieval.json"
     if not done.exists():

@@ -1,8 +1,4 @@
-"""CLIP: any of them to score pictures by, one's own to train, and what to do with either.
-
-`dalle1 rank` sorts images by how well they fit a prompt, `dalle1
-filter` keeps the pairs of a data set that fit each other.
-"""
+"""CLIP: load any CLIP or SigLIP to score images, train one, rank files, and filter datasets."""
 
 from dalle1.clip.arch import ClipArch
 from dalle1.clip.loading import Clip, new_clip, random_blur

@@ -1,4 +1,4 @@
-"""How large a CLIP is."""
+"""The architecture of a CLIP."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ class ClipArch:
     """The two towers of a CLIP (Radford et al. 2021, tables 19 and 20)."""
 
     image_size: int = 128
-    """Side in pixels of the pictures that it reads; a multiple of patch_size, or of 32."""
+    """Side of the input images in pixels; a multiple of patch_size, or of 32 for the ResNet."""
     patch_size: int | None = 16
-    """Side in pixels of the ViT's patches; None for the modified ResNet."""
+    """Side of the ViT's patches in pixels; None selects the modified ResNet."""
     layers: int | tuple[int, int, int, int] = 4
-    """Of the image tower: a number for a ViT; four, one a stage, for the modified ResNet."""
+    """Layers of a ViT, or four numbers: the blocks in each stage of the modified ResNet."""
     width: int = 192
-    """Of the ViT, or of the modified ResNet after its stem."""
+    """Width of the ViT, or of the modified ResNet after its stem."""
     text_width: int = 128
-    """Of the text tower."""
+    """Width of the text tower."""
     text_layers: int = 2
-    """Of the text tower."""
+    """Layers of the text tower."""
     text_len: int = 32
-    """Tokens of a caption that are read, start and end included."""
+    """Maximum number of tokens in a caption, including start and end."""
     head_dim: int = 32
     """Channels of every attention head."""
     embed_dim: int = 128
-    """Of the space in which captions and pictures meet."""
+    """Dimension of the shared space of captions and images."""
     activation: Literal["gelu", "quick_gelu"] = "gelu"
-    """Of the transformers. OpenAI's: quick_gelu, which is x σ(1.702 x)."""
+    """Activation of the transformers. OpenAI uses quick_gelu, x σ(1.702 x)."""
 
     def __post_init__(self) -> None:
         if (self.patch_size is None) == isinstance(self.layers, int):
@@ -52,12 +52,12 @@ class ClipArch:
             )
 
     def differences(self, other: ClipArch) -> str | None:
-        """Give the flags that make `other` what this is; None where it is so already."""
-        given, wanted = asdict(self), asdict(other)
-        changed = {k: v for k, v in given.items() if v != wanted[k]}
-        flags = (f"--model.{k.replace('_', '-')} {_spelled(v)}" for k, v in changed.items())
+        """Return the flags that change `other` into this; None where they are equal."""
+        mine, others = asdict(self), asdict(other)
+        changed = {k: v for k, v in mine.items() if v != others[k]}
+        flags = (f"--model.{k.replace('_', '-')} {_flag_value(v)}" for k, v in changed.items())
         return " ".join(flags) or None
 
 
-def _spelled(value: object) -> str:
+def _flag_value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

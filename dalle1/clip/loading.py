@@ -1,10 +1,10 @@
-"""CLIP and SigLIP: embed captions and pictures in one space, score (paper §2.6).
+"""CLIP and SigLIP: embed captions and images in one space, and score images (paper §2.6).
 
-The paper draws 512 candidates and keeps those that a contrastive model (Radford et al. 2021,
-arXiv 2103.00020) finds nearest to the caption. Any `CLIPModel` or `SiglipModel` that transformers
-can load serves, and so do ours with the modified ResNet; `new_clip` builds one to be trained.
+The paper samples 512 candidates and keeps those that a contrastive model (Radford et al. 2021,
+arXiv 2103.00020) scores highest for the caption. Any `CLIPModel` or `SiglipModel` of transformers
+works, and so do ours with the modified ResNet. `new_clip` builds one to train.
 
-Legend: B captions, N pictures, D width of the shared space.
+Legend: B captions, N images, D width of the shared space.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:  # transformers takes seconds to import: it is imported where 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "toybox" / "clip"
 SCALE = "logit_scale"
 START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
-NEW_MEAN = NEW_STD = 0.5  # of the pixels that a new model reads
+NEW_MEAN = NEW_STD = 0.5  # normalization of the pixels of a new model
 
 
 def random_blur(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur every second picture a little, each differently: `[B, 3, H, W]`, H and W even.
+    """Blur half of the images `[B, 3, H, W]` at random, by random amounts; H and W are even.
 
-    A dVAE's pictures are softer than those that the scores are learned on.
+    A dVAE's images are blurrier than those that a CLIP is trained on.
     """
     size = images.shape[-2:]
     blurred = F.interpolate(F.avg_pool2d(images, 2), size=size, mode="bilinear")
@@ -56,7 +56,7 @@ def random_blur(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Clip:
-    """A contrastive model with its own way of preparing text and pictures."""
+    """A contrastive model with its tokenizer and image processor."""
 
     def __init__(
         self,
@@ -80,15 +80,14 @@ class Clip:
         """Load a CLIP or SigLIP from a folder, by its Hugging Face name, or the "bundled" one.
 
         A name is looked up in the local cache first, then on the network. Weights are loaded as
-        float32 whatever their stored type; `precision` (fp32, bf16, fp16) is what matrix products
-        are computed in.
-        ValueError when that gives no complete model.
+        float32, whatever their stored type. `precision` (fp32, bf16, fp16) is that of matrix
+        products. ValueError where there is no complete model.
         """
         folder = BUNDLED if name_or_dir == "bundled" else model_folder(name_or_dir)
         name = str(folder if folder.is_dir() else name_or_dir)
         is_folder = os.path.isdir(name)
         if not is_folder and (isinstance(name_or_dir, Path) or not _is_hub_name(name)):
-            raise ValueError(f"no CLIP at {name}: there is no such folder")
+            raise ValueError(f"no CLIP at {name}: the folder does not exist")
         failure: Exception | None = None
         for local_only in (True,) if is_folder else (True, False):
             try:
@@ -99,7 +98,7 @@ class Clip:
                 failure = error
         else:
             reason = " ".join(str(failure).split())[:300] or type(failure).__name__
-            remedy = "give a folder or Hugging Face name of a CLIPModel or SiglipModel"
+            remedy = "use a folder or Hugging Face name of a CLIPModel or SiglipModel"
             raise ValueError(f"cannot load a CLIP from {name} ({reason}): {remedy}") from failure
         clip = cls(*parts, precision)
         clip.model.eval().requires_grad_(False).to(device)
@@ -107,11 +106,11 @@ class Clip:
         return clip
 
     def save_pretrained(self, directory: Path, dtype: torch.dtype | None = None) -> None:
-        """Write plain Hugging Face files that transformers loads by itself.
+        """Write Hugging Face files that transformers can load without this package.
 
-        `dtype` is the type of the stored weights (default: as they are), but for single numbers;
-        files already in `directory` are replaced one by one, and only once all new ones are
-        complete. The scale is saved at 100 at most, the paper's limit (SigLIP has none).
+        `dtype` is the type of the stored weights, except scalars (default: unchanged). Existing
+        files in `directory` are replaced one by one, after all new files are complete. The scale
+        is limited to 100, as in the paper, except for SigLIP.
         """
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -136,35 +135,35 @@ class Clip:
 
     @property
     def text_len(self) -> int:
-        """The most tokens of a caption that the model reads, start and end included."""
+        """The maximum number of tokens in a caption, including start and end."""
         return self.model.config.text_config.max_position_embeddings
 
     @property
     def image_size(self) -> int:
-        """The side in pixels of the square pictures that the model reads."""
+        """The side of the square input images in pixels."""
         return self.model.config.vision_config.image_size
 
-    def size(self) -> ClipArch:
-        """Tell the size of both towers; ValueError for a SigLIP."""
-        from dalle1.clip.towers import size_of
+    def arch(self) -> ClipArch:
+        """Return the architecture of both towers; ValueError for a SigLIP."""
+        from dalle1.clip.towers import arch_of
 
-        return size_of(self.model)
+        return arch_of(self.model)
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Prepare captions as inputs of `get_text_features`, on the CPU.
+        """Return the inputs of `get_text_features` for captions, on the CPU.
 
-        They are padded to the longest (SigLIP: to `text_len`).
-        Captions beyond the model's limit are cut, with a warning.
+        They are padded to the longest (SigLIP: to `text_len`). Captions that exceed the model's
+        limit are truncated, with a warning.
         """
         if isinstance(captions, str) or not captions:
-            raise ValueError(f"captions is {captions!r}: pass a list of at least one string")
+            raise ValueError(f"captions is {captions!r}, expected a list of at least one string")
         captions = list(captions)
         whole = self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
         too_long = sum(len(ids) > self.text_len for ids in whole)
         if too_long:
             warnings.warn(
-                f"{too_long} of {len(captions)} captions exceed the {self.text_len} tokens that "
-                "this CLIP reads: the rest of them is ignored",
+                f"{too_long} of {len(captions)} captions have more than the {self.text_len} tokens "
+                "that this CLIP reads; they are truncated",
                 stacklevel=2,
             )
         is_siglip = self.model.config.model_type == "siglip"
@@ -180,18 +179,18 @@ class Clip:
         return {name: inputs[name] for name in kept}
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Resize, crop and normalise as the model wants: `[N, 3, size, size]` on its device."""
+        """Resize, crop and normalize images for the model: `[N, 3, size, size]` on its device."""
         if not images:
-            raise ValueError("images is empty: pass a list of at least one picture")
+            raise ValueError("images is empty, expected a list of at least one image")
         pixels = self.processor(
             images=[image.convert("RGB") for image in images],
-            input_data_format="channels_last",  # else a picture 3 pixels high is misread
+            input_data_format="channels_last",  # otherwise an image 3 pixels high is misread
             return_tensors="pt",
         )["pixel_values"]
         return pixels.to(self.model.device, self.model.dtype)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Bring pictures [B, 3, H, W] in [0, 1] to what the model reads at that size."""
+        """Normalize images [B, 3, H, W] in [0, 1] by the model's mean and standard deviation."""
         mean, std = (
             images.new_tensor(values).view(3, 1, 1)
             for values in (self.processor.image_mean, self.processor.image_std)
@@ -209,55 +208,52 @@ class Clip:
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
-        """Embed pictures as unit vectors `[N, D]`, on the model's device."""
+        """Embed images as unit vectors `[N, D]`, on the model's device."""
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         starts = range(0, max(len(images), 1), batch_size)
         batches = (self.preprocess(images[start : start + batch_size]) for start in starts)
         return torch.cat([self.embed_pixels(pixels) for pixels in batches])
 
     @torch.inference_mode()
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Embed what `preprocess` gave as unit vectors `[N, D]`."""
+        """Embed the output of `preprocess` as unit vectors `[N, D]`."""
         with autocast(self.model.device, self.precision):
             features = self.model.get_image_features(pixel_values=pixels)
         return unit_features(features)
 
     def score(self, caption: str, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
-        """Compare pictures with a caption: cosine similarities `[N]` in [-1, 1]."""
+        """Compute the cosine similarities `[N]` of images with a caption, in [-1, 1]."""
         return self.embed_images(images, batch_size) @ self.embed_text([caption])[0]
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """Say how the model would bet on the candidates `[N]` that `score` compared.
-
-        The softmax of the cosines times the learned scale: they sum to 1.
-        """
+        """Compute the softmax of the `scores` [N] times the learned scale; they sum to 1."""
         return (self.model.logit_scale.detach().exp().item() * scores.float()).softmax(-1)
 
     def _check_image_size(self, name: str) -> None:
         prepared = tuple(self.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])
         if prepared != (self.image_size, self.image_size):
             raise ValueError(
-                f"the CLIP in {name} is inconsistent: its image processor gives {prepared} pixels, "
-                f"its model reads {self.image_size}: put the right preprocessor_config.json there"
+                f"the image processor of the CLIP in {name} returns {prepared} pixels, expected "
+                f"{self.image_size} as its model; replace its preprocessor_config.json"
             )
 
 
-def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, size: ClipArch) -> Clip:
+def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, arch: ClipArch) -> Clip:
     """Build a CLIP with random weights (torch's global generator).
 
     Args:
-        tokenizer: one of ours, or another CLIP's.
+        tokenizer: ours, or that of another CLIP.
     """
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    own = isinstance(tokenizer, Tokenizer)
-    text_tokenizer = _tokenizer_with_ends(tokenizer, size.text_len) if own else tokenizer
-    side = size.image_size
+    is_ours = isinstance(tokenizer, Tokenizer)
+    text_tokenizer = _tokenizer_with_ends(tokenizer, arch.text_len) if is_ours else tokenizer
+    side = arch.image_size
     with _quiet_transformers():
         from dalle1.clip.towers import new_model
 
-        model = new_model(size, text_tokenizer)
+        model = new_model(arch, text_tokenizer)
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
@@ -298,8 +294,8 @@ def _load(name: str, *, local_files_only: bool) -> tuple[Any, Any, Any]:
     if config.model_type not in models:
         family, _, rest = config.model_type.partition("_")
         if family in models and rest in ("text_model", "vision_model"):
-            has, lacks = ("text", "pictures")[:: 1 if rest == "text_model" else -1]
-            raise ValueError(f"it has a tower of {has} alone, and none of {lacks}")
+            found, missing = ("text", "image")[:: 1 if rest == "text_model" else -1]
+            raise ValueError(f"it has a {found} tower, and no {missing} tower")
         raise ValueError(f"its model_type is {config.model_type!r}, expected clip or siglip")
     model, info = models[config.model_type].from_pretrained(
         name,
@@ -307,8 +303,8 @@ def _load(name: str, *, local_files_only: bool) -> tuple[Any, Any, Any]:
         dtype=torch.float32,  # half precision is slow or missing on CPUs, and scores are compared
         output_loading_info=True,
     )
-    if info["missing_keys"]:  # transformers would go on with random weights
-        raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])} …")
+    if info["missing_keys"]:  # transformers would continue with random weights
+        raise ValueError(f"its weights miss {', '.join(sorted(info['missing_keys'])[:3])} …")
     if (bias := getattr(config, BIAS, None)) is not None:
         model.register_parameter(BIAS, nn.Parameter(torch.tensor(bias)))
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
@@ -331,7 +327,7 @@ def _is_hub_name(name: str) -> bool:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' and the hub's notes and progress bars off the screen, then restore."""
+    """Hide the messages and progress bars of transformers and the hub, then restore them."""
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]

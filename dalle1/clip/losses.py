@@ -1,8 +1,8 @@
-"""What a CLIP is trained by: captions and pictures of a batch must find their partners.
+"""Contrastive losses: each image of a batch must match its own caption, and no other.
 
 Two losses over all pairs of a batch: the symmetric InfoNCE of CLIP (Radford et al. 2021, §2.3) and
-SigLIP's sigmoid of every single pair (Zhai et al. 2023, arXiv 2303.15343). Where a batch lies on
-several processes, `gather` brings the embeddings together, so that it counts as one.
+SigLIP's sigmoid of every single pair (Zhai et al. 2023, arXiv 2303.15343). Where a batch is
+distributed over processes, `gather` collects the embeddings, so that the batch is compared as one.
 
 Legend: B pairs, D width of the shared space.
 """
@@ -30,10 +30,10 @@ SIGMOID_START = (math.log(10.0), -10.0)  # Zhai et al. 2023, §3.2: log of the s
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveLoss:
-    """What a batch of pairs costs."""
+    """The loss of a batch of pairs."""
 
-    total: Tensor  # [] nats a pair: averaged over pictures and captions, or summed over partners
-    accuracy: Tensor  # [] share of pairs whose partner is the nearest of the batch, no gradient
+    total: Tensor  # [] nats a pair: averaged over images and captions, or summed over partners
+    accuracy: Tensor  # [] share of images and captions whose partner is the nearest, no gradient
 
 
 def contrastive_loss(
@@ -55,9 +55,9 @@ def sigmoid_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
 ) -> ContrastiveLoss:
-    """Compute SigLIP's loss of `[B, D]` unit-length pairs: is this caption this picture's, or not?
+    """Compute SigLIP's loss of `[B, D]` unit-length pairs: does the caption belong to the image?
 
-    Summed over the B² questions and divided by B, as in the paper's algorithm 1.
+    Summed over all B² combinations and divided by B, as in the paper's algorithm 1.
     """
     logits = _logits(image_embeds, text_embeds, logit_scale) + logit_bias
     signs = 2 * torch.eye(len(logits), device=logits.device) - 1
@@ -91,10 +91,10 @@ def pair_loss(
     """Compute the loss of a CLIP, as `prepare_for` left it, on a batch of pairs.
 
     Args:
-        pixels: [B, 3, H, W], normalised as the model wants.
+        pixels: [B, 3, H, W], normalized for the model.
         input_ids: [B, T], from `Clip.tokenize`. Padding comes last, so that causal text needs no
             attention mask.
-        at_once: how many pictures, or captions, hold their activations at a time; see `in_parts`.
+        at_once: how many images or captions have activations in memory at a time; see `in_parts`.
         gather: local embeddings [B, D] → those of all processes, with gradients to all.
     """
     towers: Any = model  # the methods below are what all of transformers' CLIPs have
@@ -107,10 +107,10 @@ def pair_loss(
 
 
 def prepare_for(model: nn.Module, kind: Kind) -> None:
-    """Give a model the scale and the bias that the sigmoid loss begins with.
+    """Set the initial scale and bias of the sigmoid loss, or remove the bias for InfoNCE.
 
-    Where it has a bias, it was trained so before, and both stay. InfoNCE has none: a bias that was
-    there is taken away, since it would be a parameter without a gradient.
+    A model that has a bias was trained with the sigmoid loss, and keeps scale and bias. InfoNCE
+    removes a bias, which would be a parameter without a gradient.
     """
     if kind == "infonce" and hasattr(model, BIAS):
         delattr(model, BIAS)
@@ -124,9 +124,9 @@ def prepare_for(model: nn.Module, kind: Kind) -> None:
 
 
 def limited(log_scale: Tensor) -> Tensor:
-    """Stop the learned scale at 100. Beyond, its gradient only leads back.
+    """Limit the learned scale to 100; beyond, its gradient can only reduce it.
 
-    OpenAI clips the parameter after each step; here nothing need be done outside of the loss.
+    OpenAI clips the parameter after each step; here the loss does it.
     """
     clipped = log_scale + (log_scale.clamp(max=MAX_LOG_SCALE) - log_scale).detach()
     if clipped.requires_grad:
@@ -136,7 +136,7 @@ def limited(log_scale: Tensor) -> Tensor:
 
 
 def unit_features(output: Any) -> Tensor:
-    """Take the features out of `get_text_features` or `get_image_features`, at unit length."""
+    """Return the features of `get_text_features` or `get_image_features`, at unit length."""
     features = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(features.float(), dim=-1)
 
@@ -144,11 +144,11 @@ def unit_features(output: Any) -> Tensor:
 def in_parts(
     tower: Callable[[Tensor], Any], inputs: Tensor, at_once: int | None, model: nn.Module
 ) -> Tensor:
-    """Encode `inputs` [B, …] to unit length [B, D], the activations of only `at_once` in memory.
+    """Encode `inputs` [B, …] to unit length [B, D], with activations of only `at_once` in memory.
 
-    Gradient caching (Gao et al. 2021, arXiv 2101.06983): all are encoded, their embeddings
-    compared, and then each part is encoded again while its gradient is known. Same loss, same
-    gradient, a third more work; only BatchNorm sees a part instead of the batch.
+    Gradient caching (Gao et al. 2021, arXiv 2101.06983): all inputs are encoded and compared, then
+    each part is encoded again for its gradient. Loss and gradient are the same, at a third more
+    computation. Only BatchNorm differs: it normalizes each part instead of the whole batch.
     """
 
     def encode(part: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def in_parts(
 
     if at_once is None or len(inputs) <= at_once:
         return encode(inputs)
-    again = partial(_first_and_again, model)
+    again = partial(_recompute_contexts, model)
     parts = [
         checkpoint(encode, part, use_reentrant=False, context_fn=again)
         for part in inputs.split(at_once)
@@ -164,15 +164,15 @@ def in_parts(
     return torch.cat(parts)
 
 
-def _first_and_again(
+def _recompute_contexts(
     model: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _still_statistics(model)
+    return nullcontext(), _frozen_statistics(model)
 
 
 @contextmanager
-def _still_statistics(model: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm from counting the same pictures twice."""
+def _frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep BatchNorm from counting the same images twice."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [norm.momentum for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""Sort pictures by how well they fit a prompt, without a model that draws (paper §2.6)."""
+"""Rank image files by how well they fit a prompt (paper §2.6), without a model that samples."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from dalle1.files import write_atomic
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """Print how well each picture fits a prompt, best first, and lay the best out in a grid."""
+    """Rank images by how well they fit a prompt, and save the best in a grid."""
 
     prompt: Annotated[str, tyro.conf.Positional]
-    """What the pictures are compared with."""
+    """Text that the images are compared with."""
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Pictures, or folders of them."""
+    """Images, or folders of images."""
     clip: str = "bundled"
-    """Folder or Hugging Face name of a CLIP or SigLIP, or bundled."""
+    """Folder or Hugging Face name of a CLIP or SigLIP model, or "bundled"."""
     out: Path = Path("outputs/ranked")
     """Folder for grid.png and scores.json."""
     num_images: int = 16
-    """How many, the best, the grid shows."""
+    """Maximum number of images in the grid."""
     batch_size: int = 64
-    """Pictures compared at once."""
+    """Images per batch."""
     device: str = "auto"
-    """auto is cuda, else mps, else cpu."""
+    """Device: auto, cpu, cuda, cuda:1, ... auto is cuda, else mps, else cpu."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What matrix products are computed in."""
+    """Precision of matrix products."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
@@ -50,43 +50,40 @@ class RankOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranked:
-    """A picture's file, and what a CLIP thinks of it."""
+class RankedFile:
+    """An image file with its scores."""
 
     file: str
     similarity: float
-    """Cosine of picture and prompt, in [-1, 1]."""
+    """Cosine similarity of image and prompt, in [-1, 1]."""
     probability: float
-    """The CLIP's bet on it among all that were compared; they sum to 1."""
+    """Softmax over all ranked images of the similarity times the CLIP's scale."""
 
 
-def rank(clip: Clip, prompt: str, files: Sequence[Path], batch_size: int = 64) -> list[Ranked]:
-    """Compare files of pictures with a prompt, best first; equals stay in the order given.
+def rank_files(
+    clip: Clip, prompt: str, files: Sequence[Path], batch_size: int = 64
+) -> list[RankedFile]:
+    """Return the files best first; equal scores keep their order.
 
-    A file that is no readable picture is left out, with a line on stderr. ValueError where none is.
+    An unreadable file is skipped, with a note on stderr. ValueError where all are unreadable.
     """
-    read: list[Path] = []
-    embeds: list[Tensor] = []
+    paths: list[Path] = []
+    similarities: list[Tensor] = []
     for start in range(0, len(files), batch_size):
-        found = list(_readable(files[start : start + batch_size]))
-        if found:
-            read += [path for path, _ in found]
-            embeds.append(clip.embed_images([image for _, image in found], batch_size))
-    if not read:
-        raise ValueError(f"none of {len(files)} files is a readable picture: nothing to rank")
-    similarities = torch.cat(embeds) @ clip.embed_text([prompt])[0]
-    probabilities = clip.probabilities(similarities)
-    ranked = [
-        Ranked(file=str(path), similarity=similarity, probability=probability)
-        for path, similarity, probability in zip(
-            read, similarities.tolist(), probabilities.tolist(), strict=True
-        )
-    ]
+        readable = dict(_readable_images(files[start : start + batch_size]))
+        if readable:
+            paths += readable
+            similarities.append(clip.score(prompt, list(readable.values()), batch_size))
+    if not paths:
+        raise ValueError(f"none of {len(files)} files is a readable image; expected at least one")
+    scores = torch.cat(similarities)
+    rows = zip(paths, scores.tolist(), clip.probabilities(scores).tolist(), strict=True)
+    ranked = [RankedFile(file=str(f), similarity=s, probability=p) for f, s, p in rows]
     return sorted(ranked, key=lambda entry: -entry.similarity)
 
 
-def pictures_in(files: Sequence[Path]) -> list[Path]:
-    """Replace folders by the pictures in them; ValueError where there is no such file."""
+def find_images(files: Sequence[Path]) -> list[Path]:
+    """Return the files, with folders replaced by their images; ValueError where one is missing."""
     found: list[Path] = []
     for path in files:
         if path.is_dir():
@@ -94,48 +91,49 @@ def pictures_in(files: Sequence[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise ValueError(f"no picture at {path}: there is no such file")
+            raise ValueError(f"no image at {path}: the file does not exist")
     if not found:
-        raise ValueError("there is no picture in what was given; expected .jpg, .png, .webp, .gif")
-    return found
+        folders = ", ".join(map(str, files))
+        raise ValueError(f"no images in {folders}; expected .jpg, .png, .webp or .gif files")
+    return list(dict.fromkeys(found))
 
 
-def _readable(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
+def _readable_images(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
     for path in files:
         try:
             yield path, read_image(path.read_bytes(), str(path), NO_CLEANING)
         except (ValueError, OSError) as error:
             why = " ".join(str(error).removeprefix(f"{path}: ").split())
-            print(f"note: {path} is no readable picture ({why}): left out", file=sys.stderr)
+            print(f"note: {path} is not a readable image ({why}): skipped", file=sys.stderr)
 
 
-def run(options: RankOptions) -> list[Ranked]:
-    """Rank as `options` say, print the table and write grid.png and scores.json."""
-    files = pictures_in(options.files)
+def run(options: RankOptions) -> list[RankedFile]:
+    """Rank as `options` say, print the table, and write grid.png and scores.json."""
+    files = find_images(options.files)
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
-    options.out.mkdir(parents=True, exist_ok=True)
-    ranked = rank(clip, options.prompt, files, options.batch_size)
-    print("similarity probability picture")
+    ranked = rank_files(clip, options.prompt, files, options.batch_size)
+    print("similarity probability image")
     for entry in ranked:
         print(f"{entry.similarity:10.4f} {entry.probability:11.4f} {entry.file}")
-    scores = {"prompt": options.prompt, "clip": options.clip, "pictures": list(map(asdict, ranked))}
-    write_atomic(options.out / "scores.json", json.dumps(scores, indent=1) + "\n")
-    best = [entry.file for entry in ranked[: options.num_images]]
-    cells = [thumbnail(read_image(Path(file).read_bytes(), file, NO_CLEANING)) for file in best]
-    grid(cells, min(len(cells), 4)).save(options.out / "grid.png")
+    report = {"prompt": options.prompt, "clip": options.clip, "images": list(map(asdict, ranked))}
+    write_atomic(options.out / "scores.json", json.dumps(report, indent=1) + "\n")
+    best = [Path(entry.file) for entry in ranked[: options.num_images]]
+    tiles = [thumbnail(image) for _, image in _readable_images(best)]
+    grid(tiles, min(len(tiles), 4)).save(options.out / "grid.png")
     print(f"wrote {options.out / 'grid.png'} and {options.out / 'scores.json'}")
     return ranked
 
 
 def thumbnail(image: Image.Image, side: int = 256) -> Image.Image:
-    """Bring a picture into a square of `side` pixels, white around it."""
+    """Return the image scaled to fit a white square of `side` pixels."""
     image = image.copy()
     image.thumbnail((side, side))
-    sheet = Image.new("RGB", (side, side), "white")
-    sheet.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return sheet
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Run `dalle1 rank`."""
     with one_line_errors(), notes():
         run(parse(RankOptions, args, (RankOptions.__doc__ or "").strip()))

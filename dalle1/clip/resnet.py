@@ -1,11 +1,11 @@
-"""The modified ResNet that CLIP's RN50 sees with (Radford et al. 2021, §2.4, arXiv 2103.00020).
+"""The modified ResNet, the image tower of CLIP's RN50 (Radford et al. 2021, §2.4, 2103.00020).
 
-What differs from torchvision's ResNet: a stem of three 3×3 convolutions (ResNet-D, He et al. 2019),
-every stride replaced by a mean over 2×2 (anti-aliasing, Zhang 2019), and at the end attention whose
-one query is the mean of all places. Names of weights are those of OpenAI's release, so that its
-state dicts, and open_clip's, fit.
+Differences from torchvision's ResNet: a stem of three 3×3 convolutions (ResNet-D, He et al. 2019),
+average pooling over 2×2 instead of strides (anti-aliasing, Zhang 2019), and attention pooling whose
+one query is the mean of all positions. The parameters have the names of OpenAI's release, so that
+its state dicts, and open_clip's, load.
 
-Legend: B pictures, C channels, H W places.
+Legend: B images, C channels, H W positions.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-EXPANSION = 4  # channels that leave a block, over those of its 3×3 convolution
-REDUCTION = 32  # pixels a side that one place of the last grid stands for
-WIDENING = 8 * EXPANSION  # channels of the last stage, over those after the stem
+EXPANSION = 4  # output channels of a block, relative to its 3×3 convolution
+REDUCTION = 32  # side in pixels that one position of the last grid covers
+WIDENING = 8 * EXPANSION  # channels of the last stage, relative to those after the stem
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions beside a shortcut; a stride is a mean over so many places."""
+    """1×1, 3×3 and 1×1 convolutions beside a shortcut; a stride is average pooling."""
 
     def __init__(self, c_in: int, width: int, stride: int = 1) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention of one query, the mean of all places, to them and itself; then a projection."""
+    """Attention from the mean of all positions to them and itself, then a projection."""
 
     def __init__(self, grid_size: int, width: int, heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Pictures [B, 3, image_size, image_size] to features [B, embed_dim].
+    """Images [B, 3, image_size, image_size] to features [B, embed_dim].
 
     Args:
         layers: blocks in each of the four stages; RN50's are 3, 4, 6, 3.
         width: channels after the stem; the last stage has 32 times as many.
-        heads: of the attention at the end.
+        heads: of the attention pooling.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class ModifiedResNet(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial weights, as OpenAI's code does.
+        """Initialize the weights, as OpenAI's code does.
 
         | what | initial |
         |---|---|
         | convolutions | torch's default |
-        | gain of each block's last normalisation | 0: a block begins as its shortcut |
-        | attention's projections | normal, deviation width^-½ |
+        | gain of each block's last normalization | 0: a block begins as its shortcut |
+        | attention's projections | normal, standard deviation width^-½ |
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
@@ -131,7 +131,7 @@ class ModifiedResNet(nn.Module):
         nn.init.normal_(self.attnpool.positional_embedding, std=width**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.to(memory_format=torch.channels_last)  # on CPUs many times as fast
+        x = images.to(memory_format=torch.channels_last)  # many times faster on CPUs
         for i in (1, 2, 3):
             x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
         x = self.avgpool(x)

@@ -1,4 +1,4 @@
-"""Towers of pictures and of text, joined into a model that transformers saves and loads.
+"""Image tower and text tower, combined into a model that transformers saves and loads.
 
 A ViT with a causal text tower is transformers' own `CLIPModel`. It has no modified ResNet, so
 `ResNetCLIPModel` joins ours to the same text tower. This module imports transformers, which takes
@@ -26,14 +26,14 @@ from dalle1.clip.resnet import WIDENING, ModifiedResNet
 
 
 class ResNetVisionConfig(CLIPVisionConfig):
-    """The modified ResNet's sizes; `hidden_size` is the width of its last stage."""
+    """Config of the modified ResNet; `hidden_size` is the width of its last stage."""
 
     model_type = "clip_resnet_vision"
     layers: list[int] | tuple[int, ...] = (3, 4, 6, 3)
 
 
 class ResNetCLIPConfig(CLIPConfig):
-    """A CLIP's whose pictures go through the modified ResNet."""
+    """Config of a CLIP whose image tower is the modified ResNet."""
 
     model_type = "clip_resnet"
     sub_configs_defaults = {"vision_config": ResNetVisionConfig, "text_config": CLIPTextConfig}  # noqa: RUF012
@@ -63,13 +63,13 @@ class ResNetCLIPModel(CLIPPreTrainedModel):
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Embed prepared pictures [B, 3, H, W]: [B, D]."""
+        """Embed preprocessed images [B, 3, H, W]: [B, D]."""
         return self.visual(pixel_values)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ModifiedResNet):  # after what is inside, which it draws anew
+        if isinstance(module, ModifiedResNet):  # after its submodules, which it initializes again
             module.reset_parameters()
         if module is self:
             nn.init.normal_(self.text_projection.weight, std=self.text_projection.in_features**-0.5)
@@ -78,38 +78,38 @@ class ResNetCLIPModel(CLIPPreTrainedModel):
 AutoConfig.register(ResNetCLIPConfig.model_type, ResNetCLIPConfig)
 
 
-def new_model(size: ClipArch, text_tokenizer: Any) -> CLIPModel | ResNetCLIPModel:
+def new_model(arch: ClipArch, text_tokenizer: Any) -> CLIPModel | ResNetCLIPModel:
     """Build a model with random weights (torch's global generator).
 
     Args:
-        text_tokenizer: transformers', whose vocabulary and special tokens the text tower reads.
+        text_tokenizer: of transformers; its vocabulary and special tokens define the text tower.
     """
-    text = _transformer(size.text_width, size.text_layers, size) | {
+    text = _transformer(arch.text_width, arch.text_layers, arch) | {
         "vocab_size": len(text_tokenizer),
-        "max_position_embeddings": size.text_len,
+        "max_position_embeddings": arch.text_len,
         "bos_token_id": text_tokenizer.bos_token_id,
-        # The model pools where it finds this id (its default points into CLIP's own vocabulary,
-        # and 2 would mean the old rule "the largest id", which here is the pad).
+        # The model pools at this id. Its default is from CLIP's own vocabulary, and 2 would select
+        # an older rule, "the largest id", which is the pad token here.
         "eos_token_id": text_tokenizer.eos_token_id,
         "pad_token_id": text_tokenizer.pad_token_id,
     }
-    if isinstance(size.layers, int):
-        vision = _transformer(size.width, size.layers, size)
-        vision |= {"image_size": size.image_size, "patch_size": size.patch_size}
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=size.embed_dim)
+    if isinstance(arch.layers, int):
+        vision = _transformer(arch.width, arch.layers, arch)
+        vision |= {"image_size": arch.image_size, "patch_size": arch.patch_size}
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=arch.embed_dim)
         return CLIPModel(config).eval()
-    hidden = size.width * WIDENING
-    vision = {"image_size": size.image_size, "layers": list(size.layers), "hidden_size": hidden}
-    vision["num_attention_heads"] = hidden // size.head_dim
+    hidden = arch.width * WIDENING
+    vision = {"image_size": arch.image_size, "layers": list(arch.layers), "hidden_size": hidden}
+    vision["num_attention_heads"] = hidden // arch.head_dim
     return ResNetCLIPModel(
-        ResNetCLIPConfig(text_config=text, vision_config=vision, projection_dim=size.embed_dim)
+        ResNetCLIPConfig(text_config=text, vision_config=vision, projection_dim=arch.embed_dim)
     ).eval()
 
 
 def fast_attention(model: Any, device: torch.device) -> None:
-    """Choose the attention that trains fastest: on a CPU, of short sequences, not the fused one.
+    """Select the fastest attention for training: eager for short sequences on a CPU.
 
-    There it takes half the time; GPUs have kernels of their own.
+    It takes half the time of the fused one there; GPUs have their own kernels.
     """
     vision = model.config.vision_config
     is_vit = isinstance(model, CLIPModel)
@@ -117,10 +117,10 @@ def fast_attention(model: Any, device: torch.device) -> None:
         model.set_attn_implementation("eager")
 
 
-def size_of(model: Any) -> ClipArch:
-    """Tell the size of a CLIP of either kind; ValueError for a SigLIP, whose text tower differs."""
+def arch_of(model: Any) -> ClipArch:
+    """Return the architecture of a CLIP; ValueError for a SigLIP, whose text tower differs."""
     if model.config.model_type not in (CLIPConfig.model_type, ResNetCLIPConfig.model_type):
-        raise ValueError(f"it is a {model.config.model_type}: only a CLIP can be begun with")
+        raise ValueError(f"its model_type is {model.config.model_type!r}, expected a CLIP")
     text, vision = model.config.text_config, model.config.vision_config
     is_vit = isinstance(model, CLIPModel)
     return ClipArch(
@@ -137,11 +137,11 @@ def size_of(model: Any) -> ClipArch:
     )
 
 
-def _transformer(width: int, layers: int, size: ClipArch) -> dict[str, Any]:
+def _transformer(width: int, layers: int, arch: ClipArch) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": layers,
-        "num_attention_heads": width // size.head_dim,
-        "hidden_act": size.activation,
+        "num_attention_heads": width // arch.head_dim,
+        "hidden_act": arch.activation,
     }

@@ -190,7 +190,7 @@ class ClipTask(Task[nn.Module]):
             )
             return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
         clip = Clip.from_pretrained(config.init)
-        if (changed := clip.size().differences(config.model)) is not None:
+        if (changed := clip.arch().differences(config.model)) is not None:
             raise ValueError(f"the CLIP in {config.init} is of another size; add {changed}")
         return clip
 

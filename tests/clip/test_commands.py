@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    path = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    path = tmp_path / "images"
     path.mkdir()
     for i, colour in enumerate(COLOURS):
         Image.new("RGB", (30 + i, 40), colour).save(path / f"{colour}.png")
@@ -50,63 +50,63 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     with pytest.raises(SystemExit) as stop:
         run(*args)
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    return said
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
 
 
 @pytest.mark.parametrize("batch_size", ["2", "64"])
 def test_ranking_sorts_by_the_cosine(
     folder: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     batch_size: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = ["--clip", folder, "--out", tmp_path / "out", "--batch-size", batch_size]
-    run("rank", "a red cube", pictures, *more)
-    told = json.loads((tmp_path / "out" / "scores.json").read_text())
-    clip, ranked = Clip.from_pretrained(folder), told["pictures"]
-    assert told["prompt"] == "a red cube"
+    run("rank", "a red cube", images, *more)
+    report = json.loads((tmp_path / "out" / "scores.json").read_text())
+    clip, ranked = Clip.from_pretrained(folder), report["images"]
+    assert report["prompt"] == "a red cube"
     assert {Path(entry["file"]).stem for entry in ranked} == set(COLOURS)
     found = [entry["similarity"] for entry in ranked]
     assert found == sorted(found, reverse=True)
     expected = clip.score("a red cube", [Image.open(entry["file"]) for entry in ranked])
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
-    bets = torch.tensor([entry["probability"] for entry in ranked])
+    probabilities = torch.tensor([entry["probability"] for entry in ranked])
     scale = clip.model.logit_scale.exp()
-    torch.testing.assert_close(bets, (scale * expected).softmax(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(probabilities, (scale * expected).softmax(0), atol=1e-4, rtol=0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith(ranked[0]["file"])
     assert Image.open(tmp_path / "out" / "grid.png").width > 4 * 256
 
 
-def test_what_is_no_picture_is_named_and_left_out(
-    folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_unreadable_files_are_named_and_skipped(
+    folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (pictures / "broken.png").write_bytes(b"no picture")
+    (images / "broken.png").write_bytes(b"not an image")
     out = tmp_path / "out"
-    run("rank", "a cube", pictures, "--clip", folder, "--out", out)
+    run("rank", "a cube", images, "--clip", folder, "--out", out)
     note = capsys.readouterr().err
     assert note.count("\n") == 1
-    assert "broken.png is no readable picture" in note
-    assert len(json.loads((out / "scores.json").read_text())["pictures"]) == len(COLOURS)
-    only = [pictures / "broken.png", "--clip", folder, "--out", out]
+    assert "broken.png is not a readable image" in note
+    assert len(json.loads((out / "scores.json").read_text())["images"]) == len(COLOURS)
+    only = [images / "broken.png", "--clip", folder, "--out", out]
     with pytest.raises(SystemExit):
         run("rank", "a cube", *only)
-    assert "none of 1 files is a readable picture" in capsys.readouterr().err
+    assert "none of 1 files is a readable image" in capsys.readouterr().err
 
 
 def test_mistakes_in_ranking_are_one_line(
-    folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "no picture at nowhere.png" in refused(capsys, "rank", "a", "nowhere.png")
+    assert "no image at nowhere.png" in refused(capsys, "rank", "a", "nowhere.png")
     (tmp_path / "empty").mkdir()
-    assert "there is no picture in" in refused(capsys, "rank", "a", tmp_path / "empty")
-    assert "nobody/nothing" in refused(capsys, "rank", "a", pictures, "--clip", "nobody/nothing")
+    assert "no images in" in refused(capsys, "rank", "a", tmp_path / "empty")
+    assert "nobody/nothing" in refused(capsys, "rank", "a", images, "--clip", "nobody/nothing")
     zero = ["--clip", folder, "--batch-size", "0"]
-    assert "batch_size is 0" in refused(capsys, "rank", "a", pictures, *zero)
+    assert "batch_size is 0" in refused(capsys, "rank", "a", images, *zero)
 
 
 def png(colour: str) -> bytes:
@@ -117,7 +117,7 @@ def png(colour: str) -> bytes:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards of five and one pairs; a broken picture, and one without a caption."""
+    """Two shards of five and one pairs; a broken image, and one without a caption."""
     path = tmp_path / "shards"
     path.mkdir()
     with webdataset.TarWriter(str(path / "00000.tar")) as tar:
@@ -162,18 +162,17 @@ def test_filtering_keeps_what_is_similar_enough(
         assert facts == json.loads(before[key].get("json", b'{"caption": "a pink ball"}'))
         before[key].pop("json", None)
         assert sample == before[key]  # to the byte
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     assert (
-        f"kept {len(kept)} of 8 pairs; {6 - len(kept)} are below the threshold, 2 were left out: "
-        "1 not a picture, 1 no caption" in said
+        f"kept {len(kept)} of 8 pairs; {6 - len(kept)} are below the threshold, 2 were skipped: "
+        "1 not a picture, 1 no caption" in message
     )
-    counts = np.array([line.split()[3:5] for line in said.splitlines()[1:-1]], int)
+    counts = np.array([line.split()[3:5] for line in message.splitlines()[1:-1]], int)
     assert counts.sum(0).tolist() == [6, len(kept)]
-    assert Image.open(out / "histogram.png").size == (640, 320)
     assert len(open_source(str(out), "encode")) == len(kept)  # what a training would read
 
 
-def test_filtering_goes_on_where_it_stopped(folder: Path, shards: Path, tmp_path: Path) -> None:
+def test_filtering_resumes(folder: Path, shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "kept"
     command = ["filter", "--data", shards, "--out", out, "--clip", folder]
     command += ["--min-similarity", "-1"]
@@ -190,18 +189,18 @@ def test_filtering_goes_on_where_it_stopped(folder: Path, shards: Path, tmp_path
     assert not list(out.glob(".*"))
 
 
-def test_a_pair_is_never_filtered_twice_as_something_else(
+def test_results_of_other_settings_are_refused(
     folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "kept"
     command = ["filter", "--data", shards, "--clip", folder, "--out"]
     run(*command, out, "--min-similarity", "-1")
     capsys.readouterr()
-    said = refused(capsys, *command, out, "--min-similarity", "0.3")
-    assert "holds results of other settings (min_similarity differ)" in said
-    said = refused(capsys, *command, out, "--min-similarity", "-1", "--precision", "bf16")
-    assert "(precision differ)" in said
-    assert "where the data is" in refused(capsys, *command, shards)
+    message = refused(capsys, *command, out, "--min-similarity", "0.3")
+    assert "holds results of other settings (min_similarity differ)" in message
+    message = refused(capsys, *command, out, "--min-similarity", "-1", "--precision", "bf16")
+    assert "(precision differ)" in message
+    assert "the folder of the data" in refused(capsys, *command, shards)
     assert "no shards at" in refused(capsys, "filter", "--data", tmp_path, "--out", out)
     assert "expected a cosine" in refused(capsys, *command, out, "--min-similarity", "28")
 
@@ -216,7 +215,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
 
 
 def test_every_pair_that_a_training_reads_is_filtered(folder: Path, tmp_path: Path) -> None:
-    """Captions in .json, several of them, members anywhere in the shard and of any name."""
+    """Captions in .json, several captions, and members in any order and of any name."""
     data, out = tmp_path / "data", tmp_path / "out"
     several = ["nothing like it", "a red cube", "still something else"]
     files = {
@@ -243,8 +242,8 @@ def test_every_pair_that_a_training_reads_is_filtered(folder: Path, tmp_path: Pa
     with tarfile.open(out / "00000.tar") as tar:
         found = {x.name.lower(): tar.extractfile(x).read() for x in tar}  # type: ignore[union-attr]
     for name, captions in (("1", several), ("in/2", several), ("3", ["a white ball"])):
-        picture = png({"1": "green", "in/2": "blue", "3": "white"}[name])
-        shown = [Image.open(io.BytesIO(picture))]
+        content = png({"1": "green", "in/2": "blue", "3": "white"}[name])
+        shown = [Image.open(io.BytesIO(content))]
         best = max(clip.score(caption, shown).item() for caption in captions)
         facts = json.loads(found.pop(f"{name}.json"))
         assert facts["similarity"] == pytest.approx(best, abs=1e-5)
@@ -254,43 +253,41 @@ def test_every_pair_that_a_training_reads_is_filtered(folder: Path, tmp_path: Pa
     assert (facts["caption"], facts["url"]) == ("a red cube", "x")
     rest = {k.lower(): x for k, x in files.items() if not k.endswith(".json") and k != "4"}
     assert found == rest
-    left = [json.loads(x) for x in (out / "00000_left_out.jsonl").read_text().splitlines()]
-    assert [(x["cause"], x["where"][:2]) for x in left] == [("no picture", "4 ")]
+    skipped = [json.loads(x) for x in (out / "00000_skipped.jsonl").read_text().splitlines()]
+    assert [(x["cause"], x["where"][:2]) for x in skipped] == [("no picture", "4 ")]
 
 
-def test_damaged_shards_are_passed_over_and_named(
+def test_damaged_shards_are_skipped_and_named(
     folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, last = tmp_path / "out", shards / "00001.tar"
     whole = last.read_bytes()
     with tarfile.open(last) as tar:
-        cut = tar.getmembers()[2].offset_data + 10  # within the second picture
+        cut = tar.getmembers()[2].offset_data + 10  # within the second image
     last.write_bytes(whole[:cut])
     (shards / "00002.tar").write_bytes(b"no tar at all" * 100)
     command = ["filter", "--data", shards, "--out", out, "--clip", folder, "--min-similarity", "-1"]
-    for _ in range(2):  # and again where it goes on
+    for _ in range(2):  # and again when it resumes
         with pytest.raises(SystemExit) as stop:
             run(*command)
         assert stop.value.code == 1
-        said = capsys.readouterr()
-        assert "kept 6 of 7 pairs; 0 are below the threshold, 1 were left out" in said.out
-        assert "00001.tar: shard cut short" in said.err
-        assert "00002.tar: unreadable shard" in said.err
+        message = capsys.readouterr()
+        assert "kept 6 of 7 pairs; 0 are below the threshold, 1 were skipped" in message.out
+        assert "00001.tar: shard cut short" in message.err
+        assert "00002.tar: unreadable shard" in message.err
         assert len(samples(out)) == 6
     last.write_bytes(whole)
     write_tar(shards / "00002.tar", {"20.png": png("red"), "20.txt": b"a red cube"})
-    run(*command)  # both were mended
-    assert (
-        "kept 7 of 9 pairs; 0 are below the threshold, 2 were left out" in capsys.readouterr().out
-    )
+    run(*command)  # both were repaired
+    assert "kept 7 of 9 pairs; 0 are below the threshold, 2 were skipped" in capsys.readouterr().out
 
 
-def test_a_shard_in_the_way_is_not_written_over(
+def test_a_users_shard_is_not_overwritten(
     folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stray = tmp_path / "out" / "00001.tar"
     write_tar(stray, {"own.txt": b"a user's"})
     kept = stray.read_bytes()
-    said = refused(capsys, "filter", "--data", shards, "--out", stray.parent, "--clip", folder)
-    assert "was not written by this" in said
+    message = refused(capsys, "filter", "--data", shards, "--out", stray.parent, "--clip", folder)
+    assert "was not written by this command" in message
     assert stray.read_bytes() == kept

@@ -24,7 +24,7 @@ CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", 
 SMALL = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
 
 
-def pictures(count: int = 4) -> list[Image.Image]:
+def noise_images(count: int = 4) -> list[Image.Image]:
     rng = random.Random(0)
     sizes = [(rng.randint(1, 60), rng.randint(1, 60)) for _ in range(count)]
     return [Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])) for size in sizes]
@@ -52,18 +52,18 @@ def test_transformers_itself_loads_what_is_saved(clip: Clip, folder: Path) -> No
     with torch.inference_mode():
         inputs = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
         text = model.get_text_features(**inputs).pooler_output
-        pixels = processor(images=pictures(), input_data_format="channels_last")["pixel_values"]
+        pixels = processor(images=noise_images(), input_data_format="channels_last")["pixel_values"]
         image = model.get_image_features(torch.stack(list(map(torch.as_tensor, pixels))))
     torch.testing.assert_close(F.normalize(text, dim=-1), clip.embed_text(CAPTIONS))
     torch.testing.assert_close(
-        F.normalize(image.pooler_output, dim=-1), clip.embed_images(pictures())
+        F.normalize(image.pooler_output, dim=-1), clip.embed_images(noise_images())
     )
 
 
 def test_saved_clips_come_back_the_same(clip: Clip, folder: Path, tmp_path: Path) -> None:
     loaded = Clip.from_pretrained(folder)
-    expected = clip.score("a red cube", pictures())
-    torch.testing.assert_close(loaded.score("a red cube", pictures()), expected)
+    expected = clip.score("a red cube", noise_images())
+    torch.testing.assert_close(loaded.score("a red cube", noise_images()), expected)
     assert not loaded.model.training
     half = tmp_path / "half"
     for _ in range(2):  # the second replaces the first
@@ -73,7 +73,9 @@ def test_saved_clips_come_back_the_same(clip: Clip, folder: Path, tmp_path: Path
     assert size < 0.6 * (folder / "model.safetensors").stat().st_size
     again = Clip.from_pretrained(half)
     assert again.model.dtype == torch.float32
-    torch.testing.assert_close(again.score("a red cube", pictures()), expected, atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        again.score("a red cube", noise_images()), expected, atol=1e-2, rtol=0
+    )
 
 
 def test_text_is_pooled_at_its_end_whatever_the_padding(clip: Clip) -> None:
@@ -86,7 +88,7 @@ def test_text_is_pooled_at_its_end_whatever_the_padding(clip: Clip) -> None:
 
 
 def test_long_text_is_cut_with_a_warning_and_keeps_its_end(clip: Clip) -> None:
-    with pytest.warns(UserWarning, match="1 of 2 captions exceed the 12 tokens"):
+    with pytest.warns(UserWarning, match="1 of 2 captions have more than the 12 tokens"):
         ids = clip.tokenize(["a red cube " * 20, "a star"])["input_ids"]
     assert ids.shape == (2, 12)
     assert ids[0, -1] == clip.tokenizer.eos_token_id
@@ -96,7 +98,7 @@ def test_long_text_is_cut_with_a_warning_and_keeps_its_end(clip: Clip) -> None:
 
 
 def test_scores_are_cosines(clip: Clip) -> None:
-    images = pictures(7)
+    images = noise_images(7)
     scores = clip.score("a blue star", images)
     assert scores.shape == (7,)
     assert (scores.abs() <= 1 + 1e-6).all()
@@ -107,13 +109,13 @@ def test_scores_are_cosines(clip: Clip) -> None:
 def test_random_blur_blurs_about_half_of_the_images_and_is_repeatable() -> None:
     images = torch.rand(64, 3, 16, 16)
 
-    def draw(seed: int) -> torch.Tensor:
+    def blurred(seed: int) -> torch.Tensor:
         return random_blur(images, torch.Generator().manual_seed(seed))
 
-    torch.testing.assert_close(draw(0), draw(0))
-    changed = (draw(0) != images).flatten(1).any(1)
+    torch.testing.assert_close(blurred(0), blurred(0))
+    changed = (blurred(0) != images).flatten(1).any(1)
     assert 16 < changed.sum() < 48
-    assert (draw(0)[changed].flatten(1).std(1) < images[changed].flatten(1).std(1)).all()
+    assert (blurred(0)[changed].flatten(1).std(1) < images[changed].flatten(1).std(1)).all()
 
 
 def write_folder(path: Path, family: str, clip: Clip) -> Path:
@@ -146,7 +148,7 @@ def test_transformers_models_of_both_families_score(
 ) -> None:
     loaded = Clip.from_pretrained(write_folder(tmp_path / family, family, clip))
     assert (loaded.image_size, loaded.text_len) == (24, 16)
-    scores = loaded.score("a red cube", pictures())
+    scores = loaded.score("a red cube", noise_images())
     assert scores.shape == (4,)
     assert torch.isfinite(scores).all()
     # The folder's own mean and deviation, and the crop, reach the pixels.
@@ -164,9 +166,9 @@ def test_siglip_embeddings_are_transformers_own(clip: Clip, tmp_path: Path) -> N
     loaded, model = Clip.from_pretrained(path), SiglipModel.from_pretrained(path)
     ids = loaded.tokenize(CAPTIONS)["input_ids"]
     with torch.inference_mode():
-        output = model(input_ids=ids, pixel_values=loaded.preprocess(pictures()))
+        output = model(input_ids=ids, pixel_values=loaded.preprocess(noise_images()))
     torch.testing.assert_close(output.text_embeds, loaded.embed_text(CAPTIONS))
-    torch.testing.assert_close(output.image_embeds, loaded.embed_images(pictures()))
+    torch.testing.assert_close(output.image_embeds, loaded.embed_images(noise_images()))
 
 
 def one_line(name: str | Path) -> str:
@@ -177,8 +179,8 @@ def one_line(name: str | Path) -> str:
 
 
 def test_a_bad_name_is_one_line(tmp_path: Path) -> None:
-    assert "no such folder" in one_line(tmp_path / "missing")
-    assert "no such folder" in one_line("a/path/to/nothing")
+    assert "the folder does not exist" in one_line(tmp_path / "missing")
+    assert "the folder does not exist" in one_line("a/path/to/nothing")
     assert "nobody/no-such-clip" in one_line("nobody/no-such-clip")  # offline: conftest.py
     assert str(tmp_path) in one_line(tmp_path)  # an empty folder
 
@@ -188,12 +190,12 @@ def test_one_tower_alone_is_named(family: str, clip: Clip, tmp_path: Path) -> No
     import transformers as hf
 
     whole = write_folder(tmp_path / "whole", family, clip)
-    for part, lacks in (("text", "pictures"), ("vision", "text")):
+    for part, missing in (("text", "image"), ("vision", "text")):
         path = tmp_path / part
         shutil.copytree(whole, path)
         config = getattr(hf, f"{family}Config").from_pretrained(whole)
         getattr(config, f"{part}_config").save_pretrained(path)
-        assert f"alone, and none of {lacks}" in one_line(path)
+        assert f"and no {missing} tower" in one_line(path)
 
 
 def damage(folder: Path, how: str) -> None:
@@ -245,10 +247,10 @@ def test_a_processor_that_does_not_fit_its_model_is_named(folder: Path, tmp_path
     settings = json.loads((path / "preprocessor_config.json").read_text())
     settings["crop_size"] = {"height": 48, "width": 48}
     (path / "preprocessor_config.json").write_text(json.dumps(settings))
-    assert "inconsistent" in one_line(path)
+    assert "image processor" in one_line(path)
 
 
-def test_a_picture_that_is_no_square_is_cut_not_squashed(clip: Clip) -> None:
+def test_an_image_that_is_not_square_is_cropped(clip: Clip) -> None:
     wide = Image.new("RGB", (42, 32), "blue")
     wide.paste("red", (0, 0, 5, 32))  # what the square in the middle leaves out
     expected = clip.preprocess([Image.new("RGB", (32, 32), "blue")])
@@ -285,7 +287,7 @@ def test_mistakes_are_named(clip: Clip) -> None:
     with pytest.raises(ValueError, match="images is empty"):
         clip.embed_images([])
     with pytest.raises(ValueError, match="batch_size is 0"):
-        clip.embed_images(pictures(), batch_size=0)
+        clip.embed_images(noise_images(), batch_size=0)
     with pytest.raises(ValueError, match="divide"):
         new_clip(Tokenizer.train([], 256), ClipArch(image_size=100))
 

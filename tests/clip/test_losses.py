@@ -18,8 +18,8 @@ from dalle1.clip.losses import in_parts, limited, prepare_for
 
 
 def unit(count: int, width: int = 8, seed: int = 0) -> torch.Tensor:
-    draw = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-    return F.normalize(draw, dim=-1)
+    embeds = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(embeds, dim=-1)
 
 
 def sigmoid(images: torch.Tensor, texts: torch.Tensor, scale: float) -> ContrastiveLoss:
@@ -69,7 +69,7 @@ def test_both_equal_numpy() -> None:
 def test_accuracy_counts_both_directions() -> None:
     images = torch.eye(2)
     texts = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
-    # Picture 0 finds caption 0, picture 1 caption 1; caption 1 finds picture 0.
+    # Image 0 finds caption 0, image 1 caption 1; caption 1 finds image 0.
     assert contrastive_loss(images, texts, 1.0).accuracy.item() == 0.75
     assert sigmoid(images, texts, 1.0).accuracy.item() == 0.75
 
@@ -119,7 +119,7 @@ def test_embeddings_that_do_not_pair_up_are_refused(loss: Loss) -> None:
 
 
 class Towers(nn.Module):
-    """A CLIP small enough to count on: linear maps, and a BatchNorm for pictures."""
+    """A CLIP small enough to compute by hand: linear maps, and a BatchNorm for images."""
 
     def __init__(self, norm: bool = False) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def test_gradient_caching_keeps_activations_of_one_part_only() -> None:
     assert Counting.most == 3
 
 
-def test_gradient_caching_counts_pictures_once_in_batchnorm() -> None:
+def test_gradient_caching_counts_images_once_in_batchnorm() -> None:
     pixels, ids = pairs()
     model, seen = Towers(norm=True), Towers(norm=True)
     pair_loss(model, pixels, ids, at_once=4).total.backward()

@@ -72,7 +72,7 @@ def test_the_resnet_is_open_clips(resnet: ModifiedResNet) -> None:
 
 
 def as_the_paper_says(weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """Compute the tower from its description, place by place, with no module of ours."""
+    """Compute the tower from its description, position by position, with none of our modules."""
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         shape = (1, -1, 1, 1)
@@ -100,17 +100,17 @@ def as_the_paper_says(weights: dict[str, torch.Tensor], images: torch.Tensor) ->
                 short = halved(x) if shrink else x
                 x = norm(conv(short, f"{at}.downsample.0"), f"{at}.downsample.1")
             x = (x + y).relu()
-    places = x.flatten(2).mT  # [B, HW, C]
-    places = torch.cat([places.mean(1, keepdim=True), places], 1)
-    places = places + weights["attnpool.positional_embedding"]
-    attention = nn.MultiheadAttention(places.shape[-1], 8, batch_first=True)
+    positions = x.flatten(2).mT  # [B, HW, C]
+    positions = torch.cat([positions.mean(1, keepdim=True), positions], 1)
+    positions = positions + weights["attnpool.positional_embedding"]
+    attention = nn.MultiheadAttention(positions.shape[-1], 8, batch_first=True)
     projections = [weights[f"attnpool.{name}_proj.weight"] for name in "qkv"]
     biases = [weights[f"attnpool.{name}_proj.bias"] for name in "qkv"]
     attention.in_proj_weight.data = torch.cat(projections)
     attention.in_proj_bias.data = torch.cat(biases)
-    attention.out_proj.weight = nn.Parameter(torch.eye(places.shape[-1]))
+    attention.out_proj.weight = nn.Parameter(torch.eye(positions.shape[-1]))
     nn.init.zeros_(attention.out_proj.bias)
-    pooled = attention(places, places, places)[0][:, 0]
+    pooled = attention(positions, positions, positions)[0][:, 0]
     return F.linear(pooled, weights["attnpool.c_proj.weight"], weights["attnpool.c_proj.bias"])
 
 
@@ -153,13 +153,13 @@ SIZES = {
 
 @pytest.mark.parametrize("name", CLIP_PRESETS)
 def test_presets_have_the_sizes_of_the_released_models(name: str) -> None:
-    from dalle1.clip.towers import new_model, size_of
+    from dalle1.clip.towers import arch_of, new_model
 
     with torch.device("meta"):
         model = new_model(CLIP_PRESETS[name].model, Vocabulary(SIZES[name][0]))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == SIZES[name][1]
-    assert size_of(model) == CLIP_PRESETS[name].model
+    assert arch_of(model) == CLIP_PRESETS[name].model
 
 
 def small(**size: Any) -> Clip:
@@ -174,16 +174,16 @@ def clip() -> Clip:
 
 
 def test_a_clip_with_a_resnet_comes_back_the_same(clip: Clip, tmp_path: Path) -> None:
-    picture = Image.effect_noise((40, 32), 90).convert("RGB")
+    image = Image.effect_noise((40, 32), 90).convert("RGB")
     clip.save_pretrained(tmp_path)
     loaded = Clip.from_pretrained(tmp_path)
     assert loaded.image_size == 32
-    assert loaded.size() == clip.size()
+    assert loaded.arch() == clip.arch()
     torch.testing.assert_close(
-        loaded.score("a red cube", [picture]), clip.score("a red cube", [picture])
+        loaded.score("a red cube", [image]), clip.score("a red cube", [image])
     )
-    expected = clip.model.visual(clip.preprocess([picture]))
-    torch.testing.assert_close(loaded.embed_images([picture]), F.normalize(expected, dim=-1))
+    expected = clip.model.visual(clip.preprocess([image]))
+    torch.testing.assert_close(loaded.embed_images([image]), F.normalize(expected, dim=-1))
 
 
 def test_text_is_read_at_its_end_by_a_causal_tower(clip: Clip) -> None:
