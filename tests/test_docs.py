@@ -1,74 +1,121 @@
-"""The commands of the guide are understood as they are written."""
+"""Commands in the documentation parse, links resolve, and the README stays short."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import shlex
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
-from dalle1.commands import evaluate, sample
-from dalle1.console import parse_preset
-from dalle1.data.check import CheckConfig
-from dalle1.data.encoded import EncodeConfig
-from dalle1.tasks.clip import CLIP_PRESETS
-from dalle1.tasks.dvae import DVAE_PRESETS
-from dalle1.tasks.transformer import TRANSFORMER_PRESETS
+from dalle1.cli import SUBCOMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDE = (ROOT / "docs" / "train-your-own.md").read_text(encoding="utf-8")
-COMMANDS = [
-    shlex.split(line)
-    for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
-    for line in block.splitlines()
-]
-PRESETS: dict[str, Any] = {
-    "train_dvae.py": DVAE_PRESETS,
-    "train_transformer.py": TRANSFORMER_PRESETS,
-    "train_clip.py": CLIP_PRESETS,
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "dalle1" / "bundled").rglob("README.md"))
+SCRIPTS = {
+    "train_dvae.py": "train dvae",
+    "train_transformer.py": "train transformer",
+    "train_clip.py": "train clip",
+    "sample.py": "sample",
+    "evaluate.py": "evaluate",
 }
-MODULES: dict[str, Any] = {"dalle1.data.check": CheckConfig, "dalle1.data.encoded": EncodeConfig}
+GUIDE = ROOT / "docs" / "train-your-own.md"
 
 
-def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Give the options that a command is understood to have, without running it."""
-    assert words[0] == "python"
-    if words[1] == "-m":
-        return tyro.cli(MODULES[words[2]], args=words[3:])
-    script, args = words[1], words[2:]
-    if script in PRESETS:
-        return parse_preset(PRESETS[script], args, "")
-    if script == "sample.py":
-        return sample.parse(args)
-    if script == "recipes/photographs.py":
-        return runpy.run_path(str(ROOT / script))["parse"](args)
-    assert script == "evaluate.py"
-    given: list[Any] = []
-    monkeypatch.setattr(evaluate, "run", given.append)
-    evaluate.main(args)
-    return given[0]
+def commands_in(page: Path) -> Iterator[list[str]]:
+    """Yield the words of each command in the page's shell blocks."""
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[1:4]))
-def test_every_command_of_the_guide_is_understood(
-    words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert understood(words, monkeypatch).out.parts[0] == "runs"
+COMMANDS = [(page.name, words) for page in PAGES for words in commands_in(page)]
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[1:4]))
-def test_a_flag_that_is_none_is_noticed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+class Parsed(BaseException):
+    """Carries the options that a command parsed, and keeps it from running."""
+
+
+def parsed(name: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the options that a subcommand reads from its arguments."""
+    module = import_module(SUBCOMMANDS[name][0])
+    for function in ("parse", "parse_preset"):
+        if (parse := getattr(module, function, None)) is not None:
+
+            def stop(*given: Any, parse: Any = parse, **options: Any) -> Any:
+                raise Parsed(parse(*given, **options))
+
+            monkeypatch.setattr(module, function, stop)
+    with pytest.raises(Parsed) as caught:
+        module.main(args)
+    return caught.value.args[0]
+
+
+def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what a command of the documentation is parsed to; fail where it is not understood."""
+    program, *rest = words
+    if program == "torchrun":
+        rest = rest[rest.index("--nproc-per-node") + 2 :]
+        program = "python"
+    if program == "dalle1":
+        length = 2 if " ".join(rest[:2]) in SUBCOMMANDS else 1
+        return parsed(" ".join(rest[:length]), rest[length:], monkeypatch)
+    if program == "python":
+        script, *args = rest
+        if script in SCRIPTS:
+            return parsed(SCRIPTS[script], args, monkeypatch)
+        if script == "recipes/photographs.py":
+            return runpy.run_path(str(ROOT / script))["parse"](args)
+        assert (ROOT / script).is_file(), script
+        return None
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert rest[0] in targets
+        return None
+    if program == "sbatch":
+        assert (ROOT / rest[0]).is_file()
+        return None
+    assert program == "pip", f"{program}: the test does not know how to check it"
+    return None
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda x: x if isinstance(x, str) else "")
+def test_every_command_parses(page: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = check(words, monkeypatch)
+    if page == GUIDE.name and options is not None:
+        assert options.out.parts[0] == "runs"
+
+
+FLAGGED = [words for _, words in COMMANDS if words[0] == "dalle1" and words[-1] != "PROMPT"]
+
+
+@pytest.mark.parametrize("words", FLAGGED, ids=" ".join)
+def test_an_unknown_flag_is_noticed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((SystemExit, ValueError)):
-        understood([*words, "--no-such-flag", "1"], monkeypatch)
+        check([*words, "--no-such-flag", "1"], monkeypatch)
 
 
-def test_the_guide_leads_from_pictures_to_samples() -> None:
-    scripts = [words[2] if words[1] == "-m" else words[1] for words in COMMANDS]
-    order = ["dalle1.data.check", *PRESETS]
-    assert [name for name in scripts if name in order][:1] == ["dalle1.data.check"]
-    for name in (*MODULES, *PRESETS, "sample.py"):
-        assert name in scripts
+def test_the_guide_leads_from_images_to_samples() -> None:
+    names = [" ".join(words[1:3]) for words in commands_in(GUIDE) if words[0] == "dalle1"]
+    steps = ["check", "train dvae", "evaluate dvae", "encode", "train transformer", "train clip"]
+    order = [next(i for i, name in enumerate(names) if name.startswith(step)) for step in steps]
+    assert order == sorted(order)
+    assert any(name.startswith("sample") for name in names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link.partition("#")[0]).exists()]
+    assert missing == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
