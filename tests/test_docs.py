@@ -48,8 +48,8 @@ def parsed(name: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     for function in ("parse", "parse_preset"):
         if (parse := getattr(module, function, None)) is not None:
 
-            def stop(*given: Any, parse: Any = parse, **options: Any) -> Any:
-                raise Parsed(parse(*given, **options))
+            def stop(*inputs: Any, parse: Any = parse, **options: Any) -> Any:
+                raise Parsed(parse(*inputs, **options))
 
             monkeypatch.setattr(module, function, stop)
     with pytest.raises(Parsed) as caught:
