@@ -25,7 +25,16 @@ LAYERS = [
     ["dalle1.image_tokenizer"],
     ["dalle1.toybox.*", "dalle1.text.*", "dalle1.model.*"],
     ["dalle1.clip.*", "dalle1.data.*", "dalle1.importers.*"],
-    ["dalle1.training.*", "dalle1.sampling.*"],
+    ["dalle1.sampling.*"],
+    ["dalle1.training", "dalle1.training.schedules", "dalle1.training.scaling"],
+    ["dalle1.training.config", "dalle1.training.distributed", "dalle1.training.shim"],
+    ["dalle1.training.task"],
+    ["dalle1.training.optimizers", "dalle1.training.resblocks", "dalle1.training.resume_key"],
+    ["dalle1.training.checkpoint", "dalle1.training.logging"],
+    ["dalle1.training.engines.*"],
+    ["dalle1.training.trainer"],
+    ["dalle1.training.interrupts"],
+    ["dalle1.training.loop"],
     ["dalle1.pipeline"],
     ["dalle1", "dalle1.evaluation.*", "dalle1.outputs"],
     ["dalle1.tasks.*"],
@@ -40,14 +49,23 @@ DVAE_MAY_IMPORT = {"dvae", "torch", "einops", "numpy", "safetensors"} | sys.stdl
 LAZY = {"deepspeed", "ftfy", "transformers", "webdataset", "gradio", "wandb"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc"}
 NOT_SOURCE = {"runs", "outputs", "build", "dist", "wandb", "__pycache__"}
-MAX_FUNCTION_LINES = 60
-MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 50
+MAX_FILE_LINES = 400
+
+# Files, and functions as FILE:NAME, that are still longer than that. Remove each once it is split.
+TOO_LONG = {
+    "dalle1/data/loader.py",
+    "dalle1/data/loader.py:batches",
+    "dalle1/pipeline.py",
+    "dalle1/pipeline.py:draw",
+    "train_toy.py:stages",
+}
 
 
 class Import(NamedTuple):
     target: str
     line: int
-    runs_on_import: bool  # False inside a function, and under `if TYPE_CHECKING:`
+    is_global: bool  # False inside a function; True under `if TYPE_CHECKING:`
 
 
 def source_paths(root: Path) -> Iterator[Path]:
@@ -105,15 +123,13 @@ def imports_of(name: str, known: dict[str, Path]) -> Iterator[Import]:
                 return [module]
         return []
 
-    def visit(node: ast.AST, runs_on_import: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, is_global: bool) -> Iterator[Import]:
         for target in targets(node):
-            yield Import(target, getattr(node, "lineno", 0), runs_on_import)
+            yield Import(target, getattr(node, "lineno", 0), is_global)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            runs_on_import = False
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            runs_on_import = False
+            is_global = False
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, runs_on_import)
+            yield from visit(child, is_global)
 
     yield from visit(ast.parse(known[name].read_text(encoding="utf-8")), True)
 
@@ -145,13 +161,13 @@ def check_packages(root: Path) -> list[str]:
 
 
 def check_cycles(root: Path) -> list[str]:
-    """No modules import each other in a circle while they load."""
+    """No modules import each other in a circle, imports for type checking included."""
     known = modules(root)
     graph = {
         name: {
             target
-            for target, _, runs_on_import in imports_of(name, known)
-            if runs_on_import and target in known
+            for target, _, is_global in imports_of(name, known)
+            if is_global and target in known
         }
         for name in known
     }
@@ -209,25 +225,26 @@ def check_names(root: Path) -> list[str]:
 
 def check_sizes(root: Path) -> list[str]:
     """A file is read in one sitting, and a function (outside the tests) fits on a screen or so."""
-    complaints = []
+    long: dict[str, str] = {}
     for path in source_paths(root):
-        if path.suffix != ".py" or path.is_dir():
+        where = path.relative_to(root)
+        if path.suffix != ".py" or path.is_dir() or where.parts[0] == "tests":
             continue
-        source, where = path.read_text(encoding="utf-8"), path.relative_to(root)
+        source, name = path.read_text(encoding="utf-8"), where.as_posix()
         lines = len(source.splitlines())
-        if lines > MAX_FILE_LINES:
-            complaints.append(f"{where} has {lines} lines, more than {MAX_FILE_LINES}: split it")
-        if where.parts[0] == "tests":
-            continue
+        if lines > MAX_FILE_LINES and where.parts[:2] != ("dalle1", "toybox"):
+            long[name] = f"{name} has {lines} lines, more than {MAX_FILE_LINES}: split it"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > MAX_FUNCTION_LINES:
-                    complaints.append(
-                        f"{where}:{node.lineno} {node.name} has {lines} lines,"
+                    long[f"{name}:{node.name}"] = (
+                        f"{name}:{node.lineno} {node.name} has {lines} lines,"
                         f" more than {MAX_FUNCTION_LINES}: split it"
                     )
-    return complaints
+    known = TOO_LONG if root == ROOT else set()
+    split = [f"{name} is short enough: remove it from TOO_LONG" for name in known - long.keys()]
+    return [message for name, message in long.items() if name not in known] + split
 
 
 CHECKS = [
@@ -312,6 +329,22 @@ VIOLATIONS: list[tuple[Check, dict[str, str], str]] = [
         "modules import each other in a circle: ",
     ),
     (
+        check_cycles,
+        {
+            "dalle1/training/loop.py": (
+                "from typing import TYPE_CHECKING\n"
+                "if TYPE_CHECKING:\n    from dalle1.training.trainer import Trainer\n"
+            ),
+            "dalle1/training/trainer.py": "from dalle1.training.loop import fit\n",
+        },
+        "modules import each other in a circle: ",
+    ),
+    (
+        check_layers,
+        {"dalle1/training/task.py": "import dalle1.training.loop", "dalle1/training/loop.py": ""},
+        "dalle1.training.task:1 imports dalle1.training.loop, which stands above it",
+    ),
+    (
         check_dvae_stands_alone,
         {"dvae/model.py": "import torch.nn\nfrom dalle1.text import encode\n"},
         "dvae.model:2 imports dalle1.text, but dvae stands alone",
@@ -347,12 +380,12 @@ VIOLATIONS: list[tuple[Check, dict[str, str], str]] = [
     (
         check_sizes,
         {"tests/test_long.py": LONG_FUNCTION, "benchmarks/long.py": LONG_FUNCTION},
-        "benchmarks/long.py:1 f has 61 lines, more than 60: split it",
+        "benchmarks/long.py:1 f has 51 lines, more than 50: split it",
     ),
     (
         check_sizes,
         {"sample.py": "x = 1\n" * (MAX_FILE_LINES + 1)},
-        "sample.py has 451 lines, more than 450: split it",
+        "sample.py has 401 lines, more than 400: split it",
     ),
 ]
 
@@ -378,7 +411,7 @@ def test_what_is_allowed_passes(tmp_path: Path) -> None:
             "dalle1/data/__init__.py": "from dalle1.data.folder import Folder\n",
             "dalle1/data/folder.py": (
                 "from typing import TYPE_CHECKING\n"
-                "if TYPE_CHECKING:\n    from dalle1.data import Batch\n"
+                "if TYPE_CHECKING:\n    from dalle1.text import encode\n"
             ),
             "dvae/__init__.py": "from .model import DVAE\n",
             "dvae/model.py": "import math\nimport torch\nfrom einops import rearrange\n",
