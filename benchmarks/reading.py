@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from photographs import photographs
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data import loader as batches
+from dalle1.data import LoaderConfig, ReadOptions, Sample
 from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.images import Augmentation, augmented, to_tensor
 from dalle1.data.sources.indexed_shards import IndexedShards
@@ -63,8 +62,8 @@ def alone(paths: Sequence[Path], size: int, rng: random.Random) -> None:
         np.array(image.crop((left, top, left + size, top + size)))
 
 
-def prepare(size: int, source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-    return {"images": to_tensor(augmented(source.image(index), size, rng, Augmentation()))}
+def prepare(size: int, sample: Sample, rng: random.Random) -> Mapping[str, Tensor]:
+    return {"images": to_tensor(augmented(sample.image(), size, rng, Augmentation()))}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -83,10 +82,12 @@ def measure(paths: Sequence[Path], size: int, repeats: int) -> dict[str, float]:
             tar.write({"__key__": path.stem, "jpg": path.read_bytes(), "txt": b"a photograph"})
 
     def ours(detail: int) -> Callable[[], object]:
+        cleaning = CleaningConfig(max_aspect=10)
         source = IndexedShards(
-            [shard], "encode", reading=CleaningConfig(max_aspect=10), detail=detail
+            [shard], "encode", ReadOptions(cleaning=cleaning, decode_size=detail)
         )
-        stream = batches(source, partial(prepare, size), batch_size=BATCH)
+        loader = source.loader(partial(prepare, size), LoaderConfig(batch_size=BATCH))
+        stream = loader.batches(0)
         next(stream)
         count = max(1, len(paths) // BATCH)
         return lambda: list(islice(stream, count))

@@ -32,8 +32,8 @@ from dalle1.clip.loading import Clip
 from dalle1.console import bar, notes, one_line_errors, parse
 from dalle1.data.cleaning import CAPTIONS, NO_CLEANING, PICTURES, captions_in, read_image
 from dalle1.data.skipped import LOST, BadSample, SkippedSample
-from dalle1.data.sources.indexed_shards import index_shard, lacks, read_member
-from dalle1.data.spec import is_far, shards_of
+from dalle1.data.sources.indexed_shards import index_shard, missing_files, read_member
+from dalle1.data.spec import is_remote, shards_of
 from dalle1.devices import pick_device
 from dalle1.files import claim, write_atomic
 
@@ -162,7 +162,7 @@ def filter_shards(options: FilterOptions) -> FilterCounts:
 
 def find_shards(options: FilterOptions) -> list[Path]:
     """Return the shards to filter; ValueError where it finds no shard, or outputs would collide."""
-    if is_far(options.data):
+    if is_remote(options.data):
         raise ValueError(f"data is {options.data!r}, expected local shards")
     shards = [Path(shard) for shard in shards_of(options.data)]
     if not shards:
@@ -242,7 +242,7 @@ def prepare(clip: Clip, shard: Path, sample: Sample) -> PreparedPair | SkippedSa
     """Read a sample as training would, or return why it is skipped."""
     where = f"{sample.key} in {shard}"
     try:
-        if (missing := lacks(sample.files, captions=True)) is not None:
+        if (missing := missing_files(sample.files, captions=True)) is not None:
             raise missing
         suffix = next(suffix for suffix in CAPTIONS if suffix in sample.files)
         captions = [x.strip() for x in captions_in(sample.files[suffix], suffix, where)]

@@ -4,7 +4,7 @@
 
 prints how many pairs there are, the sizes of the pictures, the lengths of the captions in tokens,
 and what is left out, by cause; and writes contact.png (some of the pairs), check.json (the numbers)
-and left-out.jsonl (each pair that is left out, and why). Exit code 1 where too much is damaged.
+and skipped.jsonl (each pair that is left out, and why). Exit code 1 where too much is damaged.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 from dalle1.console import bar, one_line_errors, parse
 from dalle1.data.cleaning import CleaningConfig
+from dalle1.data.examples import iter_batches
 from dalle1.data.images import TooSmall, grid, to_tensor
-from dalle1.data.loader import LEFT_OUT, SHARDS, Batch, Source, in_order, of_shards
+from dalle1.data.loader import Batch
 from dalle1.data.skipped import DAMAGE, SkipStats
-from dalle1.data.sources.base import ENDLESS, PairSource, left_out_of
-from dalle1.data.sources.streaming_shards import StreamingShards
+from dalle1.data.sources.base import ENDLESS, ReadOptions, Sample, Source
 from dalle1.data.spec import open_source
 from dalle1.text.bpe import Tokenizer
 
@@ -78,19 +78,20 @@ class Findings:
 def check(config: CheckConfig) -> dict[str, Any]:
     """Read `config.data` through; print, write and give what was found."""
     config.out.mkdir(parents=True, exist_ok=True)
-    named = config.out / "left-out.jsonl"
-    named.unlink(missing_ok=True)
-    all_of_it = replace(config, max_bad_fraction=1.0)  # what a training would stop at, too
-    source = open_source(config.data, "encode", captions=config.captions, reading=all_of_it)
-    tally = SkipStats(1.0, named, say=tqdm.write)
-    tally.open(0, left_out_of(source))  # type: ignore[arg-type]
-    tally.shards.add(getattr(source, "shards_read", ()))
+    log = config.out / "skipped.jsonl"
+    log.unlink(missing_ok=True)
+    cleaning = replace(config, max_bad_fraction=1.0)  # read on where a training would stop
+    options = ReadOptions(captions=config.captions, cleaning=cleaning)
+    source = open_source(config.data, "encode", options)
+    stats = SkipStats(1.0, log, report=tqdm.write)
+    stats.open(0, source.skipped)
+    stats.shards.add(source.shards_read)
     start = time.perf_counter()
-    found = _read(source, config, tally)
+    found = _read(source, config, stats)
     seconds = time.perf_counter() - start
     if not found.widths:
-        raise ValueError(f"no pair in {config.data} is usable; left out: {tally}; see {named}")
-    report = _report(found, tally, config)
+        raise ValueError(f"no pair in {config.data} is usable; skipped: {stats}; see {log}")
+    report = _report(found, stats, config)
     (config.out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
     tiles = [_tile(thumb, caption) for thumb, caption in found.shown]
     grid(tiles, 8).save(config.out / "contact.png")
@@ -98,51 +99,40 @@ def check(config: CheckConfig) -> dict[str, Any]:
     return report
 
 
-def _read(source: PairSource | StreamingShards, config: CheckConfig, tally: SkipStats) -> Findings:
+def _read(source: Source, config: CheckConfig, stats: SkipStats) -> Findings:
     found, rng = Findings(), random.Random(0)
-    total = None if isinstance(source, StreamingShards) else len(source)
-    if total is not None and total >= ENDLESS and config.limit is None:
-        raise ValueError(f"data {config.data!r} has no end; add --limit")
-    ends = [count for count in (total, config.limit) if count is not None]
-    with bar(total=min(ends, default=None), unit="pair") as progress:
-        for batch in _batches(source, config):
-            count = len(batch.get("width", ()))
-            tally.add(count, batch[LEFT_OUT], batch[SHARDS])
-            progress.update(count + len(batch[LEFT_OUT]))
-            if count:
+    sizes = [size for size in (source.size, config.limit) if size is not None]
+    size = min(sizes, default=None)
+    if size is not None and size >= ENDLESS:
+        raise ValueError(f"data {config.data!r} is endless; add --limit")
+    keys = islice(chain.from_iterable(source.chunks(ENDLESS)), size)
+    at_once = min(32, config.limit or 32)
+    with bar(total=size, unit="sample") as progress:
+        for batch in iter_batches(
+            source, keys, partial(_prepare, config), at_once, config.num_workers
+        ):
+            stats.add(len(batch), batch.skipped, batch.shards)
+            progress.update(len(batch) + len(batch.skipped))
+            if len(batch):
                 _note(found, batch, config.shown, rng)
-            if config.limit and progress.n >= config.limit:
-                break
     return found
 
 
-def _batches(source: Source, config: CheckConfig) -> Iterator[Batch]:
-    prepare, workers = partial(_prepare, config), config.num_workers
-    size = min(32, config.limit or 32)
-    if isinstance(source, StreamingShards):
-        urls = chain.from_iterable(source.groups)
-        return of_shards(source, urls, prepare, size, workers)
-    count = min(len(source), config.limit or len(source))
-    return in_order(source, prepare, range(count), size, workers)
-
-
-def _prepare(
-    config: CheckConfig, source: PairSource, index: int, rng: random.Random
-) -> Mapping[str, Any]:
-    caption = source.caption(index, rng) if config.captions else ""
-    picture = source.image(index)
-    if min(picture.size) < config.size:
-        raise TooSmall(f"{picture.width} × {picture.height}, and --size is {config.size}")
-    thumb = ImageOps.pad(picture, (THUMB, THUMB), color="white")
-    size = {"width": picture.width, "height": picture.height}
+def _prepare(config: CheckConfig, sample: Sample, rng: random.Random) -> Mapping[str, Any]:
+    caption = sample.caption(rng) if config.captions else ""
+    image = sample.image()
+    if min(image.size) < config.size:
+        raise TooSmall(f"{image.width} × {image.height}, and --size is {config.size}")
+    thumb = ImageOps.pad(image, (THUMB, THUMB), color="white")
+    size = {"width": image.width, "height": image.height}
     return {**size, "caption": caption, "thumb": to_tensor(thumb)}
 
 
 def _note(found: Findings, batch: Batch, shown: int, rng: random.Random) -> None:
     """Take in a batch; each pair so far is shown with the same chance."""
-    found.widths += batch["width"].tolist()
-    found.heights += batch["height"].tolist()
-    for thumb, caption in zip(batch["thumb"], batch["caption"], strict=True):
+    found.widths += batch.tensors["width"].tolist()
+    found.heights += batch.tensors["height"].tolist()
+    for thumb, caption in zip(batch.tensors["thumb"], batch.texts["caption"], strict=True):
         found.captions.append(caption)
         if len(found.shown) < shown:
             found.shown.append((thumb.clone(), caption))
@@ -150,13 +140,13 @@ def _note(found: Findings, batch: Batch, shown: int, rng: random.Random) -> None
             found.shown[chosen] = (thumb.clone(), caption)
 
 
-def _report(found: Findings, tally: SkipStats, config: CheckConfig) -> dict[str, Any]:
-    pairs, damaged = len(found.widths), sum(tally.counts[cause] for cause in DAMAGE)
-    lost = tally.shards.lost_pairs()
+def _report(found: Findings, stats: SkipStats, config: CheckConfig) -> dict[str, Any]:
+    pairs, damaged = len(found.widths), sum(stats.counts[cause] for cause in DAMAGE)
+    lost = stats.shards.lost_samples()
     report: dict[str, Any] = {
         "pairs": pairs,
-        "left_out": dict(tally.counts.most_common()),
-        "damaged": (damaged + lost) / (pairs + tally.counts.total() + lost),
+        "left_out": dict(stats.counts.most_common()),
+        "damaged": (damaged + lost) / (pairs + stats.counts.total() + lost),
         "width": _spread(found.widths),
         "height": _spread(found.heights),
     }

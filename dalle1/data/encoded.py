@@ -15,7 +15,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,13 +28,15 @@ from tqdm import tqdm
 
 from dalle1.console import bar, one_line_errors, parse
 from dalle1.data.cleaning import CleaningConfig
+from dalle1.data.examples import iter_batches
 from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
-from dalle1.data.loader import LEFT_OUT, SHARDS, Batch, Prepare, Source, in_order, of_shards
+from dalle1.data.loader import Batch
 from dalle1.data.skipped import SkipStats
-from dalle1.data.sources.base import ENDLESS, Mixture, PairSource, part, split_sources
+from dalle1.data.sources.base import ENDLESS, ReadOptions, Sample, Source, split_indices
+from dalle1.data.sources.indexed import IndexedSample, IndexedSource
 from dalle1.data.sources.indexed_shards import index_shard, read_member
-from dalle1.data.sources.streaming_shards import Pair, StreamingShards
-from dalle1.data.spec import open_source
+from dalle1.data.sources.mixture import Mixture
+from dalle1.data.spec import open_source, split_names
 from dalle1.devices import autocast, pick_device
 from dalle1.image_tokenizer import (
     ImageTokenizer,
@@ -90,7 +92,15 @@ def fingerprint(dvae_dir: Path) -> str:
     return hashlib.sha256(image_tokenizer_file(dvae_dir).read_bytes()).hexdigest()[:16]
 
 
-class CodeSource:
+class CodeSample(IndexedSample):
+    """A sample that holds codes instead of an image."""
+
+    def codes(self, rng: random.Random) -> Tensor:
+        """Return the codes of one of its crops, at random: [W, W], int64."""
+        return self.source.codes(self.index, rng)
+
+
+class CodeSource(IndexedSource):
     """Pairs of caption and codes, read from their shards when they are asked for.
 
     What it takes is 40 bytes a pair, mapped from `ENTRIES_NAME`: once for all processes of a
@@ -117,11 +127,14 @@ class CodeSource:
         path = folder / ENTRIES_NAME
         known = path.is_file() and index.get("bytes") == _sizes(shards)
         entries = np.load(path, mmap_mode="r") if known else _entries(shards)
-        kept = part(range(len(entries)), split)
+        kept = split_indices(range(len(entries)), split)
         self.shards, self.entries = shards, entries[kept.start : kept.stop]
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def find(self, index: int) -> CodeSample:
+        return CodeSample(self, index, index)
 
     def captions(self, index: int) -> list[str]:
         """Give all captions of pair `index`."""
@@ -137,8 +150,8 @@ class CodeSource:
         shape, kind = _form(content[:begin])
         return np.frombuffer(content, kind, offset=begin).reshape(-1, *shape[-2:])
 
-    def code_grid(self, index: int, rng: random.Random) -> Tensor:
-        """Give the codes of one of the crops of pair `index`: [W, W], int64."""
+    def codes(self, index: int, rng: random.Random) -> Tensor:
+        """Return the codes of one of the crops of sample `index`: [W, W], int64."""
         return torch.from_numpy(rng.choice(self.crops(index)).astype(np.int64))
 
     def _read(self, index: int, first: int) -> bytes:
@@ -185,20 +198,11 @@ def _write_json(path: Path, thing: Any) -> None:
     os.replace(partial_path, path)
 
 
-class JoinedCodes(Mixture):
-    """Several sources of codes as one."""
-
-    def code_grid(self, index: int, rng: random.Random) -> Tensor:
-        """Give the codes of one of the crops of pair `index`; see `CodeSource`."""
-        source, index = self._find(index)
-        return source.code_grid(index, rng)
-
-
 def open_codes(
     data: str, split: str, dvae_dir: Path, image_tokenizer: ImageTokenizer
-) -> CodeSource | JoinedCodes | None:
+) -> CodeSource | Mixture | None:
     """Open --data if it is a folder of codes, or several; refuse those of another dVAE or grid."""
-    names, weights = split_sources(data)
+    names, weights = split_names(data)
     coded = [os.path.isfile(os.path.join(name, INDEX_NAME)) for name in names]
     if not any(coded):
         return None
@@ -217,7 +221,7 @@ def open_codes(
                 f"{image_tokenizer.grid_size}; use --image-size {image_size}, or encode the data "
                 "again"
             )
-    return sources[0] if len(sources) == 1 else JoinedCodes(sources, weights)
+    return sources[0] if len(sources) == 1 else Mixture(sources, weights)
 
 
 def encode(config: EncodeConfig) -> None:
@@ -228,39 +232,35 @@ def encode(config: EncodeConfig) -> None:
     detail = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
     source = _open(config, size, detail)
     prepare = partial(_prepare, size, config)  # no closure: spawned workers must unpickle it
-    shards = _shards(source, prepare, config)
-    _claim(config, model, source, len(shards))
-    tally = SkipStats(config.max_bad_fraction, config.out / "left-out.jsonl", say=tqdm.write)
-    total = None if isinstance(source, StreamingShards) else len(source)
-    tally.open(total or 0, getattr(source, "left_out", ()))
+    chunks = list(source.chunks(config.shard_size))
+    _claim(config, model, source, len(chunks))
+    stats = SkipStats(config.max_bad_fraction, config.out / "skipped.jsonl", report=tqdm.write)
+    stats.open(source.size or 0, source.skipped)
     written = 0
-    with bar(total=total, unit="picture") as progress:
-        for number, batches in enumerate(shards):
+    with bar(total=source.size, unit="image") as progress:
+        for number, keys in enumerate(chunks):
             path = config.out / f"{number:05d}.tar"
             if path.exists():
                 written += 1
                 progress.update(config.shard_size)
-            else:
-                encoded = _encoded(model, device, batches(), tally, progress)
-                written += _write_shard(path, encoded, number, source)
+                continue
+            batches = iter_batches(source, keys, prepare, config.batch_size, config.num_workers)
+            # The samples of a stream are counted from 0 in each of its shards.
+            first = number * 100_000 if source.size is None else 0
+            written += _write_shard(path, _encoded(model, device, batches, stats, progress), first)
     if not written:
-        raise ValueError(f"all pictures were left out: {tally}; see {tally.file}")
+        raise ValueError(f"all images were skipped: {stats}; see {stats.file}")
     _write_entries(config.out)
-    if tally.counts:
-        print(f"Left out {tally}; each is named in {tally.file}")
+    if stats.counts:
+        print(f"Skipped {stats}; each is logged in {stats.file}")
 
 
-def _open(config: EncodeConfig, size: int, detail: int) -> PairSource | StreamingShards:
-    source = open_source(config.data, "encode", size, config.seed, reading=config, detail=detail)
-    if isinstance(source, StreamingShards):
-        weighted = len(source.groups) > 1
-    else:
-        weighted = isinstance(source, Mixture) and source.weights is not None
-        if len(source) >= ENDLESS:
-            raise ValueError(
-                f"data {config.data!r} has no end; name how many, such as toybox:40000"
-            )
-    if weighted:
+def _open(config: EncodeConfig, size: int, decode_size: int) -> Source:
+    options = ReadOptions(size=size, seed=config.seed, cleaning=config, decode_size=decode_size)
+    source = open_source(config.data, "encode", options)
+    if source.size is not None and source.size >= ENDLESS:
+        raise ValueError(f"data {config.data!r} is endless; add a number, such as toybox:40000")
+    if source.weighted:
         raise ValueError(
             f"data is {config.data!r}: encode each source by itself, and give the weights to the "
             "training, as in --data codes-a::2,codes-b::1"
@@ -268,38 +268,22 @@ def _open(config: EncodeConfig, size: int, detail: int) -> PairSource | Streamin
     return source
 
 
-def _shards(
-    source: PairSource | StreamingShards, prepare: Prepare, config: EncodeConfig
-) -> list[Callable[[], Iterator[Batch]]]:
-    """Give what yields the pictures of each shard of codes: one to a shard of a stream."""
-    size, workers = config.batch_size, config.num_workers
-    if isinstance(source, StreamingShards):
-        urls = [url for group in source.groups for url in group]
-        return [partial(of_shards, source, [url], prepare, size, workers) for url in urls]
-    begins = range(0, len(source), config.shard_size)
-    parts = [range(b, min(b + config.shard_size, len(source))) for b in begins]
-    return [partial(in_order, source, prepare, indices, size, workers) for indices in parts]
-
-
 def _prepare(
-    size: int, config: EncodeConfig, source: PairSource, index: int, _: random.Random
+    size: int, config: EncodeConfig, sample: Sample, _: random.Random
 ) -> Mapping[str, Any]:
-    """Prepare [crops, 3, size, size] of a picture, and its captions as JSON."""
-    which = source.where if isinstance(source, Pair) else index
-    drawn = [
-        source.caption(index, random.Random(f"{config.seed}/{which}/{i}"))
-        for i in range(config.captions)
-    ]
-    picture, rng = source.image(index), random.Random(f"{config.seed}/{which}/crops")
+    """Prepare [crops, 3, size, size] of an image, and its captions as JSON."""
+    seed = f"{config.seed}/{sample.key}"
+    captions = [sample.caption(random.Random(f"{seed}/{i}")) for i in range(config.captions)]
+    image, rng = sample.image(), random.Random(f"{seed}/crops")
     if config.crops == 1:
-        crops = [centre_square(picture, size, config.allow_upscale)]
+        crops = [centre_square(image, size, config.allow_upscale)]
     else:
         how = FOR_TRANSFORMER, config.allow_upscale
-        crops = [augmented(picture, size, rng, *how) for _ in range(config.crops)]
+        crops = [augmented(image, size, rng, *how) for _ in range(config.crops)]
     return {
         "images": torch.stack([to_tensor(crop) for crop in crops]),
-        "captions": json.dumps(list(dict.fromkeys(drawn))),
-        "index": index,
+        "captions": json.dumps(list(dict.fromkeys(captions))),
+        "number": sample.number,
     }
 
 
@@ -310,7 +294,7 @@ def _claim(config: EncodeConfig, model: ImageTokenizer, source: Source, shards: 
         "codebook_size": model.codebook_size,
         "grid_size": model.grid_size,
         "data": config.data,
-        "pictures": None if isinstance(source, StreamingShards) else len(source),
+        "pictures": source.size,
         "shards": shards,
         "shard_size": config.shard_size,
         "captions": config.captions,
@@ -332,41 +316,39 @@ def _claim(config: EncodeConfig, model: ImageTokenizer, source: Source, shards: 
 
 
 Encoded = tuple[int, np.ndarray, list[str]]
-"""A picture's index, its codes [crops, W, W], and its captions."""
+"""An image's number in its source, its codes [crops, W, W], and its captions."""
 
 
 def _encoded(
     model: ImageTokenizer,
     device: torch.device,
     batches: Iterator[Batch],
-    tally: SkipStats,
+    stats: SkipStats,
     progress: tqdm,
 ) -> Iterator[Encoded]:
-    kind = np.uint16 if model.codebook_size <= 1 << 16 else np.uint32
+    dtype = np.uint16 if model.codebook_size <= 1 << 16 else np.uint32
     for batch in batches:
-        images, left_out = batch.get("images", ()), batch[LEFT_OUT]
-        tally.add(len(images), left_out, batch[SHARDS])
-        progress.update(len(images) + len(left_out))
-        if not len(images):
+        stats.add(len(batch), batch.skipped, batch.shards)
+        progress.update(len(batch) + len(batch.skipped))
+        if not len(batch):
             continue
+        images = batch.tensors["images"]
         with autocast(device, "bf16"):
             codes = model.encode(to_float(images.flatten(0, 1).to(device)))
-        grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(kind)
-        for index, grid, captions in zip(batch["index"], grids, batch["captions"], strict=True):
-            yield int(index), grid, json.loads(captions)
+        grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(dtype)
+        numbers = batch.tensors["number"].tolist()
+        for number, grid, captions in zip(numbers, grids, batch.texts["captions"], strict=True):
+            yield number, grid, json.loads(captions)
 
 
-def _write_shard(path: Path, encoded: Iterator[Encoded], number: int, source: Source) -> int:
-    """Write a shard, whole or not at all; give how many pictures are in it."""
+def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> int:
+    """Write a shard, whole or not at all; return how many images are in it."""
     from webdataset import TarWriter
 
     unfinished, written = path.with_suffix(".partial"), 0
-    first = (
-        number * 100_000 if isinstance(source, StreamingShards) else 0
-    )  # their shards count from 0
     with TarWriter(str(unfinished)) as tar:
-        for index, grid, captions in encoded:
-            key = f"{first + index:09d}"
+        for number, grid, captions in encoded:
+            key = f"{first + number:09d}"
             tar.write({"__key__": key, "npy": grid, "json": {"captions": captions}})
             written += 1
     os.replace(unfinished, path)

@@ -1,7 +1,7 @@
-"""What is left out of a dataset, and why: counted by cause, named once, too much of it refused.
+"""Skipped samples: counted by cause, logged once each; too many bad ones stop a training.
 
-Whoever meets an unusable pair raises `BadSample`; batches then take another pair, and carry along
-what they left out for the main process to tally.
+Whoever meets an unusable sample raises `BadSample`. Loaders then take another one, and report what
+they skipped in each `Batch`, for the main process to count.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 LOST = ("shard cut short", "unreadable shard")
-"""Causes by which an unknown number of pairs is lost."""
+"""Causes by which an unknown number of samples is lost."""
 
 DAMAGE = (
     *("empty file", "not a picture", "damaged picture", "too many pixels", "no picture"),
     *("no caption", "caption not UTF-8", "damaged captions", "unreadable file"),
     *LOST,
 )
-"""Causes that tell of damaged data; too much of them stops a training."""
+"""Causes that show damaged data; too much of it stops a training."""
 
 RULES = ("too small", "too elongated", "caption too short", "caption too long")
 """Causes that follow from the settings of a training; they never stop it."""
 
 WINDOW = 1_000
-"""Pairs over which the share of damaged ones is measured."""
-
+"""Samples over which the share of bad ones is measured."""
 
 FEW_SHARDS = 20
-"""Of fewer shards that were met nothing is concluded."""
+"""Number of shards below which nothing is concluded from lost ones."""
 
 
 class BadSample(ValueError):
-    """A pair cannot be used: by which cause (one of `DAMAGE` and `RULES`), where it is, and why."""
+    """A sample cannot be used: its cause (in `DAMAGE` or `RULES`), the reason, and where it is."""
 
     def __init__(self, cause: str, why: str, where: str = "") -> None:
         super().__init__(f"{where}: {why}" if where else why)
@@ -47,7 +46,7 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A pair that was left out."""
+    """A sample that was skipped."""
 
     cause: str
     where: str
@@ -55,129 +54,134 @@ class SkippedSample:
 
     @classmethod
     def because(cls, error: BadSample, where: str) -> SkippedSample:
+        """Return what `error` says; `where` applies if it does not say where."""
         return cls(error.cause, error.where or where, error.why)
+
+    def __str__(self) -> str:
+        return f"{self.where} ({self.cause}: {self.why})"
 
 
 class ShardRead(NamedTuple):
-    """A shard that was read as far as it goes."""
+    """A shard that was read as far as possible."""
 
     url: str
-    pairs: int
-    """Pairs that were met in it, with what was left out: an unreadable shard counts as one."""
-    whole: bool
+    samples: int
+    """Samples found in it, with the skipped ones: an unreadable shard counts as one."""
+    complete: bool
 
 
 class ShardLosses:
-    """Tells how many pairs went with shards that are damaged, taking them to be as long as others.
+    """Estimates how much is lost with damaged shards, taking them to be as long as the others.
 
     Args:
-        max_bad_fraction: so many of all pairs may be lost in this way.
+        max_bad_fraction: largest share of all samples that may be lost in this way.
     """
 
     def __init__(self, max_bad_fraction: float) -> None:
         self.max_bad_fraction = max_bad_fraction
-        self.whole, self.damaged = (0, 0), (0, 0)  # shards, pairs in them
+        self.complete, self.damaged = (0, 0), (0, 0)  # shards, samples in them
 
     def add(self, shards: Iterable[ShardRead], fewest: int = FEW_SHARDS) -> None:
-        """Take in shards. ValueError where, of at least `fewest`, too much is lost."""
+        """Count shards. ValueError where, of at least `fewest`, too much is lost."""
         for shard in shards:
-            count, pairs = self.whole if shard.whole else self.damaged
-            now = count + 1, pairs + shard.pairs
-            if shard.whole:
-                self.whole = now
+            count, samples = self.complete if shard.complete else self.damaged
+            total = count + 1, samples + shard.samples
+            if shard.complete:
+                self.complete = total
                 continue
-            self.damaged = now
-            opened, lost = self.whole[0] + self.damaged[0], self.lost_shards()
+            self.damaged = total
+            opened, lost = self.complete[0] + self.damaged[0], self.lost_shards()
             if opened >= fewest and lost > self.max_bad_fraction * opened:
                 raise ValueError(
                     f"{self.damaged[0]} of {opened} shards cannot be read, or not to their end, "
-                    f"and with them {lost / opened:.1%} of all pairs, more than --max-bad-fraction "
+                    f"which loses {lost / opened:.1%} of all samples, more than --max-bad-fraction "
                     f"{self.max_bad_fraction:g} allows; the last is {shard.url}"
                 )
 
     def lost_shards(self) -> float:
-        """Estimate what is lost, in shards."""
-        (whole, pairs), (damaged, found) = self.whole, self.damaged
-        return max(0.0, damaged - found * whole / pairs) if pairs else float(damaged)
+        """Return the estimated loss, in shards."""
+        (complete, samples), (damaged, found) = self.complete, self.damaged
+        return max(0.0, damaged - found * complete / samples) if samples else float(damaged)
 
-    def lost_pairs(self) -> float:
-        """Estimate what is lost, in pairs; 0 where no shard is whole."""
-        whole, pairs = self.whole
-        return self.lost_shards() * pairs / whole if whole else 0.0
+    def lost_samples(self) -> float:
+        """Return the estimated loss, in samples; 0 where no shard is complete."""
+        complete, samples = self.complete
+        return self.lost_shards() * samples / complete if complete else 0.0
 
 
 class SkipStats:
-    """Counts what is left out, says the first of each cause, and names each one once in a file.
+    """Counts skipped samples, reports the first of each cause, and logs each one once to a file.
 
     Args:
-        max_bad_fraction: of the last `WINDOW` pairs that were met, so many may be damaged.
-        file: where every one is named, one JSON object a line; None names them nowhere else.
-        say: prints a line.
+        max_bad_fraction: largest share of the last `WINDOW` samples that may be damaged.
+        file: one JSON object a line for each skipped sample; None writes no file.
+        report: prints a line.
     """
 
     def __init__(
-        self, max_bad_fraction: float, file: Path | None = None, say: Callable[[str], None] = print
+        self,
+        max_bad_fraction: float,
+        file: Path | None = None,
+        report: Callable[[str], None] = print,
     ) -> None:
-        self.max_bad_fraction, self.file, self.say = max_bad_fraction, file, say
+        self.max_bad_fraction, self.file, self.report = max_bad_fraction, file, report
         self.counts: Counter[str] = Counter()
-        self.recent: deque[tuple[int, int]] = deque()  # (pairs met, damaged ones) of each batch
+        self.recent: deque[tuple[int, int]] = deque()  # (samples, damaged ones) of each batch
         self.shards = ShardLosses(max_bad_fraction)
-        self.named = _names_in(file) if file else set()
+        self.logged = _logged_in(file) if file else set()
 
-    def open(self, pairs: int, left_out: Iterable[SkippedSample]) -> None:
-        """Take in what was found on opening a dataset, of which `pairs` pairs are left."""
-        found = list(left_out)
-        self._record(found)
-        self._refuse(pairs + len(found), _damaged(found))
+    def open(self, usable: int, skipped: Iterable[SkippedSample]) -> None:
+        """Count what was skipped on opening a dataset, which left `usable` samples."""
+        skipped = list(skipped)
+        self._log(skipped)
+        self._check(usable + len(skipped), _damaged(skipped))
 
     def add(
-        self, used: int, left_out: Iterable[SkippedSample], shards: Iterable[ShardRead] = ()
+        self, used: int, skipped: Iterable[SkippedSample], shards: Iterable[ShardRead] = ()
     ) -> None:
-        """Take in a batch, and the shards that it ended. ValueError where the data is wrong."""
-        found = list(left_out)
-        self._record(found)
+        """Count a batch, and the shards that ended in it. ValueError where too much is damaged."""
+        skipped = list(skipped)
+        self._log(skipped)
         self.shards.add(shards)
-        self.recent.append((used + len(found), _damaged(found)))
-        met = sum(pairs for pairs, _ in self.recent)
-        while met - self.recent[0][0] >= WINDOW:
-            met -= self.recent.popleft()[0]
-        if met >= WINDOW:
-            self._refuse(met, sum(bad for _, bad in self.recent))
+        self.recent.append((used + len(skipped), _damaged(skipped)))
+        total = sum(samples for samples, _ in self.recent)
+        while total - self.recent[0][0] >= WINDOW:
+            total -= self.recent.popleft()[0]
+        if total >= WINDOW:
+            self._check(total, sum(bad for _, bad in self.recent))
 
     def __str__(self) -> str:
         return ", ".join(f"{count} × {cause}" for cause, count in self.counts.most_common())
 
-    def _record(self, left_out: list[SkippedSample]) -> None:
+    def _log(self, skipped: list[SkippedSample]) -> None:
         fresh = []
-        for pair in left_out:
-            if not self.counts[pair.cause]:
-                rest = f"; all are named in {self.file}" if self.file and not self.counts else ""
-                self.say(f"Leaving out {pair.where} ({pair.cause}: {pair.why}){rest}")
-            self.counts[pair.cause] += 1
-            if pair.where not in self.named:
-                self.named.add(pair.where)
-                fresh.append(pair)
+        for sample in skipped:
+            if not self.counts[sample.cause]:
+                rest = f"; all are logged in {self.file}" if self.file and not self.counts else ""
+                self.report(f"Skipping {sample}{rest}")
+            self.counts[sample.cause] += 1
+            if sample.where not in self.logged:
+                self.logged.add(sample.where)
+                fresh.append(sample)
         if fresh and self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
-                file.writelines(
-                    json.dumps(asdict(pair), ensure_ascii=True) + "\n" for pair in fresh
-                )
+                file.writelines(f"{json.dumps(asdict(sample))}\n" for sample in fresh)
 
-    def _refuse(self, met: int, bad: int) -> None:
-        if met and bad / met > self.max_bad_fraction:
+    def _check(self, total: int, bad: int) -> None:
+        if total and bad / total > self.max_bad_fraction:
             raise ValueError(
-                f"{bad} of {met} pairs ({bad / met:.1%}) are damaged, more than --max-bad-fraction "
-                f"{self.max_bad_fraction:g} allows; left out so far: {self}. `python -m "
-                "dalle1.data.check` lists them"
+                f"{bad} of {total} samples ({bad / total:.1%}) are damaged, more than "
+                f"--max-bad-fraction {self.max_bad_fraction:g} allows; skipped so far: {self}. "
+                "`python -m dalle1.data.check` lists them"
             )
 
 
-def _damaged(left_out: Iterable[SkippedSample]) -> int:
-    return sum(pair.cause in DAMAGE for pair in left_out)
+def _damaged(skipped: Iterable[SkippedSample]) -> int:
+    return sum(sample.cause in DAMAGE for sample in skipped)
 
 
-def _names_in(file: Path) -> set[str]:
+def _logged_in(file: Path) -> set[str]:
     names = set()
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:

@@ -1,97 +1,105 @@
-"""Opens what --data names: Toybox, a folder, shards, codes; one of them or several."""
+"""Parses --data and opens it: Toybox, a folder, shards; one of them or several."""
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import cast
 
 from braceexpand import braceexpand
 
-from dalle1.data.cleaning import CleaningConfig
-from dalle1.data.sources.base import Mixture, PairSource, split_sources
+from dalle1.data.sources.base import ReadOptions, Source
 from dalle1.data.sources.folder import Folder
+from dalle1.data.sources.indexed import IndexedSource
 from dalle1.data.sources.indexed_shards import IndexedShards
+from dalle1.data.sources.mixture import Mixture
 from dalle1.data.sources.streaming_shards import SCHEMES, StreamingShards
 
 INDEXED_BYTES = 16 << 30
-"""Local shards of more are read front to back: to index them takes a minute for each 10 GiB."""
+"""Total size above which local shards are streamed: indexing takes a minute per 10 GiB."""
 
 
-def open_source(
-    data: str,
-    split: str = "train",
-    size: int = 128,
-    seed: int = 0,
-    captions: bool = True,
-    *,
-    reading: CleaningConfig | None = None,
-    detail: int = 0,
-) -> PairSource | StreamingShards:
+def open_source(data: str, split: str = "train", options: ReadOptions | None = None) -> Source:
     """Open what --data names.
 
     Args:
-        data: `toybox`, `toybox:N`, a folder of pictures and captions, or a folder, glob or
+        data: `toybox`, `toybox:N`, a folder of images and captions, or a folder, glob or
             {000..123} pattern of .tar shards, also behind pipe:, http(s):// or s3://; or several
-            of these with commas between, each perhaps with a weight: `a::2,b::1`.
-        split: train or validation: other scenes of Toybox, or the end of a user's data. encode is
-            all of it; the codes are split in their turn, without the pictures that were left out.
-        size: side in pixels that Toybox draws at.
-        seed: of Toybox's scenes.
-        captions: leave out pictures that have none; stage 1 needs none.
-        reading: which pictures and captions are taken, and how.
-        detail: pixels of the shorter side that suffice; see `read_image`.
+            of these, separated by commas, each perhaps with a weight: `a::2,b::1`.
+        split: train, validation (other scenes of Toybox, or the end of a user's data), or encode.
 
     Raises: ValueError where there is nothing of the kind.
     """
-    reading = reading or CleaningConfig()
-    names, weights = split_sources(data)
+    options = options or ReadOptions()
+    names, weights = split_names(data)
     shards = [shards_of(name) for name in names]
-    if any(group and _is_streamed(group) for group in shards):
-        for name, group in zip(names, shards, strict=True):
-            if not group:
-                raise ValueError(
-                    f"{name} is no shards, and cannot be mixed with streamed ones; if it is part "
-                    "of a command or URL, put quotes around it or write its comma as %2C"
-                )
-        groups = shards if weights else [[url for group in shards for url in group]]
-        return StreamingShards(groups, weights, split, captions, reading, detail)
-    sources: list[PairSource] = []
+    if not any(map(_is_streamed, shards)):
+        return _open_indexed(names, weights, shards, split, options)
+    for name, group in zip(names, shards, strict=True):
+        if not group:
+            raise ValueError(
+                f"{name} is no shards, and cannot be mixed with streamed ones; if it is part "
+                "of a command or URL, put quotes around it or write its comma as %2C"
+            )
+    groups = shards if weights else [[url for group in shards for url in group]]
+    return StreamingShards(groups, weights, split, options)
+
+
+def open_indexed(
+    data: str, split: str = "train", options: ReadOptions | None = None
+) -> IndexedSource:
+    """Open what --data names, as `open_source` does, for reading in any order.
+
+    Raises: ValueError where it can only be read front to back, or there is nothing of the kind.
+    """
+    names, weights = split_names(data)
+    shards = [shards_of(name) for name in names]
+    if any(map(_is_streamed, shards)):
+        raise ValueError(f"{data} can only be read front to back; use fewer, local shards")
+    return _open_indexed(names, weights, shards, split, options or ReadOptions())
+
+
+def _open_indexed(
+    names: Sequence[str],
+    weights: Sequence[float] | None,
+    shards: Sequence[Sequence[str]],
+    split: str,
+    options: ReadOptions,
+) -> IndexedSource:
+    sources: list[IndexedSource] = []
     for name, group in zip(names, shards, strict=True):
         if group:
-            paths = [Path(path) for path in group]
-            sources.append(IndexedShards(paths, split, captions, reading, detail))
+            sources.append(IndexedShards([Path(path) for path in group], split, options))
         elif os.path.isdir(name):
-            sources.append(Folder(Path(name), split, captions, reading, detail))
+            sources.append(Folder(Path(name), split, options))
         else:
-            sources.append(_toybox(name, split, size, seed))
-    return sources[0] if len(sources) == 1 else cast(PairSource, Mixture(sources, weights))
+            sources.append(_open_toybox(name, split, options))
+    return sources[0] if len(sources) == 1 else Mixture(sources, weights)
 
 
-def _toybox(data: str, split: str, size: int, seed: int) -> PairSource:
+def _open_toybox(data: str, split: str, options: ReadOptions) -> IndexedSource:
     name, _, count = data.partition(":")
     if name != "toybox":
         raise ValueError(
-            f"no data at {data!r}: expected toybox, a folder of pictures beside .txt captions, or "
+            f"no data at {data!r}: expected toybox, a folder of images beside .txt captions, or "
             "WebDataset shards (.tar), local or by pipe:COMMAND, http(s):// or s3://"
         )
-    from dalle1.toybox import Toybox
+    from dalle1.data.sources.toybox import ToyboxSource
 
     if count and not count.isdecimal():
         raise ValueError(f"data is {data!r}, expected toybox or toybox:N with a number N")
-    world = "train" if split == "encode" else split
-    return Toybox(world, size=size, seed=seed, num_scenes=int(count) if count else None)
+    return ToyboxSource(split, options.size, options.seed, int(count) if count else None)
 
 
 def shards_of(name: str) -> list[str]:
-    """Give the shards that a name stands for: none where it is something else.
+    """Return the shards that a name stands for: none where it is something else.
 
-    Of a numbered pattern these are all, also those that are not there, which are then left out and
-    named; but none where not one of them is there.
+    A numbered pattern stands for all of its shards, also missing ones, which are then skipped and
+    logged; but for none where all of them are missing.
     """
-    if is_far(name):
+    if is_remote(name):
         return list(braceexpand(name))
     if os.path.isdir(name):
         return [str(shard) for shard in sorted(Path(name).glob("*.tar"))]
@@ -102,13 +110,59 @@ def shards_of(name: str) -> list[str]:
     return shards if any(map(os.path.exists, shards)) else []
 
 
-def is_far(name: str) -> bool:
-    """Say whether shards are read by a command or over a network."""
+def is_remote(name: str) -> bool:
+    """Return whether shards are read by a command or over a network."""
     scheme, colon, _ = name.partition(":")
     return bool(colon) and scheme in SCHEMES
 
 
 def _is_streamed(shards: Sequence[str]) -> bool:
-    if any(is_far(shard) for shard in shards):
+    if any(map(is_remote, shards)):
         return True
     return sum(os.path.getsize(s) for s in shards if os.path.exists(s)) > INDEXED_BYTES
+
+
+def split_names(data: str) -> tuple[list[str], list[float] | None]:
+    """Split `a::2,b::1` into names and weights.
+
+    Commas within braces belong to a pattern, and those within quotes to a pipe's command:
+    `pipe:cat 'a,b.tar'`. A path that exists under the whole name is one source.
+
+    Raises: ValueError where only some have a weight, one is no positive number, or a quote is open.
+    """
+    if os.path.exists(data):
+        return [data], None
+    names, weights = [], []
+    for word in _split_at_commas(data):
+        name, weight = word, None
+        if found := re.fullmatch(r"(.*)::([^:/'\"]*)", word, re.DOTALL):
+            name, weight = found.groups()
+        names.append(name)
+        weights.append(weight)
+    if all(weight is None for weight in weights):
+        return names, None
+    try:
+        numbers = [float(weight) for weight in weights if weight is not None]
+        valid = len(numbers) == len(names) and all(1e-6 <= n <= 1e6 for n in numbers)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(f"data is {data!r}, expected a weight for each source, as in a::2,b::1")
+    return names, numbers
+
+
+def _split_at_commas(data: str) -> Iterable[str]:
+    depth, begin, quote = 0, 0, ""
+    for i, letter in enumerate(data):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"" and data.startswith("pipe:", begin):
+            quote = letter
+        else:
+            depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth == 0 and not quote:
+            yield data[begin:i]
+            begin = i + 1
+    if quote:
+        raise ValueError(f"data is {data!r}: the quote {quote} is never closed")
+    yield data[begin:]

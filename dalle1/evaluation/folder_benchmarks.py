@@ -65,8 +65,8 @@ def folder_benchmarks(clip: Clip, data: str, templates: Sequence[str], limit: in
     if has_captions:
         source = open_images(data, captions=True)
         indices = random_subset(range(len(source)), limit)
-        captions = [source.caption(i, random.Random(i)) for i in indices]
-        images = embed(clip, LazyImages(source.image, indices))
+        captions = [source.find(i).caption(random.Random(i)) for i in indices]
+        images = embed(clip, LazyImages(lambda i: source.find(i).image(), indices))
         for key, value in retrieval_recall(images, clip.embed_text(captions), captions):
             yield f"retrieval/{key}", value
     if with_foils:

@@ -12,9 +12,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from dalle1.clip import Clip
-from dalle1.data import PairSource, open_source
+from dalle1.data import ReadOptions, open_indexed
 from dalle1.data.cleaning import NO_CLEANING, PICTURES, read_image
-from dalle1.data.sources.streaming_shards import StreamingShards
+from dalle1.data.sources.indexed import IndexedSource
 from dalle1.outputs import SCORES, drawn_in
 
 BLUR_WIDTH = 256  # width of the images that blur radii refer to
@@ -97,12 +97,9 @@ def first_line(path: Path) -> str:
     return lines[0]
 
 
-def open_images(data: str, captions: bool = False) -> PairSource:
+def open_images(data: str, captions: bool = False) -> IndexedSource:
     """Open a dataset as --data names it, without cleaning; ValueError where it is streamed."""
-    source = open_source(data, "encode", captions=captions, reading=NO_CLEANING)
-    if isinstance(source, StreamingShards):
-        raise ValueError(f"{data} can only be read in order; use fewer, local shards")
-    return source
+    return open_indexed(data, "encode", ReadOptions(captions=captions, cleaning=NO_CLEANING))
 
 
 def random_subset(items: Sequence[Key], limit: int | None) -> Sequence[Key]:

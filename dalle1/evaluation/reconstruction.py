@@ -14,9 +14,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from dalle1.data import PairSource, open_source
+from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
 from dalle1.data.images import centre_square, grid, to_float, to_pil, to_tensor
-from dalle1.data.loader import Example, first_examples
 from dalle1.devices import autocast, pick_device
 from dalle1.evaluation.report import Scores
 from dvae.gumbel import gumbel_softmax
@@ -58,7 +57,7 @@ def evaluate_dvae(options: DVAEOptions) -> Scores:
     model = DVAE.load(options.model, device)
     size = model.config.image_size
     prepare = partial(_prepare, size, options.allow_upscale)
-    source = open_source(options.data, "validation", size, captions=False)
+    source = open_source(options.data, "validation", ReadOptions(size=size, captions=False))
     images = to_float(first_examples(source, prepare, options.images)["images"]).to(device)
     yield "images", len(images)
     yield "codebook size", model.codebook_size
@@ -71,10 +70,8 @@ def evaluate_dvae(options: DVAEOptions) -> Scores:
     grid(rows, SHOWN).save(options.out / "reconstructions.png")
 
 
-def _prepare(
-    size: int, allow_upscale: bool, source: PairSource, index: int, _: random.Random
-) -> Example:
-    return {"images": to_tensor(centre_square(source.image(index), size, allow_upscale))}
+def _prepare(size: int, allow_upscale: bool, sample: Sample, _: random.Random) -> Example:
+    return {"images": to_tensor(centre_square(sample.image(), size, allow_upscale))}
 
 
 @torch.no_grad()

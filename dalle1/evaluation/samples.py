@@ -78,7 +78,7 @@ def evaluate_samples(options: SamplesOptions) -> Scores:
         )
     if options.reference is not None:
         source = open_images(options.reference)
-        real = LazyImages(source.image, range(min(options.limit, len(source))))
+        real = LazyImages(lambda i: source.find(i).image(), range(min(options.limit, len(source))))
         yield "reference images", len(real)
         yield from set_distances(clip, images, real, options.blur)
         if options.inception:

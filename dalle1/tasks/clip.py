@@ -23,7 +23,15 @@ from dalle1.clip import Clip, ClipArch, ContrastiveLoss, new_clip, pair_loss, ra
 from dalle1.clip.losses import Kind as ContrastiveKind
 from dalle1.clip.losses import prepare_for
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data import PairSource, open_source
+from dalle1.data import (
+    Example,
+    ReadOptions,
+    Sample,
+    Source,
+    first_captions,
+    first_examples,
+    open_source,
+)
 from dalle1.data.images import (
     RANDOM_SQUARE,
     Augmentation,
@@ -32,7 +40,6 @@ from dalle1.data.images import (
     to_float,
     to_tensor,
 )
-from dalle1.data.loader import Example, Source, first_captions, first_examples
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle1.training import distributed
@@ -127,24 +134,22 @@ CLIP_PRESETS: dict[str, ClipTrainConfig] = {
 }
 
 
-def example(
-    config: ClipTrainConfig, tokenizer: Any, source: PairSource, index: int, rng: random.Random
-) -> Example:
-    """Cut a square out of a picture, uint8, and prepare the tokens of a caption."""
-    ids = tokens(config, tokenizer, source.caption(index, rng))
+def example(config: ClipTrainConfig, tokenizer: Any, sample: Sample, rng: random.Random) -> Example:
+    """Cut a square out of an image, uint8, and prepare the tokens of a caption."""
+    ids = tokens(config, tokenizer, sample.caption(rng))
     size, upscale = config.model.image_size, config.allow_upscale
-    picture = augmented(source.image(index), size, rng, config.augmentation, upscale)
-    return {"images": to_tensor(picture), "input_ids": ids}
+    image = augmented(sample.image(), size, rng, config.augmentation, upscale)
+    return {"images": to_tensor(image), "input_ids": ids}
 
 
 def held_example(
-    config: ClipTrainConfig, clip: Clip, source: PairSource, index: int, rng: random.Random
+    config: ClipTrainConfig, clip: Clip, sample: Sample, rng: random.Random
 ) -> Example:
-    """Prepare a picture to validate on as any user of the CLIP will, and a caption's tokens."""
-    ids = tokens(config, clip.tokenizer, source.caption(index, rng))
-    picture = source.image(index)
-    refuse_small(picture, config.model.image_size, config.allow_upscale)
-    return {"images": clip.preprocess([picture])[0], "input_ids": ids}
+    """Prepare an image to validate on as any user of the CLIP will, and a caption's tokens."""
+    ids = tokens(config, clip.tokenizer, sample.caption(rng))
+    image = sample.image()
+    refuse_small(image, config.model.image_size, config.allow_upscale)
+    return {"images": clip.preprocess([image])[0], "input_ids": ids}
 
 
 def tokens(config: ClipTrainConfig, tokenizer: Any, caption: str) -> Tensor:
@@ -162,8 +167,8 @@ class ClipTask(Task[nn.Module]):
         self.device = distributed.init(config.device)
         self.config = config = resolve_precision(config, self.device)
         size = config.model.image_size
-        how: dict[str, Any] = {"size": size, "seed": config.seed, "reading": config, "detail": size}
-        source, held = (open_source(config.data, split, **how) for split in ("train", "validation"))
+        options = ReadOptions(size=size, seed=config.seed, cleaning=config, decode_size=size)
+        source, held = (open_source(config.data, s, options) for s in ("train", "validation"))
         torch.manual_seed(config.seed)
         self.clip = self.initial(source)
         prepare_for(self.clip.model, config.loss)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data import PairSource, open_source
+from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
 from dalle1.data.images import (
     Augmentation,
     augmented,
@@ -29,7 +29,6 @@ from dalle1.data.images import (
     to_pil,
     to_tensor,
 )
-from dalle1.data.loader import Example, first_examples
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import reconstruction_metrics
 from dalle1.training import distributed
@@ -185,20 +184,20 @@ DVAE_PRESETS: dict[str, DVAETrainConfig] = {
 }
 
 
-def crops(config: DVAETrainConfig, source: PairSource, index: int, rng: random.Random) -> Example:
-    """Prepare one example: random crops of one picture, [crops_per_picture, 3, size, size]."""
-    picture, size = source.image(index), config.crop_size
+def crops(config: DVAETrainConfig, sample: Sample, rng: random.Random) -> Example:
+    """Prepare one example: random crops of one image, [crops_per_picture, 3, size, size]."""
+    image, size = sample.image(), config.crop_size
     cut = [
-        augmented(picture, size, rng, config.augmentation, config.allow_upscale)
+        augmented(image, size, rng, config.augmentation, config.allow_upscale)
         for _ in range(config.crops_per_picture)
     ]
     return {"images": torch.stack([to_tensor(crop) for crop in cut])}
 
 
-def centred(config: DVAETrainConfig, source: PairSource, index: int, _: random.Random) -> Example:
-    """Prepare one example to validate on: the centre of a picture, [3, size, size]."""
+def centred(config: DVAETrainConfig, sample: Sample, _: random.Random) -> Example:
+    """Prepare one example to validate on: the centre of an image, [3, size, size]."""
     size = config.model.image_size
-    return {"images": to_tensor(centre_square(source.image(index), size, config.allow_upscale))}
+    return {"images": to_tensor(centre_square(sample.image(), size, config.allow_upscale))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,12 +217,16 @@ class DVAETask(Task[DVAE]):
         torch.manual_seed(config.seed)
         self.model = self.initial().to(self.device)
         size = config.model.image_size
-        place = config.data, "train", size, config.seed, False
-        detail = math.ceil(config.crop_size * config.augmentation.resize[1])
-        source = open_source(*place, reading=config, detail=detail)
+        options = ReadOptions(
+            size=size,
+            seed=config.seed,
+            captions=False,
+            cleaning=config,
+            decode_size=math.ceil(config.crop_size * config.augmentation.resize[1]),
+        )
+        source = open_source(config.data, "train", options)
         self.loader = train_loader(source, partial(crops, config), config)
-        place = config.data, "validation", size, config.seed, False
-        held = open_source(*place, reading=config, detail=size)
+        held = open_source(config.data, "validation", replace(options, decode_size=size))
         whole = partial(centred, config)
         first = partial(first_examples, held, whole, config.validation_pictures)
         self.held = to_float(distributed.broadcast_from_main(first)["images"]).to(self.device)

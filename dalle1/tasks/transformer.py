@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data import PairSource, open_source
-from dalle1.data.encoded import CodeSource, JoinedCodes, open_codes
+from dalle1.data import ReadOptions, Source, first_captions, first_examples, open_source
+from dalle1.data.encoded import open_codes
 from dalle1.data.images import (
     FOR_TRANSFORMER,
     Augmentation,
@@ -32,7 +32,6 @@ from dalle1.data.images import (
     to_float,
     to_tensor,
 )
-from dalle1.data.loader import Source, first_captions, first_examples
 from dalle1.devices import autocast
 from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer
 from dalle1.model.transformer import (
@@ -197,7 +196,7 @@ TRANSFORMER_PRESETS: dict[str, TransformerTrainConfig] = {
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Prepares one example: a caption's tokens, and the picture or its codes."""
+    """Prepares one example: a caption's tokens, and the image or its codes."""
 
     size: int
     tokenizer: Tokenizer
@@ -206,22 +205,22 @@ class Tokenized:
     caption_dropout: float
     augmentation: Augmentation | None
     allow_upscale: bool
+    encoded: bool
+    """Whether samples hold codes instead of images."""
 
-    def __call__(
-        self, source: CodeSource | JoinedCodes | PairSource, index: int, rng: random.Random
-    ) -> Mapping[str, Tensor]:
-        caption = source.caption(index, rng)
+    def __call__(self, sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+        caption = sample.caption(rng)
         if rng.random() < self.caption_dropout:
             caption = ""
         text = self.tokenizer.encode([caption], self.text_len, dropout=self.bpe_dropout, rng=rng)[0]
-        if isinstance(source, CodeSource | JoinedCodes):
-            return {"text": text, "codes": source.code_grid(index, rng)}
+        if self.encoded:
+            return {"text": text, "codes": sample.codes(rng)}
         if self.augmentation is None:
-            picture = centre_square(source.image(index), self.size, self.allow_upscale)
+            image = centre_square(sample.image(), self.size, self.allow_upscale)
         else:
             how = self.augmentation, self.allow_upscale
-            picture = augmented(source.image(index), self.size, rng, *how)
-        return {"text": text, "images": to_tensor(picture)}
+            image = augmented(sample.image(), self.size, rng, *how)
+        return {"text": text, "images": to_tensor(image)}
 
 
 class TransformerTask(Task[Transformer]):
@@ -231,11 +230,13 @@ class TransformerTask(Task[Transformer]):
         self.device = distributed.init(config.device)
         self.config = config = resolve_precision(config, self.device)
         self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)
-        self.source = self.open("train")
+        self.source, encoded = self.open("train")
         self.tokenizer = self.vocabulary()
         size, text_len = self.dvae.image_size, config.model.text_len
-        prepare = Tokenized(size, self.tokenizer, text_len, 0.0, 0.0, None, config.allow_upscale)
-        first = partial(first_examples, self.open("validation"), prepare, 256)
+        prepare = Tokenized(
+            size, self.tokenizer, text_len, 0.0, 0.0, None, config.allow_upscale, encoded
+        )
+        first = partial(first_examples, self.open("validation")[0], prepare, 256)
         held = distributed.broadcast_from_main(first)
         self.held = {name: tensor.to(self.device) for name, tensor in held.items()}
         prepare = replace(
@@ -306,12 +307,15 @@ class TransformerTask(Task[Transformer]):
             tokenizer.words = tokenizer.words.merged(Words.of(captions))
         return tokenizer
 
-    def open(self, split: str) -> Source:
+    def open(self, split: str) -> tuple[Source, bool]:
+        """Open a split of the data; return whether it holds codes instead of images, too."""
         config, size = self.config, self.dvae.image_size
-        detail = math.ceil(size * config.augmentation.resize[1])
-        return open_codes(config.data, split, config.dvae, self.dvae) or open_source(
-            config.data, split, size, config.seed, reading=config, detail=detail
-        )
+        codes = open_codes(config.data, split, config.dvae, self.dvae)
+        if codes is not None:
+            return codes, True
+        decode_size = math.ceil(size * config.augmentation.resize[1])
+        options = ReadOptions(size=size, seed=config.seed, cleaning=config, decode_size=decode_size)
+        return open_source(config.data, split, options), False
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator

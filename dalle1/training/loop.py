@@ -12,38 +12,35 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from dalle1.data.loader import Prepare, Source, batches
+from dalle1.data.loader import Loader, LoaderConfig, Prepare
 from dalle1.data.skipped import SkipStats
+from dalle1.data.sources.base import Source
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import NonFiniteGuard, stop_on_signal
 from dalle1.training.logging import Progress, open_recorders, samples_path, throughput
-from dalle1.training.shim import StreamLoader
 from dalle1.training.task import Model, Task
 from dalle1.training.trainer import Trainer
 
 
-def train_loader(source: Source, prepare: Prepare, config: TrainConfig) -> StreamLoader:
+def train_loader(source: Source, prepare: Prepare, config: TrainConfig) -> Loader:
     """Return the loader of this process's parts of the batches.
 
     Args:
-        prepare: (source, index, rng) → the tensors of one example. Spawned workers unpickle it, so
-            it should hold no model.
+        prepare: (sample, rng) → the tensors of one example. Spawned workers unpickle it, so it
+            should hold no model.
     """
     rank = distributed.rank()
-    name = f"left-out-{rank}.jsonl" if rank else "left-out.jsonl"
-    stream = partial(
-        batches,
-        source,
-        prepare,
+    name = f"skipped-{rank}.jsonl" if rank else "skipped.jsonl"
+    share = LoaderConfig(
         batch_size=config.batch_size,
         seed=config.seed,
         num_workers=config.num_workers,
         rank=rank,
         world_size=distributed.world_size(),
-        tally=SkipStats(config.max_bad_fraction, config.out / name, say=tqdm.write),
+        stats=SkipStats(config.max_bad_fraction, config.out / name, report=tqdm.write),
     )
-    return StreamLoader(stream)
+    return source.loader(prepare, share)
 
 
 def fit(task: Task[Model], config: TrainConfig) -> Model:

@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dalle1.data.loader import Loader
 from dalle1.training.scaling import GradientScaler
-from dalle1.training.shim import Loader
 
 Model = TypeVar("Model", bound=nn.Module)
 

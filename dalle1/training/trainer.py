@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dalle1.data.loader import Batch, merge_states
 from dalle1.storage import model_folder
 from dalle1.training import distributed
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint, save_checkpoint
@@ -21,7 +22,6 @@ from dalle1.training.engines import make_engine
 from dalle1.training.resume_key import changed_settings, resume_key
 from dalle1.training.scaling import GradientScaler
 from dalle1.training.schedules import Plateau
-from dalle1.training.shim import Batch, merge_states
 from dalle1.training.task import Loss, Model, Task
 
 RAW_NAME = "raw"
@@ -100,7 +100,7 @@ class Trainer(Generic[Model]):
         state = {
             "resume_key": resume_key(self.config),
             "updates": self.engine.updates,
-            "data_state": None if data_states[0] is None else merge_states(data_states),
+            "data_state": merge_states(data_states),
             "counts": counts,
         }
         extra = {name: part.state_dict() for name, part in self._extra_state().items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dalle1.training.shim import Batch
+from dalle1.data.loader import Batch
 from dalle1.training.task import Loss, Task
 
 

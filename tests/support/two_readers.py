@@ -17,8 +17,7 @@ import torch
 from function_task import FunctionTask
 from torch import Tensor, nn
 
-from dalle1.data import open_source
-from dalle1.data.loader import first_captions
+from dalle1.data import ReadOptions, Sample, first_captions, open_source
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig
 from dalle1.training.loop import fit, train_loader
@@ -29,9 +28,9 @@ class Bright:
     total: Tensor
 
 
-def mean(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-    assert source.caption(index, rng)
-    return {"x": torch.tensor(source.image(index).getpixel((0, 0))) / 255}
+def mean(sample: Sample, rng: random.Random) -> Mapping[str, Tensor]:
+    assert sample.caption(rng)
+    return {"x": torch.tensor(sample.image().getpixel((0, 0))) / 255}
 
 
 def bright(model: nn.Module, batch: Any, step: int, noise: torch.Generator) -> Bright:
@@ -45,9 +44,10 @@ def train(data: str, out: Path, steps: int) -> dict[str, int]:
     config = TrainConfig(out=out, steps=steps, device="cpu", **settings)
     torch.manual_seed(0)
     task = FunctionTask(nn.Linear(3, 1), bright)
-    task.loader = loader = train_loader(open_source(data, reading=config), mean, config)
+    source = open_source(data, options=ReadOptions(cleaning=config))
+    task.loader = loader = train_loader(source, mean, config)
     fit(task, config)
-    return dict(loader.stream.keywords["tally"].counts)  # type: ignore[attr-defined]
+    return dict(loader.config.stats.counts)
 
 
 def only_main(fails: bool) -> Any:

@@ -18,11 +18,11 @@ from function_task import FunctionTask
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dalle1.data.loader import Batch
 from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint
 from dalle1.training.config import TrainConfig
 from dalle1.training.logging import Progress
 from dalle1.training.loop import fit
-from dalle1.training.shim import Batch
 from dalle1.training.trainer import Trainer, step_rng
 
 CPU = torch.device("cpu")

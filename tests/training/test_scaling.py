@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from function_task import FunctionTask
 from torch import Tensor, nn
 
+from dalle1.data.loader import Batch
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.training import resblocks
 from dalle1.training.config import TrainConfig
@@ -30,7 +31,6 @@ from dalle1.training.scaling import (
     scale_gradient,
     unscale_gradient,
 )
-from dalle1.training.shim import Batch
 from dalle1.training.trainer import Trainer
 
 DEPTH, WIDTH = 22, 8

@@ -13,59 +13,57 @@ from PIL import Image
 from dalle1.data.cleaning import (
     CAPTIONS,
     PICTURES,
-    CleaningConfig,
     as_captions,
     captions_in,
     read_image,
     sample_caption,
 )
 from dalle1.data.skipped import BadSample, SkippedSample
-from dalle1.data.sources.base import part
+from dalle1.data.sources.base import ReadOptions, split_indices
+from dalle1.data.sources.indexed import IndexedSource
 
 LISTS = ("captions.csv", "captions.jsonl")
 FILE_KEYS = ("file", "file_name", "filename", "image")
 CAPTION_KEYS = ("caption", "captions", "text")
 
 
-class Folder:
+class Folder(IndexedSource):
     """Pictures with `name.txt` (one caption a line) or `name.json` beside `name.jpg`.
 
     Where there is a captions.csv (columns file and caption) or captions.jsonl (objects with file
     and caption, a string or a list), it names the pictures instead; a file may come several times.
 
     Attributes:
-        left_out: pictures without captions, and captions without pictures.
+        skipped: pictures without captions, and captions without pictures.
     """
 
     def __init__(
         self,
         path: Path,
         split: str = "train",
-        captions: bool = True,
-        reading: CleaningConfig | None = None,
-        detail: int = 0,
+        options: ReadOptions | None = None,
     ) -> None:
-        self.reading, self.detail, self.captions = reading or CleaningConfig(), detail, captions
-        self.left_out: list[SkippedSample] = []
+        self.options = options or ReadOptions()
+        self.skipped: list[SkippedSample] = []
         self.listed: dict[Path, list[str]] = {}
         lists = [path / name for name in LISTS if (path / name).is_file()]
-        if lists and captions:
+        if lists and self.options.captions:
             found = self._read_list(lists[0])
         else:
             found = self._look_around(path)
-        self.pictures = part(found, split)
+        self.pictures = split_indices(found, split)
         if not self.pictures:
-            count = len(self.left_out)
+            count = len(self.skipped)
             raise ValueError(
                 f"no pairs in {path}: {count} pictures there, none with a caption; expected "
                 "name.jpg (png, webp, gif) beside name.txt, or a captions.csv or captions.jsonl"
-                if captions
+                if self.options.captions
                 else f"no pictures in {path}; expected .jpg, .png, .webp or .gif files"
             )
 
     def _look_around(self, path: Path) -> list[Path]:
         pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
-        if not self.captions:
+        if not self.options.captions:
             return pictures
         paired = []
         for picture in pictures:
@@ -73,14 +71,14 @@ class Folder:
                 paired.append(picture)
             else:
                 why = "there is no .txt or .json beside it"
-                self.left_out.append(SkippedSample("no caption", str(picture), why))
+                self.skipped.append(SkippedSample("no caption", str(picture), why))
         return paired
 
     def _read_list(self, path: Path) -> list[Path]:
         rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
         for where, row in rows:
             if isinstance(row, BadSample):
-                self.left_out.append(SkippedSample.because(row, where))
+                self.skipped.append(SkippedSample.because(row, where))
                 continue
             picture = path.parent / row[0]
             if picture in self.listed:
@@ -89,7 +87,7 @@ class Folder:
                 self.listed[picture] = list(row[1])
             else:
                 why = f"{where} names it, and it is not there"
-                self.left_out.append(SkippedSample("no picture", str(picture), why))
+                self.skipped.append(SkippedSample("no picture", str(picture), why))
         return list(self.listed)
 
     def __len__(self) -> int:
@@ -101,16 +99,18 @@ class Folder:
     def caption(self, index: int, rng: random.Random) -> str:
         picture = self.pictures[index]
         if picture in self.listed:
-            return sample_caption(self.listed[picture], str(picture), self.reading, rng)
+            return sample_caption(self.listed[picture], str(picture), self.options.cleaning, rng)
         path = caption_file(picture)
         if path is None:
             raise BadSample("no caption", "its caption is gone", str(picture))
         captions = captions_in(_content(path), path.suffix, str(path))
-        return sample_caption(captions, str(path), self.reading, rng)
+        return sample_caption(captions, str(path), self.options.cleaning, rng)
 
     def image(self, index: int) -> Image.Image:
         path = self.pictures[index]
-        return read_image(_content(path), str(path), self.reading, self.detail)
+        return read_image(
+            _content(path), str(path), self.options.cleaning, self.options.decode_size
+        )
 
 
 def _content(path: Path) -> bytes:

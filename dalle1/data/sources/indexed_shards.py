@@ -15,25 +15,25 @@ from PIL import Image
 from dalle1.data.cleaning import (
     CAPTIONS,
     PICTURES,
-    CleaningConfig,
     captions_in,
     read_image,
     sample_caption,
 )
 from dalle1.data.skipped import BadSample, ShardLosses, ShardRead, SkippedSample
-from dalle1.data.sources.base import part
+from dalle1.data.sources.base import ReadOptions, split_indices
+from dalle1.data.sources.indexed import IndexedSource
 
 Span = tuple[int, int]
 """Offset and size in bytes of a file within a shard."""
 
 
-class IndexedShards:
+class IndexedShards(IndexedSource):
     """Local shards in img2dataset's layout: `KEY.jpg` (png, webp, gif), `KEY.txt` or `KEY.json`.
 
     A pair takes 48 bytes of memory, whatever its key.
 
     Attributes:
-        left_out: samples without picture or caption, and shards that end too early.
+        skipped: samples without picture or caption, and shards that end too early.
         shards_read: each shard, with how much of it could be read.
 
     Raises: ValueError where there is no pair, or too many shards are damaged.
@@ -43,37 +43,35 @@ class IndexedShards:
         self,
         shards: Sequence[Path],
         split: str = "train",
-        captions: bool = True,
-        reading: CleaningConfig | None = None,
-        detail: int = 0,
+        options: ReadOptions | None = None,
     ) -> None:
-        self.shards, self.reading, self.detail = shards, reading or CleaningConfig(), detail
-        self.left_out: list[SkippedSample] = []
+        self.shards, self.options = shards, options or ReadOptions()
+        self.skipped: list[SkippedSample] = []
         self.shards_read: list[ShardRead] = []
         rows: list[tuple[int, ...]] = []
         for number, shard in enumerate(shards):
-            rows += self._index(number, shard, captions)
+            rows += self._index(number, shard)
         if not rows:
-            first = f"; the first left out is {_told(self.left_out[0])}" if self.left_out else ""
+            first = f"; the first skipped is {self.skipped[0]}" if self.skipped else ""
             raise ValueError(
-                f"no pairs in {len(shards)} shards, {shards[0]} the first: expected a picture and "
-                f"a .txt or .json under the same name{first}"
+                f"no usable samples in {len(shards)} shards, {shards[0]} the first: expected an "
+                f"image and a .txt or .json under the same name{first}"
             )
-        losses = ShardLosses(self.reading.max_bad_fraction)
-        losses.add(sorted(self.shards_read, key=lambda shard: not shard.whole), len(shards))
+        losses = ShardLosses(self.options.cleaning.max_bad_fraction)
+        losses.add(sorted(self.shards_read, key=lambda shard: not shard.complete), len(shards))
         # Shard, picture's span, caption's span, caption's suffix: as numbers, forked workers
         # share them.
         table = np.array(rows, dtype=np.int64)
-        kept = part(range(len(rows)), split)
+        kept = split_indices(range(len(rows)), split)
         self.entries = table[kept.start : kept.stop]
 
-    def _index(self, number: int, shard: Path, captions: bool) -> Iterator[tuple[int, ...]]:
+    def _index(self, number: int, shard: Path) -> Iterator[tuple[int, ...]]:
         samples, damage = index_shard(shard)
-        before, kept = len(self.left_out), 0
+        before, kept = len(self.skipped), 0
         if damage:
-            self.left_out.append(damage)
+            self.skipped.append(damage)
         for i, (key, files) in enumerate(samples.items()):
-            lacking = lacks(files, captions)
+            lacking = missing_files(files, self.options.captions)
             if lacking is None:
                 picture = next(files[suffix] for suffix in PICTURES if suffix in files)
                 suffix = next((s for s in CAPTIONS if s in files), "")
@@ -81,8 +79,8 @@ class IndexedShards:
                 kept += 1
                 yield (number, *picture, *files.get(suffix, (0, 0)), kind)
             elif not (damage and i == len(samples) - 1):  # else it is what was cut off
-                self.left_out.append(SkippedSample.because(lacking, f"{key} in {shard}"))
-        met = kept + len(self.left_out) - before
+                self.skipped.append(SkippedSample.because(lacking, f"{key} in {shard}"))
+        met = kept + len(self.skipped) - before
         self.shards_read.append(ShardRead(str(shard), met, not damage))
 
     def __len__(self) -> int:
@@ -108,11 +106,12 @@ class IndexedShards:
         suffix = CAPTIONS[self.entries[index][5]]
         with self._naming(index):
             captions = captions_in(self._read(index, 3), suffix, "")
-            return sample_caption(captions, "", self.reading, rng)
+            return sample_caption(captions, "", self.options.cleaning, rng)
 
     def image(self, index: int) -> Image.Image:
         with self._naming(index):
-            return read_image(self._read(index, 1), "", self.reading, self.detail)
+            content, options = self._read(index, 1), self.options
+            return read_image(content, "", options.cleaning, options.decode_size)
 
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
@@ -123,8 +122,8 @@ class IndexedShards:
             raise BadSample(error.cause, error.why, error.where or self.name(index)) from error
 
 
-def lacks(files: Mapping[str, Any], captions: bool) -> BadSample | None:
-    """Say what the files of a sample, by suffix, lack to be a pair."""
+def missing_files(files: Mapping[str, Any], captions: bool) -> BadSample | None:
+    """Return what a sample lacks, by the suffixes of its files; None where it is complete."""
     given = ", ".join(files)
     if not any(suffix in files for suffix in PICTURES):
         return BadSample("no picture", f"there is only {given}")
