@@ -119,7 +119,7 @@ def schedules(path: Path) -> None:
         curves = (
             ("τ, the temperature", recipe.temperature_at, recipe.temperature_steps),
             ("β, the weight of the KL", recipe.beta_at, recipe.beta_steps),
-            ("step size", recipe.learning_rate_at, last),
+            ("learning rate", recipe.lr_at, last),
         )
         for axes, (title, value_at, duration) in zip(row, curves):
             steps = [duration * i // 400 for i in range(501)]  # and a quarter more, where it stays

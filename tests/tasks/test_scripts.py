@@ -78,7 +78,7 @@ def test_a_dvae_is_fine_tuned(runs: Path, tmp_path: Path) -> None:
     train_dvae.main([*train, "--final-learning-rate", "0", "--out", str(tmp_path / "tuned")])
     given, tuned = DVAE.load(runs / "dvae"), DVAE.load(tmp_path / "tuned")
     for a, b in zip(given.parameters(), tuned.parameters(), strict=True):
-        torch.testing.assert_close(a, b)  # it began there, and the step size was 0
+        torch.testing.assert_close(a, b)  # it began there, and the learning rate was 0
 
 
 def test_a_dvae_is_measured(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
