@@ -22,15 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from dalle1.console import one_line_errors, parse, parse_preset
 from dalle1.data.encoded import INDEX_NAME, fingerprint
-from dalle1.evaluation.classifier_training import ClassifierOptions
 from dalle1.image_tokenizer import image_tokenizer_file
 from dalle1.storage import same_tensors
 from dalle1.tasks.clip import CLIP_PRESETS
 from dalle1.tasks.dvae import DVAE_PRESETS
+from dalle1.tasks.toybox_classifier import CLASSIFIER_PRESETS
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 ROOT = Path(__file__).resolve().parent
@@ -78,7 +76,7 @@ class ToyConfig:
     clip: str = ""
     """More flags of train_clip.py."""
     classifier: str = ""
-    """More flags of dalle1.evaluation.classifier_training."""
+    """More flags of dalle1 train classifier."""
 
     def __post_init__(self) -> None:
         if self.scenes < 1 or self.processes < 1:
@@ -106,13 +104,10 @@ class Stage:
 def stages(config: ToyConfig) -> list[Stage]:
     """Give all stages in order."""
     out = {name: config.out / name for name in get_args(Name)}
-    classifier = config.out / "classifier.safetensors"
     scenes, dvae = ["--data", str(out["scenes"])], ["--dvae", str(out["settle"])]
     shards = -(-config.scenes // SHARD)
     draw = ["-m", "dalle1.commands.toybox", "--num-scenes", str(config.scenes), "--captions", "8"]
     draw += ["--shard-size", str(SHARD), "--processes", str(min(shards, os.cpu_count() or 1))]
-    judging = [*shlex.split(config.classifier), "--out", str(classifier)]
-    steps = parse(ClassifierOptions, judging, "").steps
 
     recipes: dict[Name, Any] = {}
 
@@ -121,6 +116,8 @@ def stages(config: ToyConfig) -> list[Stage]:
         words = [preset, *flags, "--out", str(out[name]), *shlex.split(more)]
         recipes[name] = parse_preset(presets, words, "")
         command = [str(ROOT / f"train_{script}.py"), *words]
+        if script == "classifier":
+            command = ["-m", "dalle1.tasks.toybox_classifier", *words]
         if script == "transformer" and config.processes > 1:  # others compare a batch's samples
             together = ["-m", "torch.distributed.run", "--standalone"]
             command = [*together, f"--nproc-per-node={config.processes}", *command]
@@ -147,13 +144,7 @@ def stages(config: ToyConfig) -> list[Stage]:
         half,
         training("transformer", TRANSFORMER_PRESETS, config.transformer, *data("codes"), *init),
         training("clip", CLIP_PRESETS, config.clip, *scenes),
-        Stage(
-            "classifier",
-            ["-m", "dalle1.evaluation.classifier_training", *judging],
-            lambda: steps if classifier.is_file() else classifier_step(classifier),
-            steps,
-            "step",
-        ),
+        training("classifier", CLASSIFIER_PRESETS, config.classifier),
     ]
     for first, second in GROWN:
         sizes, wanted = asdict(recipes[first].model), asdict(recipes[second].model)
@@ -169,12 +160,6 @@ def step_of(out: Path) -> int:
     """Give the step of the latest checkpoint of a training."""
     latest = out / "latest"
     return int(latest.resolve().name.removeprefix("step-")) if latest.exists() else 0
-
-
-def classifier_step(classifier: Path) -> int:
-    """Give the step at which the classifier's training was kept."""
-    kept = classifier.with_name(f".{classifier.name}.training")
-    return int(torch.load(kept, weights_only=True)["step"]) if kept.is_file() else 0
 
 
 def check_order(out: Path, todo: Sequence[Stage], of: Mapping[Name, Stage]) -> None:
@@ -269,7 +254,7 @@ def join(out: Path) -> None:
 
     parts = {"--model": "transformer", "--clip": "clip", "--out": "model"}
     join_model([word for flag, name in parts.items() for word in (flag, str(out / name))])
-    shutil.copy(out / "classifier.safetensors", out / "model")
+    shutil.copy(out / "classifier" / "latest" / "classifier.safetensors", out / "model")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ SUBCOMMANDS = {
     "train dvae": ("dalle1.tasks.dvae", "Train stage 1: images to codes and back"),
     "train transformer": ("dalle1.tasks.transformer", "Train stage 2: codes from a caption"),
     "train clip": ("dalle1.tasks.clip", "Train a CLIP that reranks samples"),
+    "train classifier": (
+        "dalle1.tasks.toybox_classifier",
+        "Train the classifier of the Toybox evaluation",
+    ),
     "encode": ("dalle1.data.encoded", "Encode a dataset's images as codes, before stage 2"),
     "evaluate": (
         "dalle1.commands.evaluate",

@@ -141,7 +141,6 @@ MIGRATING: set[str] = {
     "dalle1/data/sources/streaming_shards.py",
     "dalle1/data/spec.py",
     "dalle1/devices.py",
-    "dalle1/evaluation/classifier_training.py",
     "dalle1/evaluation/image_sets.py",
     "dalle1/importers/openai_dvae.py",
     "dalle1/outputs.py",

@@ -35,7 +35,8 @@ TINY = {
     "--transformer": TRANSFORMER,
     "--clip": f"{RUN} --steps 2 --model.width 8 --model.text-width 32 --model.text-layers 1 "
     "--vocab-size 260 --vocab-captions 3 --validation-pairs 1",
-    "--classifier": "--steps 1 --pictures 4 --check-pictures 2",
+    "--classifier": "--steps 1 --num-scenes 4 --validation-images 2 --batch-size 4 "
+    "--precision fp32",
 }
 
 
@@ -183,7 +184,7 @@ def test_codes_wait_for_the_dvae(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 def test_stages_run_as_their_commands_are_given(tmp_path: Path) -> None:
-    more = {"clip": "--steps 7", "classifier": "--steps=8 --pictures 4"}
+    more = {"clip": "--steps 7", "classifier": "--steps=8 --num-scenes 4"}
     config = train_toy.ToyConfig(out=tmp_path, scenes=2500, processes=2, **more)
     found = {stage.name: stage for stage in train_toy.stages(config)}
     assert [(s.total, s.done()) for s in found.values()] == [
