@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from dalle1.console import one_line_errors, parse_preset
 from dalle1.data.images import to_float, to_tensor
-from dalle1.data.loader import Example
+from dalle1.data.loader import Batch
 from dalle1.evaluation.classifier import (
     FILE_NAME,
     LAYOUTS,
@@ -43,7 +45,7 @@ from dalle1.toybox.kinds import scenes
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
-from dalle1.training.loop import fit, train_loader
+from dalle1.training.loop import fit
 from dalle1.training.task import Task
 
 NOT_ASKED = -1  # target of a prediction that does not apply to a scene
@@ -85,7 +87,6 @@ CLASSIFIER_PRESETS = {
         ema_decay=0.0,
         validate_every=1_000,
         save_every=200,
-        num_workers=0,  # the renderings are in memory
     ),
 }
 
@@ -123,10 +124,14 @@ def targets(scene: Scene, config: ClassifierConfig) -> list[int]:
     return [LAYOUTS.index(verdict.layout), config.styles.index(verdict.style), *counts, *slots]
 
 
-class RenderedScenes:
-    """The training scenes, rendered into memory once: 49 kB each."""
+class SceneLoader:
+    """Batches of the training scenes, which are rendered into memory once.
+
+    The batch of a step follows from the seed and the step alone. num_workers is not used.
+    """
 
     def __init__(self, config: ClassifierTrainConfig) -> None:
+        self.config = config
         self.images = torch.empty(config.num_scenes, 3, RENDER_SIZE, RENDER_SIZE, dtype=torch.uint8)
         self.targets = torch.empty(config.num_scenes, NUM_PREDICTIONS, dtype=torch.int64)
         for index in tqdm(range(config.num_scenes), "rendering", unit="image", leave=False):
@@ -134,13 +139,20 @@ class RenderedScenes:
             self.images[index] = to_tensor(render(scene, RENDER_SIZE))
             self.targets[index] = torch.tensor(targets(scene, config.model))
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def batches(self, start: int) -> Generator[Batch]:
+        """Yield this process's part of each batch, from step `start` on."""
+        config = self.config
+        for step in count(start):
+            rng = random.Random(f"classifier batch {config.seed}/{step}")
+            chosen = rng.choices(range(config.num_scenes), k=config.batch_size)
+            part = chosen[distributed.rank() :: distributed.world_size()]
+            yield Batch(tensors={"images": self.images[part], "targets": self.targets[part]})
 
+    def state_dict(self) -> None:
+        """Return None: the step alone determines a batch."""
 
-def example(source: RenderedScenes, index: int, _: random.Random) -> Example:
-    """Return an image, uint8, and its targets."""
-    return {"images": source.images[index], "targets": source.targets[index]}
+    def load_state_dict(self, state: Any) -> None:
+        """Do nothing: there is no state."""
 
 
 def augment(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
@@ -153,22 +165,22 @@ def augment(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(shape, generator=rng, device=rng.device).mul_(high - low).add_(low)
 
-    count, _, height, _ = images.shape
-    sigma = uniform(-0.8, 2.0, count, 1, 1).clamp_(min=0.45)
-    zoom = uniform(0.94, 1.06, count, 1, 1)
+    batch, _, height, _ = images.shape
+    sigma = uniform(-0.8, 2.0, batch, 1, 1).clamp_(min=0.45)
+    zoom = uniform(0.94, 1.06, batch, 1, 1)
     phase = torch.arange(size, device=rng.device)[:, None] / size * math.tau
 
     def axis() -> Tensor:  # a shift, and a slow wobble of up to two pixels along the axis
-        wave = torch.sin(uniform(1, 3, count, 1, 1) * phase + uniform(0, math.tau, count, 1, 1))
-        shift = uniform(-5, 5, count, 1, 1) + uniform(0, 2, count, 1, 1) * wave
+        wave = torch.sin(uniform(1, 3, batch, 1, 1) * phase + uniform(0, math.tau, batch, 1, 1))
+        shift = uniform(-5, 5, batch, 1, 1) + uniform(0, 2, batch, 1, 1) * wave
         return _resampling(height, size, shift, zoom, sigma)
 
     down, across = axis(), axis()
     x = down[:, None] @ images @ across[:, None].mT  # [B, 3, size, size]
     block = size * PATCH // 128
     # A third of the images keep all their detail; the coarsest blocks are only mixed in.
-    kinds = torch.randint(3, (count,), generator=rng, device=rng.device)
-    share = uniform(-0.5, 1.0, count, 1, 1, 1).clamp_(min=0)
+    kinds = torch.randint(3, (batch,), generator=rng, device=rng.device)
+    share = uniform(-0.5, 1.0, batch, 1, 1, 1).clamp_(min=0)
     for kind, (factor, limit) in enumerate(((2, 1.0), (4, 0.6), (block, 0.35))):
         chosen = (kinds == kind).nonzero()[:, 0]
         if len(chosen):
@@ -176,9 +188,9 @@ def augment(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
             mode = "nearest" if factor == block else "bilinear"
             coarse = F.interpolate(pooled, (size, size), mode=mode)
             x[chosen] = x[chosen].lerp_(coarse, share[chosen] * limit)
-    x = x.mul_(uniform(0.95, 1.05, count, 3, 1, 1)).add_(uniform(-0.03, 0.03, count, 1, 1, 1))
+    x = x.mul_(uniform(0.95, 1.05, batch, 3, 1, 1)).add_(uniform(-0.03, 0.03, batch, 1, 1, 1))
     noise = torch.randn(x.shape, generator=rng, device=rng.device)
-    return x.add_(noise.mul_(uniform(-0.03, 0.04, count, 1, 1, 1).clamp_(min=0))).clamp_(0, 1)
+    return x.add_(noise.mul_(uniform(-0.03, 0.04, batch, 1, 1, 1).clamp_(min=0))).clamp_(0, 1)
 
 
 def _resampling(height: int, size: int, shift: Tensor, zoom: Tensor, sigma: Tensor) -> Tensor:
@@ -226,7 +238,7 @@ class ClassifierTask(Task[ToyboxClassifier]):
         self.config = config = resolve_precision(config, self.device)
         torch.manual_seed(config.seed)
         self.model = ToyboxClassifier(config.model).train().to(self.device)
-        self.loader = train_loader(RenderedScenes(config), example, config)
+        self.loader = SceneLoader(config)
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
@@ -236,11 +248,11 @@ class ClassifierTask(Task[ToyboxClassifier]):
 
     def validate(self, model: ToyboxClassifier) -> Iterator[tuple[str, float]]:
         """Yield the accuracy of each aspect on new renderings, and on augmented ones."""
-        count, seed = self.config.validation_images, f"validation {self.config.seed}"
-        yield from accuracy(model, scenes("all", seed), count)
+        num_images, seed = self.config.validation_images, f"validation {self.config.seed}"
+        yield from accuracy(model, scenes("all", seed), num_images)
         rng = torch.Generator().manual_seed(self.config.seed)
         augmented = partial(augment, size=self.config.model.image_size, rng=rng)
-        for aspect, share in accuracy(model, scenes("all", seed), count, augment=augmented):
+        for aspect, share in accuracy(model, scenes("all", seed), num_images, augment=augmented):
             yield f"augmented_{aspect}", share
 
     def save(self, model: ToyboxClassifier, folder: Path) -> None:
