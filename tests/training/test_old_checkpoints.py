@@ -38,10 +38,10 @@ class Endless:
             yield batch
 
     def state_dict(self) -> dict[str, object]:
-        return {"readers": 1, "places": {0: [self.cursor]}}
+        return {"readers": 1, "cursors": {0: [self.cursor]}}
 
     def load_state_dict(self, state: dict[str, dict[int, list[int]]]) -> None:
-        self.cursor = state["places"][0][0]
+        self.cursor = state["cursors"][0][0]
 
 
 def train(out: Path, steps: int) -> list[float]:
