@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PROMPT ?= an avocado armchair
 ARGS ?=
-RUNS ?= runs/toy
+OUT ?= runs/toy
 PY := .venv/bin/python
 
 # The prompt travels in the environment, unexpanded, so that $$, quotes and apostrophes survive.
@@ -17,10 +17,10 @@ export PROMPT
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
-sample: .venv/runtime.stamp ## Draw PROMPT="an avocado armchair"; more options in ARGS="--num-images 8"
+sample: .venv/runtime.stamp ## Sample images for PROMPT="an avocado armchair"; ARGS="--num-images 8" adds flags
 	$(PY) sample.py "$$PROMPT" $(ARGS)
 
-test: .venv/dev.stamp ## Run the tests; ARGS="tests/test_masks.py -x" narrows them
+test: .venv/dev.stamp ## Run the tests; ARGS="tests/test_cli.py -x" runs some of them
 	$(PY) -m pytest $(ARGS)
 
 lint: .venv/dev.stamp ## Check style, formatting and types
@@ -32,13 +32,13 @@ format: .venv/dev.stamp ## Format the code and fix what ruff can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-train-toy: .venv/runtime.stamp ## Train the bundled model anew under RUNS=runs/toy; run again to resume
-	$(PY) train_toy.py --out $(RUNS) $(ARGS)
+train-toy: .venv/runtime.stamp ## Train the bundled model again in OUT=runs/toy; the same command resumes
+	PYTHON="$(PY)" OUT="$(OUT)" recipes/toy.sh
 
 bench: .venv/runtime.stamp ## Measure the speed of sampling
 	$(PY) benchmarks/sample.py --contenders dalle1 bundled $(ARGS)
 
-bench-peers: .venv/dev.stamp ## Install the projects that benchmarks/train_*.py measure beside ours
+bench-peers: .venv/dev.stamp ## Install the projects that benchmarks/train_*.py compare with
 	$(PY) -m pip install --no-deps dalle-pytorch axial-positional-embedding \
 		rotary-embedding-torch -c constraints.txt
 

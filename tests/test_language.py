@@ -194,7 +194,6 @@ MIGRATING: set[str] = {
     "tests/test_docs.py",
     "tests/test_pipeline.py",
     "tests/test_sample.py",
-    "tests/test_train_toy.py",
     "tests/text/test_bpe.py",
     "tests/text/test_known_words.py",
     "tests/training/test_checkpoint.py",
@@ -203,7 +202,6 @@ MIGRATING: set[str] = {
     "tests/training/test_interrupts.py",
     "tests/training/test_loop.py",
     "tests/training/test_recorders.py",
-    "train_toy.py",
 }
 
 

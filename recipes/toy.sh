@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Train the bundled model from nothing: scenes, dVAE, codes, transformer, CLIP, classifier.
+#
+#     recipes/toy.sh
+#     OUT=runs/quick SCENES=2000 DVAE_FLAGS="--steps 500" recipes/toy.sh
+#
+# Stop it with Ctrl-C; the same command resumes, since each stage resumes by itself and a finished
+# one returns at once. OUT/model then holds the model: dalle1 sample PROMPT --model OUT/model.
+# dVAE and transformer are trained in two stages each: toy-finetune drops the dVAE codes that carry
+# nothing, and toy-128 trains the transformer on smaller images first.
+set -euo pipefail
+
+OUT=${OUT:-runs/toy}              # folder of all stages
+SCENES=${SCENES:-40000}           # rendered scenes, 29 kB each
+PROCESSES=${PROCESSES:-1}         # processes that train the transformer together, by torchrun
+FIRST_SIZE=${FIRST_SIZE:-128}     # image side of stage toy-128
+PYTHON=${PYTHON:-python}          # the Python that dalle1 is installed for
+
+# More flags of single stages, quoted as in a shell.
+eval "dvae_flags=(${DVAE_FLAGS:-})"
+eval "finetune_flags=(${FINETUNE_FLAGS:-})"
+eval "encode_flags=(${ENCODE_FLAGS:-})"
+eval "toy_128_flags=(${TOY_128_FLAGS:-})"
+eval "transformer_flags=(${TRANSFORMER_FLAGS:-})"
+eval "clip_flags=(${CLIP_FLAGS:-})"
+eval "classifier_flags=(${CLASSIFIER_FLAGS:-})"
+
+dalle1=("$PYTHON" -m dalle1)
+together=("${dalle1[@]}")
+if [ "$PROCESSES" -gt 1 ]; then
+    together=("$PYTHON" -m torch.distributed.run --standalone "--nproc-per-node=$PROCESSES" -m dalle1)
+fi
+shards=$(((SCENES + 999) / 1000))
+cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
+workers=$((shards < cores ? shards : cores))
+
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+
+# Run the command of one stage. A training that was stopped exits with 0, so its output is read.
+stage() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" | tee -i "$output"
+    if grep -q "^Stopped" "$output"; then
+        echo "Stopped in stage $name; the same command resumes" >&2
+        exit 130
+    fi
+}
+
+stage scenes "${dalle1[@]}" toybox --out "$OUT/scenes" --num-scenes "$SCENES" --captions 8 \
+    --processes "$workers"
+stage dvae "${dalle1[@]}" train dvae toy --data "$OUT/scenes" --out "$OUT/dvae" \
+    ${dvae_flags[@]+"${dvae_flags[@]}"}
+stage toy-finetune "${dalle1[@]}" train dvae toy-finetune --data "$OUT/scenes" \
+    --init "$OUT/dvae" --out "$OUT/toy-finetune" ${finetune_flags[@]+"${finetune_flags[@]}"}
+
+encode=("${dalle1[@]}" encode --dvae "$OUT/toy-finetune" --data "$OUT/scenes" --shard-size 1000)
+encode+=(${encode_flags[@]+"${encode_flags[@]}"})
+stage codes-128 "${encode[@]}" --image-size "$FIRST_SIZE" --out "$OUT/codes-128"
+stage codes "${encode[@]}" --out "$OUT/codes"
+
+stage toy-128 "${together[@]}" train transformer toy-128 --dvae "$OUT/toy-finetune" \
+    --data "$OUT/codes-128" --image-size "$FIRST_SIZE" --out "$OUT/toy-128" \
+    ${toy_128_flags[@]+"${toy_128_flags[@]}"}
+stage transformer "${together[@]}" train transformer toy --dvae "$OUT/toy-finetune" \
+    --data "$OUT/codes" --init "$OUT/toy-128" --out "$OUT/transformer" \
+    ${transformer_flags[@]+"${transformer_flags[@]}"}
+stage clip "${dalle1[@]}" train clip toy --data "$OUT/scenes" --out "$OUT/clip" \
+    ${clip_flags[@]+"${clip_flags[@]}"}
+stage classifier "${dalle1[@]}" train classifier toy --out "$OUT/classifier" \
+    ${classifier_flags[@]+"${classifier_flags[@]}"}
+
+stage model "${dalle1[@]}" export --model "$OUT/transformer" --clip "$OUT/clip" --out "$OUT/model"
+cp "$OUT/classifier/latest/classifier.safetensors" "$OUT/model/"

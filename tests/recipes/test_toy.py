@@ -1,0 +1,77 @@
+"""recipes/toy.sh at a tiny size, from nothing to images; a second run has nothing left to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dalle1.commands import sample
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = "--steps 1 --batch-size 2 --num-workers 0 --device cpu --precision fp32"
+DVAE = (
+    f"{RUN} --model.image-size 64 --model.width 8 --model.codebook-size 16 --crop-size 32 "
+    "--validation-pictures 1"
+)
+TRANSFORMER = (
+    f"{RUN} --model.width 16 --model.depth 1 --model.heads 2 --model.text-len 8 "
+    "--model.text-vocab 260 --vocab-captions 3 --prompts 'a red star'"
+)
+FLAGS = {
+    "SCENES": "4",
+    "FIRST_SIZE": "32",
+    "DVAE_FLAGS": DVAE,
+    "FINETUNE_FLAGS": DVAE,
+    "ENCODE_FLAGS": "--num-workers 0 --device cpu",
+    "TOY_128_FLAGS": TRANSFORMER,
+    "TRANSFORMER_FLAGS": TRANSFORMER,
+    "CLIP_FLAGS": f"{RUN} --model.width 8 --model.text-width 32 --model.text-layers 1 "
+    "--vocab-size 260 --vocab-captions 3 --validation-pairs 1",
+    "CLASSIFIER_FLAGS": "--steps 1 --pictures 4 --check-pictures 2",
+}
+STAGES = [
+    *("scenes", "dvae", "toy-finetune", "codes-128", "codes", "toy-128", "transformer", "clip"),
+    *("classifier", "model"),
+]
+
+
+def recipe(out: Path, **changed: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **FLAGS, "OUT": str(out), "PYTHON": sys.executable, **changed}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [str(ROOT / "recipes" / "toy.sh")], env=environment, capture_output=True, text=True
+    )
+
+
+def stages(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [s.removeprefix("== ") for s in done.stdout.splitlines() if s.startswith("== ")]
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_a_model_and_then_has_nothing_to_do(tmp_path: Path) -> None:
+    out = tmp_path / "toy"
+    first = recipe(out)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert stages(first) == STAGES
+    made = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors") if "model" not in p.parts}
+    assert len(made) > 5
+    flags = ["--device", "cpu", "--precision", "fp32", "--num-candidates", "1", "--num-images", "1"]
+    model = ["--model", str(out / "model"), "--out", str(tmp_path / "images")]
+    sample.main(["a red star", *model, *flags])
+    assert Image.open(tmp_path / "images" / "00.png").size == (64, 64)
+
+    second = recipe(out)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+
+
+def test_a_failing_stage_ends_the_recipe(tmp_path: Path) -> None:
+    done = recipe(tmp_path, DVAE_FLAGS="--data nowhere")
+    assert done.returncode == 2
+    assert stages(done) == ["scenes", "dvae"]
+    assert "no data at 'nowhere'" in done.stderr
