@@ -32,7 +32,7 @@ FLAGS = {
     "TRANSFORMER_FLAGS": TRANSFORMER,
     "CLIP_FLAGS": f"{RUN} --model.width 8 --model.text-width 32 --model.text-layers 1 "
     "--vocab-size 260 --vocab-captions 3 --validation-pairs 1",
-    "CLASSIFIER_FLAGS": "--steps 1 --pictures 4 --check-pictures 2",
+    "CLASSIFIER_FLAGS": f"{RUN} --num-scenes 4 --validation-images 2",
 }
 STAGES = [
     *("scenes", "dvae", "toy-finetune", "codes-128", "codes", "toy-128", "transformer", "clip"),
