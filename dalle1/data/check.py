@@ -145,7 +145,7 @@ def _report(found: Findings, stats: SkipStats, config: CheckConfig) -> dict[str,
     lost = stats.shards.lost_samples()
     report: dict[str, Any] = {
         "pairs": pairs,
-        "left_out": dict(stats.counts.most_common()),
+        "skipped": dict(stats.counts.most_common()),
         "damaged": (damaged + lost) / (pairs + stats.counts.total() + lost),
         "width": _spread(found.widths),
         "height": _spread(found.heights),
@@ -169,9 +169,9 @@ def _spread(values: Sequence[int]) -> dict[str, float]:
 
 
 def _print(report: Mapping[str, Any], config: CheckConfig, rate: float) -> None:
-    left_out = report["left_out"]
-    print(f"{report['pairs']} usable pairs, {sum(left_out.values())} left out")
-    for cause, count in left_out.items():
+    skipped = report["skipped"]
+    print(f"{report['pairs']} usable samples, {sum(skipped.values())} skipped")
+    for cause, count in skipped.items():
         print(f"  {count:8} {cause}")
     for name, unit in (("width", "pixels"), ("height", "pixels"), ("tokens", "a caption")):
         if name in report:

@@ -1,4 +1,4 @@
-"""Captions of every form, what is taken and what is left out, JPEGs decoded small."""
+"""Captions of every form, which samples are skipped, and JPEGs decoded small."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle1.data import open_source
+from dalle1.data import ReadOptions, open_source
 from dalle1.data.cleaning import CleaningConfig, captions_in, clean, read_image, sample_caption
 from dalle1.data.encoded import open_codes
 from dalle1.data.skipped import DAMAGE, RULES, BadSample, SkippedSample, SkipStats
-from dalle1.data.sources.base import Mixture, split_sources, turn
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed_shards import IndexedShards
+from dalle1.data.sources.mixture import Mixture, weighted_round_robin
 from dalle1.data.sources.streaming_shards import StreamingShards
+from dalle1.data.spec import split_names
 from dvae import DVAE, DVAEConfig
 
 RNG = random.Random(0)
 NO_CLEANING = CleaningConfig()
 
 
-def picture(path: Path, size: tuple[int, int] = (8, 8)) -> None:
+def write_image(path: Path, size: tuple[int, int] = (8, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "red").save(path)
 
 
-def drawn(source: Any, index: int = 0) -> set[str]:
+def captions_of(source: Any, index: int = 0) -> set[str]:
     return {source.caption(index, random.Random(i)) for i in range(60)}
 
 
@@ -54,33 +55,33 @@ def drawn(source: Any, index: int = 0) -> set[str]:
 def test_captions_of_every_form(
     tmp_path: Path, name: str, content: str, expected: set[str]
 ) -> None:
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / name).write_text(content, encoding="utf-8")
     source = open_source(str(tmp_path))
     assert len(source) == 1
-    assert drawn(source) == expected
+    assert captions_of(source) == expected
 
 
 def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> None:
     for name in ("a.png", "deep/b.png", "c.png"):
-        picture(tmp_path / name)
+        write_image(tmp_path / name)
     rows = [b"file,caption", b"a.png,one", b"deep/b.png,zwei \xff", b"gone.png,three", b",four"]
     (tmp_path / "captions.csv").write_bytes(b"\n".join(rows))
     source = Folder(tmp_path)
     assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "a.png")]
-    causes = [(pair.cause, pair.where.rpartition("/")[2]) for pair in source.left_out]
+    causes = [(pair.cause, pair.where.rpartition("/")[2]) for pair in source.skipped]
     assert causes == [
         ("caption not UTF-8", "captions.csv:3"),
         ("no picture", "gone.png"),
         ("no picture", "captions.csv:5"),
     ]
-    assert len(Folder(tmp_path, captions=False)) == 3
+    assert len(Folder(tmp_path, options=ReadOptions(captions=False))) == 3
     (tmp_path / "captions.csv").rename(tmp_path / "captions.jsonl")
     lines = ['{"file": "a.png", "caption": 3}', "{", "[]", '{"file": "c.png", "caption": "c"}']
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     source = Folder(tmp_path)
     assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "c.png")]
-    assert [pair.cause for pair in source.left_out] == ["damaged captions"] * 3
+    assert [pair.cause for pair in source.skipped] == ["damaged captions"] * 3
     (tmp_path / "captions.csv").write_text("name;words\n")
     with pytest.raises(ValueError, match=r"captions.csv has the columns name;words; expected file"):
         Folder(tmp_path)
@@ -103,19 +104,19 @@ def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> 
     ],
 )
 def test_unusable_captions(content: bytes, suffix: str, cause: str) -> None:
-    reading = CleaningConfig(min_caption=2, max_caption=10)
+    cleaning = CleaningConfig(min_caption=2, max_caption=10)
     with pytest.raises(BadSample, match=r"^where: .+") as error:
-        sample_caption(captions_in(content, suffix, "where"), "where", reading, RNG)
+        sample_caption(captions_in(content, suffix, "where"), "where", cleaning, RNG)
     assert error.value.cause == cause
     again = pickle.loads(pickle.dumps(error.value))
     assert (again.cause, again.why, str(again)) == (cause, error.value.why, str(error.value))
 
 
-def test_of_several_captions_one_that_fits_is_drawn() -> None:
-    reading = CleaningConfig(min_caption=4, max_caption=6)
+def test_of_several_captions_one_that_fits_is_picked() -> None:
+    cleaning = CleaningConfig(min_caption=4, max_caption=6)
     for i in range(20):
         captions = ["a", "a star", "a red star"]
-        assert sample_caption(captions, "", reading, random.Random(i)) == "a star"
+        assert sample_caption(captions, "", cleaning, random.Random(i)) == "a star"
 
 
 def test_captions_are_cleaned_unless_told_not_to() -> None:
@@ -136,31 +137,33 @@ def test_captions_are_cleaned_unless_told_not_to() -> None:
         ((9, 40), "too small"),
     ],
 )
-def test_pictures_are_taken_by_their_shape(size: tuple[int, int], cause: str | None) -> None:
+def test_images_are_taken_by_their_shape(size: tuple[int, int], cause: str | None) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", size).save(buffer, "PNG")
-    reading = CleaningConfig(min_side=10)
+    cleaning = CleaningConfig(min_side=10)
     if cause is None:
-        assert read_image(buffer.getvalue(), "", reading).size == size
+        assert read_image(buffer.getvalue(), "", cleaning).size == size
         return
     with pytest.raises(BadSample) as error:
-        read_image(buffer.getvalue(), "a.png", reading)
+        read_image(buffer.getvalue(), "a.png", cleaning)
     assert error.value.cause == cause
     assert f"a.png: {size[0]} × {size[1]}, and --m" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("detail", "expected"),
+    ("decode_size", "expected"),
     [(0, (640, 480)), (481, (640, 480)), (240, (320, 240)), (121, (320, 240)), (60, (80, 60))],
 )
-def test_jpegs_are_decoded_no_larger_than_is_needed(detail: int, expected: tuple[int, int]) -> None:
+def test_jpegs_are_decoded_no_larger_than_is_needed(
+    decode_size: int, expected: tuple[int, int]
+) -> None:
     x, y = np.meshgrid(np.arange(640) * 255 / 640, np.arange(480) * 255 / 480)
     whole = Image.fromarray(np.stack([x, y, x], -1).astype(np.uint8))
     buffer = io.BytesIO()
     whole.save(buffer, "JPEG", quality=95)
-    small = read_image(buffer.getvalue(), "", NO_CLEANING, detail)
+    small = read_image(buffer.getvalue(), "", NO_CLEANING, decode_size)
     assert small.size == expected
-    assert min(small.size) >= detail or small.size == whole.size
+    assert min(small.size) >= decode_size or small.size == whole.size
     reference = np.asarray(whole.resize(expected, Image.Resampling.BOX), int)
     assert np.abs(np.asarray(small, int) - reference).mean() < 2
 
@@ -190,61 +193,62 @@ def test_impossible_rules_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_sources_and_weights() -> None:
-    assert split_sources("a") == (["a"], None)
-    assert split_sources("a,b{1,2}.tar") == (["a", "b{1,2}.tar"], None)
-    assert split_sources("a::2,pipe:cat b::0.5") == (["a", "pipe:cat b"], [2.0, 0.5])
+    assert split_names("a") == (["a"], None)
+    assert split_names("a,b{1,2}.tar") == (["a", "b{1,2}.tar"], None)
+    assert split_names("a::2,pipe:cat b::0.5") == (["a", "pipe:cat b"], [2.0, 0.5])
     long = "https://host/a.tar?token=" + "x" * 5000
-    assert split_sources(long) == ([long], None)
+    assert split_names(long) == ([long], None)
     own = "pipe:ssh host 'cat a,b::2 {x}'"
-    assert split_sources(f'{own}::2,pipe:cat "c,d" e::1') == ([own, 'pipe:cat "c,d" e'], [2, 1])
-    assert split_sources("mum's,http://[::1]:80/a.tar") == (
+    assert split_names(f'{own}::2,pipe:cat "c,d" e::1') == ([own, 'pipe:cat "c,d" e'], [2, 1])
+    assert split_names("mum's,http://[::1]:80/a.tar") == (
         ["mum's", "http://[::1]:80/a.tar"],
         None,
     )
     with pytest.raises(ValueError, match=r"the quote ' is never closed"):
-        split_sources("pipe:cat 'a,b")
+        split_names("pipe:cat 'a,b")
     for wrong in ("a::2,b", "a::x,b::1", "a::0,b::1", "a::-1,b::1", "a::nan,b::1"):
         with pytest.raises(ValueError, match="expected a weight for each source"):
-            split_sources(wrong)
+            split_names(wrong)
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (2, 1), (1, 3, 0.5), (0.1, 0.2, 0.7, 1e-3)])
 def test_each_source_has_its_share_at_every_moment(weights: tuple[float, ...]) -> None:
     counts = [0] * len(weights)
-    for place in range(3000):
-        source, before = turn(place, weights)
+    for position in range(3000):
+        source, before = weighted_round_robin(position, weights)
         assert before == counts[source]
         counts[source] += 1
         for count, weight in zip(counts, weights, strict=True):
-            assert abs(count - (place + 1) * weight / sum(weights)) < len(weights)
+            assert abs(count - (position + 1) * weight / sum(weights)) < len(weights)
 
 
 def test_several_sources_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in (("a", 3), ("b", 2)):
         for i in range(count):
-            picture(tmp_path / name / f"{i}.png")
+            write_image(tmp_path / name / f"{i}.png")
             (tmp_path / name / f"{i}.txt").write_text(f"{name}{i}")
-    picture(tmp_path / "b" / "alone.png")
+    write_image(tmp_path / "b" / "alone.png")
     data = f"{tmp_path / 'a'},{tmp_path / 'b'}"
     joined = open_source(data)
     assert isinstance(joined, Mixture)
-    assert [joined.caption(i, RNG) for i in range(5)] == ["a0", "a1", "a2", "b0", "b1"]
-    assert sorted(joined.index_at(place, 0) for place in range(5, 10)) == list(range(5))
-    assert [pair.cause for pair in joined.left_out] == ["no caption"]
-    assert joined.name(4) == str(tmp_path / "b" / "1.png")
+    assert [joined.find(i).caption(RNG) for i in range(5)] == ["a0", "a1", "a2", "b0", "b1"]
+    assert sorted(joined.index_at(position, 0) for position in range(5, 10)) == list(range(5))
+    assert [pair.cause for pair in joined.skipped] == ["no caption"]
+    assert joined.find(4).name == str(tmp_path / "b" / "1.png")
     weighted = open_source(f"{tmp_path / 'a'}::1,{tmp_path / 'b'}::3")
     assert isinstance(weighted, Mixture)
-    names = [weighted.caption(weighted.index_at(place, 0), RNG)[0] for place in range(40)]
+    names = [weighted.find(weighted.index_at(p, 0)).caption(RNG)[0] for p in range(40)]
     assert names.count("b") == 30
-    mixed = open_source(f"toybox::1,{tmp_path / 'a'}::1", size=32)
+    mixed = open_source(f"toybox::1,{tmp_path / 'a'}::1", options=ReadOptions(size=32))
     assert isinstance(mixed, Mixture)
-    assert [mixed.index_at(place, 0) for place in (1, 3, 5)] == [0, 1, 2]  # Toybox, in order
-    assert mixed.image(0).size == (32, 32)
+    assert [mixed.index_at(position, 0) for position in (1, 3, 5)] == [0, 1, 2]  # Toybox, in order
+    assert mixed.find(0).image().size == (32, 32)
     rng = random.Random(0)
-    assert 15 < sum(mixed.name(mixed.draw(rng)).endswith(".png") for _ in range(50)) < 35
-    with pytest.raises(ValueError, match="one of the sources has no end; give weights"):
+    names = [mixed.find(mixed.random_index(rng)).name for _ in range(50)]
+    assert 15 < sum(name.endswith(".png") for name in names) < 35
+    with pytest.raises(ValueError, match="one of the sources is endless; add weights"):
         open_source(f"toybox,{tmp_path / 'a'}")
-    picture(tmp_path / "pipe" / "a.png")  # a folder, in spite of its name
+    write_image(tmp_path / "pipe" / "a.png")  # a folder, in spite of its name
     (tmp_path / "pipe" / "a.txt").write_text("a")
     monkeypatch.chdir(tmp_path)
     assert len(open_source("pipe")) == 1
@@ -263,52 +267,50 @@ def test_long_sources_are_no_paths(scheme: str, tmp_path: Path) -> None:
             open_source(data)
 
 
-# What is left out
+# What is skipped
 
 
-def left_out(cause: str, where: str = "a") -> SkippedSample:
+def skip(cause: str, where: str = "a") -> SkippedSample:
     return SkippedSample(cause, where, "why")
 
 
-def test_a_tally_names_each_once_and_the_first_of_each_cause(tmp_path: Path) -> None:
+def test_statistics_name_each_once_and_the_first_of_each_cause(tmp_path: Path) -> None:
     said: list[str] = []
-    file = tmp_path / "run" / "left-out.jsonl"
-    tally = SkipStats(1.0, file, said.append)
-    tally.add(10, [left_out("too small", "a"), left_out("no caption", "b")])
-    tally.add(10, [left_out("too small", "a"), left_out("too small", "c")])
-    assert str(tally) == "3 × too small, 1 × no caption"
+    file = tmp_path / "run" / "skipped.jsonl"
+    stats = SkipStats(1.0, file, said.append)
+    stats.add(10, [skip("too small", "a"), skip("no caption", "b")])
+    stats.add(10, [skip("too small", "a"), skip("too small", "c")])
+    assert str(stats) == "3 × too small, 1 × no caption"
     assert [line.split(";")[0] for line in said] == [
-        "Leaving out a (too small: why)",
-        "Leaving out b (no caption: why)",
+        "Skipping a (too small: why)",
+        "Skipping b (no caption: why)",
     ]
     with file.open("a") as broken:
         broken.write('{"cau\n')
-    SkipStats(1.0, file, said.append).add(
-        1, [left_out("too small", "c"), left_out("too small", "é")]
-    )
+    SkipStats(1.0, file, said.append).add(1, [skip("too small", "c"), skip("too small", "é")])
     lines = file.read_text().splitlines()
     assert [json.loads(line)["where"] for line in lines if line.endswith("}")] == list("abcé")
 
 
 def test_damage_stops_and_rules_do_not() -> None:
     for cause in DAMAGE:
-        tally = SkipStats(0.05, say=lambda _: None)
+        stats = SkipStats(0.05, report=lambda _: None)
         for _ in range(18):
-            tally.add(50, [left_out(cause)] * 2)
-        tally.add(45, [])  # of fewer than 1,000 nothing is concluded
-        with pytest.raises(ValueError, match=rf"56 of 1001 pairs \(5.6%\).*56 × {cause}"):
-            tally.add(0, [left_out(cause)] * 20)
-        tally.add(1000, [])  # what is long ago is forgotten
+            stats.add(50, [skip(cause)] * 2)
+        stats.add(45, [])  # of fewer than 1,000 nothing is concluded
+        with pytest.raises(ValueError, match=rf"56 of 1001 samples \(5.6%\).*56 × {cause}"):
+            stats.add(0, [skip(cause)] * 20)
+        stats.add(1000, [])  # what is long ago is forgotten
     for cause in RULES:
-        tally = SkipStats(0.0, say=lambda _: None)
-        tally.open(10, [left_out(cause)] * 90)
-        tally.add(10, [left_out(cause)] * 2000)
+        stats = SkipStats(0.0, report=lambda _: None)
+        stats.open(10, [skip(cause)] * 90)
+        stats.add(10, [skip(cause)] * 2000)
 
 
 def test_a_dataset_that_is_mostly_damaged_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match=r"6 of 100 pairs \(6.0%\) .*--max-bad-fraction 0.05"):
-        SkipStats(0.05, say=lambda _: None).open(94, [left_out("no caption")] * 6)
-    SkipStats(0.05, say=lambda _: None).open(95, [left_out("no caption")] * 5)
+    with pytest.raises(ValueError, match=r"6 of 100 samples \(6.0%\) .*--max-bad-fraction 0.05"):
+        SkipStats(0.05, report=lambda _: None).open(94, [skip("no caption")] * 6)
+    SkipStats(0.05, report=lambda _: None).open(95, [skip("no caption")] * 5)
 
 
 def test_shards_take_little_memory(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ import torch
 import two_readers
 from launch import in_two_processes
 from PIL import Image
+from reading import batches
 from torch import Tensor
 
-from dalle1.data import loader as batches
 from dalle1.data import open_source
 from dalle1.data.check import main as check
 from dalle1.data.encoded import CodeSource
@@ -126,10 +126,9 @@ def shards(samples: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPa
     return out
 
 
-def prepare(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-    caption = source.caption(index, rng)
-    picture = to_tensor(centre_square(source.image(index), SIZE))
-    return {"number": torch.tensor(int(caption.split()[1])), "images": picture}
+def prepare(sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+    image = to_tensor(centre_square(sample.image(), SIZE))
+    return {"number": torch.tensor(int(sample.caption(rng).split()[1])), "images": image}
 
 
 CAUSES = Counter({"shard cut short": len(CUT)})
@@ -145,16 +144,16 @@ def data_of(shards: Path, how: str) -> str:
 def test_900_of_1000_are_used_and_none_is_hidden(shards: Path, how: str, tmp_path: Path) -> None:
     assert CAUSES.total() == 100
     source = open_source(data_of(shards, how), "encode")
-    tally = SkipStats(1.0, tmp_path / "left-out.jsonl", say=lambda _: None)
+    stats = SkipStats(1.0, tmp_path / "skipped.jsonl", report=lambda _: None)
     used: Counter[int] = Counter()
     epoch = 900 if isinstance(source, StreamingShards) else len(source)
-    for batch in islice(batches(source, prepare, batch_size=1, tally=tally), epoch):
-        used.update(batch["number"].tolist())
+    for batch in islice(batches(source, prepare, batch_size=1, stats=stats), epoch):
+        used.update(batch.tensors["number"].tolist())
     assert len(used) == 900
     if isinstance(source, StreamingShards):  # else another pair took the place of a damaged one
         assert set(used.values()) == {1}
-        assert tally.counts == CAUSES
-    named = [json.loads(line) for line in (tmp_path / "left-out.jsonl").open()]
+        assert stats.counts == CAUSES
+    named = [json.loads(line) for line in (tmp_path / "skipped.jsonl").open()]
     assert Counter(pair["cause"] for pair in named) == CAUSES
     assert len({pair["where"] for pair in named}) == 100
 
@@ -165,7 +164,7 @@ def test_a_training_stops_and_says_why(shards: Path) -> None:
             open_source(data_of(shards, how)),
             prepare,
             batch_size=10,
-            tally=SkipStats(0.05, say=lambda _: None),
+            stats=SkipStats(0.05, report=lambda _: None),
         )
         with pytest.raises(ValueError, match=r"are damaged, .* × damaged picture, "):
             deque(stream)
@@ -180,13 +179,13 @@ def test_check_counts_all_of_them(
         check([data_of(shards, how), *flags])
     assert stop.value.code == 1
     report = json.loads((tmp_path / "check.json").read_text())
-    assert (report["pairs"], report["left_out"]) == (900, CAUSES)
+    assert (report["pairs"], report["skipped"]) == (900, CAUSES)
     assert report["width"]["most"] == SIZE
     assert report["height"]["most"] == SIZE + 8
     assert 2 <= report["tokens"]["median"] <= 8
     assert (report["cut"], report["different_captions"]) == (0, 900)
     said = capsys.readouterr().out
-    assert "900 usable pairs, 100 left out" in said
+    assert "900 usable samples, 100 skipped" in said
     assert "8.4% are damaged, more than --max-bad-fraction 0.05: a training would stop" in said
     with Image.open(tmp_path / "contact.png") as sheet:
         assert sheet.size == (8 * 132 + 4, 6 * 174 + 4)

@@ -16,7 +16,7 @@ from PIL import Image
 from dalle1.data import encoded as codes
 from dalle1.data.encoded import CodeSource, EncodeConfig, encode, fingerprint, open_codes
 from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
-from dalle1.data.loader import in_order
+from dalle1.data.examples import iter_batches
 from dalle1.devices import autocast
 from dalle1.toybox import Toybox
 from dvae import DVAE, DVAEConfig
@@ -60,17 +60,17 @@ def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
     assert [f.name for f in sorted(config.out.glob("*.tar"))] == [f"0000{i}.tar" for i in range(3)]
     source = open_codes(str(config.out), "train", config.dvae, model)
     assert source is not None
-    assert (len(source), source.code_grid(0, RNG).shape) == (10, (4, 4))
+    assert (len(source), source.codes(0, RNG).shape) == (10, (4, 4))
     toybox = Toybox(size=32, num_scenes=10)
     for begin, end in ((0, 3), (3, 4), (4, 7), (7, 8), (8, 10)):  # as batches and shards fall
         images = torch.stack([to_tensor(toybox.image(i)) for i in range(begin, end)])
         with autocast(torch.device("cpu"), "bf16"):
             expected = model.encode(to_float(images))
         assert torch.equal(
-            torch.stack([source.code_grid(i, RNG) for i in range(begin, end)]), expected
+            torch.stack([source.codes(i, RNG) for i in range(begin, end)]), expected
         )
-    assert source.code_grid(0, RNG).dtype == torch.int64
-    assert len(torch.stack([source.code_grid(i, RNG) for i in range(10)]).unique()) > 2
+    assert source.codes(0, RNG).dtype == torch.int64
+    assert len(torch.stack([source.codes(i, RNG) for i in range(10)]).unique()) > 2
     captions = {source.caption(6, random.Random(i)) for i in range(40)}
     assert captions == {toybox.caption(6, random.Random(f"0/6/{i}")) for i in range(3)}
     assert len(captions) > 1
@@ -80,7 +80,7 @@ def test_encoding_goes_on_where_it_stopped(
     encoded: tuple[EncodeConfig, DVAE], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = encoded
-    before = [source_of(config).code_grid(i, RNG) for i in range(10)]
+    before = [source_of(config).codes(i, RNG) for i in range(10)]
     times = {f.name: f.stat().st_mtime_ns for f in config.out.glob("*.tar")}
     (config.out / "00001.tar").unlink()
     (config.out / "00001.partial").write_text("a shard that was never finished")
@@ -92,7 +92,7 @@ def test_encoding_goes_on_where_it_stopped(
     after = {f.name: f.stat().st_mtime_ns for f in config.out.glob("*.tar")}
     assert {name for name in after if times[name] != after[name]} == {"00001.tar"}
     assert not list(config.out.glob("*.partial"))
-    again = [source_of(config).code_grid(i, RNG) for i in range(10)]
+    again = [source_of(config).codes(i, RNG) for i in range(10)]
     assert all(torch.equal(a, b) for a, b in zip(before, again))
 
 
@@ -141,7 +141,7 @@ def test_codes_of_another_dvae_or_other_data_are_refused(
     assert len(source_of(config)) == 10
 
 
-def test_pictures_are_encoded_at_another_size(tmp_path: Path) -> None:
+def test_images_are_encoded_at_another_size(tmp_path: Path) -> None:
     model = save_dvae(tmp_path / "dvae")
     encode(config := encoding(tmp_path, image_size=16))
     source = open_codes(
@@ -150,14 +150,14 @@ def test_pictures_are_encoded_at_another_size(tmp_path: Path) -> None:
     assert source is not None
     picture = to_float(to_tensor(Toybox(size=16, num_scenes=10).image(3))[None])
     with autocast(torch.device("cpu"), "bf16"):
-        assert torch.equal(source.code_grid(3, RNG), model.encode(picture)[0])
+        assert torch.equal(source.codes(3, RNG), model.encode(picture)[0])
     with pytest.raises(ValueError, match=r"grids of 2, expected 4; use --image-size 16, or"):
         open_codes(str(config.out), "train", config.dvae, model)
 
 
 def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:
     model = save_dvae(tmp_path / "dvae")
-    with pytest.raises(ValueError, match="'toybox' has no end; name how many"):
+    with pytest.raises(ValueError, match="'toybox' is endless; add a number"):
         encode(encoding(tmp_path, data="toybox"))
     assert open_codes(str(tmp_path / "codes"), "train", tmp_path / "dvae", model) is None
     with pytest.raises(ValueError, match="holds no codes"):
@@ -170,14 +170,14 @@ def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:
         CodeSource(tmp_path / "codes")
 
 
-def test_several_crops_of_each_picture(tmp_path: Path) -> None:
+def test_several_crops_of_each_image(tmp_path: Path) -> None:
     model = save_dvae(tmp_path / "dvae")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), dtype=np.uint8)
     for i, pixels in enumerate(noise):
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
-        (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture {i}")
-    config = encoding(tmp_path, data=str(tmp_path / "pictures"), crops=3, batch_size=2)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"image {i}")
+    config = encoding(tmp_path, data=str(tmp_path / "images"), crops=3, batch_size=2)
     encode(config)
     source, how = source_of(config), (FOR_TRANSFORMER, False)
     assert len(source) == 3
@@ -186,22 +186,22 @@ def test_several_crops_of_each_picture(tmp_path: Path) -> None:
         cut = [augmented(Image.fromarray(noise[i]), 32, rng, *how) for _ in range(3)]
         with autocast(torch.device("cpu"), "bf16"):
             expected = model.encode(to_float(torch.stack([to_tensor(c) for c in cut])))
-        drawn = {source.code_grid(i, random.Random(n)).numpy().tobytes() for n in range(40)}
-        assert drawn == {grid.numpy().tobytes() for grid in expected}
-        assert len(drawn) > 1
+        seen = {source.codes(i, random.Random(n)).numpy().tobytes() for n in range(40)}
+        assert seen == {grid.numpy().tobytes() for grid in expected}
+        assert len(seen) > 1
 
 
-def test_small_pictures_are_left_out_and_counted(
+def test_small_images_are_skipped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_dvae(tmp_path / "dvae")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name, side in (("a", 32), ("b", 31), ("c", 40), ("d", 25)):
-        Image.new("RGB", (side, 50), "red").save(tmp_path / "pictures" / f"{name}.png")
-        (tmp_path / "pictures" / f"{name}.txt").write_text(name)
-    config = encoding(tmp_path, data=str(tmp_path / "pictures"))
+        Image.new("RGB", (side, 50), "red").save(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "images" / f"{name}.txt").write_text(name)
+    config = encoding(tmp_path, data=str(tmp_path / "images"))
     encode(config)
-    assert "Left out 2 × too small" in capsys.readouterr().out
+    assert "Skipped 2 × too small" in capsys.readouterr().out
     assert [source_of(config).caption(i, RNG) for i in range(2)] == ["a", "c"]
     assert len(source_of(config)) == 2
     enlarged = encoding(tmp_path, data=config.data, allow_upscale=True, out=tmp_path / "all")
@@ -212,14 +212,15 @@ def test_small_pictures_are_left_out_and_counted(
 def test_workers_that_are_spawned_can_encode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where processes are not forked, what prepares a picture is pickled on its way to them.
-    given = []
+    # Where processes are not forked, what prepares an image is pickled on its way to them.
+    shapes = []
 
-    def watched(source: Any, prepare: Any, *rest: Any) -> Any:
-        given.append(pickle.loads(pickle.dumps(prepare))(source, 0, RNG)["images"].shape)
-        return in_order(source, prepare, *rest)
+    def watched(source: Any, keys: Any, prepare: Any, *rest: Any) -> Any:
+        sample = source.find(0)
+        shapes.append(pickle.loads(pickle.dumps(prepare))(sample, RNG)["images"].shape)
+        return iter_batches(source, keys, prepare, *rest)
 
     save_dvae(tmp_path / "dvae")
-    monkeypatch.setattr(codes, "in_order", watched)
+    monkeypatch.setattr(codes, "iter_batches", watched)
     encode(encoding(tmp_path, data="toybox:1"))
-    assert given == [(1, 3, 32, 32)]
+    assert shapes == [(1, 3, 32, 32)]

@@ -1,4 +1,4 @@
-"""Batches from (seed, step) alone; pictures to tensors and back."""
+"""Batches follow from (seed, step) alone; images to tensors and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reading import batches
 from torch import Tensor
 
 from dalle1.console import one_line_errors
-from dalle1.data import loader as batches
-from dalle1.data import open_source
+from dalle1.data import ReadOptions, open_source
+from dalle1.data.examples import iter_batches
 from dalle1.data.images import (
     FOR_TRANSFORMER,
     Augmentation,
@@ -33,8 +34,8 @@ from dalle1.data.images import (
     to_pil,
     to_tensor,
 )
-from dalle1.data.loader import LEFT_OUT, in_order
-from dalle1.data.sources.base import ENDLESS, index_at, part
+from dalle1.data.sources.base import ENDLESS, split_indices
+from dalle1.data.sources.indexed import IndexedSource, index_at
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 RNG = random.Random(0)
@@ -43,8 +44,8 @@ RNG = random.Random(0)
 # Batches
 
 
-class Numbers:
-    """A source of `length` pairs that are their own numbers."""
+class Numbers(IndexedSource):
+    """A source of `length` samples that are their own numbers."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -59,14 +60,15 @@ class Numbers:
         return Image.new("RGB", (8, 8), (index % 256, 0, 0))
 
 
-def number(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-    assert 0 <= index < len(source)
-    return {"index": torch.tensor(index), "draw": torch.tensor(rng.random())}
+def number(sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+    assert 0 <= sample.index < len(sample.source)
+    return {"index": torch.tensor(sample.index), "random": torch.tensor(rng.random())}
 
 
 def take(count: int, length: int = 10, **how: Any) -> list[tuple[list[int], list[float]]]:
-    stream: Iterator[Any] = batches(Numbers(length), number, batch_size=4, **how)
-    return [(b["index"].tolist(), b["draw"].tolist()) for b in islice(stream, count)]
+    stream = batches(Numbers(length), number, batch_size=4, **how)
+    found = [batch.tensors for batch in islice(stream, count)]
+    return [(tensors["index"].tolist(), tensors["random"].tolist()) for tensors in found]
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
@@ -75,17 +77,17 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     for start in (1, 4):
         assert take(9 - start, seed=5, start=start) == whole[start:]
     assert take(9, seed=6) != whole
-    draws = [draw for _, drawn in whole for draw in drawn]
-    assert len(set(draws)) == 36  # the same pair in another epoch is drawn anew
+    numbers = [number for _, random_numbers in whole for number in random_numbers]
+    assert len(set(numbers)) == 36  # the same sample has other random numbers in another epoch
 
 
 def test_ranks_share_the_batch_of_one_process() -> None:
     whole = take(6, seed=5, start=2)
     for world_size in (1, 2, 4):
         ranks = [take(6, seed=5, start=2, rank=r, world_size=world_size) for r in range(world_size)]
-        for step, (indices, draws) in enumerate(whole):
+        for step, (indices, numbers) in enumerate(whole):
             assert [i for rank in ranks for i in rank[step][0]] == indices
-            assert [draw for rank in ranks for draw in rank[step][1]] == draws
+            assert [number for rank in ranks for number in rank[step][1]] == numbers
     with pytest.raises(ValueError, match="batch_size is 4, expected a multiple of the 3 processes"):
         take(1, world_size=3)
 
@@ -99,28 +101,28 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
     epochs = [tuple(seen[i : i + 10]) for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(epochs)) == 4
-    assert [index_at(place, 10, 1) for place in range(40)] == seen
+    assert [index_at(position, 10, 1) for position in range(40)] == seen
 
 
 def test_an_endless_source_is_read_in_order() -> None:
-    places = [0, 1, 12345, ENDLESS, ENDLESS + 7]
-    assert [index_at(p, ENDLESS, 3) for p in places] == [0, 1, 12345, 0, 7]
+    positions = [0, 1, 12345, ENDLESS, ENDLESS + 7]
+    assert [index_at(p, ENDLESS, 3) for p in positions] == [0, 1, 12345, 0, 7]
     assert index_at(ENDLESS - 1, ENDLESS, 3) == ENDLESS - 1
     assert take(2, length=2**31 - 1, start=1) == take(3, length=2**31 - 1)[1:]
     assert take(1, length=2**31 - 1)[0][0] == [0, 1, 2, 3]
 
 
-def test_in_order_gives_each_once() -> None:
-    stream = in_order(Numbers(20), number, range(3, 14), batch_size=4)
-    assert [b["index"].tolist() for b in stream] == [
+def test_iter_batches_reads_each_once() -> None:
+    stream = iter_batches(Numbers(20), range(3, 14), number, batch_size=4)
+    assert [b.tensors["index"].tolist() for b in stream] == [
         *([3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 13]),
     ]
 
 
-def test_parts_do_not_overlap_and_cover_all() -> None:
+def test_splits_do_not_overlap_and_cover_all() -> None:
     for length, held in ((0, 0), (1, 0), (19, 0), (20, 1), (100, 5), (10_240, 512), (50_000, 512)):
         items = list(range(length))
-        train, validation = part(items, "train"), part(items, "validation")
+        train, validation = (split_indices(items, split) for split in ("train", "validation"))
         assert train == items[: length - held]
         if held:
             assert train + validation == items
@@ -128,11 +130,11 @@ def test_parts_do_not_overlap_and_cover_all() -> None:
             assert validation == items
 
 
-# Pictures
+# Images
 
 
 def gradient(width: int, height: int) -> Image.Image:
-    """Give a picture whose every pixel says where it was: red is x, green is y."""
+    """Return an image whose every pixel names its position: red is x, green is y."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     return Image.fromarray(np.stack([x, y, np.full_like(x, 77)], -1).astype(np.uint8))
 
@@ -174,7 +176,7 @@ def test_centre_square_is_that_of_the_released_code(width: int, height: int) -> 
 
 
 @pytest.mark.parametrize(("width", "height"), [(15, 60), (3, 200), (1, 1)])
-def test_a_small_picture_is_enlarged_only_where_that_is_allowed(width: int, height: int) -> None:
+def test_a_small_image_is_enlarged_only_where_that_is_allowed(width: int, height: int) -> None:
     image = Image.new("RGB", (width, height), (10, 200, 30))
     for cut in (
         lambda **upscale: centre_square(image, 16, **upscale),
@@ -238,9 +240,9 @@ def test_impossible_augmentations_are_refused(wrong: dict[str, tuple[float, floa
         Augmentation(**wrong)
 
 
-def test_small_pictures_are_left_out_of_batches_and_counted() -> None:
-    class Mixed:
-        """Every second picture is too small."""
+def test_small_images_are_skipped_and_counted() -> None:
+    class Mixed(IndexedSource):
+        """Every second image is too small."""
 
         def __len__(self) -> int:
             return 20
@@ -248,26 +250,26 @@ def test_small_pictures_are_left_out_of_batches_and_counted() -> None:
         def caption(self, index: int, rng: random.Random) -> str:
             return ""
 
-    def prepare(source: Mixed, index: int, rng: random.Random) -> dict[str, torch.Tensor]:
-        if index % 2:
-            raise TooSmall("a picture is too small")
-        return {"index": torch.tensor(index)}
+    def prepare(sample: Any, rng: random.Random) -> dict[str, torch.Tensor]:
+        if sample.index % 2:
+            raise TooSmall("an image is too small")
+        return {"index": torch.tensor(sample.index)}
 
     stream = batches(Mixed(), prepare, batch_size=20)
     first = next(stream)
-    assert not (first["index"] % 2).any()
-    assert len(first[LEFT_OUT]) >= 10
-    assert {pair.cause for pair in first[LEFT_OUT]} == {"too small"}
-    assert {pair.where for pair in first[LEFT_OUT]} <= {f"pair {i}" for i in range(1, 20, 2)}
+    assert not (first.tensors["index"] % 2).any()
+    assert len(first.skipped) >= 10
+    assert {sample.cause for sample in first.skipped} == {"too small"}
+    assert {sample.where for sample in first.skipped} <= {f"sample {i}" for i in range(1, 20, 2)}
     other = next(batches(Mixed(), prepare, batch_size=20, num_workers=2))
-    assert torch.equal(first["index"], other["index"])
-    assert first[LEFT_OUT] == other[LEFT_OUT]
+    assert torch.equal(first.tensors["index"], other.tensors["index"])
+    assert first.skipped == other.skipped
     stream.close()
 
-    def none(source: Mixed, index: int, rng: random.Random) -> dict[str, torch.Tensor]:
-        raise TooSmall("a picture of 3 × 3 is too small")
+    def none(sample: Any, rng: random.Random) -> dict[str, torch.Tensor]:
+        raise TooSmall("an image of 3 × 3 is too small")
 
-    with pytest.raises(ValueError, match=r"1000 pairs in a row were left out.* of 3 × 3"):
+    with pytest.raises(ValueError, match=r"1000 samples in a row were skipped.* of 3 × 3"):
         next(batches(Mixed(), none, batch_size=1))
 
 
@@ -285,20 +287,20 @@ def test_grid() -> None:
 class Killing:
     """Prepares examples, and at one index dies as a process that takes too much memory does."""
 
-    def __call__(self, source: Any, index: int, rng: random.Random) -> Mapping[str, torch.Tensor]:
-        if index == 5:
+    def __call__(self, sample: Any, rng: random.Random) -> Mapping[str, torch.Tensor]:
+        if sample.index == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"index": torch.tensor(index)}
+        return {"index": torch.tensor(sample.index)}
 
 
-@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
 def test_a_killed_worker_is_told_in_one_line(
-    drawn: bool, capsys: pytest.CaptureFixture[str]
+    at_once: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = open_source("toybox:9", size=32)
-    found = in_order(source, Killing(), range(9), 1, num_workers=1)
+    source = open_source("toybox:9", options=ReadOptions(size=32))
+    found = iter_batches(source, range(9), Killing(), 1, num_workers=1)
     # Torch tells at any moment, also between batches.
-    slowly = (time.sleep(0 if drawn else 0.1) for _ in found)
+    slowly = (time.sleep(0 if at_once else 0.1) for _ in found)
     with pytest.raises(SystemExit), one_line_errors():
         deque(slowly)
     said = capsys.readouterr().err

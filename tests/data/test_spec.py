@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reading import batches
 from torch import Tensor
 
 from dalle1.commands.toybox import main as write_toybox
-from dalle1.data import loader as batches
-from dalle1.data import open_source
+from dalle1.data import ReadOptions, open_source
 from dalle1.data.check import main as check
 from dalle1.data.cleaning import PICTURES, to_rgb
-from dalle1.data.loader import LEFT_OUT
 from dalle1.data.skipped import BadSample
 from dalle1.data.sources.base import ENDLESS
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed_shards import IndexedShards
+from dalle1.data.sources.toybox import ToyboxSource
 from dalle1.toybox import Toybox
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -64,7 +64,7 @@ def test_folder(tmp_path: Path) -> None:
     assert [source.caption(i, rng) for i in (0, 3)] == ["a red wall", "grass"]
     with pytest.raises(BadSample, match=r"d\.txt: there is no text in it"):
         source.caption(2, rng)
-    assert [pair.where for pair in source.left_out] == [str(tmp_path / "alone.png")]
+    assert [sample.where for sample in source.skipped] == [str(tmp_path / "alone.png")]
     assert [source.image(i).getpixel((0, 0)) for i in (0, 1, 2)] == [RED, BLUE, WHITE]
     assert np.abs(np.array(source.image(3), int) - GREEN).max() < 4  # a JPEG
 
@@ -85,10 +85,10 @@ def test_stage_1_needs_no_captions(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("a red square")
     assert len(open_source(str(tmp_path))) == 1
-    assert len(open_source(str(tmp_path), captions=False)) == 2
+    assert len(open_source(str(tmp_path), options=ReadOptions(captions=False))) == 2
 
 
-def test_transparent_places_are_white(tmp_path: Path) -> None:
+def test_transparent_pixels_are_white(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (2, 1), (*RED, 255))
     clear.putpixel((1, 0), (0, 0, 0, 0))
     half = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
@@ -130,7 +130,7 @@ def test_grey_of_16_bits_is_scaled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_as_their_exif_says(tmp_path: Path, orientation: int) -> None:
+def test_images_are_turned_as_their_exif_says(tmp_path: Path, orientation: int) -> None:
     upright = Image.new("RGB", (16, 8), WHITE)
     upright.paste(RED, (0, 0, 8, 4))
     turn = Image.Transpose
@@ -154,7 +154,7 @@ def test_pictures_stand_as_their_exif_says(tmp_path: Path, orientation: int) -> 
     assert only(tmp_path).tobytes() == upright.tobytes()
 
 
-def test_unreadable_pictures_are_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_named(tmp_path: Path) -> None:
     pair(tmp_path, "bad.png", Image.linear_gradient("L"), "x")
     whole = (tmp_path / "bad.png").read_bytes()
     bomb = b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x00"
@@ -188,12 +188,14 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_toybox_by_name() -> None:
-    endless, some = open_source("toybox", size=32, seed=4), open_source("toybox:7", "validation")
-    assert isinstance(endless, Toybox)
-    assert isinstance(some, Toybox)
+    endless = open_source("toybox", options=ReadOptions(size=32, seed=4))
+    some = open_source("toybox:7", "validation")
+    assert isinstance(endless, ToyboxSource)
+    assert isinstance(some, ToyboxSource)
     assert len(endless) >= ENDLESS
-    assert (endless.size, endless.seed, endless.split) == (32, 4, "train")
-    assert (len(some), some.split) == (7, "validation")
+    toybox = endless.toybox
+    assert (toybox.size, toybox.seed, toybox.split) == (32, 4, "train")
+    assert (len(some), some.toybox.split) == (7, "validation")
     for wrong in ("toybox:abc", "toybox:-3", "toybox:1.5"):
         with pytest.raises(ValueError, match=f"'{wrong}', expected toybox or toybox:N"):
             open_source(wrong)
@@ -272,28 +274,30 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     source = open_source(str(tar(path, pairs)))
     with pytest.raises(BadSample, match=r"a\.png in .*x\.tar: it begins b'no picture'"):
         source.image(0)
-    with pytest.raises(ValueError, match=r"no pairs in 1 shards, .*x.tar the first.*no caption"):
+    with pytest.raises(
+        ValueError, match=r"no usable samples in 1 shards, .*x.tar the first.*no caption"
+    ):
         open_source(str(tar(path, {"a.png": png(RED), "b.txt": b"a"})))
     tar(path, pairs, "w:gz")  # its places are of the content, not of the file
-    with pytest.raises(ValueError, match=r"no pairs .*x\.tar \(unreadable shard"):
+    with pytest.raises(ValueError, match=r"no usable samples .*x\.tar \(unreadable shard"):
         open_source(str(path))
     path.write_bytes(b"this is no tar" * 100)
-    with pytest.raises(ValueError, match=r"no pairs .*x\.tar \(unreadable shard"):
+    with pytest.raises(ValueError, match=r"no usable samples .*x\.tar \(unreadable shard"):
         open_source(str(path))
 
 
-def test_a_shard_that_is_gone_is_left_out_of_a_training(tmp_path: Path) -> None:
+def test_a_missing_shard_is_skipped_by_a_training(tmp_path: Path) -> None:
     for name in ("a", "b"):
         tar(tmp_path / f"{name}.tar", {f"{i}.png": png(RED) for i in range(4)})
-    source = open_source(str(tmp_path), captions=False)
+    source = open_source(str(tmp_path), options=ReadOptions(captions=False))
 
-    def prepare(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-        return {"pixel": torch.tensor(source.image(index).getpixel((0, 0)))}
+    def prepare(sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+        return {"pixel": torch.tensor(sample.image().getpixel((0, 0)))}
 
     (tmp_path / "b.tar").unlink()
     stream = batches(source, prepare, batch_size=1)
-    left_out = [pair for batch in islice(stream, 20) for pair in batch[LEFT_OUT]]
-    assert {(pair.cause, pair.where) for pair in left_out} == {
+    skipped = [sample for batch in islice(stream, 20) for sample in batch.skipped]
+    assert {(sample.cause, sample.where) for sample in skipped} == {
         ("unreadable file", str(tmp_path / "b.tar"))
     }
     assert isinstance(source, IndexedShards)
@@ -312,7 +316,7 @@ def test_shards_of_a_pattern_that_are_not_there_are_named(
     data, out = f"{tmp_path}/{{00000..00099}}.tar", tmp_path / "check"
     check([data, "--no-captions", "--out", str(out), "--num-workers", "0"])
     assert json.loads((out / "check.json").read_text())["pairs"] == 97
-    named = [json.loads(line) for line in (out / "left-out.jsonl").read_text().splitlines()]
+    named = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert [(pair["cause"], pair["where"]) for pair in named] == [
         ("unreadable shard", f"{tmp_path}/{number:05d}.tar") for number in gone
     ]

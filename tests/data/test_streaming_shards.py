@@ -1,4 +1,4 @@
-"""Shards read front to back: every pair once, by one reader, in an order to go on with."""
+"""Shards read front to back: every sample once, by one reader, in an order to resume."""
 
 from __future__ import annotations
 
@@ -20,27 +20,19 @@ import pytest
 import torch
 from function_task import FunctionTask
 from PIL import Image
+from reading import batches, loader_of
 from torch import Tensor, nn
 from webdataset import TarWriter
 
-from dalle1.data import loader as batches
-from dalle1.data import open_source
+from dalle1.data import ReadOptions, first_captions, first_examples, merge_states, open_source
 from dalle1.data.cleaning import CleaningConfig
-from dalle1.data.loader import (
-    LEFT_OUT,
-    PLACE,
-    SHARDS,
-    Batch,
-    first_captions,
-    first_examples,
-    join_places,
-    of_shards,
-    split_readers,
-)
+from dalle1.data.examples import iter_batches
+from dalle1.data.loader import LoaderConfig
 from dalle1.data.skipped import ShardLosses, ShardRead, SkipStats
-from dalle1.data.sources import streaming_shards as streams
+from dalle1.data.sources import streaming_loader, streaming_shards
 from dalle1.data.sources.indexed_shards import index_shard
-from dalle1.data.sources.streaming_shards import Pair, StreamingShards, open_shard, shards_of_reader
+from dalle1.data.sources.streaming_loader import read_endless, shards_of_reader, split_readers
+from dalle1.data.sources.streaming_shards import StreamedSample, StreamingShards, open_shard
 from dalle1.training.config import TrainConfig
 from dalle1.training.loop import fit, train_loader
 
@@ -61,9 +53,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def number(source: Any, index: int, rng: random.Random) -> Mapping[str, Tensor]:
-    assert source.image(index).size == (8, 8)
-    return {"index": torch.tensor(int(source.caption(index, rng))), "draw": torch.rand(1)}
+def number(sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+    assert sample.image().size == (8, 8)
+    return {"index": torch.tensor(int(sample.caption(rng))), "random": torch.rand(1)}
+
+
+def position(sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+    return {"index": torch.tensor(sample.number)}
 
 
 def piped(shards: Path, pattern: str = "{00000..00005}") -> StreamingShards:
@@ -72,9 +68,17 @@ def piped(shards: Path, pattern: str = "{00000..00005}") -> StreamingShards:
     return source
 
 
-def take(source: StreamingShards, count: int, **how: Any) -> tuple[list[list[int]], Batch]:
-    found = [*islice(batches(source, number, **{"batch_size": 5, **how}), count)]
-    return [batch["index"].tolist() for batch in found], found[-1]
+def take(
+    source: StreamingShards, count: int, start: int = 0, **how: Any
+) -> tuple[list[list[int]], Any]:
+    """Return the numbers in `count` batches, and the cursor after them."""
+    loader = loader_of(source, number, **{"batch_size": 5, **how})
+    found = [*islice(loader.batches(start), count)]
+    return [batch.tensors["index"].tolist() for batch in found], loader.state_dict()
+
+
+def lenient(max_bad_fraction: float) -> ReadOptions:
+    return ReadOptions(cleaning=CleaningConfig(max_bad_fraction=max_bad_fraction))
 
 
 def flat(lists: list[list[int]]) -> list[int]:
@@ -95,44 +99,47 @@ def test_every_shard_has_one_reader(shards: Path, world_size: int, workers: int)
     source = piped(shards)
     owners: list[int] = []
     for rank in range(world_size):
-        readers = split_readers(source, workers, rank, world_size, None, print)
-        for reader in readers.places:
-            found = (found for found, _ in source.read(reader, readers.count, 0))
-            given = (found for found in found if isinstance(found, Pair))
+        share = LoaderConfig(
+            batch_size=world_size, num_workers=workers, rank=rank, world_size=world_size
+        )
+        readers = split_readers(source, share, None)
+        for reader in readers.cursors:
+            stream = (found for found, _ in read_endless(source, reader, readers.count, 0))
+            given = (found for found in stream if isinstance(found, StreamedSample))
             mine = shards_of_reader(6, reader, readers.count, "0/0/0")
             count = sum(10 + shard for shard in mine)
-            owners += [int(pair.caption(0, random)) for pair in islice(given, count)]
+            owners += [int(sample.caption(random.Random())) for sample in islice(given, count)]
     assert sorted(owners) == list(range(75))
 
 
-def test_too_few_shards_are_drawn_at_random_and_that_is_said(shards: Path) -> None:
+def test_too_few_shards_are_sampled_at_random_and_reported(shards: Path) -> None:
     said: list[str] = []
-    tally = SkipStats(0.0, say=said.append)
+    stats = SkipStats(0.0, report=said.append)
     source = piped(shards, "{00000..00001}")
-    given = [take(source, 8, batch_size=12, rank=r, world_size=3, tally=tally)[0] for r in range(3)]
+    given = [take(source, 8, batch_size=12, rank=r, world_size=3, stats=stats)[0] for r in range(3)]
     assert all(set(flat(numbers)) <= set(range(21)) for numbers in given)
     assert given[0] != given[1]
-    assert "2 shards for 3 processes: each draws shards at random" in said[0]
+    assert "2 shards for 3 processes: each samples shards at random" in said[0]
     assert len(said) == 3
     said.clear()
     three = piped(shards, "{00000..00002}")
-    take(three, 1, num_workers=2, world_size=2, batch_size=4, tally=tally)
+    take(three, 1, num_workers=2, world_size=2, batch_size=4, stats=stats)
     assert said == ["3 shards: 1 workers a process read them instead of 2"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_goes_on_from_its_place(
+def test_a_stream_resumes_from_its_cursor(
     shards: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "BLOCK", 7)
+    monkeypatch.setattr(streaming_loader, "BLOCK", 7)
     how = {"num_workers": workers, "seed": 3}
     source = open_source(f"pipe:cat {shards}/{{00000..00003}}.tar::2,{shards}/0000[45].tar::1")
     assert isinstance(source, StreamingShards)
     whole, _ = take(source, 34, **how)
     for at in (1, 2, 7, 16, 21):  # within blocks, at the ends of shards and of epochs
-        before, last = take(source, at, **how)
+        before, cursor = take(source, at, **how)
         assert before == whole[:at]
-        after, _ = take(source, 34 - at, start=at, place=last[PLACE], **how)
+        after, _ = take(source, 34 - at, start=at, cursor=cursor, **how)
         assert after == whole[at:], at
 
 
@@ -141,7 +148,7 @@ class Total:
     total: Tensor
 
 
-def test_a_training_goes_on_mid_epoch_from_its_checkpoint(shards: Path, tmp_path: Path) -> None:
+def test_a_training_resumes_mid_epoch_from_its_checkpoint(shards: Path, tmp_path: Path) -> None:
     def loss(model: nn.Module, batch: Any, step: int, generator: torch.Generator) -> Total:
         return Total(total=(model(batch["index"][:, None].float() / 75) ** 2).mean())
 
@@ -162,21 +169,23 @@ def test_a_training_goes_on_mid_epoch_from_its_checkpoint(shards: Path, tmp_path
     assert train(tmp_path / "cut", 8) == whole
 
 
-def test_a_place_is_of_all_ranks(shards: Path) -> None:
+def test_a_state_is_of_all_ranks(shards: Path) -> None:
     source = piped(shards)
     ranks = [{"rank": r, "world_size": 2, "batch_size": 6, "num_workers": 0} for r in range(2)]
     whole = [take(source, 9, **rank)[0] for rank in ranks]
-    places = join_places([take(source, 4, **rank)[1][PLACE] for rank in ranks])
+    cursor = merge_states([take(source, 4, **rank)[1] for rank in ranks])
     for rank, given in zip(ranks, whole, strict=True):
-        assert take(source, 5, start=4, place=places, **rank)[0] == given[4:]
+        assert take(source, 5, start=4, cursor=cursor, **rank)[0] == given[4:]
     said: list[str] = []
-    after, last = take(source, 25, batch_size=3, place=places, tally=SkipStats(0, say=said.append))
+    after, last = take(
+        source, 25, batch_size=3, cursor=cursor, stats=SkipStats(0, report=said.append)
+    )
     assert said == [
-        "The shards had 2 readers and now have 1: going on with the next epoch; the rest of this "
-        "one is left out"
+        "The shards had 2 readers and now have 1: resuming at the next epoch; the rest of this one "
+        "is skipped"
     ]
     assert sorted(flat(after)) == list(range(75))
-    assert last[PLACE]["places"][0][1][0] == 1
+    assert last["cursors"][0][1][0] == 1
 
 
 def test_weights_hold_at_every_moment(shards: Path) -> None:
@@ -199,11 +208,11 @@ def test_damage_is_counted_and_the_rest_is_read(shards: Path, tmp_path: Path) ->
     source = open_source(f"pipe:cat {tmp_path}/{{00000..00004}}.tar 2>/dev/null")
     assert isinstance(source, StreamingShards)
     given = islice(batches(source, number, batch_size=1), 27)
-    found = [(batch["index"].item(), batch[LEFT_OUT]) for batch in given]
+    found = [(batch.tensors["index"].item(), batch.skipped) for batch in given]
     assert sorted(index for index, _ in found) == [*range(14), *range(33, 46)]
-    left_out = {(pair.where, pair.cause) for _, pairs in found for pair in pairs}
+    skipped = {(sample.where, sample.cause) for _, samples in found for sample in samples}
     start = f"pipe:cat {tmp_path}/"
-    assert left_out >= {
+    assert skipped >= {
         (f"{start}00001.tar 2>/dev/null", "shard cut short"),
         (f"{start}00002.tar 2>/dev/null", "unreadable shard"),
     }
@@ -211,16 +220,16 @@ def test_damage_is_counted_and_the_rest_is_read(shards: Path, tmp_path: Path) ->
 
 def test_shards_that_are_not_there_end_a_training(tmp_path: Path) -> None:
     source = open_source(f"pipe:cat {tmp_path}/{{0..2}}.tar 2>/dev/null")
-    with pytest.raises(ValueError, match=r"no pair in 3 shards, .*unreadable shard"):
+    with pytest.raises(ValueError, match=r"no usable sample in 3 shards, .*unreadable shard"):
         next(batches(source, number, batch_size=1))
 
 
 def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path: Path) -> None:
     for shard in range(6):
         shutil.copy(shards / f"0000{shard}.tar", tmp_path / f"{shard}.tar")
-    tally = SkipStats(0.05, say=lambda _: None)
+    stats = SkipStats(0.05, report=lambda _: None)
     source = open_source(f"pipe:cat {tmp_path}/{{0..59}}.tar 2>/dev/null")
-    stream = batches(source, number, batch_size=1, tally=tally)
+    stream = batches(source, number, batch_size=1, stats=stats)
     # Long before the epoch ended:
     with pytest.raises(ValueError, match=r"\d+ of [23]\d shards cannot be read, .*than --max-bad"):
         deque(islice(stream, 100))
@@ -228,7 +237,7 @@ def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path
         (tmp_path / f"{shard}.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"14 of 20 shards cannot be read, .* than --max-bad"):
         open_source(str(tmp_path))
-    assert len(open_source(str(tmp_path), reading=CleaningConfig(max_bad_fraction=0.7))) > 60
+    assert len(open_source(str(tmp_path), options=lenient(0.7))) > 60
 
 
 def test_lost_shards_are_seen_though_each_reader_meets_few(shards: Path, tmp_path: Path) -> None:
@@ -237,20 +246,20 @@ def test_lost_shards_are_seen_though_each_reader_meets_few(shards: Path, tmp_pat
         if shard % 2:
             shutil.copy(shards / f"0000{shard % 6}.tar", tmp_path / f"{shard}.tar")
     source = open_source(f"pipe:cat {tmp_path}/{{0..23}}.tar 2>/dev/null")
-    tally = SkipStats(0.05, say=lambda _: None)
+    stats = SkipStats(0.05, report=lambda _: None)
     how: dict[str, Any] = {"batch_size": 3, "world_size": 3, "num_workers": 2}
-    stream = batches(source, number, tally=tally, **how)
+    stream = batches(source, number, stats=stats, **how)
     with pytest.raises(ValueError, match=r"of 2\d shards cannot be read, or not to their end"):
         deque(islice(stream, 1000))
-    assert tally.shards.whole[0] + tally.shards.damaged[0] in range(20, 30)
+    assert stats.shards.complete[0] + stats.shards.damaged[0] in range(20, 30)
 
 
 def test_a_reader_may_find_nothing_in_an_epoch(shards: Path) -> None:
     # Of six readers one has, in every epoch, the shard that is not there.
     source = piped(shards, "{00001..00006}")
     for reader in range(6):
-        found = (found for found, _ in source.read(reader, 6, 0))
-        assert len([*islice((f for f in found if isinstance(f, Pair)), 100)]) == 100
+        stream = (found for found, _ in read_endless(source, reader, 6, 0))
+        assert len([*islice((f for f in stream if isinstance(f, StreamedSample)), 100)]) == 100
 
 
 @pytest.mark.parametrize(
@@ -271,7 +280,7 @@ def test_what_is_lost_with_shards_is_told_from_the_others(
     losses.add(ShardRead("b", pairs, False) for pairs in damaged)
     assert losses.lost_shards() == pytest.approx(lost)
     typical = sum(whole) / len(whole) if whole else 0
-    assert losses.lost_pairs() == pytest.approx(lost * typical)
+    assert losses.lost_samples() == pytest.approx(lost * typical)
 
 
 def test_a_shard_cut_short_weighs_what_is_lost_of_it(shards: Path, tmp_path: Path) -> None:
@@ -280,21 +289,21 @@ def test_a_shard_cut_short_weighs_what_is_lost_of_it(shards: Path, tmp_path: Pat
     cut = tmp_path / "00003.tar"
     second = index_shard(cut)[0]["000030001"][".png"]
     cut.write_bytes(cut.read_bytes()[: second[0] + 3])
-    with pytest.raises(ValueError, match=r"1 of 6 shards .* and with them 14.\d% of all pairs"):
+    with pytest.raises(ValueError, match=r"1 of 6 shards .* which loses 14.\d% of all samples"):
         open_source(str(tmp_path))
-    assert len(open_source(str(tmp_path), reading=CleaningConfig(max_bad_fraction=0.15))) > 50
+    assert len(open_source(str(tmp_path), options=lenient(0.15))) > 50
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_shard_is_decoded_by_several_workers_in_order(shards: Path, workers: int) -> None:
     cat = f"pipe:cat {shards}/0000"
-    found = [*of_shards(piped(shards), [f"{cat}5.tar", f"{cat}0.tar"], number, 4, workers)]
-    indices = [int(i) for batch in found if "index" in batch for i in batch["index"]]
+    source = piped(shards)
+    keys = (found for url in (f"{cat}5.tar", f"{cat}0.tar") for _, found in source.read_shard(url))
+    found = [*iter_batches(source, keys, position, 4, workers)]
+    indices = [int(i) for batch in found for i in batch.tensors.get("index", ())]
     assert indices == [*range(15), *range(10)]
-    draws = [float(d) for batch in found if "draw" in batch for d in batch["draw"]]
-    assert len(draws) == 25
-    read = [shard for batch in found for shard in batch[SHARDS]]
-    assert [(shard.pairs, shard.whole) for shard in read] == [(15, True), (10, True)]
+    read = [shard for batch in found for shard in batch.shards]
+    assert [(shard.samples, shard.complete) for shard in read] == [(15, True), (10, True)]
 
 
 def test_some_of_the_last_shard_is_kept_to_validate_on(
@@ -315,11 +324,16 @@ def test_some_of_the_last_shard_is_kept_to_validate_on(
     kept = flat(take(train, 11, batch_size=8)[0])
     assert sorted(kept) == [i for i in range(90) if i not in held]
     assert first_captions(train, 3) == ["0", "1", "2"]
-    unread = next(iter(train.without_pictures().once()))
-    assert isinstance(unread, Pair)
-    assert (unread.files[".png"], unread.caption(0, random.Random())) == (b"", "0")
+    unread = next(iter(train.captions_only().once()))
+    assert isinstance(unread, StreamedSample)
+    assert (unread.files[".png"], unread.caption(random.Random())) == (b"", "0")
     opened: list[str] = []
-    monkeypatch.setattr(streams, "open_shard", lambda url: opened.append(url) or open_shard(url))
+
+    def watched(url: str) -> Any:
+        opened.append(url)
+        return open_shard(url)
+
+    monkeypatch.setattr(streaming_shards, "open_shard", watched)
     assert len(first_captions(train, 45)) == 45
     assert len(opened) == 1  # no more than is needed
     few = first_examples(open_source(f"pipe:cat {shards}/00000.tar", "validation"), number, 99)
