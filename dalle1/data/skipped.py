@@ -173,7 +173,7 @@ class SkipStats:
             raise ValueError(
                 f"{bad} of {total} samples ({bad / total:.1%}) are damaged, more than "
                 f"--max-bad-fraction {self.max_bad_fraction:g} allows; skipped so far: {self}. "
-                "`python -m dalle1.data.check` lists them"
+                "`dalle1 check` lists them"
             )
 
 

@@ -59,6 +59,7 @@ def number(sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
 
 
 def position(sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+    assert sample.image().size == (8, 8)
     return {"index": torch.tensor(sample.number)}
 
 
@@ -167,6 +168,16 @@ def test_a_training_resumes_mid_epoch_from_its_checkpoint(shards: Path, tmp_path
     assert len(set(whole)) == 8
     train(tmp_path / "cut", 3)
     assert train(tmp_path / "cut", 8) == whole
+
+
+def test_a_cursor_of_an_earlier_checkpoint_is_read(shards: Path) -> None:
+    source = piped(shards)
+    whole, _ = take(source, 9, num_workers=2)
+    _, state = take(source, 4, num_workers=2)
+    old = {"readers": state["readers"], "places": state["cursors"]}
+    after, resumed = take(source, 5, start=4, cursor=old, num_workers=2)
+    assert after == whole[4:]
+    assert resumed.keys() == {"readers", "cursors"}
 
 
 def test_a_state_is_of_all_ranks(shards: Path) -> None:
