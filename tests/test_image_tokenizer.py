@@ -110,7 +110,7 @@ def test_second_tokenizer_encodes_decodes_and_samples_end_to_end(tmp_path: Path)
         assert torch.equal(model.encode(candidate.image), candidate.codes)
         assert model.decode(candidate.codes[None])[0].tobytes() == candidate.image.tobytes()
     known = model.encode_known(candidates[0].image, keep_rows=2)
-    completed = model.candidates("a red cube", num_candidates=2, given=known)
+    completed = model.candidates("a red cube", num_candidates=2, known_codes=known)
     assert torch.equal(completed[0].codes[:2], candidates[0].codes[:2])
     assert len(model.generate("a red cube", num_images=2, num_candidates=2)) == 2
 

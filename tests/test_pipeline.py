@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle1 import DallE, pipeline
+from dalle1 import DallE
 from dalle1.clip import ClipArch, new_clip
 from dalle1.devices import PRECISIONS
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.pipeline import in_batches, room
-from dalle1.sampling.decoding import FREE
+from dalle1.sampling import batching
+from dalle1.sampling.batching import batched, max_batch
+from dalle1.sampling.decoding import UNKNOWN
 from dalle1.sampling.kv_cache import decode_memory
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
@@ -126,7 +127,7 @@ def test_many_prompts_are_one_stream_of_batches(ranked: DallE) -> None:
     batches: list[int] = []
     for size, expected in ((6, [3, 6, 6]), (4, [3] * 5), (2, [1, 2] * 5), (99, [15])):
         batches.clear()
-        drawn = ranked.draw(
+        drawn = ranked.sample(
             prompts,
             num_candidates=3,
             seed=2,
@@ -140,13 +141,15 @@ def test_many_prompts_are_one_stream_of_batches(ranked: DallE) -> None:
 
 
 def test_processes_share_the_candidates(plain: DallE) -> None:
-    whole = list(plain.draw([PROMPT, "a cube"], num_candidates=5))
-    parts = [list(plain.draw([PROMPT, "a cube"], num_candidates=5, share=(r, 3))) for r in range(3)]
+    whole = list(plain.sample([PROMPT, "a cube"], num_candidates=5))
+    parts = [
+        list(plain.sample([PROMPT, "a cube"], num_candidates=5, share=(r, 3))) for r in range(3)
+    ]
     for i, candidates in enumerate(whole):
         shared = sorted((c for part in parts for c in part[i]), key=lambda c: c.index)
         assert [c.index for c in shared] == list(range(5))
         assert same([c.image for c in shared], [c.image for c in candidates])
-    assert list(plain.draw([PROMPT, "a cube"], num_candidates=2, share=(2, 3))) == [[], []]
+    assert list(plain.sample([PROMPT, "a cube"], num_candidates=2, share=(2, 3))) == [[], []]
 
 
 def test_without_memory_the_batches_are_halved() -> None:
@@ -161,8 +164,8 @@ def test_without_memory_the_batches_are_halved() -> None:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return torch.tensor([[10 * r + c for c in columns] for r in rows])
 
-    with pytest.warns(UserWarning, match="out of memory; going on with"):
-        drawn = [codes for _, _, codes in in_batches(draw, range(2), range(7), anything)]
+    with pytest.warns(UserWarning, match="out of memory; the batch size is now"):
+        drawn = [codes for _, _, codes in batched(draw, range(2), range(7), anything)]
     assert torch.cat([d.flatten() for d in drawn]).tolist() == [*range(7), *range(10, 17)]
     assert asked == [14, 7, 3, 2, 2, 3, 2, 2]
 
@@ -170,26 +173,26 @@ def test_without_memory_the_batches_are_halved() -> None:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        list(in_batches(broken, range(2), range(7), anything))
+        list(batched(broken, range(2), range(7), anything))
 
 
 def test_the_batch_is_what_fits_in_half_of_the_memory(
     plain: DallE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt, candidate = decode_memory(plain.transformer)
-    monkeypatch.setattr(pipeline, "free_memory", lambda _: 2 * (2 * prompt + 20 * candidate))
-    fits = room(plain.transformer, None)
+    monkeypatch.setattr(batching, "free_memory", lambda _: 2 * (2 * prompt + 20 * candidate))
+    fits = max_batch(plain.transformer, None)
     assert fits(2, 10)
     assert not fits(2, 11)
     assert not fits(20, 1)  # as many candidates, but more captions
-    assert not room(plain.transformer, None, guided=True)(2, 10)
-    assert not room(plain.transformer, None, processes=2)(2, 10)
-    monkeypatch.setattr(pipeline, "free_memory", lambda _: 10**15)
-    fits = room(plain.transformer, None)
+    assert not max_batch(plain.transformer, None, guided=True)(2, 10)
+    assert not max_batch(plain.transformer, None, processes=2)(2, 10)
+    monkeypatch.setattr(batching, "free_memory", lambda _: 10**15)
+    fits = max_batch(plain.transformer, None)
     assert fits(2, 64)
     assert not fits(2, 65)
-    assert room(plain.transformer, 6)(2, 3)
-    assert not room(plain.transformer, 6)(2, 4)
+    assert max_batch(plain.transformer, 6)(2, 3)
+    assert not max_batch(plain.transformer, 6)(2, 4)
 
 
 def picture() -> Image.Image:
@@ -200,10 +203,10 @@ def picture() -> Image.Image:
 
 def test_the_top_of_a_picture_is_kept(plain: DallE) -> None:
     codes = plain.encode(picture())
-    given = plain.encode_known(picture(), keep_rows=3).view(4, 4)
-    assert torch.equal(given[:3], codes[:3])
-    assert (given[3] == FREE).all()
-    drawn = plain.candidates(PROMPT, num_candidates=3, given=given.flatten())
+    known = plain.encode_known(picture(), keep_rows=3).view(4, 4)
+    assert torch.equal(known[:3], codes[:3])
+    assert (known[3] == UNKNOWN).all()
+    drawn = plain.candidates(PROMPT, num_candidates=3, known_codes=known.flatten())
     for candidate in drawn:
         assert torch.equal(candidate.codes[:3], codes[:3])
     assert len({tuple(c.codes[3].tolist()) for c in drawn}) > 1
@@ -215,17 +218,17 @@ def test_the_top_of_a_picture_is_kept(plain: DallE) -> None:
 def test_what_is_white_in_a_mask_is_drawn_anew(plain: DallE) -> None:
     codes, mask = plain.encode(picture()), Image.new("L", (32, 32))
     mask.paste(255, (15, 8, 17, 16))  # pixels of the second row, of its second and third code
-    given = plain.encode_known(picture(), mask=mask).view(4, 4)
+    known = plain.encode_known(picture(), mask=mask).view(4, 4)
     free = torch.zeros(4, 4, dtype=torch.bool)
     free[1, 1:3] = True
-    assert torch.equal(given == FREE, free)
-    assert torch.equal(given[~free], codes[~free])
-    with pytest.raises(ValueError, match="black throughout"):
+    assert torch.equal(known == UNKNOWN, free)
+    assert torch.equal(known[~free], codes[~free])
+    with pytest.raises(ValueError, match="all black"):
         plain.encode_known(picture(), mask=Image.new("L", (32, 32)))
-    with pytest.raises(ValueError, match="the mask has 16 × 32 pixels, the picture 32 × 32"):
+    with pytest.raises(ValueError, match="the mask has 16 × 32 pixels, the image 32 × 32"):
         plain.encode_known(picture(), mask=Image.new("L", (16, 32)))
     for keep in ({}, {"keep_rows": 2, "mask": mask}):
-        with pytest.raises(ValueError, match="expected either keep_rows or a mask"):
+        with pytest.raises(ValueError, match="expected either keep_rows or mask"):
             plain.encode_known(picture(), **keep)
 
 
@@ -233,7 +236,7 @@ def test_a_thin_line_on_a_large_mask_is_not_lost(plain: DallE) -> None:
     large = picture().resize((600, 512))  # its middle square begins at 44; a code is 128 wide
     mask = Image.new("RGBA", (600, 512))  # transparent: nothing painted
     mask.paste("white", (44 + 130, 5, 44 + 131, 200))
-    free = plain.encode_known(large, mask=mask).view(4, 4) == FREE
+    free = plain.encode_known(large, mask=mask).view(4, 4) == UNKNOWN
     assert free.nonzero().tolist() == [[0, 1], [1, 1]]
 
 
@@ -263,7 +266,7 @@ def test_likelihood_orders_by_what_the_caption_explains(plain: DallE) -> None:
 
 
 def test_rerankers_that_are_not_there_are_refused(plain: DallE, ranked: DallE) -> None:
-    with pytest.raises(ValueError, match="there is no CLIP to rerank with"):
+    with pytest.raises(ValueError, match="this model has no CLIP to rerank with"):
         plain.candidates(PROMPT, rerank="clip")
     with pytest.raises(ValueError, match="rerank is 'taste', expected clip or likelihood or none"):
         plain.candidates(PROMPT, rerank="taste")
@@ -279,10 +282,10 @@ def test_captions_are_continued(plain: DallE) -> None:
     assert done[:2] == plain.complete("a red", count=2, seed=1)
     with pytest.raises(ValueError, match="count is 0"):
         plain.complete("a red", count=0)
-    with pytest.raises(ValueError, match="guidance is 3; there is none for captions"):
+    with pytest.raises(ValueError, match="guidance is 3, expected 1 for captions"):
         plain.complete("a red", guidance=3)
     with pytest.raises(ValueError, match="prompts is 'a cube', expected a list"):
-        next(plain.draw("a cube"))
+        plain.sample("a cube")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -346,7 +349,7 @@ def test_a_folder_in_disorder_is_named(plain: DallE, tmp_path: Path, name: str, 
 
 
 def test_no_folder_and_no_device_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no model at .*nowhere: there is no such folder"):
+    with pytest.raises(ValueError, match=r"no model at .*nowhere: the folder does not exist"):
         DallE.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="device 'quantum' is not to be had"):
         DallE.from_pretrained(folder, device="quantum")
@@ -370,7 +373,7 @@ def test_parts_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize("prompt", ["", "  \n "])
 def test_an_empty_prompt_is_refused(plain: DallE, prompt: str) -> None:
-    with pytest.raises(ValueError, match="the prompt is empty; say what to draw"):
+    with pytest.raises(ValueError, match="the prompt is empty; describe an image"):
         plain.generate(prompt)
 
 

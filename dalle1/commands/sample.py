@@ -76,10 +76,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=batch_size, default="auto", help="candidates drawn at once; auto is "
         "as many as fit in memory")  # fmt: skip
     add("--preview", action="store_true", help="write preview.png after each row of codes")
-    add("--out", type=Path, help="folder to write to; outputs/PROMPT-AS-SLUG if not given")
+    add("--out", type=Path, help="folder to write to; outputs/PROMPT-AS-SLUG if not known")
     add("--model", default="bundled", help="folder of a trained model, or bundled")
     add("--clip", help="CLIP that reranks: a folder, a Hugging Face name, or none; "
-        "the model's own if not given")  # fmt: skip
+        "the model's own if not known")  # fmt: skip
     add("--device", default="auto", help="auto is cuda, else mps, else cpu")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of the transformer; auto is bf16 where the processor has it")  # fmt: skip
@@ -173,8 +173,8 @@ def draw(
 ) -> None:
     """Draw, rank and write the pictures of all prompts."""
     rank, world = share
-    width, given = model.image_tokenizer.grid_size, encode_known(model, options)
-    begun = 0 if given is None else int((given < 0).nonzero()[0]) // width
+    width, known = model.image_tokenizer.grid_size, encode_known(model, options)
+    begun = 0 if known is None else int((known < 0).nonzero()[0]) // width
     each = len(range(options.num_candidates)[rank::world])
     preview = previews(model, (options.out or Path("outputs")) / "preview.png")
     # The delay keeps the bar away where a setting is refused before the first row.
@@ -190,9 +190,9 @@ def draw(
                 preview(codes, rows)
 
         names = "num_candidates seed temperature top_k top_p typical guidance rerank batch_size"
-        drawn = model.draw(
+        drawn = model.sample(
             options.prompts,
-            given=given,
+            known_codes=known,
             share=share,
             on_row=on_row,
             **{name: getattr(options, name) for name in names.split()},

@@ -26,7 +26,7 @@ from dalle1.evaluation.report import Scores, wilson_interval
 from dalle1.evaluation.toybox_prompts import KINDS, SPLITS, Prompt, PromptBatch, prompt_batches
 from dalle1.files import write_atomic
 from dalle1.pipeline import DallE
-from dalle1.sampling.decoding import Sampling
+from dalle1.sampling.filters import Sampling
 
 MAX_SHOWN = 96  # images in heldout.png
 NUM_PROMPTS = "/prompts"
@@ -136,7 +136,7 @@ def sample_and_classify(
     model: DallE, classifier: ToyboxClassifier, batch: PromptBatch, sampling: Sampling
 ) -> Iterator[PromptResult]:
     """Generate the candidates of some prompts, and yield the verdicts on them."""
-    ranked = model.draw(
+    ranked = model.sample(
         [prompt.text for prompt in batch.prompts],
         num_candidates=batch.num_candidates,
         seed=batch.seed,

@@ -1,8 +1,8 @@
-"""Linear layers whose weights lie as a CPU's matrix product reads them, for drawing step by step.
+"""Linear layers with weights in the memory order of oneDNN's matrix product, for decoding on a CPU.
 
-A step's products have few rows, so that bringing weights into the order in which oneDNN reads them
-takes long beside the product: half of its time in fp32, a third in bf16. Packed once, they cost it
-no more.
+The products of a decoding step have few rows. Reordering the weights for each would take half of
+its time in fp32 and a third in bf16; here they are reordered once. This is the only module that
+uses `torch.ops.mkldnn`, a private interface of torch.
 """
 
 from __future__ import annotations
@@ -25,30 +25,34 @@ class PackedLinear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it: [..., d_in] → [..., d_out]."""
+        """Apply the layer: [..., d_in] → [..., d_out]."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def packed(model: Model, rows: int) -> Model:
-    """Give a copy of `model` that shares all weights but those of linear layers, which are packed.
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in that precision on that device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
-    Where nothing can be packed, that is but for fp32 and bf16 on a CPU that has them, it is `model`
-    itself.
+
+def packed(model: Model, rows: int) -> Model:
+    """Return a copy of `model` with packed linear layers that shares all other weights.
+
+    Where weights cannot be packed (see `can_pack`), it is `model` itself.
 
     Args:
-        rows: how many the matrix products will have.
+        rows: number of rows of the matrix products.
     """
     parameter = next(model.parameters())
-    here = parameter.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    in_bf16 = parameter.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if here and (in_bf16 or parameter.dtype == torch.float32):
-        return _twin(model, rows)
-    return model
+    return _packed_copy(model, rows) if can_pack(parameter.device, parameter.dtype) else model
 
 
-def _twin(module: nn.Module, rows: int) -> Any:
+def _packed_copy(module: nn.Module, rows: int) -> Any:
     if isinstance(module, nn.Linear):
         return PackedLinear(module, rows)
-    twin = copy.copy(module)
-    twin._modules = {name: m and _twin(m, rows) for name, m in module._modules.items()}
-    return twin
+    shallow = copy.copy(module)
+    shallow._modules = {name: m and _packed_copy(m, rows) for name, m in module._modules.items()}
+    return shallow

@@ -62,7 +62,7 @@ class Words:
         endings = dict.fromkeys((*other.endings, *self.endings))
         return Words(dict(counts.most_common()), tuple(endings)[:_MOST_ENDINGS])
 
-    def complaint(self, prompt: str) -> str | None:
+    def unknown_words_message(self, prompt: str) -> str | None:
         """Say which words of a prompt are unknown, and what is known instead; None if all are."""
         unknown = [word for word in dict.fromkeys(words_of(prompt)) if word not in self.counts]
         if not unknown or not self.counts:

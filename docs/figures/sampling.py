@@ -50,7 +50,7 @@ def row(model: DallE, scene: tuple[Image.Image, str], mask: Image.Image) -> list
     kept = picture.copy()
     kept.paste("grey", mask=mask)
     given = model.encode_known(picture, mask=mask)
-    drawn = model.candidates(caption, num_candidates=16, seed=0, given=given)
+    drawn = model.candidates(caption, num_candidates=16, seed=0, known_codes=given)
     cells = [titled(picture, caption), titled(kept, "kept")]
     return cells + [titled(c.image, f"best of 16, no. {i}") for i, c in enumerate(drawn[:4], 1)]
 

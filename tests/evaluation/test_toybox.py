@@ -23,7 +23,7 @@ from dalle1.evaluation.classifier import (
 from dalle1.evaluation.report import wilson_interval
 from dalle1.evaluation.toybox import ToyboxOptions, evaluate_toybox, format_toybox_table
 from dalle1.evaluation.toybox_prompts import KINDS, SPLITS, choose_prompts, prompt_batches
-from dalle1.sampling.decoding import Sampling
+from dalle1.sampling.filters import Sampling
 from dalle1.toybox import FILLS, NOUNS, is_held_out, is_style_held_out
 
 SETTINGS: dict[str, Any] = {"num_prompts": (10, 4), "best_of": (1, 3), "classifier_images": 8}
@@ -49,7 +49,7 @@ class FakeModel:
         prompts = [p for split in SPLITS for p in choose_prompts(split, 40, 0)]
         self.truths = {prompt.text: true_verdict(prompt.scene) for prompt in prompts}
 
-    def draw(
+    def sample(
         self, prompts: Sequence[str], *, num_candidates: int, seed: int, **sampling: float
     ) -> Iterator[list[Any]]:
         self.asked.append((len(prompts), num_candidates))

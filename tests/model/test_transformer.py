@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dalle1.model.attention import MaskedAttention
 from dalle1.model.masks import MaskKind
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.sampling.decoding import Sampling, generate
+from dalle1.sampling.decoding import generate
+from dalle1.sampling.filters import Sampling
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 KINDS: list[MaskKind] = ["full", "row", "column", "conv"]

@@ -1,4 +1,4 @@
-"""Drawing: seeds are kept, what is given comes back, and draws follow the distribution exactly."""
+"""Drawing: seeds are kept, what is known comes back, and draws follow the distribution exactly."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from torch import Tensor
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling import decoding as sampler
 from dalle1.sampling.decoding import (
-    FREE,
-    Sampling,
+    UNKNOWN,
     candidate_uniforms,
     complete_text,
-    draw,
-    filter_logits,
     generate,
     null_caption,
+    sample_token,
 )
+from dalle1.sampling.filters import Sampling, filter_logits
 from dalle1.sampling.packed_linear import PackedLinear, packed
 
 L, W, V = 5, 4, 11
 N = W**2
 TEXT = torch.tensor([[3, 1, 4, 16, 17], [2, 14, 15, 16, 17]])
-SOME = torch.full((N,), FREE)
+SOME = torch.full((N,), UNKNOWN)
 SOME[[0, 1, 2, 5, 9, 15]] = torch.tensor([3, 0, 10, 7, 7, 1])
-TOP = torch.cat([torch.arange(6), torch.full((N - 6,), FREE)])
+TOP = torch.cat([torch.arange(6), torch.full((N - 6,), UNKNOWN)])
 
 
 def loud() -> Transformer:
@@ -49,7 +48,7 @@ def uncached(
     text: Tensor,
     uniforms: Tensor,
     sampling: Sampling,
-    given: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Draw one caption's candidates, computing the whole stream for every code."""
     codes = torch.zeros(len(uniforms), N, dtype=torch.long)
@@ -59,13 +58,13 @@ def uncached(
         if sampling.guidance != 1:
             without = model(null_caption(model).expand_as(text), codes)[1][:, place]
             logits = without + sampling.guidance * (logits - without)
-        codes[:, place] = draw(logits, uniforms[:, place], sampling)
-        if given is not None and given[place] != FREE:
-            codes[:, place] = given[place]
+        codes[:, place] = sample_token(logits, uniforms[:, place], sampling)
+        if known is not None and known[place] != UNKNOWN:
+            codes[:, place] = known[place]
     return codes.view(-1, W, W)
 
 
-@pytest.mark.parametrize("given", [None, TOP, SOME], ids=["free", "top", "some"])
+@pytest.mark.parametrize("known", [None, TOP, SOME], ids=["free", "top", "some"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -79,26 +78,26 @@ def uncached(
     ids=str,
 )
 def test_drawing_is_that_of_the_uncached_model(
-    options: dict[str, float], given: Tensor | None
+    options: dict[str, float], known: Tensor | None
 ) -> None:
     model, uniforms, sampling = loud(), candidate_uniforms(3, range(4), N), Sampling(**options)
-    together = generate(model, TEXT, uniforms, sampling, given=given)
+    together = generate(model, TEXT, uniforms, sampling, known_codes=known)
     assert together.shape == (2, 4, W, W)
     for text, codes in zip(TEXT, together, strict=True):
-        assert torch.equal(codes, uncached(model, text, uniforms, sampling, given))
-    if given is not None:
-        kept = given != FREE
-        assert (together.flatten(2)[..., kept] == given[kept]).all()
+        assert torch.equal(codes, uncached(model, text, uniforms, sampling, known))
+    if known is not None:
+        kept = known != UNKNOWN
+        assert (together.flatten(2)[..., kept] == known[kept]).all()
 
 
 def test_what_is_given_whole_comes_back_and_nonsense_is_refused() -> None:
     codes = torch.arange(N) % V
-    drawn = generate(loud(), TEXT, candidate_uniforms(0, range(3), N), given=codes)
+    drawn = generate(loud(), TEXT, candidate_uniforms(0, range(3), N), known_codes=codes)
     assert torch.equal(drawn, codes.view(W, W).expand(2, 3, W, W))
     uniforms = candidate_uniforms(0, [0], N)
     for wrong in (codes[1:], codes[:0], codes + 1, codes - 2, codes.float()):
-        with pytest.raises(ValueError, match=rf"expected \[{N}\] whole numbers"):
-            generate(loud(), TEXT, uniforms, given=wrong)
+        with pytest.raises(ValueError, match=rf"expected \[{N}\] integers"):
+            generate(loud(), TEXT, uniforms, known_codes=wrong)
     for text in (TEXT[0], TEXT[:, 1:], TEXT + 1, TEXT - 9):
         with pytest.raises(ValueError, match=rf"got text .*, expected \[P, {L}\], 0 to 17"):
             generate(loud(), text, uniforms)
@@ -137,7 +136,7 @@ def test_guidance_changes_the_scores_at_every_step(monkeypatch: pytest.MonkeyPat
     seen: list[Tensor] = []
     monkeypatch.setattr(sampler, "packed", lambda model, _: model)  # keeps the hook
     model.image_head.register_forward_hook(lambda *a: seen.append(a[2]))
-    generate(model, TEXT[:1], uniforms, Sampling(guidance=2.0), given=plain.flatten())
+    generate(model, TEXT[:1], uniforms, Sampling(guidance=2.0), known_codes=plain.flatten())
     assert not seen  # nothing is free, nothing is computed
     generate(model, TEXT[:1], uniforms, Sampling(guidance=2.0))
     assert len(seen) == N
@@ -164,11 +163,11 @@ def test_a_candidate_is_the_same_in_any_batch() -> None:
 def test_drawn_pictures_follow_the_model() -> None:
     # The first two codes of 6,000 candidates: as often as the model says, within four deviations.
     model, count = loud(), 6_000
-    given = torch.zeros(N, dtype=torch.long)
-    given[:2] = FREE
+    known = torch.zeros(N, dtype=torch.long)
+    known[:2] = UNKNOWN
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(count, N, generator=generator)
-    first, second = generate(model, TEXT[:1], uniforms, given=given)[0].flatten(1)[:, :2].T
+    first, second = generate(model, TEXT[:1], uniforms, known_codes=known)[0].flatten(1)[:, :2].T
     codes = torch.zeros(V, N, dtype=torch.long)
     codes[:, 0] = torch.arange(V)
     with torch.no_grad():
@@ -218,13 +217,13 @@ def test_rows_are_told_as_they_are_drawn() -> None:
 
     def on_row(codes: Tensor, done: int) -> None:
         assert codes.shape == (2, 3, N)
-        rows.append((done, int((codes != FREE).sum())))
+        rows.append((done, int((codes != UNKNOWN).sum())))
 
     uniforms = candidate_uniforms(0, range(3), N)
     generate(loud(), TEXT, uniforms, on_row=on_row)
     assert rows == [(1, 24), (2, 48), (3, 72), (4, 96)]
     rows.clear()
-    generate(loud(), TEXT, uniforms, given=TOP, on_row=on_row)
+    generate(loud(), TEXT, uniforms, known_codes=TOP, on_row=on_row)
     assert [done for done, _ in rows] == [2, 3, 4]
 
 
@@ -233,7 +232,7 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
     logits = torch.tensor([0.3, -2.0, 1.7, 0.0, 0.9])
     count = 2000
     uniforms = (torch.arange(count) + 0.5) / count
-    drawn = draw(logits.expand(count, 5), uniforms, Sampling(temperature=temperature))
+    drawn = sample_token(logits.expand(count, 5), uniforms, Sampling(temperature=temperature))
     assert (drawn.diff() >= 0).all()  # an inversion: larger numbers, later tokens
     expected = (logits / temperature).softmax(-1) * count
     assert (drawn.bincount(minlength=5) - expected).abs().max() <= 1
@@ -243,7 +242,7 @@ def test_what_is_excluded_is_never_drawn() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
     # 1 itself: what the largest random number becomes when it is rounded to float32.
     for uniform, token in ((0.0, 1), (0.2, 1), (0.3, 3), (1 - 2**-24, 3), (1.0, 3)):
-        assert draw(logits, torch.tensor([uniform])).item() == token
+        assert sample_token(logits, torch.tensor([uniform])).item() == token
 
 
 INF = math.inf
@@ -305,16 +304,16 @@ def test_impossible_settings_are_refused(options: dict[str, float], message: str
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("given", [None, TOP, SOME], ids=["free", "top", "some"])
+@pytest.mark.parametrize("known", [None, TOP, SOME], ids=["free", "top", "some"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"guidance": 3.0}, {"guidance": 0.0}, {"top_k": 5, "top_p": 0.9, "typical": 0.9}],
     ids=str,
 )
 def test_a_recorded_step_draws_what_a_cpu_draws(
-    options: dict[str, float], given: Tensor | None
+    options: dict[str, float], known: Tensor | None
 ) -> None:
     uniforms, sampling = candidate_uniforms(3, range(4), N), Sampling(**options)
-    expected = generate(loud(), TEXT, uniforms, sampling, given=given)
-    found = generate(loud().cuda(), TEXT.cuda(), uniforms, sampling, given=given)
+    expected = generate(loud(), TEXT, uniforms, sampling, known_codes=known)
+    found = generate(loud().cuda(), TEXT.cuda(), uniforms, sampling, known_codes=known)
     assert torch.equal(found.cpu(), expected)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dalle1.model.attention import MaskedAttention
 from dalle1.model.masks import MaskKind, image_mask
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.sampling.kv_cache import Caches, Window, decode_memory
+from dalle1.sampling.kv_cache import Caches, SlotLayout, decode_memory
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 KINDS = get_args(MaskKind)
@@ -51,26 +51,26 @@ def streams(prompts: int, candidates: int, grid_size: int = 7) -> tuple[Tensor, 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrap", [True, False])
 @pytest.mark.parametrize("grid_size", [1, 2, 4, 7, 13])
-def test_a_window_shows_what_the_mask_shows(kind: MaskKind, wrap: bool, grid_size: int) -> None:
+def test_a_layout_shows_what_the_mask_shows(kind: MaskKind, wrap: bool, grid_size: int) -> None:
     mask = image_mask(kind, grid_size, wrap)
-    window = Window(kind, grid_size, wrap, torch.empty(0))
-    slots = torch.full((window.groups * window.size,), -1)  # which code each holds
-    for place in range(grid_size**2):
-        slot, group, unseen = window.at(torch.tensor([place]))
-        slots[slot] = place
-        held = slots.view(window.groups, window.size)[group][0]
-        seen = held[unseen[0] == 0]
-        assert sorted(seen.tolist()) == mask[place].nonzero()[:, 0].tolist()
-        assert unseen[0].isfinite().sum() == len(seen)
+    layout = SlotLayout(kind, grid_size, wrap, torch.empty(0))
+    slots = torch.full((layout.groups * layout.size,), -1)  # which code each holds
+    for position in range(grid_size**2):
+        slot, group, hidden = layout.at(torch.tensor([position]))
+        slots[slot] = position
+        held = slots.view(layout.groups, layout.size)[group][0]
+        seen = held[hidden[0] == 0]
+        assert sorted(seen.tolist()) == mask[position].nonzero()[:, 0].tolist()
+        assert hidden[0].isfinite().sum() == len(seen)
 
 
 @pytest.mark.parametrize(
     ("kind", "slots"), [("row", 33), ("conv", 166), ("column", 1024), ("full", 1024)]
 )
-def test_a_window_is_no_larger_than_it_must_be(kind: MaskKind, slots: int) -> None:
-    window = Window(kind, 32, True, torch.empty(0))
-    assert window.groups * window.size == slots
-    assert window.size == (32 if kind == "column" else slots)
+def test_a_layout_is_no_larger_than_it_must_be(kind: MaskKind, slots: int) -> None:
+    layout = SlotLayout(kind, 32, True, torch.empty(0))
+    assert layout.groups * layout.size == slots
+    assert layout.size == (32 if kind == "column" else slots)
 
 
 @torch.no_grad()
@@ -84,14 +84,14 @@ def test_steps_give_the_scores_of_the_whole(kind: MaskKind | None, primed: int) 
     whole = whole.unflatten(0, (prompts, candidates))
     caches = Caches(model, prompts, candidates)
     states = model.run(model.embed(text, codes[:, 0, : primed + 1]), caches.prefill)[:, -1:]
-    for place in range(primed, model.config.image_len):
-        if place > primed:
-            here = torch.tensor([place])
-            caches.go_to(here)
-            x = model.embed_codes(codes[:, :, place - 1], here)
+    for position in range(primed, model.config.image_len):
+        if position > primed:
+            here = torch.tensor([position])
+            caches.seek(here)
+            x = model.embed_codes(codes[:, :, position - 1], here)
             states = model.run(x, caches.step, L + here)
         scores = model.image_head(states).expand(-1, candidates, -1)
-        torch.testing.assert_close(scores, whole[:, :, place], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores, whole[:, :, position], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -111,13 +111,15 @@ def test_steps_give_the_scores_of_the_whole_with_every_option(changes: dict[str,
     whole = model(text.repeat_interleave(3, 0), codes.flatten(0, 1))[1].unflatten(0, (2, 3))
     caches = Caches(model, 2, 3)
     model.run(model.embed(text, codes[:, 0, :1]), caches.prefill)
-    for place in range(1, model.config.image_len):
-        here = torch.tensor([place])
-        caches.go_to(here)
-        states = model.run(model.embed_codes(codes[:, :, place - 1], here), caches.step, L + here)
+    for position in range(1, model.config.image_len):
+        here = torch.tensor([position])
+        caches.seek(here)
+        states = model.run(
+            model.embed_codes(codes[:, :, position - 1], here), caches.step, L + here
+        )
         # The first step's code is each candidate's own, though the start state is shared.
         torch.testing.assert_close(
-            model.image_head(states), whole[:, :, place], rtol=1e-4, atol=1e-5
+            model.image_head(states), whole[:, :, position], rtol=1e-4, atol=1e-5
         )
 
 

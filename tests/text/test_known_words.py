@@ -30,7 +30,7 @@ def model() -> DallE:
 def warned(model: DallE, *prompts: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        drawn = list(model.draw(prompts, num_candidates=1))
+        drawn = list(model.sample(prompts, num_candidates=1))
     assert [len(candidates) for candidates in drawn] == [1] * len(prompts), "drawn all the same"
     return [str(warning.message) for warning in caught]
 
@@ -51,8 +51,8 @@ def test_words_are_split_as_captions_are_read(text: str, words: list[str]) -> No
 
 def test_a_word_is_known_once_it_was_read_a_few_times() -> None:
     words = Words.of([*CAPTIONS, "a rare beast"])
-    assert words.complaint("a RED star, by night") is None
-    assert "'beast'" in str(words.complaint("a red beast"))
+    assert words.unknown_words_message("a RED star, by night") is None
+    assert "'beast'" in str(words.unknown_words_message("a red beast"))
 
 
 @pytest.mark.parametrize("prompt", ["a red cube", "A Red  CUBE!", "by night: two blue cubes"])
@@ -73,11 +73,13 @@ def test_each_prompt_with_an_unknown_word_is_told_once(model: DallE) -> None:
 def test_hints_are_like_the_word_and_few() -> None:
     words = Words.of(Toybox(num_scenes=4000).caption(i) for i in range(4000))
     assert set(words.endings) <= set(NOUNS), "what the captions are of, not how they are drawn"
-    assert "'elefant' (it knows elephant, elephants)" in str(words.complaint("a red elefant"))
+    assert "'elefant' (it knows elephant, elephants)" in str(
+        words.unknown_words_message("a red elefant")
+    )
     for word in ("top", "dozen", "photograph", "can"):
-        assert f"'{word}' (nor any like it)" in str(words.complaint(word))
+        assert f"'{word}' (nor any like it)" in str(words.unknown_words_message(word))
     long = " ".join(f"qqq{letter * 4}" for letter in "abcdefg")
-    assert "and of 2 more words; its captions" in str(words.complaint(long))
+    assert "and of 2 more words; its captions" in str(words.unknown_words_message(long))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_hints_are_like_the_word_and_few() -> None:
 )
 def test_what_people_say_is_known(prompt: str) -> None:
     words = Words.of(Toybox(num_scenes=8000).caption(i) for i in range(8000))
-    assert words.complaint(prompt) is None
+    assert words.unknown_words_message(prompt) is None
 
 
 def test_the_words_travel_with_the_model(model: DallE, tmp_path: Path) -> None:
@@ -108,6 +110,6 @@ def test_the_words_travel_with_the_model(model: DallE, tmp_path: Path) -> None:
 
 def test_fine_tuning_adds_words() -> None:
     words = Words.of(CAPTIONS).merged(Words.of(["a green hedgehog"] * 5))
-    assert words.complaint("a red hedgehog") is None
+    assert words.unknown_words_message("a red hedgehog") is None
     assert words.endings[0] == "hedgehog"
     assert words.counts["a"] == 3 * 3 + 5
