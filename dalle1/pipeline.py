@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -190,16 +190,27 @@ class DallE:
                 self.transformer, part, uniforms, options, known_codes=known, on_row=each
             )
 
-        def ranked_candidates() -> Iterator[list[Candidate]]:
-            candidates: list[Candidate] = []
-            for rows, columns, codes in batched(sample_codes, range(len(prompts)), indices, fits):
-                for row, grids in zip(rows, codes, strict=True):
-                    candidates += self._candidates(grids, columns, seed)
-                    if len(candidates) == len(indices):
-                        yield ranked(reranker, prompts[row], candidates)
-                        candidates = []
+        if not indices:
+            return ([] for _ in prompts)
+        batches = batched(sample_codes, range(len(prompts)), indices, fits)
+        return self._ranked(batches, prompts, seed, reranker, len(indices))
 
-        return ranked_candidates() if indices else ([] for _ in prompts)
+    def _ranked(
+        self,
+        batches: Iterable[tuple[range, range, Tensor]],
+        prompts: Sequence[str],
+        seed: int,
+        reranker: Reranker | None,
+        count: int,
+    ) -> Iterator[list[Candidate]]:
+        """Yield the candidates of each prompt, ranked, as soon as all `count` are sampled."""
+        candidates: list[Candidate] = []
+        for rows, columns, codes in batches:
+            for row, grids in zip(rows, codes, strict=True):
+                candidates += self._candidates(grids, columns, seed)
+                if len(candidates) == count:
+                    yield ranked(reranker, prompts[row], candidates)
+                    candidates = []
 
     def _candidates(self, codes: Tensor, indices: range, seed: int) -> list[Candidate]:
         """Decode codes [C, W, W] of the candidates at `indices`."""

@@ -379,7 +379,7 @@ def test_an_empty_prompt_is_refused(plain: DallE, prompt: str) -> None:
 
 def test_a_long_prompt_says_what_is_kept(plain: DallE) -> None:
     count = plain.tokenizer.count("red " * 30)
-    with pytest.warns(UserWarning, match=f"{count} tokens and this model reads 7") as caught:
+    with pytest.warns(UserWarning, match=f"{count} tokens, expected at most 7") as caught:
         tokens = plain.encode_prompt("red " * 30)
     kept = plain.tokenizer.decode(tokens[None])[0]
     assert kept

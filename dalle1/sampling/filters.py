@@ -25,8 +25,8 @@ class Sampling:
     typical: float = 1.0
     """Typical sampling: total probability of the most typical tokens to sample from, in (0, 1]."""
     guidance: float = 1.0
-    """Classifier-free guidance w: logits are u + w·(c − u), u without and c with the caption; 1 is
-    none."""
+    """Classifier-free guidance w: logits are u + w·(c − u), u without and c with the caption. 1
+    turns it off."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
