@@ -1,4 +1,4 @@
-"""Join what the trainings wrote into one folder that sample.py takes.
+"""Join a trained transformer and a CLIP in one model folder, for `dalle1 sample --model`.
 
 dalle1 export --model runs/transformer --clip runs/clip --out my-model
 """
@@ -19,22 +19,22 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class JoinConfig:
-    """What `dalle1 export` takes."""
+class ExportConfig:
+    """Options of `dalle1 export`."""
 
     model: Path
-    """Folder that train_transformer.py wrote."""
+    """Folder of the trained transformer."""
     clip: Path
-    """Folder that train_clip.py wrote, or any other CLIP's."""
+    """Folder of the CLIP that reranks samples."""
     out: Path
-    """Folder to write to."""
+    """Output folder."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """What weights are rounded to."""
+    """Data type of the saved parameters."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
-        config = parse(JoinConfig, args, __doc__.splitlines()[0])
+        config = parse(ExportConfig, args, __doc__.splitlines()[0])
         model = DallE.from_pretrained(config.model, clip=config.clip, device="cpu")
         model.save_pretrained(config.out, DTYPES[config.dtype])
         size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())

@@ -1,4 +1,4 @@
-"""What a training of stage 2 needs, told before it is paid for.
+"""Estimate the memory, time and network traffic of a stage-2 training.
 
     dalle1 plan 12b --gpus 64 --gpu-memory 80 --zero 3 --micro-batch 1
 
@@ -65,33 +65,33 @@ class Plan:
     model: TransformerConfig
     """Its size."""
     batch_size: int
-    """Pairs an update."""
+    """Pairs per update, over all GPUs."""
     steps: int
-    """Updates."""
+    """Number of optimizer updates."""
     checkpointing: bool
-    """Compute each resblock again going back."""
+    """Activation checkpointing of each resblock."""
     gpus: int = 1
-    """GPUs, on all machines."""
+    """Number of GPUs on all machines."""
     gpu_memory: float = 80.0
-    """Of each, in GiB."""
+    """Memory of each GPU, in GiB."""
     micro_batch: int = 1
-    """Pairs that a GPU takes at once."""
+    """Pairs per GPU and forward pass."""
     zero: Literal[0, 1, 2, 3] = 0
-    """Stage of ZeRO."""
+    """ZeRO stage, by DeepSpeed; 0 is plain torch."""
     offload: Literal["none", "cpu"] = "none"
-    """Where its shares are kept."""
+    """Device that holds the ZeRO shards between updates: the GPU (none) or cpu."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """What it computes with."""
+    """Data type of the parameters that ZeRO computes with."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of matrix products."""
+    """Precision of matrix products."""
     tflops: float = 312.0
-    """Most that a GPU computes a second, in 10^12; 312 is an A100's bf16."""
+    """Peak speed of a GPU in TFLOP/s; 312 is an A100 in bf16."""
     utilisation: float = 0.4
-    """Share of that which is reached; a training's log says it."""
+    """Fraction of the peak speed that is reached (MFU); the log of a training reports it."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Whose attention is counted."""
+    """Device whose attention implementation is counted."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Whose state is counted."""
+    """Optimizer whose state is counted."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "gpus", "gpu_memory", "micro_batch", "tflops"):

@@ -1,4 +1,4 @@
-"""Draw pictures for a prompt: many candidates, reranked by CLIP, the best kept (paper §2.6).
+"""Sample images for a prompt: many candidates, reranked by CLIP (paper §2.6).
 
     dalle1 sample "an avocado armchair"
 
@@ -51,43 +51,84 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see dalle1 sample --help")
 
 
-def parse(args: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line. Nothing heavy is imported before, so that --help comes at once."""
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several at once are welcome")
-    add("--prompts-file", type=Path, help="text file with more prompts, one a line")
-    add("--num-candidates", type=int, default=16, help="pictures drawn for each prompt")
-    add("--num-images", type=int, default=4, help="how many of them, the best, are kept")
-    add("--rerank", choices=("clip", "likelihood", "none"), help="what says which are best: CLIP; "
-        "how much likelier the prompt makes them; or nothing; clip if there is one")  # fmt: skip
-    add("--seed", type=int, default=0, help="the same seed gives the same pictures")
+def add_sampling_flags(add: Callable[..., Any]) -> None:
+    """Add the prompts, and what decides how candidates are sampled and ranked."""
     add(
-        "--temperature", type=float, default=1.0, help="below 1 safer, above 1 wilder; 0: likeliest"
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="text to sample images for; several prompts may be given",
     )
-    add("--top-k", type=int, default=0, help="draw from the k likeliest codes; 0: from all")
-    add("--top-p", type=float, default=1.0, help="draw from the likeliest codes of this share")
-    add("--typical", type=float, default=1.0, help="draw from the most typical codes of this share")
-    add("--guidance", type=float, default=1.0, help="above 1: keep closer to the prompt; twice the "
-        "work, and for models that were trained with --caption-dropout")  # fmt: skip
-    add("--image", type=Path, help="picture to complete or change")
-    add("--keep-rows", type=int, metavar="N", help="keep its top N rows of codes")
-    add("--mask", type=Path, help="picture of the same size, white where --image is drawn anew")
-    add("--batch-size", type=batch_size, default="auto", help="candidates drawn at once; auto is "
-        "as many as fit in memory")  # fmt: skip
+    add("--prompts-file", type=Path, help="text file with more prompts, one per line")
+    add("--num-candidates", type=int, default=16, help="number of images to sample per prompt")
+    add("--num-images", type=int, default=4, help="number of images to save per prompt, the best")
+    add("--rerank", choices=("clip", "likelihood", "none"), help="how candidates are ranked: by "
+        "CLIP, by how much more likely the prompt makes them, or not; clip if "
+        "the model has one")  # fmt: skip
+    add("--seed", type=int, default=0, help="random seed; the same seed samples the same images")
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="sampling temperature; 0 takes the most likely code",
+    )
+    add("--top-k", type=int, default=0, help="sample from the k most likely codes; 0: from all")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="nucleus sampling: total probability of the codes kept",
+    )
+    add(
+        "--typical",
+        type=float,
+        default=1.0,
+        help="typical sampling: total probability of the codes kept",
+    )
+    add("--guidance", type=float, default=1.0, help="classifier-free guidance scale: "
+        "above 1, images follow the prompt more closely, in twice the time; the model must be "
+        "trained with --caption-dropout")  # fmt: skip
+
+
+def add_other_flags(add: Callable[..., Any]) -> None:
+    """Add the flags of image completion, output, models and devices."""
+    add("--image", type=Path, help="image to complete or change")
+    add(
+        "--keep-rows",
+        type=int,
+        metavar="N",
+        help="number of code rows of --image to keep, from the top",
+    )
+    add("--mask", type=Path, help="image of the same size, white where --image is sampled again")
+    add("--batch-size", type=batch_size, default="auto", help="candidates per batch; auto: as many "
+        "as fit in memory")  # fmt: skip
     add("--preview", action="store_true", help="write preview.png after each row of codes")
-    add("--out", type=Path, help="folder to write to; outputs/PROMPT-AS-SLUG if not known")
+    add(
+        "--out",
+        type=Path,
+        help="output folder; by default, a folder in outputs/ named after the prompt",
+    )
     add("--model", default="bundled", help="folder of a trained model, or bundled")
     add("--clip", help="CLIP that reranks: a folder, a Hugging Face name, or none; "
-        "the model's own if not known")  # fmt: skip
-    add("--device", default="auto", help="auto is cuda, else mps, else cpu")
+        "by default, the model's own")  # fmt: skip
+    add("--device", default="auto", help="device; auto: cuda, else mps, else cpu")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="of the transformer; auto is bf16 where the processor has it")  # fmt: skip
+        help="precision of the transformer; auto: bf16 where the hardware supports it")  # fmt: skip
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line.
+
+    By argparse rather than tyro: --help then takes 0.04 s, as neither torch nor tyro is imported.
+    """
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_sampling_flags(parser.add_argument)
+    add_other_flags(parser.add_argument)
     options = parser.parse_args(args)
     if options.prompts_file:
         options.prompts += read_prompts(options.prompts_file)
     if not options.prompts or not all(p.strip() for p in options.prompts):
-        raise ValueError("the prompt is empty; say what to draw, such as: an avocado armchair")
+        raise ValueError("the prompt is empty; expected a text such as: an avocado armchair")
     if not 1 <= options.num_images <= options.num_candidates:
         raise ValueError(
             f"--num-images is {options.num_images}, expected 1 to --num-candidates, "

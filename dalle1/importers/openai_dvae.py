@@ -1,4 +1,4 @@
-"""OpenAI's released dVAE, read without its package and without running what is in the pickle.
+"""Convert OpenAI's released dVAE, without its package and without running its pickles.
 
     dalle1 import openai-dvae encoder.pkl decoder.pkl --out runs/openai-dvae
 
@@ -136,7 +136,7 @@ def load_openai_dvae(encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """What `dalle1 import openai-dvae` takes."""
+    """Options of `dalle1 import openai-dvae`."""
 
     encoder: tyro.conf.Positional[Path]
     """The released encoder.pkl."""

@@ -1,4 +1,4 @@
-"""Train a CLIP, which tells which of some pictures fits a caption best (paper §2.6).
+"""Train a CLIP, which scores how well an image fits a caption (paper §2.6).
 
     dalle1 train clip small --data toybox --out runs/clip
 
@@ -51,28 +51,28 @@ from dalle1.training.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTrainConfig(TrainConfig):
-    """How a CLIP is trained (Radford et al. 2021, arXiv 2103.00020)."""
+    """Settings of a CLIP's training (Radford et al. 2021, arXiv 2103.00020)."""
 
     model: ClipArch = field(default_factory=ClipArch)
-    """Its size."""
+    """Architecture of the CLIP."""
     init: str | None = None
-    """Folder or Hugging Face name of a CLIP to begin with, of the same size: fine-tuning. It keeps
-    its vocabulary."""
+    """Folder or Hugging Face name of a CLIP of the same architecture to fine-tune; its vocabulary
+    is kept."""
     loss: ContrastiveKind = "infonce"
-    """infonce, CLIP's; or sigmoid, SigLIP's, with a bias that is learned."""
+    """Contrastive loss: infonce as in CLIP, or sigmoid as in SigLIP, with a learned bias."""
     encode_at_once: int | None = None
-    """Pairs that hold their activations at a time, where a batch does not fit in memory: gradient
-    caching, for a third more work. Unlike `accumulate`, the whole batch is compared."""
+    """Gradient caching: number of pairs whose activations are in memory at once. It takes a third
+    more computation. Unlike `accumulate`, the loss still compares the whole batch."""
     augmentation: Augmentation = RANDOM_SQUARE
-    """How pictures are cut."""
+    """Random crops of the training images."""
     soften: bool = False
-    """Blur every second picture a little, for dVAEs' are softer. Paper: no."""
+    """Blur half of the images slightly, since reconstructions are blurred. Paper: no."""
     vocab_size: int = 1024
-    """BPE tokens at most; they are learned from the data."""
+    """Maximum number of BPE tokens, learned from the data."""
     vocab_captions: int = 20_000
-    """Captions that the BPE is learned from: the first of the data."""
+    """Number of captions that the BPE is learned from, the first of the data."""
     validation_pairs: int = 256
-    """Pairs among which retrieval is measured, at most."""
+    """Maximum number of validation pairs, among which retrieval is measured."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
-"""Train a dVAE: pictures to a grid of codes and back (stage 1; paper §2.1, A).
+"""Train a dVAE, which maps images to a grid of codes and back (stage 1; paper §2.1, A).
 
     dalle1 train dvae toy --data toybox --out runs/dvae
 
-writes runs/dvae/latest/dvae.safetensors, a log and reconstructions; the same command goes on
+writes runs/dvae/latest/dvae.safetensors, a log and reconstructions. The same command resumes
 after an interruption.
 """
 
@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
@@ -42,38 +44,38 @@ from dvae import DVAE, Distortion, DVAEConfig, DVAELoss, dvae_loss
 
 @dataclass(frozen=True, kw_only=True)
 class DVAETrainConfig(TrainConfig):
-    """How a dVAE is trained (paper §2.1, A.2)."""
+    """Settings of a dVAE's training (paper §2.1, A.2)."""
 
     model: DVAEConfig = field(default_factory=DVAEConfig)
-    """Its size."""
+    """Architecture of the dVAE."""
     init: Path | None = None
-    """Folder of a dVAE to begin with, of the same size: fine-tuning."""
+    """Folder of a dVAE of the same architecture to fine-tune."""
     crop_size: int = 256
-    """Side in pixels of the random crops that it is trained on; a multiple of 8."""
-    crops_per_picture: int = 1
-    """Crops of each picture that is read. Paper: 1. Reading may cost more than cutting."""
+    """Side of the random training crops in pixels, a multiple of 8."""
+    crops_per_image: Annotated[int, tyro.conf.arg(aliases=["--crops-per-picture"])] = 1
+    """Number of crops per image. More than one saves time where reading is slow. Paper: 1."""
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """How they are cut."""
+    """Random crops of the training images."""
     distortion: Distortion = "logit-laplace"
-    """How far reconstructions are from pictures. Paper: logit-laplace; or mse, or l1."""
+    """Distance of a reconstruction from its image. Paper: logit-laplace."""
     beta: float = 6.6
-    """Weight of the KL at the end of its ramp."""
+    """Final weight β of the KL divergence."""
     beta_steps: int = 5_000
-    """Updates in which β goes from 0 to its end, along a cosine."""
+    """Updates during which β rises from 0 to its final value, along a cosine."""
     temperature: float = 1.0
-    """τ of the relaxation at the start."""
+    """Initial temperature τ of the Gumbel-softmax relaxation."""
     final_temperature: float = 1 / 16
-    """τ at the end of its cosine."""
+    """Final temperature τ of the Gumbel-softmax relaxation."""
     temperature_steps: int = 150_000
-    """Updates in which τ falls."""
-    validation_pictures: int = 64
-    """Pictures that are set apart to measure it on."""
+    """Updates during which τ falls, along a cosine."""
+    validation_images: Annotated[int, tyro.conf.arg(aliases=["--validation-pictures"])] = 64
+    """Number of validation images, which training never shows."""
     usage_weight: float = 0.0
-    """Weight of a term that keeps all codes in use, at the start. Paper: 0; small budgets collapse
-    without."""
+    """Weight of a loss that keeps all codes in use early in training; without it, small budgets
+    collapse to a few codes. Paper: 0."""
     mse_weight: float = 0.0
-    """Weight of the mean squared error beside the distortion, once τ has fallen; before, it rises
-    from 0. Paper: 0. It brings what is drawn from the median of what may be there to its mean."""
+    """Final weight of the mean squared error, added to the distortion; it rises from 0 while τ
+    falls, and moves reconstructions from the median to the mean. Paper: 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +84,7 @@ class DVAETrainConfig(TrainConfig):
                 f"crop_size is {self.crop_size}, expected a multiple of 8 from 8 to "
                 f"model.image_size, {self.model.image_size}"
             )
-        for name in ("validation_pictures", "crops_per_picture"):
+        for name in ("validation_images", "crops_per_image"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
 
@@ -148,27 +150,27 @@ _dvae_small = replace(
     temperature_steps=8_800,
     mse_weight=300.0,
     usage_weight=40.0,
-    validation_pictures=1_000,
+    validation_images=1_000,
     validate_every=5_300,
 )
 
-# The same at the paper's geometry. Crops show the scenes as large as they are drawn.
+# The same at the paper's geometry. Crops show the scenes at the scale of their rendering.
 _dvae_toy = replace(
     _dvae_small,
     model=replace(_dvae_small.model, image_size=256),
     augmentation=Augmentation(resize=(4.0, 4.0)),
     steps=14_000,
     temperature_steps=11_600,
-    validation_pictures=256,
+    validation_images=256,
     validate_every=3_500,
 )
 
 DVAE_PRESETS: dict[str, DVAETrainConfig] = {
     "toy": _dvae_toy,
-    # Goes on from it (--init), and lets go of codes that the usage term alone kept.
+    # Fine-tunes it (--init), and drops codes that only the usage loss kept.
     "toy-finetune": replace(
         _dvae_toy,
-        out=Path("runs/settled"),
+        out=Path("runs/toy-finetune"),
         usage_weight=0.0,
         temperature=1 / 16,
         temperature_steps=1,
@@ -185,11 +187,11 @@ DVAE_PRESETS: dict[str, DVAETrainConfig] = {
 
 
 def crops(config: DVAETrainConfig, sample: Sample, rng: random.Random) -> Example:
-    """Prepare one example: random crops of one image, [crops_per_picture, 3, size, size]."""
+    """Prepare one example: random crops of one image, [crops_per_image, 3, size, size]."""
     image, size = sample.image(), config.crop_size
     cut = [
         augmented(image, size, rng, config.augmentation, config.allow_upscale)
-        for _ in range(config.crops_per_picture)
+        for _ in range(config.crops_per_image)
     ]
     return {"images": torch.stack([to_tensor(crop) for crop in cut])}
 
@@ -228,7 +230,7 @@ class DVAETask(Task[DVAE]):
         self.loader = train_loader(source, partial(crops, config), config)
         held = open_source(config.data, "validation", replace(options, decode_size=size))
         whole = partial(centred, config)
-        first = partial(first_examples, held, whole, config.validation_pictures)
+        first = partial(first_examples, held, whole, config.validation_images)
         self.held = to_float(distributed.broadcast_from_main(first)["images"]).to(self.device)
 
     def initial(self) -> DVAE:

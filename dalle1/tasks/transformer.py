@@ -54,31 +54,31 @@ from dalle1.training.task import SampleCost, Task
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerTrainConfig(TrainConfig):
-    """How a transformer is trained (paper §2.2, B.2)."""
+    """Settings of a transformer's training (paper §2.2, B.2)."""
 
     dvae: Path = Path("runs/dvae")
-    """Folder of the dVAE whose codes it models."""
+    """Folder of the image tokenizer, whose codes are modelled."""
     model: TransformerArch = field(default_factory=TransformerArch)
-    """Its size, but for what dVAE and vocabulary say."""
+    """Architecture of the transformer; image tokenizer and vocabulary set the rest."""
     image_size: int | None = None
-    """Side of the pictures in pixels, a multiple of 8, if not the dVAE's own."""
+    """Image side in pixels, a multiple of 8. None: that of the image tokenizer."""
     init: Path | None = None
-    """Folder of a model to begin with, of the same size, with its vocabulary: fine-tuning. With
-    rotary positions it may know smaller pictures."""
+    """Folder of a model of the same architecture to fine-tune; its vocabulary is kept. With rotary
+    positions, it may have been trained on smaller images."""
     vocab_captions: int = 20_000
-    """Captions that the BPE is learned from: the first of the data."""
+    """Number of captions that the BPE is learned from, the first of the data."""
     bpe_dropout: float = 0.1
-    """Chance that a merge of the BPE is skipped, in training only."""
+    """BPE dropout: probability of skipping a merge, in training only."""
     caption_dropout: float = 0.0
-    """Chance that a caption is left out, all padding: what guidance needs. Paper: 0."""
+    """Probability of replacing a caption by padding, which guidance needs. Paper: 0."""
     augmentation: Augmentation = FOR_TRANSFORMER
-    """How pictures are cut; codes that were made before are as they are."""
+    """Random crops of the training images; data that is already encoded is not cropped."""
     text_weight: float = 1 / 8
-    """Weight of the text's loss; the picture's has the rest."""
+    """Weight of the text loss; that of the image loss is 1 minus this."""
     checkpointing: bool = False
-    """Compute each resblock again going back: less memory for a third more work."""
+    """Activation checkpointing of each resblock: less memory for a third more computation."""
     compile: bool = False
-    """Compile the layers by torch.compile: slow to start, then faster."""
+    """Compile the layers with torch.compile: a slow start, then faster updates."""
     prompts: tuple[str, ...] = (
         "an avocado armchair",
         "a zebra mug",
@@ -87,12 +87,12 @@ class TransformerTrainConfig(TrainConfig):
         "two gold bells",
         "a blue house above a small pink fish",
     )
-    """What sample pictures are drawn of at each validation."""
+    """Prompts of the sample images at each validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.prompts:
-            raise ValueError("prompts is empty, expected at least one to draw samples of")
+            raise ValueError("prompts is empty, expected at least one prompt to sample")
         for name in ("bpe_dropout", "caption_dropout", "text_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
@@ -123,7 +123,7 @@ def _sized(width: int, depth: int, heads: int, **changes: Any) -> TransformerTra
     return replace(_transformer_12b, model=size, **changes)
 
 
-# One GPU: a cosine, smaller batches, and captions left out now and then, for guidance.
+# One GPU: a cosine, smaller batches, and caption dropout for guidance.
 _ONE_GPU: dict[str, Any] = {
     "schedule": "cosine",
     "steps": 200_000,
@@ -175,11 +175,11 @@ _transformer_toy = TransformerTrainConfig(
 
 TRANSFORMER_PRESETS: dict[str, TransformerTrainConfig] = {
     "toy": _transformer_toy,
-    # Begins with half the side, 16 × 16 codes, where the caption is a larger part of what there is
-    # to learn, and an update takes a third of the time; `toy` goes on from it (--init).
+    # Half the side, 16 × 16 codes: the caption is a larger part of what there is to learn, and an
+    # update takes a third of the time. `toy` then fine-tunes this model (--init).
     "toy-128": replace(
         _transformer_toy,
-        out=Path("runs/half"),
+        out=Path("runs/toy-128"),
         image_size=128,
         steps=5_000,
         final_learning_rate=5e-4,

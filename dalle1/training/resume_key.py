@@ -16,7 +16,10 @@ MAY_CHANGE = {
 }
 """Settings that may change on resuming: none of them changes what was learned so far."""
 
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "crops_per_picture": "crops_per_image",
+    "validation_pictures": "validation_images",
+}
 """Old → new names of settings, dotted where nested, so that old checkpoints can be resumed."""
 
 

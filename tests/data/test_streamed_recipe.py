@@ -17,7 +17,7 @@ from dalle1.tasks import transformer as train_transformer
 RUN = ["--steps", "3", "--batch-size", "4", "--device", "cpu", "--log-every", "1"]
 TINY_DVAE = [
     *("--model.image-size", "64", "--model.width", "8", "--model.codebook-size", "16"),
-    *("--crop-size", "32", "--validation-pictures", "2"),
+    *("--crop-size", "32", "--validation-images", "2"),
 ]
 TINY_TRANSFORMER = [
     *("--model.width", "16", "--model.depth", "2", "--model.heads", "2"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = "--steps 1 --batch-size 2 --num-workers 0 --device cpu --precision fp32"
 DVAE = (
     f"{RUN} --model.image-size 64 --model.width 8 --model.codebook-size 16 --crop-size 32 "
-    "--validation-pictures 1"
+    "--validation-images 1"
 )
 TRANSFORMER = (
     f"{RUN} --model.width 16 --model.depth 1 --model.heads 2 --model.text-len 8 "

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = ["--steps", "2", "--batch-size", "2", "--num-workers", "0", "--device", "cpu"]
 TINY_DVAE = [
     *("--model.image-size", "64", "--model.width", "8", "--model.codebook-size", "16"),
-    *("--crop-size", "32", "--validation-pictures", "2", "--data", "toybox:4"),
+    *("--crop-size", "32", "--validation-images", "2", "--data", "toybox:4"),
 ]
 TINY_TRANSFORMER = [
     *("--model.width", "16", "--model.depth", "2", "--model.heads", "2"),
@@ -110,7 +110,7 @@ def test_a_dvae_trains_on_pictures_without_captions(
     for i in range(6):
         picture = Image.effect_noise((20, 30) if i == 3 else (70 + i, 90), 100)
         picture.save(tmp_path / "pictures" / f"{i}.png")
-    flags = [*TINY_DVAE, *RUN, "--crops-per-picture", "2", "--distortion", distortion]
+    flags = [*TINY_DVAE, *RUN, "--crops-per-image", "2", "--distortion", distortion]
     flags += ["--data", str(tmp_path / "pictures"), "--steps", "8", "--log-every", "1"]
     train_dvae.main(["toy", *flags, "--out", str(tmp_path / "run")])
     lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
