@@ -126,6 +126,9 @@ def _is_of_a_setting(error: BaseException) -> bool:
 def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, about: str) -> Config:
     """Read a preset's name, then flags that override its fields.
 
+    Not by `tyro.extras.overridable_config_cli`: there, an unknown preset or a refused value is a
+    frame of several lines, `--help` lists no flags, and parsing takes three times as long.
+
     Args:
         presets: name → dataclass.
         args: the command line; None reads the process's.
