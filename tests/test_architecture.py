@@ -53,14 +53,7 @@ MAX_FUNCTION_LINES = 50
 MAX_FILE_LINES = 400
 
 # Files, and functions as FILE:NAME, that are still longer than that. Remove each once it is split.
-<<<<<<< HEAD
 TOO_LONG: set[str] = set()
-=======
-TOO_LONG = {
-    "dalle1/pipeline.py",
-    "dalle1/pipeline.py:draw",
-}
->>>>>>> f459201 (commands: help texts that stand alone; validation_images and crops_per_image)
 
 
 class Import(NamedTuple):
