@@ -129,7 +129,7 @@ def test_a_preview_shows_the_rows_as_they_come(
         ("--prompts-file BINARY", "is not UTF-8"),
         ("--guidance -1", "guidance is -1"),
         ("--typical 0", "typical is 0"),
-        ("--rerank clip", "there is no CLIP to rerank with"),
+        ("--rerank clip", "this model has no CLIP to rerank with"),
         ("--batch-size many", "argument --batch-size: invalid"),
     ],
 )

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dalle1.data import encoded as codes
 from dalle1.data.encoded import CodeSource, EncodeConfig, encode, fingerprint, open_codes
-from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
 from dalle1.data.examples import iter_batches
+from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
 from dalle1.devices import autocast
 from dalle1.toybox import Toybox
 from dvae import DVAE, DVAEConfig
@@ -66,9 +66,7 @@ def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
         images = torch.stack([to_tensor(toybox.image(i)) for i in range(begin, end)])
         with autocast(torch.device("cpu"), "bf16"):
             expected = model.encode(to_float(images))
-        assert torch.equal(
-            torch.stack([source.codes(i, RNG) for i in range(begin, end)]), expected
-        )
+        assert torch.equal(torch.stack([source.codes(i, RNG) for i in range(begin, end)]), expected)
     assert source.codes(0, RNG).dtype == torch.int64
     assert len(torch.stack([source.codes(i, RNG) for i in range(10)]).unique()) > 2
     captions = {source.caption(6, random.Random(i)) for i in range(40)}
