@@ -150,8 +150,6 @@ MIGRATING: set[str] = {
     "dalle1/tasks/clip.py",
     "dalle1/tasks/dvae.py",
     "dalle1/tasks/transformer.py",
-    "dalle1/text/bpe.py",
-    "dalle1/text/known_words.py",
     "docs/clip.md",
     "docs/experiments.md",
     "docs/figures/curves.py",

@@ -32,8 +32,8 @@ class Tokenizer:
 
     Ids below `vocab_size` are BPE tokens. A position `p` that holds no token gets the id
     `vocab_size + p`: the paper learns a separate padding embedding for every text position.
-    So the ids of a `[B, T]` batch run over `[0, vocab_size + T)`. `words` are those of the captions
-    that it was learned from, None where they were not kept.
+    So the ids of a `[B, T]` batch run over `[0, vocab_size + T)`. `words` are the words of the
+    training captions, None if they were not kept.
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer, words: Words | None = None) -> None:
@@ -83,7 +83,7 @@ class Tokenizer:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exceptions
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is no readable vocabulary ({reason}): {remedy}") from error
+            raise ValueError(f"{path} is not a readable vocabulary ({reason}): {remedy}") from error
         if not _is_byte_level_bpe(bpe):
             raise ValueError(f"{path} holds a tokenizer, but not a byte-level BPE: {remedy}")
         kept = path.with_name(WORDS_NAME)
@@ -114,9 +114,9 @@ class Tokenizer:
         """Encode captions to `[B, text_len]` ids, filled up with the pads of their positions.
 
         A caption keeps at most `text_len - 1` tokens, because the transformer's start-of-text
-        state takes one place; the rest is cut silently (`count` tells beforehand). `dropout` is
-        the probability in [0, 1] of skipping a merge (Provilkov et al. 2020, arXiv 1910.13267),
-        drawn from `rng`.
+        state takes one position; the rest is cut silently (check with `count`). `dropout` is the
+        probability in [0, 1] of skipping a merge (Provilkov et al. 2020, arXiv 1910.13267), with
+        random numbers from `rng`.
         """
         if isinstance(captions, str):
             raise ValueError("captions is one string: pass a list of strings")
@@ -138,7 +138,7 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens: Tensor) -> list[str]:
-        """Turn `[B, T]` ids back into captions, pads left out; broken UTF-8 becomes U+FFFD."""
+        """Decode `[B, T]` ids to captions without padding; broken UTF-8 becomes U+FFFD."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}: expected [B, T]")
         rows = [[i for i in row if i < self.vocab_size] for row in tokens.tolist()]
@@ -167,14 +167,14 @@ def _merge(
 ) -> list[str]:
     """Join the pair of best rank until none is left; each chance is skipped with `dropout`."""
 
-    def chances() -> Iterator[tuple[int, int]]:  # (rank, place) of every merge not skipped
-        for place, pair in enumerate(pairwise(pieces)):
+    def chances() -> Iterator[tuple[int, int]]:  # (rank, index) of every merge not skipped
+        for index, pair in enumerate(pairwise(pieces)):
             if pair in ranks and rng.random() >= dropout:
-                yield ranks[pair], place
+                yield ranks[pair], index
 
     while (best := min(chances(), default=None)) is not None:
-        place = best[1]
-        pieces = [*pieces[:place], pieces[place] + pieces[place + 1], *pieces[place + 2 :]]
+        i = best[1]
+        pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
     return pieces
 
 

@@ -1,7 +1,7 @@
-"""The words of the captions that a model learned from: what it may be asked for.
+"""The words of the captions that a model was trained on.
 
-A byte-level BPE can read any word, and a transformer draws something for it. But a word that no
-caption had means nothing to it, and whoever asks for one should hear of it.
+A byte-level BPE encodes any word, and the transformer generates some image for it. A word that no
+training caption contained has no meaning to the model; `unknown_words_message` reports it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 from dalle1.files import write_atomic
 
-LEAST = 3  # a word is known that the captions have so often
-_MOST_ENDINGS = 12
-_SHORT = 3  # words of a caption that ends in what it shows
-_MOST_TOLD = 5
-_LONG = 4  # letters of a word that is like another
+MIN_COUNT = 3  # occurrences that make a word known
+_MAX_ENDINGS = 12
+_SHORT = 3  # words of a caption whose last word is its subject
+_MAX_REPORTED = 5
+_LONG = 4  # letters of a word that similar words are suggested for
 _SUFFIX = re.compile(r"['\u2019](?:s|d|m|t|re|ve|ll)\b")
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff"  # kana and Chinese characters, written without spaces
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
@@ -34,9 +34,9 @@ def words_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Words:
-    """Known words by how often they were read, and those that short captions end in most often.
+    """Known words with their counts, and the most frequent last words of short captions.
 
-    The last word of "a red cube" is what is shown, so the endings are good examples.
+    The last word of "a red cube" is its subject, so the endings are good examples.
     """
 
     counts: dict[str, int]
@@ -52,48 +52,48 @@ class Words:
             counts.update(words)
             if len(words) <= _SHORT:
                 endings.update(words[-1:])
-        known = {word: count for word, count in counts.most_common() if count >= LEAST}
+        known = {word: count for word, count in counts.most_common() if count >= MIN_COUNT}
         common = [word for word, _ in endings.most_common() if word in known]
-        return cls(known, tuple(common[:_MOST_ENDINGS]))
+        return cls(known, tuple(common[:_MAX_ENDINGS]))
 
     def merged(self, other: Words) -> Words:
         """Add the words of other captions, whose endings come first."""
         counts = Counter(self.counts) + Counter(other.counts)
         endings = dict.fromkeys((*other.endings, *self.endings))
-        return Words(dict(counts.most_common()), tuple(endings)[:_MOST_ENDINGS])
+        return Words(dict(counts.most_common()), tuple(endings)[:_MAX_ENDINGS])
 
     def unknown_words_message(self, prompt: str) -> str | None:
-        """Say which words of a prompt are unknown, and what is known instead; None if all are."""
+        """Return a message on the unknown words of a prompt; None if all are known."""
         unknown = [word for word in dict.fromkeys(words_of(prompt)) if word not in self.counts]
         if not unknown or not self.counts:
             return None
-        parts = [f"{word!r} ({self._hint(word)})" for word in unknown[:_MOST_TOLD]]
-        if more := len(unknown) - len(parts):
-            parts.append(f"and of {more} more words")
-        examples = f"; its captions are of: {', '.join(self.endings)} …" if self.endings else ""
-        return f"this model learned little or nothing of {', '.join(parts)}{examples}"
+        names = [f"{word!r}{self._suggestion(word)}" for word in unknown[:_MAX_REPORTED]]
+        if more := len(unknown) - len(names):
+            names.append(f"and {more} more words")
+        examples = f"; it was trained on captions about: {', '.join(self.endings)} …"
+        return f"this model does not know {', '.join(names)}{examples if self.endings else ''}"
 
-    def _hint(self, word: str) -> str:
+    def _suggestion(self, word: str) -> str:
+        if len(word) < _LONG:
+            return ""
         known = [w for w in self.counts if len(w) >= _LONG and w[0] == word[0]]
-        near = (
-            difflib.get_close_matches(word, known, n=3, cutoff=0.72) if len(word) >= _LONG else []
-        )
-        return f"it knows {', '.join(near)}" if near else "nor any like it"
+        similar = difflib.get_close_matches(word, known, n=3, cutoff=0.72)
+        return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 
     def save(self, path: Path) -> None:
-        """Write the words as JSON, whole or not at all."""
+        """Write the words as JSON, atomically."""
         values = {"endings": self.endings, "counts": self.counts}
         write_atomic(path, json.dumps(values, ensure_ascii=False).encode())
 
     @classmethod
     def load(cls, path: Path) -> Words:
-        """Read what `save` wrote. ValueError where it is damaged."""
+        """Load what `save` wrote; ValueError if the file is damaged."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             counts = {str(word): int(count) for word, count in values["counts"].items()}
             return cls(counts, tuple(map(str, values["endings"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is no list of words ({error!r}): "
-                "fetch it again, or do without and remove it"
+                f"{path} is damaged ({error!r}), expected a list of words; fetch it again or "
+                "remove it"
             ) from error
