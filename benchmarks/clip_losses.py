@@ -19,7 +19,7 @@ from pathlib import Path
 from dalle1.clip import Clip
 from dalle1.console import one_line_errors
 from dalle1.evaluation.toybox_probes import retrieval_probe
-from dalle1.files import claim, write_atomic
+from dalle1.storage import claim, write_atomic
 from dalle1.tasks import clip as train_clip
 from dalle1.tasks.clip import CLIP_PRESETS
 

@@ -24,9 +24,9 @@ from dalle1.evaluation.classifier import BUNDLED as CLASSIFIER
 from dalle1.evaluation.classifier import ToyboxClassifier, load_classifier
 from dalle1.evaluation.report import wilson_interval
 from dalle1.evaluation.toybox_prompts import Prompt, choose_prompts
-from dalle1.files import claim, write_atomic
 from dalle1.model.transformer import Transformer
 from dalle1.pipeline import BUNDLED, Rerank
+from dalle1.storage import claim, write_atomic
 
 SIZES = (1, 4, 16, 64)
 RERANKERS: dict[str, Rerank] = {"CLIP": "clip", "likelihood": "likelihood"}

@@ -45,7 +45,6 @@ from dalle1.console import one_line_errors, parse_preset
 from dalle1.devices import autocast
 from dalle1.model import attention
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.storage import without_weights
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
 from dalle1.training.optimizers import layer_matrices
@@ -142,7 +141,7 @@ def parameters(config: TransformerConfig) -> int:
 
 @cache
 def _formed(config: TransformerConfig) -> Transformer:
-    with without_weights():
+    with torch.device("meta"):
         return Transformer(config)
 
 

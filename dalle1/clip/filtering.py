@@ -35,7 +35,7 @@ from dalle1.data.skipped import LOST, BadSample, SkippedSample
 from dalle1.data.sources.indexed_shards import index_shard, missing_files, read_member
 from dalle1.data.spec import is_remote, shards_of
 from dalle1.devices import pick_device
-from dalle1.files import claim, write_atomic
+from dalle1.storage import claim, write_atomic
 
 SETTINGS_NAME = "filter.json"
 CUT_SHORT, UNREADABLE = LOST

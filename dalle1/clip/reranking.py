@@ -19,7 +19,7 @@ from dalle1.console import notes, one_line_errors, parse
 from dalle1.data.cleaning import NO_CLEANING, PICTURES, read_image
 from dalle1.data.images import grid
 from dalle1.devices import pick_device
-from dalle1.files import write_atomic
+from dalle1.storage import write_atomic
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from threading import Thread
 from typing import Any, Literal
 
 from dalle1.console import bar, one_line_errors, parse
-from dalle1.files import claim
+from dalle1.storage import claim
 from dalle1.toybox import Toybox
 
 MAX_SHARD_SIZE = 10_000  # four digits of a key number the scenes of a shard

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dalle1.files import write_atomic
+from dalle1.storage import write_atomic
 
 Scores = Iterator[tuple[str, float]]
 """What every evaluator yields: the name of a score, and its value."""

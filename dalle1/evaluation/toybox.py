@@ -24,9 +24,9 @@ from dalle1.evaluation.classifier import ASPECTS, ToyboxClassifier, Verdict, loa
 from dalle1.evaluation.classifier_accuracy import classifier_accuracy, print_accuracy
 from dalle1.evaluation.report import Scores, wilson_interval
 from dalle1.evaluation.toybox_prompts import KINDS, SPLITS, Prompt, PromptBatch, prompt_batches
-from dalle1.files import write_atomic
 from dalle1.pipeline import DallE
 from dalle1.sampling.filters import Sampling
+from dalle1.storage import write_atomic
 
 MAX_SHOWN = 96  # images in heldout.png
 NUM_PROMPTS = "/prompts"

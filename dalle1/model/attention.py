@@ -36,8 +36,12 @@ class MaskedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = SparseLayout(kind, text_len, grid_size, conv_wrap)
-        self.register_buffer("dense", self.layout.dense(), persistent=False)
-        self.register_buffer("block_mask", self.layout.block_mask(), persistent=False)
+        with torch.device(
+            "cpu"
+        ):  # a file has no buffers: a model on the meta device makes them, too
+            dense, block_mask = self.layout.dense(), self.layout.block_mask()
+        self.register_buffer("dense", dense, persistent=False)
+        self.register_buffer("block_mask", block_mask, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend over whole streams: [B, H, T, d] each → [B, H, T, d]."""

@@ -26,7 +26,8 @@ class Rotary(nn.Module):
     ) -> None:
         super().__init__()
         self.unit, step = grid_size, base_grid or grid_size
-        text, codes = self.unit * torch.arange(text_len), torch.arange(grid_size**2)
+        with torch.device("cpu"):  # see `MaskedAttention`
+            text, codes = self.unit * torch.arange(text_len), torch.arange(grid_size**2)
         first = self.unit * text_len
         rows = torch.cat([text, first + step * codes.div(grid_size, rounding_mode="floor")])
         columns = torch.cat([text, first + step * (codes % grid_size)])

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle1.files import write_atomic
+from dalle1.storage import write_atomic
 
 MIN_COUNT = 3  # occurrences that make a word known
 _MAX_ENDINGS = 12
