@@ -117,7 +117,6 @@ EXEMPT = {
 MIGRATING: set[str] = {
     "Makefile",
     "benchmarks/attention.py",
-    "benchmarks/faults.py",
     "benchmarks/measuring.py",
     "benchmarks/memory.py",
     "benchmarks/peers.py",

@@ -47,6 +47,7 @@ def imported(source: str, name: str, is_package: bool) -> Iterator[str]:
 def package_graph(root: Path) -> Graph:
     """Return package → the packages that it imports."""
     paths = [*root.glob("dvae/**/*.py"), *root.glob("dalle1/**/*.py")]
+    paths = [path for path in paths if path.stem != "__main__"]
     modules = {module_name(path, root): path for path in paths}
     graph: Graph = {package_of(name): set() for name in modules}
     for name, path in modules.items():
