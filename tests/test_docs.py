@@ -119,3 +119,11 @@ def test_links_resolve(page: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "figures").glob("*.py")), ids=lambda path: path.name
+)
+def test_figures_import_what_exists(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(path.parent))
+    runpy.run_path(str(path), run_name="figure")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dalle1 import DallE
 from dalle1.data.images import grid, to_float, to_pil, to_tensor
-from dalle1.evaluation.toybox import choose_prompts
+from dalle1.evaluation.toybox_prompts import choose_prompts
 from dalle1.model.masks import MaskKind, image_mask, joint_mask
 from dalle1.tasks.dvae import DVAE_PRESETS
 from dalle1.toybox import Toybox

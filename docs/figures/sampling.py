@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import pictures
+import images
 from PIL import Image, ImageDraw
 
 from dalle1 import DallE
@@ -21,7 +21,7 @@ SCALES = (1, 2, 3, 4, 5)
 
 def titled(image: Image.Image, title: str) -> Image.Image:
     """Put a title under a picture made small."""
-    return pictures.titled(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), title)
+    return images.titled(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), title)
 
 
 def best_of(model: DallE) -> Image.Image:
