@@ -18,8 +18,8 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def memory_is_given_back() -> Iterator[None]:
-    """Let trainings give memory back, those of fixtures, too: else all tests after them hold it.
+def memory_is_released() -> Iterator[None]:
+    """Release the memory of trainings, also of fixtures: else all later tests hold it.
 
     A heap that outgrows the machine's memory is not forked any more.
     """
@@ -29,7 +29,7 @@ def memory_is_given_back() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` where there is none."""
+    """Skip the tests marked `gpu` on machines without a GPU."""
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -1,7 +1,7 @@
-"""The rules of the house that a machine can check: who may import whom, what stays lazy, what fits.
+"""The architecture's rules: which module may import which, what loads late, how long files may be.
 
-Each rule is a function from the root of a source tree to a list of complaints. This repository must
-give none; below, a tiny tree that breaks each rule must give one, so that no rule sleeps.
+Each rule is a function from the root of a source tree to a list of problems. This repository must
+have no problem. Below, a tiny tree breaks each rule and must have one: every rule can fail.
 """
 
 import ast
@@ -131,17 +131,17 @@ def imports_of(name: str, known: dict[str, Path]) -> Iterator[Import]:
 def check_layers(root: Path) -> list[str]:
     """Imports run from higher layers to lower ones, and every module has a layer."""
     known = modules(root)
-    complaints = []
+    problems = []
     for name in known:
         layer = layer_of(name, known)
         if layer is None:
-            complaints.append(f"{name} is in no layer: add it to LAYERS in test_architecture.py")
+            problems.append(f"{name} is in no layer: add it to LAYERS in test_architecture.py")
             continue
         for target, line, _ in imports_of(name, known):
             target_layer = layer_of(target, known)
             if target_layer is not None and target_layer > layer:
-                complaints.append(f"{name}:{line} imports {target}, which stands above it")
-    return complaints
+                problems.append(f"{name}:{line} imports {target}, which stands above it")
+    return problems
 
 
 def check_packages(root: Path) -> list[str]:
@@ -255,9 +255,9 @@ Check = Callable[[Path], list[str]]
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_house_keeps_its_rules(check: Check) -> None:
-    complaints = check(ROOT)
-    assert not complaints, "\n" + "\n".join(complaints)
+def test_every_rule_holds(check: Check) -> None:
+    problems = check(ROOT)
+    assert not problems, "\n" + "\n".join(problems)
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -384,13 +384,13 @@ VIOLATIONS: list[tuple[Check, dict[str, str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "files", "complaint"), VIOLATIONS)
+@pytest.mark.parametrize(("check", "files", "problem"), VIOLATIONS)
 def test_a_broken_rule_is_noticed(
-    check: Check, files: dict[str, str], complaint: str, tmp_path: Path
+    check: Check, files: dict[str, str], problem: str, tmp_path: Path
 ) -> None:
-    complaints = check(plant(tmp_path, files))
-    assert len(complaints) == 1
-    assert complaints[0].startswith(complaint)
+    problems = check(plant(tmp_path, files))
+    assert len(problems) == 1
+    assert problems[0].startswith(problem)
 
 
 def test_what_is_allowed_passes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model that ships: it loads, draws what it is asked for, and fits in its size."""
+"""The model that ships: it loads, samples what a prompt names, and fits in its size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_it_is_small_enough_to_ship() -> None:
     assert sum(f.stat().st_size for f in BUNDLED.rglob("*") if f.is_file()) < 40e6
 
 
-def test_a_colour_is_drawn_and_ranked() -> None:
+def test_a_colour_is_sampled_and_ranked() -> None:
     best, *others = DallE.from_pretrained(device="cpu").candidates("a red ball", num_candidates=4)
     assert best.score is not None
     assert all(best.score >= other.score for other in others)

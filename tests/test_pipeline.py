@@ -1,4 +1,4 @@
-"""From prompt to ranked pictures, with tiny random models: what is drawn, kept, and refused."""
+"""From prompt to ranked images, with tiny random models: what is sampled, kept, and refused."""
 
 from __future__ import annotations
 
@@ -72,34 +72,36 @@ def same(a: list[Image.Image], b: list[Image.Image]) -> bool:
 
 
 def test_without_a_clip_candidates_stay_in_order(plain: DallE) -> None:
-    drawn = plain.candidates(PROMPT, num_candidates=5, seed=3)
-    assert [c.index for c in drawn] == [0, 1, 2, 3, 4]
-    assert {c.seed for c in drawn} == {3}
-    assert {c.score for c in drawn} == {None}
-    assert {(c.image.size, c.image.mode) for c in drawn} == {((32, 32), "RGB")}
-    assert len({c.image.tobytes() for c in drawn}) == 5
+    candidates = plain.candidates(PROMPT, num_candidates=5, seed=3)
+    assert [c.index for c in candidates] == [0, 1, 2, 3, 4]
+    assert {c.seed for c in candidates} == {3}
+    assert {c.score for c in candidates} == {None}
+    assert {(c.image.size, c.image.mode) for c in candidates} == {((32, 32), "RGB")}
+    assert len({c.image.tobytes() for c in candidates}) == 5
 
 
 def test_a_clip_sorts_them_best_first(plain: DallE, ranked: DallE) -> None:
-    drawn = ranked.candidates(PROMPT, num_candidates=6)
-    scores = [c.score for c in drawn]
+    candidates = ranked.candidates(PROMPT, num_candidates=6)
+    scores = [c.score for c in candidates]
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) > 1
-    assert sorted(c.index for c in drawn) == list(range(6))
-    assert [c.index for c in drawn] != list(range(6))
+    assert sorted(c.index for c in candidates) == list(range(6))
+    assert [c.index for c in candidates] != list(range(6))
     unranked = plain.candidates(PROMPT, num_candidates=6)
-    for candidate in drawn:  # each keeps its number and its own score
+    for candidate in candidates:  # each keeps its number and its own score
         assert candidate.image.tobytes() == unranked[candidate.index].image.tobytes()
-    expected = ranked.clip.score(PROMPT, [c.image for c in drawn])
+    expected = ranked.clip.score(PROMPT, [c.image for c in candidates])
     torch.testing.assert_close(torch.tensor(scores), expected.float(), rtol=1e-4, atol=1e-5)
-    bets = torch.tensor([c.probability for c in drawn])
-    torch.testing.assert_close(bets, ranked.clip.probabilities(expected), rtol=1e-3, atol=1e-5)
-    assert bets.sum() == pytest.approx(1.0)
+    probabilities = torch.tensor([c.probability for c in candidates])
+    torch.testing.assert_close(
+        probabilities, ranked.clip.probabilities(expected), rtol=1e-3, atol=1e-5
+    )
+    assert probabilities.sum() == pytest.approx(1.0)
     best = ranked.generate(PROMPT, num_images=2, num_candidates=6)
-    assert same(best, [c.image for c in drawn[:2]])
+    assert same(best, [c.image for c in candidates[:2]])
 
 
-def test_pictures_depend_on_seed_and_number_alone(plain: DallE) -> None:
+def test_images_depend_on_seed_and_number_alone(plain: DallE) -> None:
     every = plain.generate(PROMPT, num_images=5, num_candidates=5)
     for batch_size in (1, 2, 5):
         again = plain.generate(PROMPT, num_images=5, num_candidates=5, batch_size=batch_size)
@@ -111,7 +113,7 @@ def test_pictures_depend_on_seed_and_number_alone(plain: DallE) -> None:
     assert same(coldest[:1], coldest[1:])
 
 
-def test_every_code_drawn_is_counted(plain: DallE) -> None:
+def test_every_sampled_code_is_counted(plain: DallE) -> None:
     counted: list[tuple[int, int]] = []
 
     def on_row(codes: torch.Tensor, rows: int) -> None:
@@ -127,14 +129,14 @@ def test_many_prompts_are_one_stream_of_batches(ranked: DallE) -> None:
     batches: list[int] = []
     for size, expected in ((6, [3, 6, 6]), (4, [3] * 5), (2, [1, 2] * 5), (99, [15])):
         batches.clear()
-        drawn = ranked.sample(
+        candidates = ranked.sample(
             prompts,
             num_candidates=3,
             seed=2,
             batch_size=size,
             on_row=lambda codes, rows: rows < 4 or batches.append(len(codes)),
         )
-        for got, wanted in zip(drawn, alone, strict=True):
+        for got, wanted in zip(candidates, alone, strict=True):
             assert [c.index for c in got] == [c.index for c in wanted]
             assert same([c.image for c in got], [c.image for c in wanted])
         assert sorted(batches) == sorted(expected)
@@ -158,15 +160,15 @@ def test_without_memory_the_batches_are_halved() -> None:
     def anything(prompts: int, candidates: int) -> bool:
         return True
 
-    def draw(rows: range, columns: range) -> torch.Tensor:
+    def sample(rows: range, columns: range) -> torch.Tensor:
         asked.append(len(rows) * len(columns))
         if asked[-1] > 3:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return torch.tensor([[10 * r + c for c in columns] for r in rows])
 
     with pytest.warns(UserWarning, match="out of memory; the batch size is now"):
-        drawn = [codes for _, _, codes in batched(draw, range(2), range(7), anything)]
-    assert torch.cat([d.flatten() for d in drawn]).tolist() == [*range(7), *range(10, 17)]
+        candidates = [codes for _, _, codes in batched(sample, range(2), range(7), anything)]
+    assert torch.cat([d.flatten() for d in candidates]).tolist() == [*range(7), *range(10, 17)]
     assert asked == [14, 7, 3, 2, 2, 3, 2, 2]
 
     def broken(rows: range, columns: range) -> torch.Tensor:
@@ -195,45 +197,45 @@ def test_the_batch_is_what_fits_in_half_of_the_memory(
     assert not max_batch(plain.transformer, 6)(2, 4)
 
 
-def picture() -> Image.Image:
+def photo() -> Image.Image:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
 
 
-def test_the_top_of_a_picture_is_kept(plain: DallE) -> None:
-    codes = plain.encode(picture())
-    known = plain.encode_known(picture(), keep_rows=3).view(4, 4)
+def test_the_top_of_an_image_is_kept(plain: DallE) -> None:
+    codes = plain.encode(photo())
+    known = plain.encode_known(photo(), keep_rows=3).view(4, 4)
     assert torch.equal(known[:3], codes[:3])
     assert (known[3] == UNKNOWN).all()
-    drawn = plain.candidates(PROMPT, num_candidates=3, known_codes=known.flatten())
-    for candidate in drawn:
+    candidates = plain.candidates(PROMPT, num_candidates=3, known_codes=known.flatten())
+    for candidate in candidates:
         assert torch.equal(candidate.codes[:3], codes[:3])
-    assert len({tuple(c.codes[3].tolist()) for c in drawn}) > 1
+    assert len({tuple(c.codes[3].tolist()) for c in candidates}) > 1
     for rows in (-1, 4):
         with pytest.raises(ValueError, match=f"keep_rows is {rows}, expected 0 to 3"):
-            plain.encode_known(picture(), keep_rows=rows)
+            plain.encode_known(photo(), keep_rows=rows)
 
 
-def test_what_is_white_in_a_mask_is_drawn_anew(plain: DallE) -> None:
-    codes, mask = plain.encode(picture()), Image.new("L", (32, 32))
+def test_what_is_white_in_a_mask_is_sampled_again(plain: DallE) -> None:
+    codes, mask = plain.encode(photo()), Image.new("L", (32, 32))
     mask.paste(255, (15, 8, 17, 16))  # pixels of the second row, of its second and third code
-    known = plain.encode_known(picture(), mask=mask).view(4, 4)
+    known = plain.encode_known(photo(), mask=mask).view(4, 4)
     free = torch.zeros(4, 4, dtype=torch.bool)
     free[1, 1:3] = True
     assert torch.equal(known == UNKNOWN, free)
     assert torch.equal(known[~free], codes[~free])
     with pytest.raises(ValueError, match="all black"):
-        plain.encode_known(picture(), mask=Image.new("L", (32, 32)))
+        plain.encode_known(photo(), mask=Image.new("L", (32, 32)))
     with pytest.raises(ValueError, match="the mask has 16 × 32 pixels, the image 32 × 32"):
-        plain.encode_known(picture(), mask=Image.new("L", (16, 32)))
+        plain.encode_known(photo(), mask=Image.new("L", (16, 32)))
     for keep in ({}, {"keep_rows": 2, "mask": mask}):
         with pytest.raises(ValueError, match="expected either keep_rows or mask"):
-            plain.encode_known(picture(), **keep)
+            plain.encode_known(photo(), **keep)
 
 
 def test_a_thin_line_on_a_large_mask_is_not_lost(plain: DallE) -> None:
-    large = picture().resize((600, 512))  # its middle square begins at 44; a code is 128 wide
+    large = photo().resize((600, 512))  # its middle square begins at 44; a code is 128 wide
     mask = Image.new("RGBA", (600, 512))  # transparent: nothing painted
     mask.paste("white", (44 + 130, 5, 44 + 131, 200))
     free = plain.encode_known(large, mask=mask).view(4, 4) == UNKNOWN
@@ -241,7 +243,7 @@ def test_a_thin_line_on_a_large_mask_is_not_lost(plain: DallE) -> None:
 
 
 def test_bits_are_those_of_the_loss(plain: DallE) -> None:
-    codes = plain.encode(picture())[None]
+    codes = plain.encode(photo())[None]
     text = plain.encode_prompt(PROMPT)[None]
     with torch.no_grad():
         text_losses, image_losses = plain.transformer.losses(text, codes)
@@ -249,19 +251,19 @@ def test_bits_are_those_of_the_loss(plain: DallE) -> None:
     of_text, of_codes = plain.bits(PROMPT, codes)
     assert of_text == pytest.approx(text_losses[0, : words + 1].mean().item() / math.log(2))
     assert of_codes.item() == pytest.approx(image_losses.mean().item() / math.log(2))
-    assert plain.log_likelihood(PROMPT, picture()) == pytest.approx((of_text, of_codes.item()))
+    assert plain.log_likelihood(PROMPT, photo()) == pytest.approx((of_text, of_codes.item()))
     several = plain.bits(PROMPT, codes.repeat(5, 1, 1), batch_size=2)[1]
     torch.testing.assert_close(several, of_codes.expand(5))
 
 
 def test_likelihood_orders_by_what_the_caption_explains(plain: DallE) -> None:
-    drawn = plain.candidates(PROMPT, num_candidates=4, rerank="likelihood")
+    candidates = plain.candidates(PROMPT, num_candidates=4, rerank="likelihood")
     saved = [
         (plain.bits("", c.codes[None])[1] - plain.bits(PROMPT, c.codes[None])[1]).item()
-        for c in drawn
+        for c in candidates
     ]
     assert saved == sorted(saved, reverse=True)
-    assert [c.score for c in drawn] == pytest.approx(saved, abs=1e-4)
+    assert [c.score for c in candidates] == pytest.approx(saved, abs=1e-4)
     assert len(set(saved)) == 4
 
 
@@ -289,16 +291,16 @@ def test_captions_are_continued(plain: DallE) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_other_precisions_draw_too(folder: Path, precision: str) -> None:
+def test_other_precisions_sample_too(folder: Path, precision: str) -> None:
     model = DallE.from_pretrained(folder, device="cpu", precision=precision)
     assert model.transformer.image_head.weight.dtype == PRECISIONS[precision]
-    drawn = model.candidates(PROMPT, num_candidates=2)
-    assert len({c.image.tobytes() for c in drawn}) == 2
+    candidates = model.candidates(PROMPT, num_candidates=2)
+    assert len({c.image.tobytes() for c in candidates}) == 2
     with pytest.raises(ValueError, match="precision is 'fp64', expected auto or fp32"):
         DallE.from_pretrained(folder, precision="fp64")
 
 
-def test_saved_models_draw_the_same(ranked: DallE, plain: DallE, folder: Path) -> None:
+def test_saved_models_sample_the_same(ranked: DallE, plain: DallE, folder: Path) -> None:
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "dvae.safetensors",
@@ -377,14 +379,14 @@ def test_an_empty_prompt_is_refused(plain: DallE, prompt: str) -> None:
         plain.generate(prompt)
 
 
-def test_a_long_prompt_says_what_is_kept(plain: DallE) -> None:
+def test_a_long_prompt_reports_what_is_kept(plain: DallE) -> None:
     count = plain.tokenizer.count("red " * 30)
     with pytest.warns(UserWarning, match=f"{count} tokens, expected at most 7") as caught:
         tokens = plain.encode_prompt("red " * 30)
     kept = plain.tokenizer.decode(tokens[None])[0]
     assert kept
     assert str(caught[0].message).endswith(f"cut to: {kept}")
-    assert tokens[-1] == 270 + 7  # the last place stays a pad
+    assert tokens[-1] == 270 + 7  # the last position stays a pad
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         short = "x" * 6  # with the space before it seven bytes, if nothing is merged

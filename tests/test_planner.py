@@ -52,8 +52,8 @@ def test_parameters_are_counted_without_being_made() -> None:
 )
 def test_what_is_shared_by_hand(zero: int, weights: str, expected: tuple[float, ...]) -> None:
     need = memory(replace(PLAN, zero=zero, weights=weights))
-    given = (need.weights, need.gradients, need.optimizer, need.average)
-    assert tuple(x / P for x in given) == pytest.approx(expected)
+    parts = (need.weights, need.gradients, need.optimizer, need.average)
+    assert tuple(x / P for x in parts) == pytest.approx(expected)
     assert need.offloaded == 0
 
 
@@ -93,7 +93,7 @@ def test_what_fits_is_found_with_the_fewest_changes() -> None:
         assert len(changed.keys() - {"gpu_memory"}) == 1
 
 
-def test_a_report_says_what_would_fit() -> None:
+def test_a_report_names_what_would_fit() -> None:
     some = memory(replace(PLAN, zero=1)).total / 2**30
     tight = replace(PLAN, checkpointing=False, gpu_memory=some)
     text = report(tight)

@@ -1,4 +1,4 @@
-"""The command that draws: what each flag does to the pictures, alone and in several processes."""
+"""The command that samples: what each flag does to the images, alone and in several processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPT = "a red cube"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a model of 4 × 4 codes that draws anything."""
+    """Save a model of 4 × 4 codes that samples anything."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([PROMPT, "a blue star"], 262)
     size = {"width": 4, "blocks_per_group": 1, "code_width": 8}
@@ -61,15 +61,15 @@ def arguments(folder: Path, out: Path, *args: str) -> list[str]:
     return [*fixed, "--num-candidates", "5", "--num-images", "5", "--out", str(out), *args]
 
 
-def drawn(folder: Path, out: Path, *args: str) -> list[bytes]:
-    """Run the command; give the pixels of its pictures."""
+def sampled(folder: Path, out: Path, *args: str) -> list[bytes]:
+    """Run the command; return the pixels of its images."""
     sample.main(arguments(folder, out, *args))
     entries = json.loads((out / "scores.json").read_text())
     return [Image.open(out / entry["file"]).tobytes() for entry in entries]
 
 
-def test_each_flag_changes_the_pictures(folder: Path, photo: Path, tmp_path: Path) -> None:
-    plain = drawn(folder, tmp_path / "plain", PROMPT)
+def test_each_flag_changes_the_images(folder: Path, photo: Path, tmp_path: Path) -> None:
+    plain = sampled(folder, tmp_path / "plain", PROMPT)
     assert len(set(plain)) == 5
     mask = Image.new("L", (32, 48))
     mask.paste(255, (0, 30, 32, 48))
@@ -78,11 +78,11 @@ def test_each_flag_changes_the_pictures(folder: Path, photo: Path, tmp_path: Pat
         *("--guidance 3", "--typical 0.4", "--temperature 0.3", "--seed 1", "--rerank likelihood"),
         *(f"--image {photo} --keep-rows 2", f"--image {photo} --mask {tmp_path / 'mask.png'}"),
     )
-    results = [drawn(folder, tmp_path / "other", PROMPT, *flag.split()) for flag in flags]
+    results = [sampled(folder, tmp_path / "other", PROMPT, *flag.split()) for flag in flags]
     assert all(result != plain for result in results)
-    assert sorted(results[4]) == sorted(plain)  # reranked, the same pictures in another order
-    assert drawn(folder, tmp_path / "again", PROMPT, "--guidance", "1") == plain
-    assert drawn(folder, tmp_path / "again", PROMPT, "--batch-size", "2") == plain
+    assert sorted(results[4]) == sorted(plain)  # reranked, the same images in another order
+    assert sampled(folder, tmp_path / "again", PROMPT, "--guidance", "1") == plain
+    assert sampled(folder, tmp_path / "again", PROMPT, "--batch-size", "2") == plain
     settings = json.loads(Image.open(tmp_path / "other" / "00.png").text["settings"])
     assert settings["mask"] == str(tmp_path / "mask.png")
 
@@ -92,7 +92,7 @@ def test_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sample.main(arguments(folder, out, "a cube", "--prompts-file", str(tmp_path / "prompts.txt")))
     assert {p.name for p in out.iterdir()} == {"a-cube", "a-red-cube", "a-blue-star"}
-    alone = drawn(folder, tmp_path / "alone", PROMPT)
+    alone = sampled(folder, tmp_path / "alone", PROMPT)
     assert [(out / "a-red-cube" / f"0{i}.png").is_file() for i in range(5)] == [True] * 5
     assert Image.open(out / "a-red-cube" / "00.png").tobytes() == alone[0]
 
@@ -104,13 +104,13 @@ def test_a_preview_shows_the_rows_as_they_come(
     replace = os.replace
 
     def watched(source: Path, target: Path) -> None:
-        picture = Image.open(source).convert("RGB")  # four tiles of 32 pixels, gaps of 4
-        lines = [picture.crop((4, 4 + y, 36, 5 + y)) for y in range(32)]
+        image = Image.open(source).convert("RGB")  # four tiles of 32 pixels, gaps of 4
+        lines = [image.crop((4, 4 + y, 36, 5 + y)) for y in range(32)]
         shown.append(sum(line.getcolors() == [(32, (128, 128, 128))] for line in lines))
         replace(source, target)
 
     monkeypatch.setattr(sample.os, "replace", watched)
-    drawn(folder, tmp_path, PROMPT, "--preview")
+    sampled(folder, tmp_path, PROMPT, "--preview")
     assert shown == [24, 16, 8, 0]
     assert (tmp_path / "preview.png").is_file()
 
@@ -133,7 +133,7 @@ def test_a_preview_shows_the_rows_as_they_come(
         ("--batch-size many", "argument --batch-size: invalid"),
     ],
 )
-def test_mistakes_are_told_in_a_line(
+def test_mistakes_are_reported_in_a_line(
     folder: Path,
     photo: Path,
     tmp_path: Path,
@@ -141,7 +141,7 @@ def test_mistakes_are_told_in_a_line(
     flags: str,
     message: str,
 ) -> None:
-    (tmp_path / "text").write_text("no picture")
+    (tmp_path / "text").write_text("no image")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
     for word, path in (("PHOTO", photo), ("TEXT", tmp_path / "text")):
         flags = flags.replace(word, str(path))
@@ -154,8 +154,8 @@ def test_mistakes_are_told_in_a_line(
     assert message in lines[0]
 
 
-def test_two_processes_draw_what_one_draws(folder: Path, tmp_path: Path) -> None:
-    alone = drawn(folder, tmp_path / "alone", PROMPT, "--rerank", "likelihood")
+def test_two_processes_sample_what_one_samples(folder: Path, tmp_path: Path) -> None:
+    alone = sampled(folder, tmp_path / "alone", PROMPT, "--rerank", "likelihood")
     scores = (tmp_path / "alone" / "scores.json").read_text()
     together = tmp_path / "together"
     command = [

@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a training")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    parser.add_argument("--out", type=Path, required=True, help="image file to write")
     parser.add_argument("--field", default="validation/image", help="of log.jsonl's lines")
     parser.add_argument("--label", default="nats per code, validation", help="of the curve's axis")
     parser.add_argument(
-        "--in-a-row", action="store_true", help="each training goes on from the one before"
+        "--in-a-row", action="store_true", help="each training continues the one before"
     )
     options = parser.parse_args()
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")

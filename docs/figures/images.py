@@ -30,7 +30,7 @@ ANNOUNCED = (
 
 
 def titled(image: Image.Image, title: str) -> Image.Image:
-    """Put a title under a picture."""
+    """Put a title under an image."""
     font = ImageFont.load_default(15)
     sheet = Image.new("RGB", (image.width, image.height + 24), "white")
     sheet.paste(image, (0, 0))
@@ -41,24 +41,24 @@ def titled(image: Image.Image, title: str) -> Image.Image:
 
 
 def captioned(image: Image.Image, caption: str) -> Image.Image:
-    """Put a caption of up to three lines under a picture."""
+    """Put a caption of up to three lines under an image."""
     font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (image.width, image.height + 54), "white")
     sheet.paste(image, (0, 0))
     lines = "\n".join(textwrap.wrap(caption, 26))
-    place = (image.width / 2, image.height + 6)
-    ImageDraw.Draw(sheet).multiline_text(place, lines, "#333", font, anchor="ma", align="center")
+    position = (image.width / 2, image.height + 6)
+    ImageDraw.Draw(sheet).multiline_text(position, lines, "#333", font, anchor="ma", align="center")
     return sheet
 
 
 def toybox() -> Image.Image:
-    """Draw some scenes of the training split over their captions."""
+    """Show some scenes of the training split above their captions."""
     world = Toybox("train", size=176)
     return grid([captioned(*world[i]) for i in range(16, 40)], 6)
 
 
 def samples(model: DallE) -> Image.Image:
-    """Draw the best of 64 candidates for prompts of pairs that training never saw together.
+    """Show the best of 64 candidates for prompts of pairs that training never saw together.
 
     The prompts are the first of the evaluation's, the best is CLIP's alone, the seed 0.
     """
@@ -70,7 +70,7 @@ def samples(model: DallE) -> Image.Image:
 
 
 def announcement(model: DallE) -> Image.Image:
-    """Draw the best four of 16 candidates for prompts like those DALL·E was announced with."""
+    """Show the best four of 16 candidates for prompts like those DALL·E was announced with."""
     cells = []
     for prompt in ANNOUNCED:
         best = grid(model.generate(prompt, num_images=4, num_candidates=16, seed=0), 2)
@@ -79,7 +79,7 @@ def announcement(model: DallE) -> Image.Image:
 
 
 def reconstructions(model: DallE) -> Image.Image:
-    """Draw validation pictures of Toybox over what is left of them after encoding."""
+    """Show validation images of Toybox above their reconstructions."""
     world = Toybox("validation", size=model.image_tokenizer.image_size)
     originals = [world.image(i) for i in range(8)]
     images = to_float(torch.stack([to_tensor(x) for x in originals]))
@@ -88,7 +88,7 @@ def reconstructions(model: DallE) -> Image.Image:
 
 
 def masks(path: Path) -> None:
-    """Draw the masks: whole at 4 × 4 codes and 3 of text, and what one code sees at 32 × 32."""
+    """Plot the masks: whole at 4 × 4 codes and 3 of text, and what one code sees at 32 × 32."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
@@ -100,7 +100,7 @@ def masks(path: Path) -> None:
         whole = joint_mask(kind, 3, 4).int()
         whole[:, :3] *= 2  # text
         above.imshow(whole, cmap=colours, vmin=0, vmax=3)
-        above.set(title=f"{kind}: who sees whom", xticks=[], yticks=[])
+        above.set(title=f"{kind}: attention mask", xticks=[], yticks=[])
         seen = image_mask(kind, 32)[row * 32 + column].view(32, 32).int()
         seen[row, column] = 3
         below.imshow(seen, cmap=colours, vmin=0, vmax=3)
@@ -135,7 +135,7 @@ def bundled() -> DallE:
     return DallE.from_pretrained(device="cpu")
 
 
-PICTURES: dict[str, Callable[[Path], None]] = {
+FIGURES: dict[str, Callable[[Path], None]] = {
     "toybox": lambda path: toybox().save(path, optimize=True),
     "masks": masks,
     "schedules": schedules,
@@ -146,11 +146,11 @@ PICTURES: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    for name in sys.argv[1:] or PICTURES:
-        if name not in PICTURES:
-            sys.exit(f"got {name}, expected one of {', '.join(PICTURES)}")
+    for name in sys.argv[1:] or FIGURES:
+        if name not in FIGURES:
+            sys.exit(f"got {name}, expected one of {', '.join(FIGURES)}")
         path = Path(__file__).parents[1] / f"{name}.png"
-        PICTURES[name](path)
+        FIGURES[name](path)
         print(path)
 
 

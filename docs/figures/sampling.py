@@ -1,4 +1,4 @@
-"""Draw the pictures of sampling.md: python docs/figures/sampling.py"""
+"""Plot the figures of sampling.md: python docs/figures/sampling.py"""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dalle1.toybox import Toybox
 HERE = Path(__file__).parents[1]
 PROMPTS = ("an avocado armchair", "a zebra handbag", "a strawberry house", "two blue hearts")
 COUNTS = (1, 4, 16, 64)
-SIDE = 160  # of a picture, in pixels
+SIDE = 160  # of an image, in pixels
 SCALES = (1, 2, 3, 4, 5)
 
 
 def titled(image: Image.Image, title: str) -> Image.Image:
-    """Put a title under a picture made small."""
+    """Put a title under an image made small."""
     return images.titled(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), title)
 
 
@@ -36,7 +36,7 @@ def best_of(model: DallE) -> Image.Image:
 
 
 def scenes(count: int, size: int) -> list[tuple[Image.Image, str]]:
-    """Give validation scenes of one object with short captions."""
+    """Return validation scenes of one object with short captions."""
     world, found = Toybox("validation", size=size), []
     for i in range(1000):
         if len(world.scene(i).items) == 1 and len(world.caption(i)) < 20:
@@ -45,24 +45,25 @@ def scenes(count: int, size: int) -> list[tuple[Image.Image, str]]:
 
 
 def row(model: DallE, scene: tuple[Image.Image, str], mask: Image.Image) -> list[Image.Image]:
-    """Show a picture, what is kept of it, and the four likeliest of 16 that complete it."""
-    picture, caption = scene
-    kept = picture.copy()
+    """Show an image, what is kept of it, and the four likeliest of 16 that complete it."""
+    photo, caption = scene
+    kept = photo.copy()
     kept.paste("grey", mask=mask)
-    given = model.encode_known(picture, mask=mask)
-    drawn = model.candidates(caption, num_candidates=16, seed=0, known_codes=given)
-    cells = [titled(picture, caption), titled(kept, "kept")]
-    return cells + [titled(c.image, f"best of 16, no. {i}") for i, c in enumerate(drawn[:4], 1)]
+    known = model.encode_known(photo, mask=mask)
+    completions = model.candidates(caption, num_candidates=16, seed=0, known_codes=known)
+    cells = [titled(photo, caption), titled(kept, "kept")]
+    best = enumerate(completions[:4], 1)
+    return cells + [titled(c.image, f"best of 16, no. {i}") for i, c in best]
 
 
 def completed(model: DallE, box: Sequence[float]) -> Image.Image:
-    """Have what is in the box, in parts of the side, drawn anew."""
+    """Sample again what is in the box, whose corners are fractions of the side."""
     cells = []
-    for picture, caption in scenes(4, model.image_tokenizer.image_size):
-        mask = Image.new("L", picture.size)
-        corners = [int(part * picture.width) for part in box]
+    for photo, caption in scenes(4, model.image_tokenizer.image_size):
+        mask = Image.new("L", photo.size)
+        corners = [int(part * photo.width) for part in box]
         ImageDraw.Draw(mask).rectangle((*corners[:2], corners[2] - 1, corners[3] - 1), fill=255)
-        cells += row(model, (picture, caption), mask)
+        cells += row(model, (photo, caption), mask)
     return grid(cells, 6)
 
 

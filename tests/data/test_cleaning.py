@@ -103,7 +103,7 @@ def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> 
         (b"a red red star", ".txt", "caption too long"),
     ],
 )
-def test_unusable_captions(content: bytes, suffix: str, cause: str) -> None:
+def test_bad_captions(content: bytes, suffix: str, cause: str) -> None:
     cleaning = CleaningConfig(min_caption=2, max_caption=10)
     with pytest.raises(BadSample, match=r"^where: .+") as error:
         sample_caption(captions_in(content, suffix, "where"), "where", cleaning, RNG)
@@ -119,7 +119,7 @@ def test_of_several_captions_one_that_fits_is_picked() -> None:
         assert sample_caption(captions, "", cleaning, random.Random(i)) == "a star"
 
 
-def test_captions_are_cleaned_unless_told_not_to() -> None:
+def test_captions_are_cleaned_unless_disabled() -> None:
     dirty = "  schÃ¶n &amp;amp; good  \t day "
     assert clean(dirty) == "schön & good day"
     assert sample_caption([dirty], "", NO_CLEANING, RNG) == "schön & good day"

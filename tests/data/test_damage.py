@@ -93,9 +93,9 @@ def damaged(way: str, files: dict[str, bytes]) -> dict[str, bytes]:
 def samples() -> dict[str, dict[str, bytes]]:
     """A thousand samples by key; 91 are damaged, 9 will be cut off."""
     noise = np.random.default_rng(0).integers(0, 256, (10, SIZE + 8, SIZE, 3), dtype=np.uint8)
-    pictures = [encoded(Image.fromarray(pixels), "JPEG") for pixels in noise]
+    jpegs = [encoded(Image.fromarray(pixels), "JPEG") for pixels in noise]
     samples = {
-        f"{i // SHARD:05d}{i % SHARD:04d}": {"jpg": pictures[i % 10], "txt": f"number {i}".encode()}
+        f"{i // SHARD:05d}{i % SHARD:04d}": {"jpg": jpegs[i % 10], "txt": f"number {i}".encode()}
         for i in range(1000)
     }
     spared = {f"{shard:05d}{SHARD - 1:04d}" for shard in CUT}
@@ -137,10 +137,10 @@ for count, cause in WAYS.values():
 
 
 def data_of(shards: Path, how: str) -> str:
-    return {"indexed": str(shards), "streamed": f"pipe:cat {shards}/{{00000..00009}}.tar"}[how]
+    return {"indexed": str(shards), "streaming": f"pipe:cat {shards}/{{00000..00009}}.tar"}[how]
 
 
-@pytest.mark.parametrize("how", ["indexed", "streamed"])
+@pytest.mark.parametrize("how", ["indexed", "streaming"])
 def test_900_of_1000_are_used_and_none_is_hidden(shards: Path, how: str, tmp_path: Path) -> None:
     assert CAUSES.total() == 100
     source = open_source(data_of(shards, how), "encode")
@@ -150,7 +150,7 @@ def test_900_of_1000_are_used_and_none_is_hidden(shards: Path, how: str, tmp_pat
     for batch in islice(batches(source, prepare, batch_size=1, stats=stats), epoch):
         used.update(batch.tensors["number"].tolist())
     assert len(used) == 900
-    if isinstance(source, StreamingShards):  # else another pair took the place of a damaged one
+    if isinstance(source, StreamingShards):  # else another pair replaced a damaged one
         assert set(used.values()) == {1}
         assert stats.counts == CAUSES
     named = [json.loads(line) for line in (tmp_path / "skipped.jsonl").open()]
@@ -159,7 +159,7 @@ def test_900_of_1000_are_used_and_none_is_hidden(shards: Path, how: str, tmp_pat
 
 
 def test_a_training_stops_and_says_why(shards: Path) -> None:
-    for how in ("indexed", "streamed"):
+    for how in ("indexed", "streaming"):
         stream = batches(
             open_source(data_of(shards, how)),
             prepare,
@@ -170,7 +170,7 @@ def test_a_training_stops_and_says_why(shards: Path) -> None:
             deque(stream)
 
 
-@pytest.mark.parametrize("how", ["indexed", "streamed"])
+@pytest.mark.parametrize("how", ["indexed", "streaming"])
 def test_check_counts_all_of_them(
     shards: Path, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,13 +198,13 @@ def test_codes_are_made_of_the_900(
     DVAE(DVAEConfig(image_size=SIZE, width=8, codebook_size=8, code_width=8)).save(
         tmp_path / "dvae"
     )
-    for how in ("indexed", "streamed"):
+    for how in ("indexed", "streaming"):
         flags = ["--dvae", str(tmp_path / "dvae"), "--out", str(tmp_path / how)]
         flags += ["--num-workers", "0", "--device", "cpu"]
         with pytest.raises(SystemExit):
             encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "0.01"])
         encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "1"])
-    indexed, streamed = (CodeSource(tmp_path / how, "encode") for how in ("indexed", "streamed"))
+    indexed, streamed = (CodeSource(tmp_path / how, "encode") for how in ("indexed", "streaming"))
     assert len(indexed) == len(streamed) == 900
     assert all(indexed.captions(i) == streamed.captions(i) for i in range(900))
     assert all(np.array_equal(indexed.crops(i), streamed.crops(i)) for i in range(900))
@@ -217,13 +217,13 @@ def test_codes_are_made_of_the_900(
 def test_counts_are_of_all_processes_and_go_on(tmp_path: Path) -> None:
     for i in range(20):
         Image.new("RGB", (4, 4), (i, 2 * i, 0)).save(tmp_path / f"{i:02d}.png")
-        (tmp_path / f"{i:02d}.txt").write_text(f"picture {i}")
+        (tmp_path / f"{i:02d}.txt").write_text(f"image {i}")
     for i in (2, 7, 11):
         (tmp_path / f"{i:02d}.png").write_bytes(b"")
     (tmp_path / "05.txt").unlink()
     script, out = Path(two_readers.__file__), tmp_path / "out"
     printed = in_two_processes(script, tmp_path, out)
-    told = [json.loads(text.splitlines()[-1]) for text in printed]
+    reports = [json.loads(text.splitlines()[-1]) for text in printed]
     logs = {
         name: [json.loads(x) for x in (out / name / "log.jsonl").read_text().splitlines()]
         for name in ("whole", "cut")
@@ -237,10 +237,10 @@ def test_counts_are_of_all_processes_and_go_on(tmp_path: Path) -> None:
         for name, log in logs.items()
     }
     assert counts["cut"] == counts["whole"]
-    both = sum((Counter(process.pop("left out")) for process in told), Counter())
+    both = sum((Counter(process.pop("skipped")) for process in reports), Counter())
     assert both["no caption"] == 1  # of opening the folder
     assert both["empty file"] >= 6  # of two epochs
-    left_out = {f"skipped/{cause}": count for cause, count in both.items()}
-    assert counts["whole"][-1] == {**left_out, "skipped_updates": 1}
-    captions = ["picture 0", "picture 1", "picture 2"]
-    assert told == [{"made": [0, 1, 2], "error": "nothing is usable", "captions": captions}] * 2
+    skipped = {f"skipped/{cause}": count for cause, count in both.items()}
+    assert counts["whole"][-1] == {**skipped, "skipped_updates": 1}
+    captions = ["image 0", "image 1", "image 2"]
+    assert reports == [{"made": [0, 1, 2], "error": "nothing is usable", "captions": captions}] * 2

@@ -74,7 +74,7 @@ def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
     assert len(captions) > 1
 
 
-def test_encoding_goes_on_where_it_stopped(
+def test_encoding_resumes_where_it_stopped(
     encoded: tuple[EncodeConfig, DVAE], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = encoded
@@ -146,9 +146,9 @@ def test_images_are_encoded_at_another_size(tmp_path: Path) -> None:
         str(config.out), "train", config.dvae, DVAE.load(config.dvae, image_size=16)
     )
     assert source is not None
-    picture = to_float(to_tensor(Toybox(size=16, num_scenes=10).image(3))[None])
+    image = to_float(to_tensor(Toybox(size=16, num_scenes=10).image(3))[None])
     with autocast(torch.device("cpu"), "bf16"):
-        assert torch.equal(source.codes(3, RNG), model.encode(picture)[0])
+        assert torch.equal(source.codes(3, RNG), model.encode(image)[0])
     with pytest.raises(ValueError, match=r"grids of 2, expected 4; use --image-size 16, or"):
         open_codes(str(config.out), "train", config.dvae, model)
 

@@ -294,7 +294,7 @@ class Killing:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_killed_worker_is_told_in_one_line(
+def test_a_killed_worker_is_reported_in_one_line(
     at_once: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = open_source("toybox:9", options=ReadOptions(size=32))

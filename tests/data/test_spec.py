@@ -55,7 +55,7 @@ def test_folder(tmp_path: Path) -> None:
     pair(tmp_path / "deep" / "er.1", "c.v2.JPeG", Image.new("RGB", (4, 3), GREEN), "grass")
     pair(tmp_path, "d.webp", Image.new("RGB", (4, 3), WHITE), "\n \n", lossless=True)
     Image.new("RGB", (4, 3)).save(tmp_path / "alone.png")
-    (tmp_path / "alone2.txt").write_text("no picture")
+    (tmp_path / "alone2.txt").write_text("no image")
     source = open_source(str(tmp_path), "train")
     assert isinstance(source, Folder)
     assert len(source) == 4
@@ -160,7 +160,7 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     bomb = b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x00"
     for content, cause in (
         (b"", "empty file"),
-        (b"not a picture", "not a picture"),
+        (b"not an image", "not a picture"),
         (whole[: len(whole) // 2], "damaged picture"),
         (whole[:20], "damaged picture"),
         (bomb, "too many pixels"),
@@ -256,11 +256,11 @@ def test_shards_in_folders_and_with_more_files(tmp_path: Path) -> None:
     files = {
         "./v1.0/a.png": png(RED),
         "./v1.0/a.txt": b" red \n",
-        "./v1.0/a.seg.png": png(BLUE),  # another file of the sample, not its picture
+        "./v1.0/a.seg.png": png(BLUE),  # another file of the sample, not its image
         "v2/a.PNG": png(GREEN),
         "v2/a.Txt": "grün".encode(),
         "v2/b.png": png(BLUE),  # without caption
-        "v2/c.txt": b"without picture",
+        "v2/c.txt": b"without image",
     }
     source = open_source(str(tar(tmp_path / "x.tar", files)))
     assert isinstance(source, IndexedShards)
@@ -270,15 +270,15 @@ def test_shards_in_folders_and_with_more_files(tmp_path: Path) -> None:
 
 def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
-    pairs = {"a.png": b"no picture", "a.txt": b"a"}
+    pairs = {"a.png": b"not an image", "a.txt": b"a"}
     source = open_source(str(tar(path, pairs)))
-    with pytest.raises(BadSample, match=r"a\.png in .*x\.tar: it begins b'no picture'"):
+    with pytest.raises(BadSample, match=r"a\.png in .*x\.tar: it begins b'not an image'"):
         source.image(0)
     with pytest.raises(
         ValueError, match=r"no usable samples in 1 shards, .*x.tar the first.*no caption"
     ):
         open_source(str(tar(path, {"a.png": png(RED), "b.txt": b"a"})))
-    tar(path, pairs, "w:gz")  # its places are of the content, not of the file
+    tar(path, pairs, "w:gz")  # its offsets are of the content, not of the file
     with pytest.raises(ValueError, match=r"no usable samples .*x\.tar \(unreadable shard"):
         open_source(str(path))
     path.write_bytes(b"this is no tar" * 100)
@@ -304,11 +304,11 @@ def test_a_missing_shard_is_skipped_by_a_training(tmp_path: Path) -> None:
     assert source.name(5) == f"pair 5 in {tmp_path}/b.tar"
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
 def test_shards_of_a_pattern_that_are_not_there_are_named(
-    tmp_path: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if streamed:
+    if streaming:
         monkeypatch.setattr("dalle1.data.spec.INDEXED_BYTES", 0)
     gone = [3, 40, 99]
     for number in set(range(100)) - {*gone}:

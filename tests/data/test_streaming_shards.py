@@ -106,10 +106,10 @@ def test_every_shard_has_one_reader(shards: Path, world_size: int, workers: int)
         readers = split_readers(source, share, None)
         for reader in readers.cursors:
             stream = (found for found, _ in read_endless(source, reader, readers.count, 0))
-            given = (found for found in stream if isinstance(found, StreamedSample))
+            samples = (found for found in stream if isinstance(found, StreamedSample))
             mine = shards_of_reader(6, reader, readers.count, "0/0/0")
             count = sum(10 + shard for shard in mine)
-            owners += [int(sample.caption(random.Random())) for sample in islice(given, count)]
+            owners += [int(sample.caption(random.Random())) for sample in islice(samples, count)]
     assert sorted(owners) == list(range(75))
 
 
@@ -117,9 +117,11 @@ def test_too_few_shards_are_sampled_at_random_and_reported(shards: Path) -> None
     said: list[str] = []
     stats = SkipStats(0.0, report=said.append)
     source = piped(shards, "{00000..00001}")
-    given = [take(source, 8, batch_size=12, rank=r, world_size=3, stats=stats)[0] for r in range(3)]
-    assert all(set(flat(numbers)) <= set(range(21)) for numbers in given)
-    assert given[0] != given[1]
+    samples = [
+        take(source, 8, batch_size=12, rank=r, world_size=3, stats=stats)[0] for r in range(3)
+    ]
+    assert all(set(flat(numbers)) <= set(range(21)) for numbers in samples)
+    assert samples[0] != samples[1]
     assert "2 shards for 3 processes: each samples shards at random" in said[0]
     assert len(said) == 3
     said.clear()
@@ -185,8 +187,8 @@ def test_a_state_is_of_all_ranks(shards: Path) -> None:
     ranks = [{"rank": r, "world_size": 2, "batch_size": 6, "num_workers": 0} for r in range(2)]
     whole = [take(source, 9, **rank)[0] for rank in ranks]
     cursor = merge_states([take(source, 4, **rank)[1] for rank in ranks])
-    for rank, given in zip(ranks, whole, strict=True):
-        assert take(source, 5, start=4, cursor=cursor, **rank)[0] == given[4:]
+    for rank, samples in zip(ranks, whole, strict=True):
+        assert take(source, 5, start=4, cursor=cursor, **rank)[0] == samples[4:]
     said: list[str] = []
     after, last = take(
         source, 25, batch_size=3, cursor=cursor, stats=SkipStats(0, report=said.append)
@@ -218,8 +220,8 @@ def test_damage_is_counted_and_the_rest_is_read(shards: Path, tmp_path: Path) ->
     (tmp_path / "00002.tar").write_bytes(b"")
     source = open_source(f"pipe:cat {tmp_path}/{{00000..00004}}.tar 2>/dev/null")
     assert isinstance(source, StreamingShards)
-    given = islice(batches(source, number, batch_size=1), 27)
-    found = [(batch.tensors["index"].item(), batch.skipped) for batch in given]
+    samples = islice(batches(source, number, batch_size=1), 27)
+    found = [(batch.tensors["index"].item(), batch.skipped) for batch in samples]
     assert sorted(index for index, _ in found) == [*range(14), *range(33, 46)]
     skipped = {(sample.where, sample.cause) for _, samples in found for sample in samples}
     start = f"pipe:cat {tmp_path}/"
@@ -283,7 +285,7 @@ def test_a_reader_may_find_nothing_in_an_epoch(shards: Path) -> None:
         ([100], [100, 120], 0),
     ],
 )
-def test_what_is_lost_with_shards_is_told_from_the_others(
+def test_what_is_lost_with_shards_is_counted_apart(
     whole: list[int], damaged: list[int], lost: float
 ) -> None:
     losses = ShardLosses(1.0)
@@ -322,11 +324,11 @@ def test_some_of_the_last_shard_is_kept_to_validate_on(
 ) -> None:
     for i in range(2):
         with TarWriter(str(tmp_path / f"{i}.tar"), encoder=False) as tar:
-            picture = io.BytesIO()
-            Image.new("RGB", (8, 8)).save(picture, "PNG")
+            png = io.BytesIO()
+            Image.new("RGB", (8, 8)).save(png, "PNG")
             for j in range(45):
                 text = f"{45 * i + j}".encode()
-                tar.write({"__key__": f"{j}", "png": picture.getvalue(), "txt": text})
+                tar.write({"__key__": f"{j}", "png": png.getvalue(), "txt": text})
     data = f"pipe:cat {tmp_path}/{{0..1}}.tar"
     held = first_examples(open_source(data, "validation"), number, 10)["index"].tolist()
     assert held == [64, 84]

@@ -33,7 +33,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(count: int = 2, height: int = 16, width: int = 16) -> Tensor:
+def random_images(count: int = 2, height: int = 16, width: int = 16) -> Tensor:
     return torch.rand(count, 3, height, width, generator=seeded())
 
 
@@ -142,7 +142,7 @@ def test_usage_gap_by_hand() -> None:
 
 
 def objective(count: int = 2, height: int = 16, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    images = pictures(count, height, width)
+    images = random_images(count, height, width)
     stats = torch.randn(count, 6, height, width, generator=seeded(1))
     logits = 2 * torch.randn(count, height // 8, width // 8, 10, generator=seeded(2))
     return images, stats, logits
@@ -156,7 +156,7 @@ def test_loss_by_hand() -> None:
     kl = math.log(3) - 1.5 * math.log(2)
     assert loss.distortion.item() == pytest.approx(0.5, abs=1e-6)
     assert loss.kl.item() == pytest.approx(kl, abs=1e-6)
-    assert loss.usage_gap.item() == pytest.approx(kl, abs=1e-6)  # one place is its own mean
+    assert loss.usage_gap.item() == pytest.approx(kl, abs=1e-6)  # one position is its own mean
     assert loss.total.item() == pytest.approx(0.5 + 8.6 * kl / 192, abs=1e-6)
 
 
@@ -174,7 +174,7 @@ def test_other_distortions_by_hand(kind: Any, expected: float) -> None:
 
 
 def test_a_squared_error_beside_the_likelihood() -> None:
-    images = pictures()
+    images = random_images()
     stats, logits = torch.zeros(2, 6, 16, 16), torch.zeros(2, 2, 2, 7)
     plain = dvae_loss(images, stats, logits, beta=1.0)
     beside = dvae_loss(images, stats, logits, beta=1.0, mse_weight=3.0)
@@ -185,7 +185,7 @@ def test_a_squared_error_beside_the_likelihood() -> None:
 
 def test_an_unknown_distortion_is_refused() -> None:
     with pytest.raises(ValueError, match="distortion is 'psnr', expected logit-laplace, mse or l1"):
-        distortion_of(pictures(), torch.zeros(2, 6, 16, 16), "psnr")  # type: ignore[arg-type]
+        distortion_of(random_images(), torch.zeros(2, 6, 16, 16), "psnr")  # type: ignore[arg-type]
 
 
 def test_loss_does_not_depend_on_the_size_of_the_batch() -> None:
@@ -221,8 +221,8 @@ def test_each_part_of_the_loss_has_its_sign() -> None:
 
 def test_psnr_by_hand() -> None:
     images = torch.zeros(2, 3, 4, 4)
-    drawn = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.01)])
-    assert psnr(images, drawn).tolist() == pytest.approx([20, 40], abs=1e-3)
+    reconstructions = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.01)])
+    assert psnr(images, reconstructions).tolist() == pytest.approx([20, 40], abs=1e-3)
     assert psnr(images, images).tolist() == pytest.approx([100, 100])  # capped, not infinite
 
 
@@ -242,7 +242,7 @@ def test_a_few_steps_lower_the_loss() -> None:
 
 
 def test_reconstruction_metrics() -> None:
-    model, images = tiny(), pictures(5)
+    model, images = tiny(), random_images(5)
     numbers = dict(reconstruction_metrics(model, images, 1 / 16, batch_size=2))
     assert set(numbers) == {
         *("psnr_hard", "psnr_relaxed", "elbo_hard", "elbo_relaxed"),

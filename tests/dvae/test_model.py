@@ -29,7 +29,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(count: int = 2, height: int = 16, width: int = 16) -> Tensor:
+def random_images(count: int = 2, height: int = 16, width: int = 16) -> Tensor:
     return torch.rand(count, 3, height, width, generator=seeded())
 
 
@@ -58,7 +58,7 @@ def test_shapes(
             width=width, blocks_per_group=blocks, codebook_size=codebook, code_width=code_width
         )
     )
-    images = pictures(2, height, across)
+    images = random_images(2, height, across)
     stats, logits = model(images, 1.0, seeded())
     codes = model.encode(images)
     assert logits.shape == (2, height // 8, across // 8, codebook)
@@ -99,7 +99,7 @@ def test_network_is_that_of_the_paper_s_table() -> None:
         scale = 20.0 if ".residual.conv_4" in name else 1.5
         weight.data = torch.randn(weight.shape, generator=seeded(len(name))) * scale / 8
     weights = dict(model.named_parameters())
-    images = pictures(2, 16, 24)
+    images = random_images(2, 16, 24)
     x = conv(weights, "encoder.input", 0.8 * images + 0.1)
     logits = reference_groups(weights, "encoder", x).permute(0, 2, 3, 1)
     torch.testing.assert_close(model.logits(images), logits, rtol=1e-4, atol=1e-4)
@@ -116,20 +116,20 @@ def test_network_is_that_of_the_paper_s_table() -> None:
 
 def test_weights_begin_as_published() -> None:
     model = tiny(DVAEConfig(width=32, codebook_size=256, code_width=32))
-    drawn = {}
+    scaled = {}
     for name, weight in model.named_parameters():
         if name.endswith(".bias"):
             assert not weight.any(), name
         else:
-            drawn[name] = weight.detach() * math.sqrt(weight[0].numel())  # in units of 1/√(c·k²)
-    for name, weight in drawn.items():  # five sigma of a sample's standard deviation
+            scaled[name] = weight.detach() * math.sqrt(weight[0].numel())  # in units of 1/√(c·k²)
+    for name, weight in scaled.items():  # five sigma of a sample's standard deviation
         assert weight.std().item() == pytest.approx(1, abs=5 / math.sqrt(2 * weight.numel())), name
-    assert torch.cat([w.flatten() for w in drawn.values()]).mean().abs() < 0.01
+    assert torch.cat([w.flatten() for w in scaled.values()]).mean().abs() < 0.01
 
 
-@pytest.mark.parametrize(("given", "gain"), [(None, 1 / 144), (0.5, 0.5), (0.0, 0.0)])
-def test_residual_gain(given: float | None, gain: float) -> None:
-    assert DVAEConfig(blocks_per_group=3, residual_gain=given).block_gain == gain
+@pytest.mark.parametrize(("residual_gain", "gain"), [(None, 1 / 144), (0.5, 0.5), (0.0, 0.0)])
+def test_residual_gain(residual_gain: float | None, gain: float) -> None:
+    assert DVAEConfig(blocks_per_group=3, residual_gain=residual_gain).block_gain == gain
     block = Block(8, 8, [3, 3, 3, 1], gain)
     x = torch.randn(1, 8, 4, 4, generator=seeded())
     torch.testing.assert_close(block(x), x + gain * block.residual(x))
@@ -138,7 +138,7 @@ def test_residual_gain(given: float | None, gain: float) -> None:
 def test_logit_gain_and_floor_on_the_scale() -> None:
     plain = tiny()
     other = tiny(DVAEConfig(**{**vars(TINY), "logit_gain": 3.0, "min_log_scale": 0.2}))
-    images = pictures()
+    images = random_images()
     torch.testing.assert_close(other.logits(images), 3 * plain.logits(images))
     before = plain.decoder(plain.encode(images))
     after = other.decoder(plain.encode(images))
@@ -148,7 +148,7 @@ def test_logit_gain_and_floor_on_the_scale() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 12, 16), (1, 3, 16, 20), (1, 4, 16, 16), (3, 16, 16)])
-def test_pictures_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_of_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     model = tiny()
     for use in (model.encode, lambda images: model(images, 1.0)):
         with pytest.raises(ValueError, match="multiples of 8") as error:
@@ -178,7 +178,7 @@ def test_impossible_sizes_are_refused(wrong: dict[str, int]) -> None:
 
 
 def test_codes_are_the_argmax_without_noise() -> None:
-    model, images = tiny().train(), pictures(3)
+    model, images = tiny().train(), random_images(3)
     codes = model.encode(images)
     assert torch.equal(codes, model.logits(images).argmax(-1))
     for _ in range(3):
@@ -228,7 +228,7 @@ def test_saved_and_loaded(tmp_path: Path, dtype: torch.dtype | None) -> None:
         assert file.get_tensor("encoder.input.weight").dtype == (dtype or torch.float32)
         assert json.loads(file.metadata()["config"])["logit_gain"] == 2.0
     if dtype is None:
-        assert torch.equal(loaded.encode(pictures()), model.encode(pictures()))
+        assert torch.equal(loaded.encode(random_images()), model.encode(random_images()))
 
 
 def config_of(**changes: object) -> dict[str, str]:

@@ -165,9 +165,9 @@ def test_the_bundled_classifier_is_accurate() -> None:
 
 def test_the_verdict_on_an_image_does_not_depend_on_its_batch() -> None:
     classifier = ToyboxClassifier(TINY).eval()
-    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "white")]
-    single = [classifier.classify([picture])[0] for picture in pictures]
-    assert classifier.classify(pictures, batch_size=2) == single
+    images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "white")]
+    single = [classifier.classify([image])[0] for image in images]
+    assert classifier.classify(images, batch_size=2) == single
 
 
 def test_files_that_hold_no_classifier_are_refused(tmp_path: Path) -> None:

@@ -55,13 +55,13 @@ class FakeModel:
         self.asked.append((len(prompts), num_candidates))
         self.sampling = sampling
         for prompt in prompts:
-            drawn = []
+            candidates = []
             for index in range(num_candidates):
                 image = Image.new("RGB", (16, 16))
                 image.info["shows"] = self.answer(self.truths[prompt], index)
                 score = float(index) if self.ranked else None
-                drawn.append(SimpleNamespace(image=image, index=index, score=score))
-            yield drawn[::-1] if self.ranked else drawn
+                candidates.append(SimpleNamespace(image=image, index=index, score=score))
+            yield candidates[::-1] if self.ranked else candidates
 
 
 class FakeClassifier(ToyboxClassifier):

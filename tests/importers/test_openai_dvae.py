@@ -59,17 +59,17 @@ def test_imported_is_the_original_bit_for_bit(tmp_path: Path, released: Modules)
         one_hot = F.one_hot(codes, 512).permute(0, 3, 1, 2).float()
         stats = decoder(one_hot)
         assert torch.equal(model.decoder(codes), stats)
-        drawn = dall_e.unmap_pixels(torch.sigmoid(stats[:, :3]))
-        assert torch.equal(model.decode(codes), drawn)
+        decoded = dall_e.unmap_pixels(torch.sigmoid(stats[:, :3]))
+        assert torch.equal(model.decode(codes), decoded)
 
 
 def test_command(tmp_path: Path, released: Modules, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(path) for path in pickles(tmp_path, *released)]
     openai_dvae.main([*paths, "--out", str(tmp_path / "out")])
     assert "dvae.safetensors" in capsys.readouterr().out
-    kept, given = DVAE.load(tmp_path / "out"), openai_dvae.load_openai_dvae(*paths)
-    assert kept.config == given.config
-    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), given.parameters()))
+    kept, imported = DVAE.load(tmp_path / "out"), openai_dvae.load_openai_dvae(*paths)
+    assert kept.config == imported.config
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), imported.parameters()))
     with pytest.raises(SystemExit):
         openai_dvae.main([*paths[::-1], "--out", str(tmp_path / "out")])
     assert "Give encoder.pkl first, then decoder.pkl" in capsys.readouterr().err

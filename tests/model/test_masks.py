@@ -24,7 +24,7 @@ def seen(mask: Tensor, i: int) -> list[int]:
     return mask[i].nonzero()[:, 0].tolist()
 
 
-# The paper's figure shows 4 × 4 places:   0  1  2  3 /  4  5  6  7 /  8  9 10 11 / 12 13 14 15
+# The paper's figure shows 4 × 4 codes:   0  1  2  3 /  4  5  6  7 /  8  9 10 11 / 12 13 14 15
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
@@ -50,15 +50,15 @@ def test_figure_11_by_hand(mask: Tensor, expected: dict[int, list[int]]) -> None
 def test_counts_at_the_papers_size(kind: MaskKind, most: int) -> None:
     counts = image_mask(kind, 32).sum(-1)
     assert counts.max() == most
-    assert counts[-1] == most  # the last place has all that its kind can see behind it
+    assert counts[-1] == most  # the last position sees all that its kind can see
     assert counts[0] == 1
 
 
 def test_the_papers_kernel_by_hand() -> None:
-    # Place (10, 16) of 32 × 32: eleven columns in each of five rows above, six in its own.
-    place = 10 * 32 + 16
+    # Position (10, 16) of 32 × 32: eleven columns in each of five rows above, six in its own.
+    position = 10 * 32 + 16
     expected = [32 * r + c for r in range(5, 10) for c in range(11, 22)]
-    assert seen(conv(32), place) == expected + list(range(place - 5, place + 1))
+    assert seen(conv(32), position) == expected + list(range(position - 5, position + 1))
     assert torch.equal(conv(4), full(16))  # a grid smaller than the kernel is seen whole
 
 
@@ -72,7 +72,7 @@ def test_nobody_sees_ahead_and_everybody_sees_himself(kind: MaskKind, grid_size:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_see_all_text_and_text_sees_no_picture(kind: MaskKind) -> None:
+def test_codes_see_all_text_and_text_sees_no_codes(kind: MaskKind) -> None:
     mask = joint_mask(kind, 5, 3)
     assert mask.shape == (14, 14)
     assert mask[5:, :5].all()

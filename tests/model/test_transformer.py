@@ -28,7 +28,7 @@ SIZE = TransformerConfig(
 
 
 def loud(config: TransformerConfig = SIZE) -> Transformer:
-    """Give a model whose every weight matters, unlike one that is just initialised."""
+    """Return a model whose every weight matters, unlike one that is just initialised."""
     model = Transformer(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -62,16 +62,16 @@ def allowed(kind: str, i: int, j: int) -> bool:
 
 
 def reference(model: Transformer, text: Tensor, codes: Tensor) -> Tensor:
-    """Give the logits of all states over text and image vocabulary, densely and by loops."""
+    """Return the logits of all states over text and image vocabulary, densely and by loops."""
     w = model.state_dict()
     d, heads = model.config.width, model.config.heads
     result = []
-    for caption, picture in zip(text.tolist(), codes.flatten(1).tolist(), strict=True):
+    for caption, image in zip(text.tolist(), codes.flatten(1).tolist(), strict=True):
         states = []
-        for place, token in enumerate([TEXT + L, *caption[:-1]]):
-            states.append(w["text_embedding.weight"][token] + w["text_position.weight"][place])
-        for place, code in enumerate([V, *picture[:-1]]):
-            where = w["row.weight"][place // W] + w["column.weight"][place % W]
+        for position, token in enumerate([TEXT + L, *caption[:-1]]):
+            states.append(w["text_embedding.weight"][token] + w["text_position.weight"][position])
+        for position, code in enumerate([V, *image[:-1]]):
+            where = w["row.weight"][position // W] + w["column.weight"][position % W]
             states.append(w["image_embedding.weight"][code] + where)
         x = torch.stack(states)
         for number, kind in enumerate(model.kinds):
@@ -108,18 +108,18 @@ def test_logits_are_those_of_a_dense_implementation(kind: str) -> None:
 
 
 def scores(model: Transformer, text: Tensor, codes: Tensor) -> Tensor:
-    """Give the logits of all states as one tensor, the shorter ones filled up with zeros."""
+    """Return the logits of all states as one tensor, the shorter ones filled up with zeros."""
     return torch.cat([F.pad(x, (0, TEXT + L + V - x.shape[2])) for x in model(text, codes)], 1)
 
 
-def changed(model: Transformer, token: int | None = None, place: int | None = None) -> list[int]:
+def changed(model: Transformer, token: int | None = None, position: int | None = None) -> list[int]:
     """List the states whose logits change with one text token or with one code."""
     text, codes = example(1)
     before = scores(model, text, codes)
     if token is not None:
         text[0, token] = (text[0, token] + 1) % (TEXT + L)
-    if place is not None:
-        codes.view(-1)[place] = (codes.view(-1)[place] + 1) % V
+    if position is not None:
+        codes.view(-1)[position] = (codes.view(-1)[position] + 1) % V
     moved = (scores(model, text, codes) - before).abs().amax(-1)[0]
     return (moved > 1e-5).nonzero()[:, 0].tolist()
 
@@ -131,10 +131,10 @@ def test_one_layer_depends_on_exactly_what_its_mask_shows(kind: MaskKind) -> Non
     for token in range(L):  # token t is read by state t + 1, the last by none
         readers = range(token + 1, L + N) if token < L - 1 else ()
         assert changed(model, token=token) == list(readers)
-    for place in range(N):  # so is code z; the states behind see it if the mask shows its reader
-        reader = L + place + 1
+    for position in range(N):  # so is code z; the states behind see it if the mask shows its reader
+        reader = L + position + 1
         expected = [i for i in range(reader, L + N) if allowed(kind, i, reader)]
-        assert changed(model, place=place) == expected
+        assert changed(model, position=position) == expected
 
 
 @torch.no_grad()
@@ -143,14 +143,14 @@ def test_the_whole_model_never_sees_ahead() -> None:
     for token in range(L):
         states = changed(model, token=token)
         assert states == (list(range(token + 1, L + N)) if token < L - 1 else [])
-    for place in range(N):
-        states = changed(model, place=place)
-        assert all(i > L + place for i in states)
-        assert (L + place + 1 in states) == (place < N - 1)
+    for position in range(N):
+        states = changed(model, position=position)
+        assert all(i > L + position for i in states)
+        assert (L + position + 1 in states) == (position < N - 1)
 
 
 @torch.no_grad()
-def test_the_boundary_between_text_and_picture() -> None:
+def test_the_boundary_between_text_and_image() -> None:
     model = loud()
     text, codes = example(1)
     text_logits, image_logits = model(text, codes)
@@ -164,7 +164,7 @@ def test_the_boundary_between_text_and_picture() -> None:
         table.weight[row] = kept
         return [not torch.equal(a, b) for a, b in zip(new, (text_logits, image_logits))]
 
-    # The first image state reads the picture's own start token; no text state does.
+    # The first image state reads the image's own start token; no text state does.
     assert after(model.image_embedding, V) == [False, True]
     first = model(text, codes)[1][:, 0]
     model.image_embedding.weight[V] += torch.linspace(0, 1, 16)
@@ -178,13 +178,13 @@ def test_the_boundary_between_text_and_picture() -> None:
 
 @torch.no_grad()
 def test_every_code_is_read_where_it_is_predicted() -> None:
-    # The state that predicts place p carries the row and column of p, not those of p − 1.
+    # The state that predicts position p carries the row and column of p, not those of p − 1.
     model = loud()
     inputs = torch.zeros(1, N, dtype=torch.long)
     found = model.embed_codes(inputs) - model.image_embedding.weight[0]
-    for place in (0, 3, 4, 9, 15):
-        expected = model.row.weight[place // 4] + model.column.weight[place % 4]
-        torch.testing.assert_close(found[0, place], expected)
+    for position in (0, 3, 4, 9, 15):
+        expected = model.row.weight[position // 4] + model.column.weight[position % 4]
+        torch.testing.assert_close(found[0, position], expected)
     torch.testing.assert_close(
         model.embed_codes(inputs[:, :3], torch.arange(6, 9)),
         model.embed_codes(inputs)[:, 6:9],
@@ -384,21 +384,21 @@ def test_every_option_learns_never_sees_ahead_and_goes_stepwise(changes: dict[st
     assert losses[-1] < 0.7 * losses[0]
     with torch.no_grad():
         model.eval()
-        for place in (0, N // 2, N - 1):
-            moved = changed(model, place=place)
-            assert all(state > L + place for state in moved)
-            assert place == N - 1 or L + place + 1 in moved
+        for position in (0, N // 2, N - 1):
+            moved = changed(model, position=position)
+            assert all(state > L + position for state in moved)
+            assert position == N - 1 or L + position + 1 in moved
         last_word = changed(model, token=L - 1)  # read by the first image state, or by none
         assert (L in last_word) == (changes.get("image_start") == "text")
-        drawn = generate(model, text, torch.zeros(1, N), Sampling(temperature=0))[:, 0]
-        assert torch.equal(drawn.flatten(1), likeliest(model, text))
+        sampled = generate(model, text, torch.zeros(1, N), Sampling(temperature=0))[:, 0]
+        assert torch.equal(sampled.flatten(1), likeliest(model, text))
 
 
 def likeliest(model: Transformer, text: Tensor) -> Tensor:
-    """Draw the likeliest codes, computing the whole stream for each."""
+    """Sample the likeliest codes, computing the whole stream for each."""
     codes = torch.zeros(len(text), N, dtype=torch.long)
-    for place in range(N):
-        codes[:, place] = model(text, codes)[1][:, place].argmax(-1)
+    for position in range(N):
+        codes[:, position] = model(text, codes)[1][:, position].argmax(-1)
     return codes
 
 

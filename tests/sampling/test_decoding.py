@@ -1,4 +1,4 @@
-"""Drawing: seeds are kept, what is known comes back, and draws follow the distribution exactly."""
+"""Sampling: seeds repeat, known codes come back, and samples follow the distribution exactly."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOP = torch.cat([torch.arange(6), torch.full((N - 6,), UNKNOWN)])
 
 
 def loud() -> Transformer:
-    """Give a model with opinions."""
+    """Return a model whose scores are far from uniform."""
     config = TransformerConfig(
         text_vocab=13, text_len=L, codebook_size=V, grid_size=W, width=16, depth=3, heads=2
     )
@@ -50,17 +50,17 @@ def uncached(
     sampling: Sampling,
     known: Tensor | None = None,
 ) -> Tensor:
-    """Draw one caption's candidates, computing the whole stream for every code."""
+    """Sample one caption's candidates, computing the whole stream for every code."""
     codes = torch.zeros(len(uniforms), N, dtype=torch.long)
     text = text.expand(len(uniforms), L)
-    for place in range(N):
-        logits = model(text, codes)[1][:, place]
+    for position in range(N):
+        logits = model(text, codes)[1][:, position]
         if sampling.guidance != 1:
-            without = model(null_caption(model).expand_as(text), codes)[1][:, place]
+            without = model(null_caption(model).expand_as(text), codes)[1][:, position]
             logits = without + sampling.guidance * (logits - without)
-        codes[:, place] = sample_token(logits, uniforms[:, place], sampling)
-        if known is not None and known[place] != UNKNOWN:
-            codes[:, place] = known[place]
+        codes[:, position] = sample_token(logits, uniforms[:, position], sampling)
+        if known is not None and known[position] != UNKNOWN:
+            codes[:, position] = known[position]
     return codes.view(-1, W, W)
 
 
@@ -77,7 +77,7 @@ def uncached(
     ],
     ids=str,
 )
-def test_drawing_is_that_of_the_uncached_model(
+def test_sampling_matches_the_uncached_model(
     options: dict[str, float], known: Tensor | None
 ) -> None:
     model, uniforms, sampling = loud(), candidate_uniforms(3, range(4), N), Sampling(**options)
@@ -90,10 +90,10 @@ def test_drawing_is_that_of_the_uncached_model(
         assert (together.flatten(2)[..., kept] == known[kept]).all()
 
 
-def test_what_is_given_whole_comes_back_and_nonsense_is_refused() -> None:
+def test_a_fully_known_image_comes_back_and_nonsense_is_refused() -> None:
     codes = torch.arange(N) % V
-    drawn = generate(loud(), TEXT, candidate_uniforms(0, range(3), N), known_codes=codes)
-    assert torch.equal(drawn, codes.view(W, W).expand(2, 3, W, W))
+    sampled = generate(loud(), TEXT, candidate_uniforms(0, range(3), N), known_codes=codes)
+    assert torch.equal(sampled, codes.view(W, W).expand(2, 3, W, W))
     uniforms = candidate_uniforms(0, [0], N)
     for wrong in (codes[1:], codes[:0], codes + 1, codes - 2, codes.float()):
         with pytest.raises(ValueError, match=rf"expected \[{N}\] integers"):
@@ -160,7 +160,7 @@ def test_a_candidate_is_the_same_in_any_batch() -> None:
     assert not torch.equal(other[0, 0], together[0, 0])
 
 
-def test_drawn_pictures_follow_the_model() -> None:
+def test_sampled_images_follow_the_model() -> None:
     # The first two codes of 6,000 candidates: as often as the model says, within four deviations.
     model, count = loud(), 6_000
     known = torch.zeros(N, dtype=torch.long)
@@ -190,13 +190,13 @@ def test_captions_are_continued_by_tokens_that_fit() -> None:
     assert ends[:, -1].all()  # of which there is one in every caption
     assert 0 < ends.sum() < ends.numel()
     likeliest = complete_text(model, begun, uniforms[:1], Sampling(temperature=0))[0]
-    for place in range(2, L - 1):
-        if likeliest[place] == pads[place]:
+    for position in range(2, L - 1):
+        if likeliest[position] == pads[position]:
             break
         with torch.no_grad():
-            scores = model(likeliest[None], torch.zeros(1, N, dtype=torch.long))[0][0, place]
-        scores[13:] = torch.where(torch.arange(L) == place, scores[13:], -math.inf)
-        assert likeliest[place] == scores.argmax()
+            scores = model(likeliest[None], torch.zeros(1, N, dtype=torch.long))[0][0, position]
+        scores[13:] = torch.where(torch.arange(L) == position, scores[13:], -math.inf)
+        assert likeliest[position] == scores.argmax()
 
 
 def test_uniforms_depend_on_seed_and_candidate_alone() -> None:
@@ -212,7 +212,7 @@ def test_uniforms_depend_on_seed_and_candidate_alone() -> None:
     assert many.mean().item() == pytest.approx(0.5, abs=0.01)
 
 
-def test_rows_are_told_as_they_are_drawn() -> None:
+def test_rows_are_reported_as_they_are_sampled() -> None:
     rows: list[tuple[int, int]] = []
 
     def on_row(codes: Tensor, done: int) -> None:
@@ -228,17 +228,17 @@ def test_rows_are_told_as_they_are_drawn() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draws_follow_the_distribution(temperature: float) -> None:
+def test_samples_follow_the_distribution(temperature: float) -> None:
     logits = torch.tensor([0.3, -2.0, 1.7, 0.0, 0.9])
     count = 2000
     uniforms = (torch.arange(count) + 0.5) / count
-    drawn = sample_token(logits.expand(count, 5), uniforms, Sampling(temperature=temperature))
-    assert (drawn.diff() >= 0).all()  # an inversion: larger numbers, later tokens
+    sampled = sample_token(logits.expand(count, 5), uniforms, Sampling(temperature=temperature))
+    assert (sampled.diff() >= 0).all()  # an inversion: larger numbers, later tokens
     expected = (logits / temperature).softmax(-1) * count
-    assert (drawn.bincount(minlength=5) - expected).abs().max() <= 1
+    assert (sampled.bincount(minlength=5) - expected).abs().max() <= 1
 
 
-def test_what_is_excluded_is_never_drawn() -> None:
+def test_excluded_tokens_are_never_sampled() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
     # 1 itself: what the largest random number becomes when it is rounded to float32.
     for uniform, token in ((0.0, 1), (0.2, 1), (0.3, 3), (1 - 2**-24, 3), (1.0, 3)):
@@ -310,7 +310,7 @@ def test_impossible_settings_are_refused(options: dict[str, float], message: str
     [{}, {"guidance": 3.0}, {"guidance": 0.0}, {"top_k": 5, "top_p": 0.9, "typical": 0.9}],
     ids=str,
 )
-def test_a_recorded_step_draws_what_a_cpu_draws(
+def test_a_cuda_graphed_step_samples_what_a_cpu_samples(
     options: dict[str, float], known: Tensor | None
 ) -> None:
     uniforms, sampling = candidate_uniforms(3, range(4), N), Sampling(**options)

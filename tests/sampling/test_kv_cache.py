@@ -1,4 +1,4 @@
-"""Caches hold what masks still show, and stepping through them gives what whole streams give."""
+"""Caches hold what masks still show, and steps through them match whole streams."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ L, V = 5, 11
 
 
 def loud(kind: MaskKind | None, grid_size: int = 7, **changes: object) -> Transformer:
-    """Give a model with opinions; of two layers of one kind, or of three as in the paper."""
+    """Return a model whose scores are far from uniform, of two layers of one kind or of three."""
     config = TransformerConfig(
         text_vocab=13,
         text_len=L,
@@ -149,6 +149,6 @@ def test_the_papers_512_candidates_take_a_quarter_of_a_dense_cache() -> None:
 def test_rotary_positions_are_exact_in_low_precision() -> None:
     model = loud(None, positions="rotary", text_len=256)
     assert model.rotary is not None
-    places = torch.arange(model.config.length)
-    turns = model.rotary(places)
-    torch.testing.assert_close(model.to(torch.bfloat16).rotary(places), turns, rtol=0, atol=0)
+    positions = torch.arange(model.config.length)
+    angles = model.rotary(positions)
+    torch.testing.assert_close(model.to(torch.bfloat16).rotary(positions), angles, rtol=0, atol=0)

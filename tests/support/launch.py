@@ -24,7 +24,7 @@ def free_port() -> int:
 
 
 def in_two_processes(*arguments: object, timeout: float = 200) -> list[str]:
-    """Run Python on CPU in two processes, and give what each of them printed."""
+    """Run Python on CPU in two processes, and return what each of them printed."""
     port = str(free_port())
     path = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}",

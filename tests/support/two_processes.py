@@ -72,9 +72,9 @@ def stream(start: int) -> Iterator[dict[str, Tensor]]:
     """Yield this process's parts of the batches: the same pairs for any number of processes."""
     step = start
     while True:
-        draw = torch.Generator().manual_seed(step)
-        text = torch.randint(13, (BATCH, 1), generator=draw).expand(-1, 5)
-        codes = (text[:, :1] + torch.randint(3, (BATCH, 16), generator=draw)) % 11
+        rng = torch.Generator().manual_seed(step)
+        text = torch.randint(13, (BATCH, 1), generator=rng).expand(-1, 5)
+        codes = (text[:, :1] + torch.randint(3, (BATCH, 16), generator=rng)) % 11
         batch = {"text": text, "codes": codes}
         yield {k: v.chunk(distributed.world_size())[distributed.rank()] for k, v in batch.items()}
         step += 1
@@ -98,7 +98,7 @@ def knock(
 def diverge(
     model: Transformer, batch: Mapping[str, Tensor], step: int, noise: torch.Generator
 ) -> TransformerLoss:
-    """In the third step, give no number in the second process alone."""
+    """Return NaN in the third step, in the second process alone."""
     good = loss(model, batch, step, noise)
     bad = step == 2 and distributed.rank() == 1
     return replace(good, total=good.total * math.nan) if bad else good

@@ -1,6 +1,6 @@
 """What tests/test_damage.py starts in two processes: a training on images of which some are bad.
 
-Prints one JSON object: what this process left out, and what it has of the main process.
+Prints one JSON object: what this process skipped, and what the main process sent.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def only_main(fails: bool) -> Any:
 
 def main(data: str, out: Path) -> None:
     distributed.init("cpu")
-    told: dict[str, Any] = {"left out": train(data, out / "whole", 6)}
+    report: dict[str, Any] = {"skipped": train(data, out / "whole", 6)}
     train(data, out / "cut", 3)
     train(data, out / "cut", 6)
-    told["made"] = distributed.broadcast_from_main(lambda: only_main(False))["made"].tolist()
+    report["made"] = distributed.broadcast_from_main(lambda: only_main(False))["made"].tolist()
     try:
         distributed.broadcast_from_main(lambda: only_main(True))
     except ValueError as error:
-        told["error"] = str(error)
+        report["error"] = str(error)
     captions = distributed.broadcast_from_main(lambda: first_captions(open_source(data), 3))
-    print(json.dumps({**told, "captions": captions}))
+    print(json.dumps({**report, "captions": captions}))
 
 
 if __name__ == "__main__":

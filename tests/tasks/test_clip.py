@@ -37,7 +37,7 @@ def train(preset: list[str], out: Path, *more: str, steps: int = 2) -> list[dict
     [(VIT, []), (RESNET, ["--loss", "sigmoid", "--encode-at-once", "2"])],
     ids=["ViT, InfoNCE", "ResNet, sigmoid, cached"],
 )
-def test_a_training_goes_on_where_it_stopped(
+def test_a_training_resumes_where_it_stopped(
     preset: list[str], more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = [*more, "--schedule-steps", "3"]
@@ -73,7 +73,7 @@ def test_batchnorm_of_the_average_is_that_of_the_training(tmp_path: Path) -> Non
         torch.testing.assert_close(averaged[name].float(), trained)
 
 
-def test_fine_tuning_begins_with_a_given_clip(
+def test_fine_tuning_starts_from_a_saved_clip(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     train(VIT, tmp_path / "first")
@@ -110,13 +110,13 @@ def test_captions_are_cut_where_the_longest_ends(tmp_path: Path) -> None:
 
 
 def test_what_is_validated_on_is_what_the_clip_sees(tmp_path: Path) -> None:
-    pictures = [Image.effect_noise(size, 90).convert("RGB") for size in ((80, 60), (60, 80))]
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{i}.png")
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in ((80, 60), (60, 80))]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a red cube")
     config = parse_preset(CLIP_PRESETS, [*VIT, "--data", str(tmp_path), "--out", "out"], "")
     run = train_clip.ClipTask(config)
-    assert torch.equal(run.held["images"], run.clip.preprocess(pictures))
+    assert torch.equal(run.held["images"], run.clip.preprocess(images))
     assert run.held["images"].shape == (2, 3, 32, 32)
 
 
@@ -147,7 +147,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         (["--model.patch-size", "None"], "four numbers and none for the modified ResNet"),
     ],
 )
-def test_mistakes_are_told(
+def test_mistakes_are_reported(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The recipe as a user runs it, at a tiny size: dVAE, codes, transformer, pictures, mistakes."""
+"""The recipe as a user runs it, at a tiny size: dVAE, codes, transformer, images, mistakes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
-def draw(runs: Path, out: Path, *args: str) -> None:
+def run_sample(runs: Path, out: Path, *args: str) -> None:
     model = ["--model", str(runs / "model"), "--device", "cpu"]
     counts = ["--num-candidates", "3", "--num-images", "2"]
     sample.main([*model, *counts, *(args or (PROMPT,)), "--out", str(out)])
@@ -76,8 +76,8 @@ def test_every_training_leaves_what_the_next_one_reads(runs: Path) -> None:
 def test_a_dvae_is_fine_tuned(runs: Path, tmp_path: Path) -> None:
     train = ["toy", *TINY_DVAE, *RUN, "--init", str(runs / "dvae"), "--learning-rate", "0"]
     train_dvae.main([*train, "--final-learning-rate", "0", "--out", str(tmp_path / "tuned")])
-    given, tuned = DVAE.load(runs / "dvae"), DVAE.load(tmp_path / "tuned")
-    for a, b in zip(given.parameters(), tuned.parameters(), strict=True):
+    loaded, tuned = DVAE.load(runs / "dvae"), DVAE.load(tmp_path / "tuned")
+    for a, b in zip(loaded.parameters(), tuned.parameters(), strict=True):
         torch.testing.assert_close(a, b)  # it began there, and the learning rate was 0
 
 
@@ -89,8 +89,8 @@ def test_a_dvae_is_measured(runs: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (scores["images"], scores["codebook size"]) == (20, 16)
     assert 5 < scores["psnr_hard"] < 30
     assert 1 <= scores["codes_used"] <= 16
-    with Image.open(tmp_path / "reconstructions.png") as picture:
-        assert picture.width > 16 * 64
+    with Image.open(tmp_path / "reconstructions.png") as image:
+        assert image.width > 16 * 64
 
 
 def test_fine_tuning_names_the_size_that_it_needs(
@@ -103,15 +103,15 @@ def test_fine_tuning_names_the_size_that_it_needs(
 
 
 @pytest.mark.parametrize("distortion", ["mse", "l1"])
-def test_a_dvae_trains_on_pictures_without_captions(
+def test_a_dvae_trains_on_images_without_captions(
     tmp_path: Path, distortion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(6):
-        picture = Image.effect_noise((20, 30) if i == 3 else (70 + i, 90), 100)
-        picture.save(tmp_path / "pictures" / f"{i}.png")
+        image = Image.effect_noise((20, 30) if i == 3 else (70 + i, 90), 100)
+        image.save(tmp_path / "images" / f"{i}.png")
     flags = [*TINY_DVAE, *RUN, "--crops-per-image", "2", "--distortion", distortion]
-    flags += ["--data", str(tmp_path / "pictures"), "--steps", "8", "--log-every", "1"]
+    flags += ["--data", str(tmp_path / "images"), "--steps", "8", "--log-every", "1"]
     train_dvae.main(["toy", *flags, "--out", str(tmp_path / "run")])
     lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert lines[7]["skipped/too small"] > 0
@@ -123,34 +123,34 @@ def test_a_dvae_trains_on_pictures_without_captions(
     assert not last & {"elbo_hard", "elbo_relaxed"}  # b was not trained
 
 
-def test_a_transformer_trains_from_pictures(runs: Path, tmp_path: Path) -> None:
+def test_a_transformer_trains_from_images(runs: Path, tmp_path: Path) -> None:
     train = ["toy", "--dvae", str(runs / "dvae"), "--data", "toybox:4", "--out", str(tmp_path)]
     train_transformer.main([*train, *TINY_TRANSFORMER, *RUN])
     assert (tmp_path / "latest" / "transformer.safetensors").is_file()
 
 
-def test_a_transformer_goes_on_from_smaller_pictures(
+def test_a_transformer_continues_from_smaller_images(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = ["toy", "--dvae", str(runs / "dvae"), "--data", "toybox:4", *TINY_TRANSFORMER, *RUN]
     half, whole, fixed = (tmp_path / name for name in ("half", "whole", "fixed"))
     train_transformer.main([*train, "--image-size", "32", "--out", str(half)])
-    picture = DallE.from_pretrained(half, device="cpu").generate(
+    image = DallE.from_pretrained(half, device="cpu").generate(
         PROMPT, num_images=1, num_candidates=1
     )[0]
-    assert picture.size == (32, 32)
+    assert image.size == (32, 32)
     still = ["--learning-rate", "0", "--final-learning-rate", "0"]
     train_transformer.main([*train, *still, "--init", str(half), "--out", str(whole)])
-    given, grown = Transformer.load(half / "latest"), Transformer.load(whole / "latest")
-    assert (given.config.grid_size, grown.config.grid_size) == (4, 8)
-    assert given.rotary is not None
+    loaded, grown = Transformer.load(half / "latest"), Transformer.load(whole / "latest")
+    assert (loaded.config.grid_size, grown.config.grid_size) == (4, 8)
+    assert loaded.rotary is not None
     assert grown.rotary is not None
-    places = torch.arange(16)  # a code stands where it stood, of every four the first
-    there = 64 * (places // 4 * 2) // 8 + places % 4 * 2 + given.config.text_len
+    positions = torch.arange(16)  # a code stands where it stood, of every four the first
+    there = 64 * (positions // 4 * 2) // 8 + positions % 4 * 2 + loaded.config.text_len
     torch.testing.assert_close(
-        grown.rotary(there), given.rotary(places + given.config.text_len), rtol=0, atol=0
+        grown.rotary(there), loaded.rotary(positions + loaded.config.text_len), rtol=0, atol=0
     )
-    for a, b in zip(given.parameters(), grown.parameters(), strict=True):
+    for a, b in zip(loaded.parameters(), grown.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
     other = DVAE.load(runs / "dvae")
@@ -161,14 +161,14 @@ def test_a_transformer_goes_on_from_smaller_pictures(
     with pytest.warns(UserWarning, match="half was trained on codes of another dVAE"):
         train_transformer.main([*train, *still, "--init", str(half), "--out", str(tmp_path / "o")])
 
-    train += ["--model.positions", "learned"]  # a table has as many rows as the picture
+    train += ["--model.positions", "learned"]  # a table has as many rows as the image
     train_transformer.main([*train, "--image-size", "32", "--out", str(fixed)])
     words = [*train, "--init", str(fixed), "--out", str(tmp_path / "more")]
     assert "grid_size is 4, not 8" in refused(train_transformer.main, words, capsys)
 
 
-def test_pictures_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> None:
-    draw(runs, tmp_path, PROMPT, "--seed", "7", "--temperature", "0.9", "--top-k", "8")
+def test_images_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> None:
+    run_sample(runs, tmp_path, PROMPT, "--seed", "7", "--temperature", "0.9", "--top-k", "8")
     assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "00.png", "01.png", "scores.json"}
     settings = {
         "model": str(runs / "model"),
@@ -191,14 +191,14 @@ def test_pictures_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> Non
     assert [s["file"] for s in scores] == ["00.png", "01.png"]
     assert [(s["candidate"], s["seed"], s["score"]) for s in scores] == [(0, 7, None), (1, 7, None)]
     for number, name in enumerate(("00.png", "01.png")):
-        with Image.open(tmp_path / name) as picture:
-            assert picture.size == (64, 64)
-            assert picture.text["prompt"] == PROMPT
-            assert json.loads(picture.text["settings"]) == {**settings, "candidate": number}
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.text["prompt"] == PROMPT
-        assert json.loads(picture.text["settings"]) == settings
-        assert picture.width >= 128
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (64, 64)
+            assert image.text["prompt"] == PROMPT
+            assert json.loads(image.text["settings"]) == {**settings, "candidate": number}
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.text["prompt"] == PROMPT
+        assert json.loads(image.text["settings"]) == settings
+        assert image.width >= 128
 
 
 def test_with_a_clip_the_best_come_first(runs: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_with_a_clip_the_best_come_first(runs: Path, tmp_path: Path) -> None:
     small = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
     clip = new_clip(Tokenizer.train([PROMPT], 260), ClipArch(image_size=32, text_len=12, **small))
     clip.save_pretrained(tmp_path / "clip")
-    draw(runs, tmp_path / "out", PROMPT, "--clip", str(tmp_path / "clip"))
+    run_sample(runs, tmp_path / "out", PROMPT, "--clip", str(tmp_path / "clip"))
     scores = [s["score"] for s in json.loads((tmp_path / "out" / "scores.json").read_text())]
     assert len(scores) == 2
     assert scores[0] >= scores[1]
@@ -215,19 +215,19 @@ def test_with_a_clip_the_best_come_first(runs: Path, tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_bytes(runs: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        draw(runs, tmp_path / name, PROMPT, "--seed", seed)
+        run_sample(runs, tmp_path / name, PROMPT, "--seed", seed)
     for file in ("00.png", "01.png", "grid.png", "scores.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    pictures = [Image.open(tmp_path / name / "00.png").tobytes() for name in ("a", "c")]
-    assert pictures[0] != pictures[1]
+    images = [Image.open(tmp_path / name / "00.png").tobytes() for name in ("a", "c")]
+    assert images[0] != images[1]
 
 
 def test_several_prompts_get_a_folder_each(runs: Path, tmp_path: Path) -> None:
-    draw(runs, tmp_path, "a red star", "ein blauer Würfel", "A red star!")
+    run_sample(runs, tmp_path, "a red star", "ein blauer Würfel", "A red star!")
     folders = {"a-red-star", "ein-blauer-würfel", "a-red-star-2"}
     assert {p.name for p in tmp_path.iterdir()} == folders
-    with Image.open(tmp_path / "a-red-star-2" / "00.png") as picture:
-        assert picture.text["prompt"] == "A red star!"
+    with Image.open(tmp_path / "a-red-star-2" / "00.png") as image:
+        assert image.text["prompt"] == "A red star!"
 
 
 def test_without_out_the_prompt_names_the_folder(
@@ -253,7 +253,7 @@ def test_without_out_the_prompt_names_the_folder(
 def refused(
     main: Callable[[list[str]], None], args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """Run a command that must fail; give its one line on stderr."""
+    """Run a command that must fail; return its one line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(args)
@@ -281,7 +281,7 @@ def refused(
         (["--out", "FILE/below"], "give another --out"),
     ],
 )
-def test_mistakes_in_sampling_are_told_in_a_line(
+def test_mistakes_in_sampling_are_reported_in_a_line(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
     file = tmp_path / "file"
@@ -304,7 +304,7 @@ def test_an_empty_prompt_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("name", ["transformer.safetensors", "dvae.safetensors", "vocab.json"])
-def test_a_damaged_model_is_told_in_a_line(
+def test_a_damaged_model_is_reported_in_a_line(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     model = tmp_path / "model"
@@ -316,7 +316,7 @@ def test_a_damaged_model_is_told_in_a_line(
     assert name in refused(sample.main, args, capsys)
 
 
-def test_mistakes_in_training_are_told_in_a_line(
+def test_mistakes_in_training_are_reported_in_a_line(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy = ["toy", "--out", str(tmp_path / "out")]
@@ -366,11 +366,11 @@ def test_help_of_sampling_names_the_flags_without_torch() -> None:
     assert [f for f in flags.split() if f"--{f}" not in run.stdout] == []
 
 
-def test_an_earlier_draw_leaves_and_other_files_stay(runs: Path, tmp_path: Path) -> None:
-    draw(runs, tmp_path, PROMPT)
-    (tmp_path / "02.png").write_bytes(b"not of a draw")
+def test_earlier_samples_are_removed_and_other_files_stay(runs: Path, tmp_path: Path) -> None:
+    run_sample(runs, tmp_path, PROMPT)
+    (tmp_path / "02.png").write_bytes(b"of another command")
     (tmp_path / "2024.png").write_bytes(b"a holiday")
-    draw(runs, tmp_path, PROMPT, "--num-images", "1")
+    run_sample(runs, tmp_path, PROMPT, "--num-images", "1")
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"grid.png", "00.png", "02.png", "2024.png", "scores.json"}
 
@@ -398,7 +398,7 @@ def test_workers_are_sent_no_model(runs: Path, tmp_path: Path) -> None:
 def test_damaged_data_ends_a_training_and_its_workers(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    (data / "bad.png").write_bytes(b"no picture")
+    (data / "bad.png").write_bytes(b"no image")
     (data / "bad.txt").write_text("a red star")
     for name in "ab":
         Image.new("RGB", (128, 128)).save(data / f"{name}.png")

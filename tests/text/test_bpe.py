@@ -13,11 +13,11 @@ import torch
 from dalle1.text.bpe import Tokenizer
 
 CAPTIONS = [
-    f"a {size} {fill} {noun} on the {place}"
+    f"a {size} {fill} {noun} on the {surface}"
     for size in ("small", "large")
     for fill in ("red", "avocado", "knitted")
     for noun in ("cube", "armchair", "teapot")
-    for place in ("table", "moon")
+    for surface in ("table", "moon")
 ]
 UNSEEN = [
     *("", "   ", "a red cube", "naïve café, 日本語 🙂!", "x\x00y", "it's 12.5% of snow_man's hat"),
@@ -80,12 +80,12 @@ def test_dropout_of_one_gives_single_bytes(tokenizer: Tokenizer) -> None:
 
 
 def test_dropout_can_be_repeated_and_keeps_the_text(tokenizer: Tokenizer) -> None:
-    def draw(seed: int) -> torch.Tensor:
+    def encode(seed: int) -> torch.Tensor:
         return tokenizer.encode(CAPTIONS, 64, dropout=0.3, rng=random.Random(seed))
 
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-    assert tokenizer.decode(draw(1)) == CAPTIONS
+    assert torch.equal(encode(1), encode(1))
+    assert not torch.equal(encode(1), encode(2))
+    assert tokenizer.decode(encode(1)) == CAPTIONS
 
 
 def test_dropout_skips_the_share_of_merges_that_it_says() -> None:

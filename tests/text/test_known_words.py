@@ -1,4 +1,4 @@
-"""The words that a model knows: what a prompt with others is told, and that it is drawn anyway."""
+"""The words that a model knows: the message for a prompt with others, which is sampled anyway."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def model() -> DallE:
 def warned(model: DallE, *prompts: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        drawn = list(model.sample(prompts, num_candidates=1))
-    assert [len(candidates) for candidates in drawn] == [1] * len(prompts), "drawn all the same"
+        results = list(model.sample(prompts, num_candidates=1))
+    assert [len(candidates) for candidates in results] == [1] * len(prompts), "sampled all the same"
     return [str(warning.message) for warning in caught]
 
 
@@ -56,11 +56,11 @@ def test_a_word_is_known_once_it_was_read_a_few_times() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["a red cube", "A Red  CUBE!", "by night: two blue cubes"])
-def test_known_words_are_drawn_in_silence(model: DallE, prompt: str) -> None:
+def test_known_words_print_no_message(model: DallE, prompt: str) -> None:
     assert warned(model, prompt) == []
 
 
-def test_each_prompt_with_an_unknown_word_is_told_once(model: DallE) -> None:
+def test_each_prompt_with_an_unknown_word_is_reported_once(model: DallE) -> None:
     [first, second] = warned(model, "a red cubs", "a hedgehog", "a red cube", "a hedgehog")
     assert first.startswith("this model does not know 'cubs' (did you mean cubes or cube?)")
     assert second.startswith("this model does not know 'hedgehog'")
@@ -70,7 +70,7 @@ def test_each_prompt_with_an_unknown_word_is_told_once(model: DallE) -> None:
 
 def test_hints_are_like_the_word_and_few() -> None:
     words = Words.of(Toybox(num_scenes=4000).caption(i) for i in range(4000))
-    assert set(words.endings) <= set(NOUNS), "what the captions are of, not how they are drawn"
+    assert set(words.endings) <= set(NOUNS), "the objects of captions, not their style"
     assert "'elefant' (did you mean elephant or elephants?)" in str(
         words.unknown_words_message("a red elefant")
     )

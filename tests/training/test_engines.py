@@ -30,7 +30,7 @@ def log_of(out: Path, field: str) -> dict[int, float]:
 
 
 def half_of(run: Path, out: Path) -> Path:
-    """Copy a run as it was when it had come half the way."""
+    """Copy a run as it was at half its steps."""
     out.mkdir()
     shutil.copytree(run / f"step-{HALF}", out / f"step-{HALF}")
     (out / "latest").symlink_to(f"step-{HALF}")
@@ -106,12 +106,12 @@ def test_bf16_weights_learn_nearly_that(runs: tuple[Path, list[str]], name: str)
 def test_every_checkpoint_is_a_model(runs: tuple[Path, list[str]], name: str) -> None:
     folder = runs[0] / name / "latest"
     kept = load_file(folder / TENSORS_NAME)
-    for kind, place in (("average", folder), ("weights", folder / "raw")):
-        for parameter, value in Transformer.load(place).named_parameters():
+    for kind, path in (("average", folder), ("weights", folder / "raw")):
+        for parameter, value in Transformer.load(path).named_parameters():
             assert torch.equal(value, kept[f"{kind}/{parameter}"]), parameter
 
 
-def test_one_process_goes_on_where_two_stopped(
+def test_one_process_resumes_where_two_stopped(
     runs: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     out = half_of(runs[0] / "zero3", tmp_path / "resumed")

@@ -1,4 +1,4 @@
-"""What comes between a training and its end is told in a line, and costs nothing that was made."""
+"""What interrupts a training is reported in a line, and no finished work is lost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_processes_that_find_different_checkpoints_are_stopped(
         Trainer(task, config_for(tmp_path)).resume()
 
 
-def test_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_a_line(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
     expected = "log.jsonl could not be written: No space left.*checkpoint is [n]one"
     with pytest.raises(ValueError, match=expected), graceful_run(config_for(tmp_path)):
@@ -66,7 +66,7 @@ def test_a_full_disk_is_told_in_a_line(tmp_path: Path) -> None:
         MemoryError(),
     ],
 )
-def test_out_of_memory_says_what_to_lower(tmp_path: Path, error: Exception) -> None:
+def test_out_of_memory_names_what_to_lower(tmp_path: Path, error: Exception) -> None:
     expected = r"out of memory.*--accumulate 2 \(32 samples at once now\).*--zero 1"
     with (
         pytest.raises(ValueError, match=expected),

@@ -1,4 +1,4 @@
-"""Progress and recorders: the log, TensorBoard and Weights & Biases are told the same."""
+"""Progress and recorders: the log, TensorBoard and Weights & Biases receive the same values."""
 
 from __future__ import annotations
 

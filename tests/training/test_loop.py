@@ -220,16 +220,16 @@ def test_a_batch_in_parts_is_the_batch(tmp_path: Path, parts: int) -> None:
 
 
 def test_parts_of_a_batch_have_noise_of_their_own(tmp_path: Path) -> None:
-    drawn = []
+    numbers = []
 
     def loss(model: nn.Module, batch: Any, step: int, generator: torch.Generator) -> SquaredError:
-        drawn.append(torch.rand(1, generator=generator).item())
+        numbers.append(torch.rand(1, generator=generator).item())
         return squared_error(model, batch, step, generator)
 
     trainer = trainer_of(fresh(), run_config(tmp_path, accumulate=2), loss)
     for step in range(2):
         update(trainer, step)
-    assert len(set(drawn)) == 4
+    assert len(set(numbers)) == 4
 
 
 def test_the_step_size_stays_at_its_end(tmp_path: Path) -> None:

@@ -256,9 +256,9 @@ def test_a_transformer_learns_in_fp16_on_a_gpu(tmp_path: Path) -> None:
     task = FunctionTask(model, lambda m, b, *_: m.loss(b["text"], b["codes"]))
     task.scaler = resblocks.prepare(model, checkpointing=True, scaling=True)
     trainer = Trainer(task, config)
-    draw = torch.Generator().manual_seed(0)
-    text = torch.randint(10, (4, 4), generator=draw).cuda()
-    codes = torch.randint(8, (4, 4, 4), generator=draw).cuda()
+    rng = torch.Generator().manual_seed(0)
+    text = torch.randint(10, (4, 4), generator=rng).cuda()
+    codes = torch.randint(8, (4, 4, 4), generator=rng).cuda()
     losses = [
         float(trainer.update(Batch(tensors={"text": text, "codes": codes}))["total"])
         for _ in range(200)

@@ -64,12 +64,12 @@ def test_a_transformer_is_trained_on_codes_of_several_sources(runs: Path) -> Non
     assert (runs / "model" / "latest" / "transformer.safetensors").is_file()
 
 
-def test_a_transformer_and_a_clip_are_trained_on_pictures(runs: Path) -> None:
+def test_a_transformer_and_a_clip_are_trained_on_images(runs: Path) -> None:
     flags = [*RUN, "--num-workers", "1", "--data", piped(runs)]
-    dvae = ["--dvae", str(runs / "dvae"), "--out", str(runs / "from-pictures")]
+    dvae = ["--dvae", str(runs / "dvae"), "--out", str(runs / "from-images")]
     train_transformer.main(["toy", *TINY_TRANSFORMER, *flags, *dvae])
     train_clip.main(["toy", *flags, "--model.image-size", "64", "--out", str(runs / "clip")])
-    for name in ("from-pictures", "clip"):
+    for name in ("from-images", "clip"):
         assert len([line for line in log_of(runs / name) if "total" in line]) == 3
 
 
