@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dalle1.clip.loading import Clip
 from dalle1.console import bar, notes, one_line_errors, parse
-from dalle1.data.cleaning import CAPTIONS, NO_CLEANING, PICTURES, captions_in, read_image
+from dalle1.data.cleaning import CAPTIONS, IMAGE_SUFFIXES, NO_CLEANING, captions_in, read_image
 from dalle1.data.skipped import LOST, BadSample, SkippedSample
 from dalle1.data.sources.indexed_shards import index_shard, missing_files, read_member
 from dalle1.data.spec import is_remote, shards_of
@@ -248,7 +248,7 @@ def prepare(clip: Clip, shard: Path, sample: Sample) -> PreparedPair | SkippedSa
         captions = [x.strip() for x in captions_in(sample.files[suffix], suffix, where)]
         if not any(captions):
             raise BadSample("no caption", "its text is empty", where)
-        content = next(sample.files[suffix] for suffix in PICTURES if suffix in sample.files)
+        content = next(sample.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.files)
         pixels = clip.preprocess([read_image(content, where, NO_CLEANING)])[0]
         return PreparedPair(pixels, [caption for caption in captions if caption])
     except BadSample as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalle1.clip.loading import Clip
 from dalle1.console import notes, one_line_errors, parse
-from dalle1.data.cleaning import NO_CLEANING, PICTURES, read_image
+from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING, read_image
 from dalle1.data.images import grid
 from dalle1.devices import pick_device
 from dalle1.storage import write_atomic
@@ -87,7 +87,7 @@ def find_images(files: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in files:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         elif path.is_file():
             found.append(path)
         else:

@@ -1,10 +1,10 @@
-"""Read a dataset through once, as a training would, and tell what is in it.
+"""Read a dataset once, as a training would, and report what it holds.
 
     dalle1 check DATA --out runs/check
 
-prints how many pairs there are, the sizes of the pictures, the lengths of the captions in tokens,
-and what is left out, by cause; and writes contact.png (some of the pairs), check.json (the numbers)
-and skipped.jsonl (each pair that is left out, and why). Exit code 1 where too much is damaged.
+prints the number of pairs, image sizes, caption lengths in tokens, and skipped pairs by cause. It
+writes contact.png (some of the pairs), check.json (the numbers) and skipped.jsonl (each skipped
+pair, and why). The exit code is 1 if too much is damaged.
 """
 
 from __future__ import annotations
@@ -37,46 +37,46 @@ from dalle1.data.spec import open_source
 from dalle1.text.bpe import Tokenizer
 
 THUMB = 128
-"""Side of a picture on the contact sheet, in pixels."""
+"""Side of an image on the contact sheet, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(CleaningConfig):
-    """What `dalle1 check` takes."""
+    """Options of `dalle1 check`."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """What is to be read, as the trainings' --data."""
+    """Dataset to read, as in the trainings' --data."""
     out: Path = Path("runs/check")
-    """Folder to write to."""
+    """Output folder."""
     captions: bool = True
-    """Expect captions; --no-captions for data of stage 1."""
+    """Whether images need captions. Use --no-captions for the data of a dVAE."""
     size: int = 1
-    """Side of a model's input: leave out pictures that are smaller, as its training would."""
+    """Side of a model's input in pixels. Smaller images are skipped, as in its training."""
     vocab: Path | None = None
-    """vocab.json that captions are measured with. None: one of 16,384 tokens is learned of them."""
+    """vocab.json that counts caption tokens. None: 16,384 tokens are learned from the captions."""
     text_len: int = 256
-    """Places for a caption and its start; how many captions are longer is told."""
+    """Text positions of a transformer. The report counts captions that do not fit."""
     limit: int | None = None
-    """Read about the first so many pairs only."""
+    """Approximate number of pairs to read, from the first on. None: all."""
     shown: int = 48
-    """Pairs on the contact sheet."""
+    """Number of pairs on the contact sheet."""
     num_workers: int = 1
-    """Processes that read pictures."""
+    """Worker processes that read images."""
 
 
 @dataclass
 class Findings:
-    """What was found in the usable pairs."""
+    """Sizes, captions and thumbnails of the usable pairs."""
 
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     shown: list[tuple[torch.Tensor, str]] = field(default_factory=list)
-    """A fair draw of thumbnails [3, THUMB, THUMB] with their captions."""
+    """A random sample of thumbnails [3, THUMB, THUMB] with their captions."""
 
 
 def check(config: CheckConfig) -> dict[str, Any]:
-    """Read `config.data` through; print, write and give what was found."""
+    """Read `config.data` through; print, write and return the report."""
     config.out.mkdir(parents=True, exist_ok=True)
     log = config.out / "skipped.jsonl"
     log.unlink(missing_ok=True)
@@ -129,7 +129,7 @@ def _prepare(config: CheckConfig, sample: Sample, rng: random.Random) -> Mapping
 
 
 def _note(found: Findings, batch: Batch, shown: int, rng: random.Random) -> None:
-    """Take in a batch; each pair so far is shown with the same chance."""
+    """Add a batch; each pair so far is shown with the same probability (reservoir sampling)."""
     found.widths += batch.tensors["width"].tolist()
     found.heights += batch.tensors["height"].tolist()
     for thumb, caption in zip(batch.tensors["thumb"], batch.texts["caption"], strict=True):
@@ -191,7 +191,7 @@ def _print(report: Mapping[str, Any], config: CheckConfig, rate: float) -> None:
 
 
 def _tile(thumb: torch.Tensor, caption: str) -> Image.Image:
-    """Put a caption under a picture; what does not fit is cut off."""
+    """Put a caption under an image; text that does not fit is cut off."""
     tile = Image.new("RGB", (THUMB, THUMB + 42), "white")
     tile.paste(Image.fromarray(thumb.permute(1, 2, 0).numpy()))
     lines = wrap(caption, 24, max_lines=3, placeholder=" …")

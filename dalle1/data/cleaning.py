@@ -1,4 +1,4 @@
-"""From a user's files to usable pictures and captions: what is taken, what is left out, and why."""
+"""Cleaning of a user's data: decode images, parse captions, and skip what does not qualify."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dalle1.data.skipped import BadSample
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 CAPTIONS = (".txt", ".json")
 
 MAX_PIXELS = 89_478_485
-"""The largest picture that is decoded: a quarter of a gigabyte, where Pillow begins to warn."""
+"""Largest image that is decoded: a quarter of a gigabyte, where Pillow begins to warn."""
 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
-"""How the files of `PICTURES` begin."""
+"""First bytes of the formats in `IMAGE_SUFFIXES`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleaningConfig:
-    """What of a user's data is taken, and how captions are cleaned. Toybox is taken as it is."""
+    """Limits on a user's images and captions, and how captions are cleaned. Toybox ignores them."""
 
     clean_captions: bool = True
-    """Mend captions that were decoded wrongly (by ftfy), resolve HTML's entities, and make all
-    white space single spaces."""
+    """Whether captions are cleaned: ftfy repairs wrong decoding, HTML entities are resolved, and
+    white space becomes single spaces."""
     min_side: int = 1
-    """Leave out pictures with a shorter side of fewer pixels; see also allow_upscale."""
+    """Minimum shorter side of an image in pixels; smaller images are skipped."""
     max_aspect: float = 2.0
-    """Leave out pictures whose longer side is more than so many times the shorter. Paper: 2."""
+    """Maximum ratio of an image's longer side to its shorter; others are skipped. Paper: 2."""
     min_caption: int = 1
-    """Leave out captions of fewer characters."""
+    """Minimum length of a caption in characters; shorter captions are skipped."""
     max_caption: int = 10_000
-    """Leave out captions of more characters."""
+    """Maximum length of a caption in characters; longer captions are skipped."""
     max_bad_fraction: float = 0.05
-    """Stop where a larger part of the last 1,000 pairs is damaged: then the data is wrong."""
+    """Maximum share of damaged pairs among the last 1,000; beyond it, the command stops."""
 
     def __post_init__(self) -> None:
         if self.max_aspect < 1:
@@ -56,29 +56,31 @@ class CleaningConfig:
 
 
 NO_CLEANING = CleaningConfig(clean_captions=False, max_aspect=float("inf"))
-"""Everything that can be read at all, for what is to be judged rather than learned from."""
+"""Accepts everything that can be read, for images that are evaluated rather than learned from."""
 
 
-def read_image(content: bytes, where: str, reading: CleaningConfig, detail: int = 0) -> Image.Image:
-    """Decode a picture to RGB.
+def read_image(
+    content: bytes, where: str, cleaning: CleaningConfig, decode_size: int = 0
+) -> Image.Image:
+    """Decode an image to RGB.
 
     Args:
-        where: what its file is called, for people.
-        detail: pixels of the shorter side that suffice. A JPEG is decoded at the least of 1/8, 1/4
-            and 1/2 of its size that has them (Pillow's draft mode); 0: at full size.
+        where: name of its file, for error messages.
+        decode_size: pixels of the shorter side that suffice. A JPEG is decoded at the least of 1/8,
+            1/4 and 1/2 of its size that has them (Pillow's draft mode); 0: at full size.
 
-    Raises: BadSample where it is damaged, or not what `reading` takes.
+    Raises: BadSample where it is damaged, or outside the limits of `cleaning`.
     """
     if not content:
-        raise BadSample("empty file", "the picture's file is empty", where)
+        raise BadSample("empty file", "the image's file is empty", where)
     try:
         image = Image.open(io.BytesIO(content))
         if image.width * image.height > MAX_PIXELS:
             why = f"{image.width} × {image.height}, more than {MAX_PIXELS / 1e6:.0f} million"
             raise BadSample("too many pixels", why, where)
-        _refuse_by_shape(image.width, image.height, where, reading)
-        if detail:
-            image.draft(None, (detail, detail))
+        _refuse_by_shape(image.width, image.height, where, cleaning)
+        if decode_size:
+            image.draft(None, (decode_size, decode_size))
         return to_rgb(image)
     except BadSample:
         raise
@@ -86,23 +88,23 @@ def read_image(content: bytes, where: str, reading: CleaningConfig, detail: int 
         raise BadSample("too many pixels", str(error), where) from error
     except UnidentifiedImageError as error:
         if not content.startswith(MAGIC):
-            raise BadSample("not a picture", f"it begins {content[:12]!r}", where) from error
-        raise BadSample("damaged picture", "its head cannot be read", where) from error
+            raise BadSample("not an image", f"it begins {content[:12]!r}", where) from error
+        raise BadSample("damaged image", "its header cannot be read", where) from error
     except Exception as error:  # a damaged file may fail in any way, down to its EXIF
-        raise BadSample("damaged picture", f"{error}", where) from error
+        raise BadSample("damaged image", f"{error}", where) from error
 
 
-def _refuse_by_shape(width: int, height: int, where: str, reading: CleaningConfig) -> None:
+def _refuse_by_shape(width: int, height: int, where: str, cleaning: CleaningConfig) -> None:
     short, long, shape = min(width, height), max(width, height), f"{width} × {height}"
-    if short < reading.min_side:
-        raise BadSample("too small", f"{shape}, and --min-side is {reading.min_side}", where)
-    if long > reading.max_aspect * short:
-        why = f"{shape}, and --max-aspect is {reading.max_aspect:g}"
+    if short < cleaning.min_side:
+        raise BadSample("too small", f"{shape}, and --min-side is {cleaning.min_side}", where)
+    if long > cleaning.max_aspect * short:
+        why = f"{shape}, and --max-aspect is {cleaning.max_aspect:g}"
         raise BadSample("too elongated", why, where)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Make any picture RGB, the right way up; transparent places become white."""
+    """Convert any image to RGB, the right way up; transparent pixels become white."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut it off at 255
         grey = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
@@ -115,7 +117,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def captions_in(content: bytes, suffix: str, where: str) -> list[str]:
-    """Give the captions in a `.txt`, one a line, or a `.json`: a string, a list, or img2dataset's.
+    """Parse the captions in a `.txt`, one a line, or a `.json`: a string, a list, or img2dataset's.
 
     Raises: BadSample where they cannot be read.
     """
@@ -128,13 +130,11 @@ def captions_in(content: bytes, suffix: str, where: str) -> list[str]:
     try:
         return as_captions(json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise BadSample(
-            "damaged captions", f"no JSON that is understood: {error}", where
-        ) from error
+        raise BadSample("damaged captions", f"its JSON cannot be used: {error}", where) from error
 
 
 def as_captions(found: Any) -> list[str]:
-    """Give the captions of a JSON value: a string, a list, or an object with caption or captions.
+    """Return the captions of a JSON value: a string, a list, or an object with caption or captions.
 
     Raises: ValueError where it is something else.
     """
@@ -148,30 +148,30 @@ def as_captions(found: Any) -> list[str]:
 
 
 def sample_caption(
-    captions: Iterable[str], where: str, reading: CleaningConfig, rng: random.Random
+    captions: Iterable[str], where: str, cleaning: CleaningConfig, rng: random.Random
 ) -> str:
-    """Clean captions of one picture, and give one of those that `reading` takes, at random.
+    """Clean captions of one image; return one within the limits of `cleaning`, at random.
 
-    Raises: BadSample where there is none.
+    Raises: BadSample where no caption qualifies.
     """
-    given = [text.strip() for text in captions]
-    given = [clean(text) for text in given] if reading.clean_captions else given
-    given = [text for text in given if text]
-    if not given:
+    texts = [text.strip() for text in captions]
+    texts = [clean(text) for text in texts] if cleaning.clean_captions else texts
+    texts = [text for text in texts if text]
+    if not texts:
         raise BadSample("no caption", "there is no text in it", where)
-    taken = [c for c in given if reading.min_caption <= len(c) <= reading.max_caption]
-    if taken:
-        return rng.choice(taken)
-    length = min(map(len, given))
-    if length < reading.min_caption:
-        why = f"{length} characters, and --min-caption is {reading.min_caption}"
+    usable = [c for c in texts if cleaning.min_caption <= len(c) <= cleaning.max_caption]
+    if usable:
+        return rng.choice(usable)
+    length = min(map(len, texts))
+    if length < cleaning.min_caption:
+        why = f"{length} characters, and --min-caption is {cleaning.min_caption}"
         raise BadSample("caption too short", why, where)
-    why = f"{length} characters, and --max-caption is {reading.max_caption}"
+    why = f"{length} characters, and --max-caption is {cleaning.max_caption}"
     raise BadSample("caption too long", why, where)
 
 
 def clean(caption: str) -> str:
-    """Mend a caption as CLIP's training does: wrongly decoded letters, entities, white space."""
+    """Repair a caption as CLIP's training does: wrong decoding, HTML entities, white space."""
     import ftfy
 
     # Twice, since much of the web is escaped twice.

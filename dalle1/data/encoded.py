@@ -1,9 +1,9 @@
-"""Pictures encoded once, so that stage 2 trains without the dVAE.
+"""Encode images once, so that stage 2 trains without the dVAE.
 
     dalle1 encode --dvae runs/dvae --data toybox:60000 --out runs/codes
 
 writes shards with `KEY.npy` (codes [crops, W, W], uint16 or uint32) and `KEY.json` (its captions),
-and `codes.json`, which says which dVAE they are of. The same command goes on after an interruption.
+and `codes.json`, which identifies their dVAE. The same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -47,38 +47,38 @@ from dalle1.image_tokenizer import (
 INDEX_NAME = "codes.json"
 
 ENTRIES_NAME = "entries.npy"
-"""Where each pair is: shard, and offset and size of its codes and of its captions; int64 [N, 5]."""
+"""Index of the pairs: shard, and offset and size of the codes and of the captions; int64 [N, 5]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(CleaningConfig):
-    """What `dalle1 encode` takes."""
+    """Options of `dalle1 encode`."""
 
     dvae: Path
-    """Folder of a trained dVAE."""
+    """Folder of the dVAE that encodes the images."""
     out: Path
-    """Folder that the shards are written to."""
+    """Output folder for the shards of codes."""
     data: str = "toybox:40000"
-    """Where pairs come from, as in the trainings; it must have an end."""
+    """Dataset to encode, as in the trainings' --data. It must be finite."""
     crops: int = 1
-    """Crops of each picture, cut at random as in the paper's Listing 2; training draws one of them.
-    1: the centre."""
+    """Number of crops per image, cut at random as in the paper's Listing 2; training chooses one at
+    random. 1: the centre."""
     image_size: int | None = None
-    """Side in pixels that pictures are brought to, a multiple of 8, if not the dVAE's own."""
+    """Side of the encoded images in pixels, a multiple of 8. None: that of the dVAE."""
     allow_upscale: bool = False
-    """Enlarge pictures that are smaller than the dVAE's input; else they are left out, counted."""
+    """Whether images smaller than the dVAE's input are enlarged; otherwise they are skipped."""
     captions: int = 8
-    """Captions kept for each picture, where it has as many; training draws one of them."""
+    """Maximum number of captions kept per image; training chooses one at random."""
     batch_size: int = 64
-    """Pictures encoded at once."""
+    """Number of images encoded at once."""
     shard_size: int = 2_000
-    """Pictures a shard."""
+    """Number of images per shard."""
     seed: int = 0
-    """Of the choice of captions and of Toybox's scenes."""
+    """Seed of the choice of captions, of random crops and of Toybox's scenes."""
     device: str = "auto"
-    """auto is cuda, else mps, else cpu."""
+    """Device that encodes: auto, cuda, mps or cpu. auto: cuda, else mps, else cpu."""
     num_workers: int = 1
-    """Processes that read pictures."""
+    """Worker processes that read images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +88,7 @@ class EncodeConfig(CleaningConfig):
 
 
 def fingerprint(dvae_dir: Path) -> str:
-    """Name a dVAE by its file's content, so that codes of another one are told apart."""
+    """Return a hash of a dVAE's file, which distinguishes its codes from another dVAE's."""
     return hashlib.sha256(image_tokenizer_file(dvae_dir).read_bytes()).hexdigest()[:16]
 
 
@@ -101,18 +101,18 @@ class CodeSample(IndexedSample):
 
 
 class CodeSource(IndexedSource):
-    """Pairs of caption and codes, read from their shards when they are asked for.
+    """Pairs of caption and codes, read from their shards on demand.
 
-    What it takes is 40 bytes a pair, mapped from `ENTRIES_NAME`: once for all processes of a
-    machine. In a folder without, or with other shards than it was made of, each makes its own.
+    A pair takes 40 bytes, memory-mapped from `ENTRIES_NAME` and shared by all processes of a
+    machine. Where that file is missing or the shards have changed, each process builds its own.
     """
 
     def __init__(self, folder: Path, split: str = "train") -> None:
         try:
             index = json.loads((folder / INDEX_NAME).read_text())
-            self.dvae, pictures = index["dvae"], index["pictures"]
+            self.dvae, images = index["dvae"], index["pictures"]
             self.grid_size: int = index["grid_size"]
-            expected = index.get("shards") or -(-pictures // index["shard_size"])
+            expected = index.get("shards") or -(-images // index["shard_size"])
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(
                 f"{folder} holds no codes: expected {INDEX_NAME} and shards, as "
@@ -122,7 +122,7 @@ class CodeSource(IndexedSource):
         if len(shards) != expected:
             raise ValueError(
                 f"{folder} holds {len(shards)} of {expected} shards: its encoding was stopped; the "
-                "same command goes on"
+                "same command resumes it"
             )
         path = folder / ENTRIES_NAME
         known = path.is_file() and index.get("bytes") == _sizes(shards)
@@ -137,14 +137,14 @@ class CodeSource(IndexedSource):
         return CodeSample(self, index, index)
 
     def captions(self, index: int) -> list[str]:
-        """Give all captions of pair `index`."""
+        """Return all captions of pair `index`."""
         return json.loads(self._read(index, 3))["captions"]
 
     def caption(self, index: int, rng: random.Random) -> str:
         return rng.choice(self.captions(index))
 
     def crops(self, index: int) -> np.ndarray:
-        """Give the codes of all crops of pair `index`: [crops, W, W]."""
+        """Return the codes of all crops of pair `index`: [crops, W, W]."""
         content = self._read(index, 1)
         begin = 10 + int.from_bytes(content[8:10], "little")
         shape, kind = _form(content[:begin])
@@ -161,7 +161,7 @@ class CodeSource(IndexedSource):
 
 @lru_cache(maxsize=8)
 def _form(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """Give shape and kind of an array by the header of its .npy, which most have in common."""
+    """Return an array's shape and dtype by its .npy header, which most arrays share."""
     file = io.BytesIO(header)
     np.lib.format.read_magic(file)
     shape, _, kind = np.lib.format.read_array_header_1_0(file)
@@ -169,7 +169,7 @@ def _form(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _entries(shards: Sequence[Path]) -> np.ndarray:
-    """Find the pairs in shards of codes, as in `ENTRIES_NAME`."""
+    """Return the index of the pairs in shards of codes, as in `ENTRIES_NAME`."""
     rows: list[tuple[int, ...]] = []
     for number, shard in enumerate(shards):
         samples, damage = index_shard(shard)
@@ -184,7 +184,7 @@ def _sizes(shards: Sequence[Path]) -> list[int]:
 
 
 def _write_entries(folder: Path) -> None:
-    """Write where all pairs are; codes.json then has what tells other shards from these."""
+    """Write the index of all pairs; codes.json then has the shards' sizes, which reveal changes."""
     shards, path = sorted(folder.glob("*.tar")), folder / INDEX_NAME
     with (folder / "entries.partial").open("wb") as file:
         np.save(file, _entries(shards))
@@ -212,7 +212,7 @@ def open_codes(
     for name, source in zip(names, sources, strict=True):
         if source.dvae != fingerprint(dvae_dir):
             raise ValueError(
-                f"the codes in {name} are of another dVAE than {dvae_dir}; encode the data anew"
+                f"the codes in {name} are of another dVAE than {dvae_dir}; encode the data again"
             )
         if source.grid_size != image_tokenizer.grid_size:
             image_size = image_tokenizer.downsampling * source.grid_size
@@ -225,12 +225,12 @@ def open_codes(
 
 
 def encode(config: EncodeConfig) -> None:
-    """Encode all of `config.data`, shard by shard; whole shards that are there are left alone."""
+    """Encode all of `config.data`, shard by shard; keep shards that are already complete."""
     device = pick_device(config.device)
     model = load_image_tokenizer(config.dvae, device, config.image_size)
     size = model.image_size
-    detail = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
-    source = _open(config, size, detail)
+    decode_size = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
+    source = _open(config, size, decode_size)
     prepare = partial(_prepare, size, config)  # no closure: spawned workers must unpickle it
     chunks = list(source.chunks(config.shard_size))
     _claim(config, model, source, len(chunks))
@@ -262,7 +262,7 @@ def _open(config: EncodeConfig, size: int, decode_size: int) -> Source:
         raise ValueError(f"data {config.data!r} is endless; add a number, such as toybox:40000")
     if source.weighted:
         raise ValueError(
-            f"data is {config.data!r}: encode each source by itself, and give the weights to the "
+            f"data is {config.data!r}: encode each source by itself, and pass the weights to the "
             "training, as in --data codes-a::2,codes-b::1"
         )
     return source
@@ -306,11 +306,11 @@ def _claim(config: EncodeConfig, model: ImageTokenizer, source: Source, shards: 
     del index["max_bad_fraction"]
     path = config.out / INDEX_NAME
     config.out.mkdir(parents=True, exist_ok=True)
-    given = json.loads(path.read_text()) if path.exists() else {}
-    if changed := ", ".join(k for k in index if given.get(k, index[k]) != index[k]):
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if changed := ", ".join(k for k in index if stored.get(k, index[k]) != index[k]):
         raise ValueError(
             f"{config.out} holds codes of another dVAE or other data or settings ({changed} "
-            "differ); give another --out"
+            "differ); use another --out"
         )
     _write_json(path, index)
 

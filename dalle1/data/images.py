@@ -1,4 +1,4 @@
-"""From Pillow's pictures to tensors and back, and the pictures that people look at."""
+"""Convert between Pillow's images and tensors; crop, resize and tile images."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from dalle1.data.skipped import BadSample
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Give an RGB picture as [3, H, W], uint8."""
-    # Band by band, since to stack a view of [H, W, 3] takes longer than to cut the picture out.
+    """Convert an RGB image to [3, H, W], uint8."""
+    # Band by band, since to stack a view of [H, W, 3] takes longer than the crop itself.
     bands = bytearray().join(band.tobytes() for band in image.split())
     return torch.frombuffer(bands, dtype=torch.uint8).view(3, image.height, image.width)
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Bring uint8 pictures to [0, 1]."""
+    """Convert uint8 images to floats in [0, 1]."""
     return images.float() / 255
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Give pictures [B, 3, H, W] in [0, 1] as Pillow's."""
+    """Convert images [B, 3, H, W] in [0, 1] to Pillow's."""
     pixels = (images.float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
 
 
 class TooSmall(BadSample):
-    """A picture is smaller than a model's input, and may not be enlarged."""
+    """An image is smaller than a model's input, and may not be enlarged."""
 
     def __init__(self, why: str) -> None:
         super().__init__("too small", why)
@@ -43,17 +43,18 @@ class TooSmall(BadSample):
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How training pictures are cut at random: a square, resized, and a crop of that.
+    """Random crops of training images: a square is cut, resized, and cropped.
 
     The defaults are those of the dVAE (paper A.2, Listing 1); see also `FOR_TRANSFORMER`.
     """
 
     band: tuple[float, float] = (0.0, 1.0)
-    """Part of the free play in which the largest square may lie; 0 is left and top."""
+    """Range of the largest square's position, as shares of its slack: 0 is left or top, 1 the other
+    end."""
     resize: tuple[float, float] = (1.125, 1.5)
-    """Sides, in crops, between which the square is brought; it is made smaller, never larger."""
+    """Range of the resized square's side, in crop sides. The square is never enlarged."""
     flip: bool = True
-    """Mirror every second one."""
+    """Whether half of the crops are mirrored."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.band[0] <= self.band[1] <= 1:
@@ -63,10 +64,10 @@ class Augmentation:
 
 
 FOR_TRANSFORMER = Augmentation(band=(3 / 8, 5 / 8), resize=(1.0, 1.125), flip=False)
-"""The paper's Listing 2: nearer to the whole picture, and not mirrored, as there may be text."""
+"""The paper's Listing 2: closer to the whole image, and not mirrored, as there may be text."""
 
 RANDOM_SQUARE = Augmentation(resize=(1.0, 1.0), flip=False)
-"""CLIP's: the largest square that fits, anywhere, and nothing else (Radford et al. 2021, §2.3)."""
+"""CLIP's crops: the largest square, anywhere, and nothing else (Radford et al. 2021, §2.3)."""
 
 
 def augmented(
@@ -78,7 +79,7 @@ def augmented(
 ) -> Image.Image:
     """Cut a square of `size` at random, as the paper's Listings 1 and 2 do at 256.
 
-    Raises: TooSmall where the picture is smaller than that, unless `allow_upscale`.
+    Raises: TooSmall where the image is smaller than that, unless `allow_upscale`.
     """
     refuse_small(image, size, allow_upscale)
     side = min(image.size)
@@ -93,9 +94,9 @@ def augmented(
 
 
 def centre_square(image: Image.Image, size: int, allow_upscale: bool = False) -> Image.Image:
-    """Bring the short side to `size` and cut the centre, as the released code evaluates.
+    """Resize the short side to `size` and crop the centre, as the released code evaluates.
 
-    Raises: TooSmall where the picture is smaller than that, unless `allow_upscale`.
+    Raises: TooSmall where the image is smaller than that, unless `allow_upscale`.
     """
     refuse_small(image, size, allow_upscale)
     scale = size / min(image.size)
@@ -107,16 +108,16 @@ def centre_square(image: Image.Image, size: int, allow_upscale: bool = False) ->
 
 
 def refuse_small(image: Image.Image, size: int, allow_upscale: bool) -> None:
-    """Raise TooSmall where a picture is smaller than `size` × `size`, unless `allow_upscale`."""
+    """Raise TooSmall where an image is smaller than `size` × `size`, unless `allow_upscale`."""
     if min(image.size) < size and not allow_upscale:
         raise TooSmall(
-            f"a picture of {image.width} × {image.height} is smaller than {size} × {size}; "
-            "--allow-upscale enlarges such ones"
+            f"an image of {image.width} × {image.height} is smaller than {size} × {size}; "
+            "--allow-upscale enlarges small images"
         )
 
 
-def _within(band: tuple[float, float], play: int, rng: random.Random) -> int:
-    first, end = int(band[0] * play), int(band[1] * (play + 1))
+def _within(band: tuple[float, float], slack: int, rng: random.Random) -> int:
+    first, end = int(band[0] * slack), int(band[1] * (slack + 1))
     return rng.randrange(first, max(first + 1, end))
 
 
@@ -135,7 +136,7 @@ def _resized(image: Image.Image, side: int) -> Image.Image:
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Lay pictures of one size out in rows, on white."""
+    """Tile images of one size in rows, on white."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))

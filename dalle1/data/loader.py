@@ -102,11 +102,11 @@ def merge_states(states: Sequence[State | None]) -> State | None:
 
 
 def prepare_sample(prepare: Prepare, sample: Any, rng: random.Random) -> Example | SkippedSample:
-    """Return the example of a sample, or why there is none."""
+    """Return the example of a sample, or why it was skipped."""
     try:
         return prepare(sample, rng)
     except BadSample as error:
-        # Only now, since to look a name up may be another reading.
+        # Only now, since looking a name up may read the file again.
         return SkippedSample.because(error, error.where or sample.name)
 
 

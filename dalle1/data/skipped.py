@@ -17,7 +17,7 @@ LOST = ("shard cut short", "unreadable shard")
 """Causes by which an unknown number of samples is lost."""
 
 DAMAGE = (
-    *("empty file", "not a picture", "damaged picture", "too many pixels", "no picture"),
+    *("empty file", "not an image", "damaged image", "too many pixels", "no image"),
     *("no caption", "caption not UTF-8", "damaged captions", "unreadable file"),
     *LOST,
 )
@@ -54,7 +54,7 @@ class SkippedSample:
 
     @classmethod
     def because(cls, error: BadSample, where: str) -> SkippedSample:
-        """Return what `error` says; `where` applies if it does not say where."""
+        """Return the skipped sample of `error`; `where` applies if the error names no file."""
         return cls(error.cause, error.where or where, error.why)
 
     def __str__(self) -> str:

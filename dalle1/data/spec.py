@@ -30,17 +30,17 @@ def open_source(data: str, split: str = "train", options: ReadOptions | None = N
             of these, separated by commas, each perhaps with a weight: `a::2,b::1`.
         split: train, validation (other scenes of Toybox, or the end of a user's data), or encode.
 
-    Raises: ValueError where there is nothing of the kind.
+    Raises: ValueError where there is no such data.
     """
     options = options or ReadOptions()
     names, weights = split_names(data)
     shards = [shards_of(name) for name in names]
-    if not any(map(_is_streamed, shards)):
+    if not any(map(_must_stream, shards)):
         return _open_indexed(names, weights, shards, split, options)
     for name, group in zip(names, shards, strict=True):
         if not group:
             raise ValueError(
-                f"{name} is no shards, and cannot be mixed with streamed ones; if it is part "
+                f"{name} is not shards, and cannot be mixed with streamed shards; if it is part "
                 "of a command or URL, put quotes around it or write its comma as %2C"
             )
     groups = shards if weights else [[url for group in shards for url in group]]
@@ -52,11 +52,11 @@ def open_indexed(
 ) -> IndexedSource:
     """Open what --data names, as `open_source` does, for reading in any order.
 
-    Raises: ValueError where it can only be read front to back, or there is nothing of the kind.
+    Raises: ValueError where it can only be read front to back, or there is no such data.
     """
     names, weights = split_names(data)
     shards = [shards_of(name) for name in names]
-    if any(map(_is_streamed, shards)):
+    if any(map(_must_stream, shards)):
         raise ValueError(f"{data} can only be read front to back; use fewer, local shards")
     return _open_indexed(names, weights, shards, split, options or ReadOptions())
 
@@ -116,7 +116,7 @@ def is_remote(name: str) -> bool:
     return bool(colon) and scheme in SCHEMES
 
 
-def _is_streamed(shards: Sequence[str]) -> bool:
+def _must_stream(shards: Sequence[str]) -> bool:
     if any(map(is_remote, shards)):
         return True
     return sum(os.path.getsize(s) for s in shards if os.path.exists(s)) > INDEXED_BYTES
@@ -128,7 +128,8 @@ def split_names(data: str) -> tuple[list[str], list[float] | None]:
     Commas within braces belong to a pattern, and those within quotes to a pipe's command:
     `pipe:cat 'a,b.tar'`. A path that exists under the whole name is one source.
 
-    Raises: ValueError where only some have a weight, one is no positive number, or a quote is open.
+    Raises: ValueError where only some have a weight, a weight is not a positive number, or a quote
+        is open.
     """
     if os.path.exists(data):
         return [data], None

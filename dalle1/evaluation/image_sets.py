@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalle1.clip import Clip
 from dalle1.data import ReadOptions, open_indexed
-from dalle1.data.cleaning import NO_CLEANING, PICTURES, read_image
+from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING, read_image
 from dalle1.data.sources.indexed import IndexedSource
 from dalle1.outputs import SCORES, drawn_in
 
@@ -57,7 +57,7 @@ def read_image_file(path: Path) -> Image.Image:
 
 def image_paths(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, in order."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def sampled_image_paths(folder: Path) -> list[Path]:

@@ -24,6 +24,14 @@ TENSORS_NAME = "training.safetensors"
 RENAMED = {"recipe": "resume_key", "place": "data_state", "scales": "scaler"}
 """Old → new names in `state.pt`."""
 
+RENAMED_COUNTS = {
+    "left out/": "skipped/",
+    "not a picture": "not an image",
+    "damaged picture": "damaged image",
+    "no picture": "no image",
+}
+"""Old → new parts of the names of counts in `state.pt`."""
+
 
 def save_checkpoint(
     out: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], keep: int = 1
@@ -100,6 +108,12 @@ def _remove_partial(out: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def _present_count(name: str) -> str:
+    for old, new in RENAMED_COUNTS.items():
+        name = name.replace(old, new)
+    return name
+
+
 def load_checkpoint(out: Path) -> dict[str, Any] | None:
     """Load the latest `state.pt` in `out`, also of earlier versions; None without any."""
     path = out / "latest" / STATE_NAME
@@ -113,5 +127,5 @@ def load_checkpoint(out: Path) -> dict[str, Any] | None:
         ) from error
     state = {RENAMED.get(name, name): value for name, value in state.items()}
     counts = state.get("counts", {})
-    state["counts"] = {k.replace("left out/", "skipped/"): v for k, v in counts.items()}
+    state["counts"] = {_present_count(name): count for name, count in counts.items()}
     return state

@@ -165,7 +165,7 @@ def test_filtering_keeps_what_is_similar_enough(
     message = capsys.readouterr().out
     assert (
         f"kept {len(kept)} of 8 pairs; {6 - len(kept)} are below the threshold, 2 were skipped: "
-        "1 not a picture, 1 no caption" in message
+        "1 not an image, 1 no caption" in message
     )
     counts = np.array([line.split()[3:5] for line in message.splitlines()[1:-1]], int)
     assert counts.sum(0).tolist() == [6, len(kept)]
@@ -254,7 +254,7 @@ def test_every_pair_that_a_training_reads_is_filtered(folder: Path, tmp_path: Pa
     rest = {k.lower(): x for k, x in files.items() if not k.endswith(".json") and k != "4"}
     assert found == rest
     skipped = [json.loads(x) for x in (out / "00000_skipped.jsonl").read_text().splitlines()]
-    assert [(x["cause"], x["where"][:2]) for x in skipped] == [("no picture", "4 ")]
+    assert [(x["cause"], x["where"][:2]) for x in skipped] == [("no image", "4 ")]
 
 
 def test_damaged_shards_are_skipped_and_named(

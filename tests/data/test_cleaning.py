@@ -72,8 +72,8 @@ def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> 
     causes = [(pair.cause, pair.where.rpartition("/")[2]) for pair in source.skipped]
     assert causes == [
         ("caption not UTF-8", "captions.csv:3"),
-        ("no picture", "gone.png"),
-        ("no picture", "captions.csv:5"),
+        ("no image", "gone.png"),
+        ("no image", "captions.csv:5"),
     ]
     assert len(Folder(tmp_path, options=ReadOptions(captions=False))) == 3
     (tmp_path / "captions.csv").rename(tmp_path / "captions.jsonl")

@@ -39,16 +39,16 @@ CUT = range(9)
 
 WAYS: dict[str, tuple[int, str]] = {
     "empty picture": (9, "empty file"),
-    "half a JPEG": (9, "damaged picture"),
-    "half a PNG": (9, "damaged picture"),
-    "a page of HTML": (8, "not a picture"),
+    "half a JPEG": (9, "damaged image"),
+    "half a PNG": (9, "damaged image"),
+    "a page of HTML": (8, "not an image"),
     "a bomb": (8, "too many pixels"),
     "a line": (8, "too elongated"),
     "a dot": (8, "too small"),
     "no caption": (8, "no caption"),
     "an empty caption": (8, "no caption"),
     "Latin-1": (8, "caption not UTF-8"),
-    "no picture": (8, "no picture"),
+    "no picture": (8, "no image"),
 }
 """Ways to be damaged, how many samples are so, and the cause to be found; the twelfth is `CUT`."""
 
@@ -166,7 +166,7 @@ def test_a_training_stops_and_says_why(shards: Path) -> None:
             batch_size=10,
             stats=SkipStats(0.05, report=lambda _: None),
         )
-        with pytest.raises(ValueError, match=r"are damaged, .* × damaged picture, "):
+        with pytest.raises(ValueError, match=r"are damaged, .* × damaged image, "):
             deque(stream)
 
 

@@ -131,7 +131,7 @@ def test_codes_of_another_dvae_or_other_data_are_refused(
     config, model = encoded
     save_dvae(tmp_path / "other", seed=1)
     assert fingerprint(tmp_path / "other") != fingerprint(config.dvae)
-    with pytest.raises(ValueError, match=r"of another dVAE than .*other; encode the data anew"):
+    with pytest.raises(ValueError, match=r"of another dVAE than .*other; encode the data again"):
         open_codes(str(config.out), "train", tmp_path / "other", model)
     for change in ({"dvae": tmp_path / "other"}, {"data": "toybox:11"}, {"seed": 1}):
         with pytest.raises(ValueError, match="holds codes of another dVAE or other data"):

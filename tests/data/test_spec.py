@@ -21,7 +21,7 @@ from torch import Tensor
 from dalle1.commands.toybox import main as write_toybox
 from dalle1.data import ReadOptions, open_source
 from dalle1.data.check import main as check
-from dalle1.data.cleaning import PICTURES, to_rgb
+from dalle1.data.cleaning import IMAGE_SUFFIXES, to_rgb
 from dalle1.data.skipped import BadSample
 from dalle1.data.sources.base import ENDLESS
 from dalle1.data.sources.folder import Folder
@@ -160,9 +160,9 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
     bomb = b"GIF89a\xff\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\xff\xff\xff\xff\x00\x02\x00"
     for content, cause in (
         (b"", "empty file"),
-        (b"not an image", "not a picture"),
-        (whole[: len(whole) // 2], "damaged picture"),
-        (whole[:20], "damaged picture"),
+        (b"not an image", "not an image"),
+        (whole[: len(whole) // 2], "damaged image"),
+        (whole[:20], "damaged image"),
         (bomb, "too many pixels"),
     ):
         (tmp_path / "bad.png").write_bytes(content)
@@ -173,10 +173,10 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
 
 
 def test_folders_without_pairs_say_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no pairs in .* 0 pictures .*expected name\.jpg"):
+    with pytest.raises(ValueError, match=r"no pairs in .* 0 images, .*expected name\.jpg"):
         open_source(str(tmp_path))
     Image.new("RGB", (1, 1)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"1 pictures there, none with a caption"):
+    with pytest.raises(ValueError, match=r"1 images, all without a caption"):
         open_source(str(tmp_path))
 
 
@@ -323,4 +323,4 @@ def test_shards_of_a_pattern_that_are_not_there_are_named(
 
 
 def test_every_suffix_is_one_that_pillow_reads() -> None:
-    assert set(PICTURES) <= set(Image.registered_extensions())
+    assert set(IMAGE_SUFFIXES) <= set(Image.registered_extensions())

@@ -32,7 +32,7 @@ from dalle1.data.skipped import ShardLosses, ShardRead, SkipStats
 from dalle1.data.sources import streaming_loader, streaming_shards
 from dalle1.data.sources.indexed_shards import index_shard
 from dalle1.data.sources.streaming_loader import read_endless, shards_of_reader, split_readers
-from dalle1.data.sources.streaming_shards import StreamedSample, StreamingShards, open_shard
+from dalle1.data.sources.streaming_shards import StreamingSample, StreamingShards, open_shard
 from dalle1.training.config import TrainConfig
 from dalle1.training.loop import fit, train_loader
 
@@ -106,7 +106,7 @@ def test_every_shard_has_one_reader(shards: Path, world_size: int, workers: int)
         readers = split_readers(source, share, None)
         for reader in readers.cursors:
             stream = (found for found, _ in read_endless(source, reader, readers.count, 0))
-            samples = (found for found in stream if isinstance(found, StreamedSample))
+            samples = (found for found in stream if isinstance(found, StreamingSample))
             mine = shards_of_reader(6, reader, readers.count, "0/0/0")
             count = sum(10 + shard for shard in mine)
             owners += [int(sample.caption(random.Random())) for sample in islice(samples, count)]
@@ -272,7 +272,7 @@ def test_a_reader_may_find_nothing_in_an_epoch(shards: Path) -> None:
     source = piped(shards, "{00001..00006}")
     for reader in range(6):
         stream = (found for found, _ in read_endless(source, reader, 6, 0))
-        assert len([*islice((f for f in stream if isinstance(f, StreamedSample)), 100)]) == 100
+        assert len([*islice((f for f in stream if isinstance(f, StreamingSample)), 100)]) == 100
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_some_of_the_last_shard_is_kept_to_validate_on(
     assert sorted(kept) == [i for i in range(90) if i not in held]
     assert first_captions(train, 3) == ["0", "1", "2"]
     unread = next(iter(train.captions_only().once()))
-    assert isinstance(unread, StreamedSample)
+    assert isinstance(unread, StreamingSample)
     assert (unread.files[".png"], unread.caption(random.Random())) == (b"", "0")
     opened: list[str] = []
 
@@ -395,5 +395,5 @@ def test_s3_goes_through_the_aws_command(
 
 
 def test_streams_are_mixed_with_shards_only(shards: Path) -> None:
-    with pytest.raises(ValueError, match="toybox is no shards, and cannot be mixed"):
+    with pytest.raises(ValueError, match="toybox is not shards, and cannot be mixed"):
         open_source(f"toybox::1,pipe:cat {shards}/00000.tar::1")

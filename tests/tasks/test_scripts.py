@@ -412,5 +412,5 @@ def test_damaged_data_ends_a_training_and_its_workers(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert last.startswith("error: ")
     assert "are damaged, more than --max-bad-fraction 0.05 allows" in last
-    assert "× not a" in last
-    assert f"Skipping {data / 'bad.png'} (not a" in done.stdout.decode()
+    assert "× not an image" in last
+    assert f"Skipping {data / 'bad.png'} (not an image" in done.stdout.decode()

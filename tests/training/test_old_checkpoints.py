@@ -61,7 +61,7 @@ def write_as_before(out: Path) -> None:
     key = {k: v for k, v in state.pop("resume_key").items() if not k.startswith("augmentation.")}
     state["recipe"] = {**key, "augmentation": str(Augmentation())}
     state["place"] = state.pop("data_state")
-    state["counts"] = {"left out/too small": 3}
+    state["counts"] = {"left out/too small": 3, "left out/not a picture": 2}
     torch.save(state, path)
 
 
@@ -72,6 +72,7 @@ def test_an_old_checkpoint_is_resumed_to_the_last_digit(tmp_path: Path) -> None:
     assert train(tmp_path / "parts", 4) == whole
     last = (tmp_path / "parts/log.jsonl").read_text().splitlines()[-2]
     assert json.loads(last)["skipped/too small"] == 3
+    assert json.loads(last)["skipped/not an image"] == 2
     one, other = (tmp_path / run / "latest/training.safetensors" for run in ("whole", "parts"))
     assert one.read_bytes() == other.read_bytes()
     shutil.rmtree(tmp_path / "parts")

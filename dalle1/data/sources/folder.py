@@ -1,4 +1,4 @@
-"""A folder of pictures: captions beside them, or all in one captions.csv or captions.jsonl."""
+"""A folder of images: captions beside them, or all in one captions.csv or captions.jsonl."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from dalle1.data.cleaning import (
     CAPTIONS,
-    PICTURES,
+    IMAGE_SUFFIXES,
     as_captions,
     captions_in,
     read_image,
@@ -28,13 +28,13 @@ CAPTION_KEYS = ("caption", "captions", "text")
 
 
 class Folder(IndexedSource):
-    """Pictures with `name.txt` (one caption a line) or `name.json` beside `name.jpg`.
+    """Images with `name.txt` (one caption a line) or `name.json` beside `name.jpg`.
 
     Where there is a captions.csv (columns file and caption) or captions.jsonl (objects with file
-    and caption, a string or a list), it names the pictures instead; a file may come several times.
+    and caption, a string or a list), it names the images instead; a file may come several times.
 
     Attributes:
-        skipped: pictures without captions, and captions without pictures.
+        skipped: images without captions, and captions without images.
     """
 
     def __init__(
@@ -51,27 +51,27 @@ class Folder(IndexedSource):
             found = self._read_list(lists[0])
         else:
             found = self._look_around(path)
-        self.pictures = split_indices(found, split)
-        if not self.pictures:
+        self.files = split_indices(found, split)
+        if not self.files:
             count = len(self.skipped)
             raise ValueError(
-                f"no pairs in {path}: {count} pictures there, none with a caption; expected "
+                f"no pairs in {path}: {count} images, all without a caption; expected "
                 "name.jpg (png, webp, gif) beside name.txt, or a captions.csv or captions.jsonl"
                 if self.options.captions
-                else f"no pictures in {path}; expected .jpg, .png, .webp or .gif files"
+                else f"no images in {path}; expected .jpg, .png, .webp or .gif files"
             )
 
     def _look_around(self, path: Path) -> list[Path]:
-        pictures = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not self.options.captions:
-            return pictures
+            return images
         paired = []
-        for picture in pictures:
-            if caption_file(picture):
-                paired.append(picture)
+        for image in images:
+            if caption_file(image):
+                paired.append(image)
             else:
                 why = "there is no .txt or .json beside it"
-                self.skipped.append(SkippedSample("no caption", str(picture), why))
+                self.skipped.append(SkippedSample("no caption", str(image), why))
         return paired
 
     def _read_list(self, path: Path) -> list[Path]:
@@ -80,34 +80,34 @@ class Folder(IndexedSource):
             if isinstance(row, BadSample):
                 self.skipped.append(SkippedSample.because(row, where))
                 continue
-            picture = path.parent / row[0]
-            if picture in self.listed:
-                self.listed[picture] += row[1]
-            elif picture.is_file():
-                self.listed[picture] = list(row[1])
+            image = path.parent / row[0]
+            if image in self.listed:
+                self.listed[image] += row[1]
+            elif image.is_file():
+                self.listed[image] = list(row[1])
             else:
-                why = f"{where} names it, and it is not there"
-                self.skipped.append(SkippedSample("no picture", str(picture), why))
+                why = f"{where} names it, but the file does not exist"
+                self.skipped.append(SkippedSample("no image", str(image), why))
         return list(self.listed)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.files)
 
     def name(self, index: int) -> str:
-        return str(self.pictures[index])
+        return str(self.files[index])
 
     def caption(self, index: int, rng: random.Random) -> str:
-        picture = self.pictures[index]
-        if picture in self.listed:
-            return sample_caption(self.listed[picture], str(picture), self.options.cleaning, rng)
-        path = caption_file(picture)
+        image = self.files[index]
+        if image in self.listed:
+            return sample_caption(self.listed[image], str(image), self.options.cleaning, rng)
+        path = caption_file(image)
         if path is None:
-            raise BadSample("no caption", "its caption is gone", str(picture))
+            raise BadSample("no caption", "its caption is gone", str(image))
         captions = captions_in(_content(path), path.suffix, str(path))
         return sample_caption(captions, str(path), self.options.cleaning, rng)
 
     def image(self, index: int) -> Image.Image:
-        path = self.pictures[index]
+        path = self.files[index]
         return read_image(
             _content(path), str(path), self.options.cleaning, self.options.decode_size
         )
@@ -120,19 +120,19 @@ def _content(path: Path) -> bytes:
         raise BadSample("unreadable file", f"{error}", str(path)) from error
 
 
-def caption_file(picture: Path) -> Path | None:
-    """Find the captions beside a picture."""
-    beside = (picture.with_suffix(suffix) for suffix in CAPTIONS)
+def caption_file(image: Path) -> Path | None:
+    """Return the file of captions beside an image, if any."""
+    beside = (image.with_suffix(suffix) for suffix in CAPTIONS)
     return next((path for path in beside if path.is_file()), None)
 
 
 Row = tuple[str, list[str]]
-"""A picture's file and its captions."""
+"""An image's file and its captions."""
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row | BadSample]]:
-    """Yield where each row is, and what it says."""
-    # What is no UTF-8 becomes surrogates, so that one bad row does not cost the others.
+    """Yield the position and the content of each row."""
+    # Bytes that are not UTF-8 become surrogates, so that one bad row does not cost the others.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = csv.DictReader(file)
         columns = lines.fieldnames or []
@@ -170,11 +170,11 @@ def _object_row(line: str) -> Row | BadSample:
 
 def _row(name: object, text: object) -> Row | BadSample:
     if not isinstance(name, str) or not name:
-        return BadSample("no picture", "it names no file")
+        return BadSample("no image", "it names no file")
     try:
         captions = as_captions(text or [])
     except ValueError as error:
         return BadSample("damaged captions", f"{error}", name)
     if any("\udc80" <= letter <= "\udcff" for caption in [name, *captions] for letter in caption):
-        return BadSample("caption not UTF-8", "it holds bytes that are no UTF-8")
+        return BadSample("caption not UTF-8", "it holds bytes that are not UTF-8")
     return name, captions

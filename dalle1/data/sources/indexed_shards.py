@@ -1,4 +1,4 @@
-"""Local WebDataset shards, read at random through an index that is made of each on opening it."""
+"""Local WebDataset shards, read in random order through an index that is built on opening."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle1.data.cleaning import (
     CAPTIONS,
-    PICTURES,
+    IMAGE_SUFFIXES,
     captions_in,
     read_image,
     sample_caption,
@@ -33,7 +33,7 @@ class IndexedShards(IndexedSource):
     A pair takes 48 bytes of memory, whatever its key.
 
     Attributes:
-        skipped: samples without picture or caption, and shards that end too early.
+        skipped: samples without an image or caption, and shards that end too early.
         shards_read: each shard, with how much of it could be read.
 
     Raises: ValueError where there is no pair, or too many shards are damaged.
@@ -59,7 +59,7 @@ class IndexedShards(IndexedSource):
             )
         losses = ShardLosses(self.options.cleaning.max_bad_fraction)
         losses.add(sorted(self.shards_read, key=lambda shard: not shard.complete), len(shards))
-        # Shard, picture's span, caption's span, caption's suffix: as numbers, forked workers
+        # Shard, image's span, caption's span, caption's suffix: as numbers, forked workers
         # share them.
         table = np.array(rows, dtype=np.int64)
         kept = split_indices(range(len(rows)), split)
@@ -73,11 +73,11 @@ class IndexedShards(IndexedSource):
         for i, (key, files) in enumerate(samples.items()):
             lacking = missing_files(files, self.options.captions)
             if lacking is None:
-                picture = next(files[suffix] for suffix in PICTURES if suffix in files)
+                image = next(files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files)
                 suffix = next((s for s in CAPTIONS if s in files), "")
                 kind = CAPTIONS.index(suffix) if suffix else -1
                 kept += 1
-                yield (number, *picture, *files.get(suffix, (0, 0)), kind)
+                yield (number, *image, *files.get(suffix, (0, 0)), kind)
             elif not (damage and i == len(samples) - 1):  # else it is what was cut off
                 self.skipped.append(SkippedSample.because(lacking, f"{key} in {shard}"))
         met = kept + len(self.skipped) - before
@@ -115,7 +115,7 @@ class IndexedShards(IndexedSource):
 
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
-        """Name the pair in errors alone, since to look its name up is another reading."""
+        """Name the pair in errors only, since looking its name up reads the shard again."""
         try:
             yield
         except BadSample as error:
@@ -124,16 +124,16 @@ class IndexedShards(IndexedSource):
 
 def missing_files(files: Mapping[str, Any], captions: bool) -> BadSample | None:
     """Return what a sample lacks, by the suffixes of its files; None where it is complete."""
-    given = ", ".join(files)
-    if not any(suffix in files for suffix in PICTURES):
-        return BadSample("no picture", f"there is only {given}")
+    present = ", ".join(files)
+    if not any(suffix in files for suffix in IMAGE_SUFFIXES):
+        return BadSample("no image", f"its only files are {present}")
     if captions and not any(suffix in files for suffix in CAPTIONS):
-        return BadSample("no caption", f"there is only {given}")
+        return BadSample("no caption", f"its only files are {present}")
     return None
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header; what `tarfile` would take for the end, and is none, is an error."""
+    """A member's header; an invalid one is an error, where `tarfile` would take it for the end."""
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
@@ -183,7 +183,3 @@ def read_member(shard: Path, span: Span) -> bytes:
     with shard.open("rb") as file:
         file.seek(span[0])
         return file.read(span[1])
-
-
-def _told(left_out: SkippedSample) -> str:
-    return f"{left_out.where} ({left_out.cause}: {left_out.why})"

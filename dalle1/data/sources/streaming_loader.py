@@ -214,7 +214,7 @@ class _GroupReader:
         shards = len(self.group)
         empty = 0  # shards in a row, about: a reader may have few, and others the good ones
         while True:
-            used, last = False, SkippedSample("no picture", self.group[0], "the shards are empty")
+            used, last = False, SkippedSample("no image", self.group[0], "the shards are empty")
             for start, samples, others in self._blocks(epoch, first, offset):
                 # Where only part of a block is left, the others were reported before the rest.
                 for other in others if done == 0 else ():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dalle1.data.cleaning import (
     CAPTIONS,
-    PICTURES,
+    IMAGE_SUFFIXES,
     captions_in,
     read_image,
     sample_caption,
@@ -31,7 +31,7 @@ SCHEMES = ("pipe", "http", "https", "s3", "gs", "hf", "file")
 
 
 @dataclass(frozen=True)
-class StreamedSample:
+class StreamingSample:
     """One sample of a stream: the bytes of its files, by suffix."""
 
     files: Mapping[str, bytes]
@@ -50,11 +50,11 @@ class StreamedSample:
         return sample_caption(captions, self.name, self.options.cleaning, rng)
 
     def image(self) -> Image.Image:
-        content = next(self.files[suffix] for suffix in PICTURES if suffix in self.files)
+        content = next(self.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.files)
         return read_image(content, self.name, self.options.cleaning, self.options.decode_size)
 
 
-Found = StreamedSample | SkippedSample | ShardRead
+Found = StreamingSample | SkippedSample | ShardRead
 """What reading a shard yields: samples, what is skipped, and at its end what was read of it."""
 
 
@@ -69,7 +69,7 @@ class StreamingShards:
     """
 
     size = None
-    """Only reading everything would tell the number of samples."""
+    """Unknown: only reading everything would reveal the number of samples."""
     skipped: Sequence[SkippedSample] = ()
     shards_read: Sequence[ShardRead] = ()
 
@@ -117,7 +117,7 @@ class StreamingShards:
             if lacking:
                 yield number, SkippedSample.because(lacking, f"{key} in {url}" if key else url)
             else:
-                yield number, StreamedSample(files, f"{key} in {url}", number, self.options)
+                yield number, StreamingSample(files, f"{key} in {url}", number, self.options)
         if end >= first:
             yield end, ShardRead(url, end, complete)
 
@@ -135,7 +135,7 @@ class StreamingShards:
                         yield key, files, missing_files(files, self.options.captions)
                         files = {}
                     key = found
-                    wanted = self.images or suffix not in PICTURES
+                    wanted = self.images or suffix not in IMAGE_SUFFIXES
                     content = tar.extractfile(member) if wanted else None
                     files[suffix] = content.read() if content else b""
                     tar.members = []  # type: ignore[attr-defined]  # it would keep them all
@@ -150,7 +150,7 @@ class StreamingShards:
         if damage:
             yield "", {}, damage
 
-    def once(self) -> Iterator[StreamedSample | SkippedSample]:
+    def once(self) -> Iterator[StreamingSample | SkippedSample]:
         """Yield every sample of the split once, in the order of the shards."""
         if self.split == "validation":
             yield from self._held_out()
@@ -158,7 +158,7 @@ class StreamingShards:
             for url in chain.from_iterable(self.groups):
                 yield from self._in(url)
 
-    def _held_out(self) -> Iterator[StreamedSample | SkippedSample]:
+    def _held_out(self) -> Iterator[StreamingSample | SkippedSample]:
         """Yield the samples to validate on: of the groups' last shards."""
         for group in self.groups:
             empty = True
@@ -169,7 +169,7 @@ class StreamingShards:
                 whole = StreamingShards([group], None, "encode", self.options)
                 yield from whole._in(group[-1])
 
-    def _in(self, url: str) -> Iterator[StreamedSample | SkippedSample]:
+    def _in(self, url: str) -> Iterator[StreamingSample | SkippedSample]:
         return (x for _, x in self.read_shard(url) if not isinstance(x, ShardRead))
 
 
