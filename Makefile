@@ -21,7 +21,7 @@ sample: .venv/runtime.stamp ## Sample images for PROMPT="an avocado armchair"; A
 	$(PY) sample.py "$$PROMPT" $(ARGS)
 
 test: .venv/dev.stamp ## Run the tests; ARGS="tests/test_cli.py -x" runs some of them
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: .venv/dev.stamp ## Check style, formatting and types
 	$(PY) -m ruff check .

@@ -129,8 +129,10 @@ def test_plans_that_cannot_be_are_refused() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("how", [[], ["--checkpointing", "--precision", "fp32"]])
+@pytest.mark.parametrize("how", [[], ["--checkpointing"]])
 def test_a_training_takes_what_was_planned(how: list[str]) -> None:
     command = [sys.executable, "benchmarks/memory.py", "training", "--batch-size", "2", *how]
+    # A CPU without bf16 instructions is many times slower in bf16.
+    command += ["--precision", "fp32"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert float(said.split()[-1]) == pytest.approx(1, abs=0.15), said

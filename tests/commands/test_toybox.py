@@ -70,7 +70,7 @@ def test_writing_resumes_after_the_last_complete_shard(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_workers_end_with_the_first_process(number: int, code: int, tmp_path: Path) -> None:
     words = ["--out", str(tmp_path), "--num-scenes", "4000", "--size", "32", "--processes", "2"]
-    command = [sys.executable, "-m", "dalle1.commands.toybox", *words]
+    command = [sys.executable, "-m", "dalle1", "toybox", *words]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as first:
         while first.poll() is None and len(list(tmp_path.glob("*.partial"))) < 2:
