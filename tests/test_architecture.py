@@ -209,7 +209,7 @@ def check_deepspeed_has_one_door(root: Path) -> list[str]:
 
 
 def check_names(root: Path) -> list[str]:
-    """Names say what is inside."""
+    """Names describe their content."""
     return [
         f"{path.relative_to(root)}: name it after what is inside"
         for path in source_paths(root)

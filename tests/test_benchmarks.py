@@ -60,9 +60,9 @@ def test_reranking_resumes_and_refuses_results_of_other_settings(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         rerank.main([*command, "--clip", "another"])
-    said = capsys.readouterr().err
-    assert "holds results of other settings (clip differ)" in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "holds results of other settings (clip differ)" in printed
+    assert printed.count("\n") == 1
     (tmp_path / "classifier").write_bytes(b"another")
     monkeypatch.setattr(rerank, "CLASSIFIER", tmp_path / "classifier")
     with pytest.raises(SystemExit):

@@ -154,7 +154,7 @@ def test_processes_share_the_candidates(plain: DallE) -> None:
     assert list(plain.sample([PROMPT, "a cube"], num_candidates=2, share=(2, 3))) == [[], []]
 
 
-def test_without_memory_the_batches_are_halved() -> None:
+def test_out_of_memory_halves_the_batch() -> None:
     asked: list[int] = []
 
     def anything(prompts: int, candidates: int) -> bool:
@@ -235,7 +235,7 @@ def test_what_is_white_in_a_mask_is_sampled_again(plain: DallE) -> None:
 
 
 def test_a_thin_line_on_a_large_mask_is_not_lost(plain: DallE) -> None:
-    large = photo().resize((600, 512))  # its middle square begins at 44; a code is 128 wide
+    large = photo().resize((600, 512))  # its middle square starts at 44; a code is 128 wide
     mask = Image.new("RGBA", (600, 512))  # transparent: nothing painted
     mask.paste("white", (44 + 130, 5, 44 + 131, 200))
     free = plain.encode_known(large, mask=mask).view(4, 4) == UNKNOWN
@@ -267,7 +267,7 @@ def test_likelihood_orders_by_what_the_caption_explains(plain: DallE) -> None:
     assert len(set(saved)) == 4
 
 
-def test_rerankers_that_are_not_there_are_refused(plain: DallE, ranked: DallE) -> None:
+def test_missing_rerankers_are_refused(plain: DallE, ranked: DallE) -> None:
     with pytest.raises(ValueError, match="this model has no CLIP to rerank with"):
         plain.candidates(PROMPT, rerank="clip")
     with pytest.raises(ValueError, match="rerank is 'taste', expected clip or likelihood or none"):
@@ -338,7 +338,7 @@ def test_the_clip_computes_in_the_samplers_precision(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dvae.safetensors", "transformer.safetensors", "vocab.json"])
 @pytest.mark.parametrize("how", ["missing", "empty", "cut", "garbage"])
-def test_a_folder_in_disorder_is_named(plain: DallE, tmp_path: Path, name: str, how: str) -> None:
+def test_an_inconsistent_folder_is_named(plain: DallE, tmp_path: Path, name: str, how: str) -> None:
     plain.save_pretrained(tmp_path)
     file = tmp_path / name
     content = file.read_bytes()

@@ -122,7 +122,7 @@ def test_presets_are_planned_as_they_train() -> None:
     assert found.zero == 0
 
 
-def test_plans_that_cannot_be_are_refused() -> None:
+def test_impossible_plans_are_refused() -> None:
     for changes in ({"gpus": 3}, {"utilisation": 1.5}, {"offload": "cpu"}, {"steps": 0}):
         with pytest.raises(ValueError, match=r"expected|need"):
             replace(PLAN, **changes)
@@ -130,9 +130,9 @@ def test_plans_that_cannot_be_are_refused() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("how", [[], ["--checkpointing"]])
-def test_a_training_takes_what_was_planned(how: list[str]) -> None:
+def test_a_training_needs_the_planned_memory(how: list[str]) -> None:
     command = [sys.executable, "benchmarks/memory.py", "training", "--batch-size", "2", *how]
     # A CPU without bf16 instructions is many times slower in bf16.
     command += ["--precision", "fp32"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert float(said.split()[-1]) == pytest.approx(1, abs=0.15), said
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert float(printed.split()[-1]) == pytest.approx(1, abs=0.15), printed

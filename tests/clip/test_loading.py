@@ -257,7 +257,7 @@ def test_an_image_that_is_not_square_is_cropped(clip: Clip) -> None:
     torch.testing.assert_close(clip.preprocess([wide]), expected)
 
 
-def test_squares_give_the_features_that_they_gave_when_all_were_squashed() -> None:
+def test_square_images_keep_their_features() -> None:
     clip = Clip.from_pretrained("bundled")
     squares = [Image.effect_noise((side, side), 90).convert("RGB") for side in (128, 77, 200, 1)]
     squashed = copy.deepcopy(clip.processor)

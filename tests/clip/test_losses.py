@@ -91,7 +91,7 @@ def test_repeating_the_batch_adds_the_choice_between_copies() -> None:
     assert (twice - once).item() == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_repeating_the_batch_makes_the_sigmoid_deny_each_copy() -> None:
+def test_the_sigmoid_counts_each_copy_of_a_repeated_batch_as_a_negative() -> None:
     # A pair's own question counts once, that of its copy is answered wrong, every other one twice.
     images, texts = unit(5), unit(5, seed=1)
     once, own = sigmoid(images, texts, 5.0).total, 5.0 * (images * texts).sum(1) - 2.0
@@ -107,7 +107,7 @@ def test_alignment_costs_little_and_its_opposite_a_lot(loss: Loss) -> None:
     well, badly = (loss(right, x, 100.0).total for x in (right, right.roll(1, 0)))
     assert 0 <= well < 2
     assert badly > well + 80
-    # Where nothing tells pairs apart, InfoNCE is the log of the choices.
+    # Where all pairs are alike, InfoNCE is the log of the choices.
     same = contrastive_loss(right, unit(1).expand(8, 8), 0.0).total
     assert same.item() == pytest.approx(math.log(8))
 
@@ -212,7 +212,7 @@ def test_the_scale_stops_at_100_and_can_come_back(start: float, wanted: str, sig
     assert log_scale.grad.sign() == sign  # a step goes against it
 
 
-def test_the_sigmoid_begins_where_its_paper_does() -> None:
+def test_the_sigmoid_is_initialised_as_in_its_paper() -> None:
     model = Towers()
     prepare_for(model, "infonce")
     assert not hasattr(model, "logit_bias")

@@ -121,7 +121,7 @@ def test_the_resnet_is_what_the_paper_describes(resnet: ModifiedResNet) -> None:
         torch.testing.assert_close(resnet(images), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_fresh_resnet_begins_as_its_shortcuts() -> None:
+def test_a_new_resnet_equals_its_shortcuts() -> None:
     model = ModifiedResNet((1, 1, 1, 1), image_size=32, width=8, heads=4, embed_dim=8)
     block = model.layer1[0].train()
     x = torch.rand(4, 8, 8, 8)

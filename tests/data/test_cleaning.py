@@ -274,20 +274,20 @@ def skip(cause: str, where: str = "a") -> SkippedSample:
     return SkippedSample(cause, where, "why")
 
 
-def test_statistics_name_each_once_and_the_first_of_each_cause(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_skipped_samples_are_recorded_once_and_printed_once_per_cause(tmp_path: Path) -> None:
+    printed: list[str] = []
     file = tmp_path / "run" / "skipped.jsonl"
-    stats = SkipStats(1.0, file, said.append)
+    stats = SkipStats(1.0, file, printed.append)
     stats.add(10, [skip("too small", "a"), skip("no caption", "b")])
     stats.add(10, [skip("too small", "a"), skip("too small", "c")])
     assert str(stats) == "3 × too small, 1 × no caption"
-    assert [line.split(";")[0] for line in said] == [
+    assert [line.split(";")[0] for line in printed] == [
         "Skipping a (too small: why)",
         "Skipping b (no caption: why)",
     ]
     with file.open("a") as broken:
         broken.write('{"cau\n')
-    SkipStats(1.0, file, said.append).add(1, [skip("too small", "c"), skip("too small", "é")])
+    SkipStats(1.0, file, printed.append).add(1, [skip("too small", "c"), skip("too small", "é")])
     lines = file.read_text().splitlines()
     assert [json.loads(line)["where"] for line in lines if line.endswith("}")] == list("abcé")
 

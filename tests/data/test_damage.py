@@ -141,7 +141,9 @@ def data_of(shards: Path, how: str) -> str:
 
 
 @pytest.mark.parametrize("how", ["indexed", "streaming"])
-def test_900_of_1000_are_used_and_none_is_hidden(shards: Path, how: str, tmp_path: Path) -> None:
+def test_900_of_1000_are_used_and_all_others_are_recorded(
+    shards: Path, how: str, tmp_path: Path
+) -> None:
     assert CAUSES.total() == 100
     source = open_source(data_of(shards, how), "encode")
     stats = SkipStats(1.0, tmp_path / "skipped.jsonl", report=lambda _: None)
@@ -158,7 +160,7 @@ def test_900_of_1000_are_used_and_none_is_hidden(shards: Path, how: str, tmp_pat
     assert len({pair["where"] for pair in named}) == 100
 
 
-def test_a_training_stops_and_says_why(shards: Path) -> None:
+def test_a_training_stops_with_the_reason(shards: Path) -> None:
     for how in ("indexed", "streaming"):
         stream = batches(
             open_source(data_of(shards, how)),
@@ -214,7 +216,7 @@ def test_codes_are_made_of_the_900(
     assert "encode each source by itself" in capsys.readouterr().err
 
 
-def test_counts_are_of_all_processes_and_go_on(tmp_path: Path) -> None:
+def test_counts_are_of_all_processes_and_resume(tmp_path: Path) -> None:
     for i in range(20):
         Image.new("RGB", (4, 4), (i, 2 * i, 0)).save(tmp_path / f"{i:02d}.png")
         (tmp_path / f"{i:02d}.txt").write_text(f"image {i}")

@@ -299,9 +299,9 @@ def test_a_killed_worker_is_reported_in_one_line(
 ) -> None:
     source = open_source("toybox:9", options=ReadOptions(size=32))
     found = iter_batches(source, range(9), Killing(), 1, num_workers=1)
-    # Torch tells at any moment, also between batches.
+    # Torch reports it at any moment, also between batches.
     slowly = (time.sleep(0 if at_once else 0.1) for _ in found)
     with pytest.raises(SystemExit), one_line_errors():
         deque(slowly)
-    said = capsys.readouterr().err
-    assert re.fullmatch(r"error: a process that prepares .* killed.* --num-workers.*\n", said)
+    printed = capsys.readouterr().err
+    assert re.fullmatch(r"error: a process that prepares .* killed.* --num-workers.*\n", printed)

@@ -130,7 +130,7 @@ def test_grey_of_16_bits_is_scaled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_their_exif_says(tmp_path: Path, orientation: int) -> None:
+def test_images_are_rotated_by_their_exif_orientation(tmp_path: Path, orientation: int) -> None:
     upright = Image.new("RGB", (16, 8), WHITE)
     upright.paste(RED, (0, 0, 8, 4))
     turn = Image.Transpose
@@ -172,7 +172,7 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
         assert str(tmp_path / "bad.png") in str(error.value)
 
 
-def test_folders_without_pairs_say_what_was_expected(tmp_path: Path) -> None:
+def test_an_error_names_what_a_folder_without_pairs_lacks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no pairs in .* 0 images, .*expected name\.jpg"):
         open_source(str(tmp_path))
     Image.new("RGB", (1, 1)).save(tmp_path / "x.png")
@@ -180,7 +180,7 @@ def test_folders_without_pairs_say_what_was_expected(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_missing_data_is_refused(tmp_path: Path) -> None:
     for data in (tmp_path / "gone", tmp_path / "*.tar", tmp_path / "{00..09}.tar", Path(__file__)):
         with pytest.raises(ValueError, match=r"no data at .*expected toybox, a folder") as error:
             open_source(str(data))
@@ -305,7 +305,7 @@ def test_a_missing_shard_is_skipped_by_a_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_shards_of_a_pattern_that_are_not_there_are_named(
+def test_missing_shards_of_a_pattern_are_named(
     tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if streaming:

@@ -44,7 +44,7 @@ def log_of(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_dvae_is_trained_and_gone_on_with(runs: Path) -> None:
+def test_a_dvae_is_trained_and_resumed(runs: Path) -> None:
     assert (runs / "dvae" / "latest" / "dvae.safetensors").is_file()
     flags = ["--data", piped(runs), "--num-workers", "2", "--schedule-steps", "3"]
     cut = [*flags, "--out", str(runs / "cut")]

@@ -114,20 +114,20 @@ def test_every_shard_has_one_reader(shards: Path, world_size: int, workers: int)
 
 
 def test_too_few_shards_are_sampled_at_random_and_reported(shards: Path) -> None:
-    said: list[str] = []
-    stats = SkipStats(0.0, report=said.append)
+    printed: list[str] = []
+    stats = SkipStats(0.0, report=printed.append)
     source = piped(shards, "{00000..00001}")
     samples = [
         take(source, 8, batch_size=12, rank=r, world_size=3, stats=stats)[0] for r in range(3)
     ]
     assert all(set(flat(numbers)) <= set(range(21)) for numbers in samples)
     assert samples[0] != samples[1]
-    assert "2 shards for 3 processes: each samples shards at random" in said[0]
-    assert len(said) == 3
-    said.clear()
+    assert "2 shards for 3 processes: each samples shards at random" in printed[0]
+    assert len(printed) == 3
+    printed.clear()
     three = piped(shards, "{00000..00002}")
     take(three, 1, num_workers=2, world_size=2, batch_size=4, stats=stats)
-    assert said == ["3 shards: 1 workers a process read them instead of 2"]
+    assert printed == ["3 shards: 1 workers a process read them instead of 2"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -189,11 +189,11 @@ def test_a_state_is_of_all_ranks(shards: Path) -> None:
     cursor = merge_states([take(source, 4, **rank)[1] for rank in ranks])
     for rank, samples in zip(ranks, whole, strict=True):
         assert take(source, 5, start=4, cursor=cursor, **rank)[0] == samples[4:]
-    said: list[str] = []
+    printed: list[str] = []
     after, last = take(
-        source, 25, batch_size=3, cursor=cursor, stats=SkipStats(0, report=said.append)
+        source, 25, batch_size=3, cursor=cursor, stats=SkipStats(0, report=printed.append)
     )
-    assert said == [
+    assert printed == [
         "The shards had 2 readers and now have 1: resuming at the next epoch; the rest of this one "
         "is skipped"
     ]
@@ -231,13 +231,13 @@ def test_damage_is_counted_and_the_rest_is_read(shards: Path, tmp_path: Path) ->
     }
 
 
-def test_shards_that_are_not_there_end_a_training(tmp_path: Path) -> None:
+def test_missing_shards_end_a_training(tmp_path: Path) -> None:
     source = open_source(f"pipe:cat {tmp_path}/{{0..2}}.tar 2>/dev/null")
     with pytest.raises(ValueError, match=r"no usable sample in 3 shards, .*unreadable shard"):
         next(batches(source, number, batch_size=1))
 
 
-def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path: Path) -> None:
+def test_a_training_stops_if_many_shards_are_missing(shards: Path, tmp_path: Path) -> None:
     for shard in range(6):
         shutil.copy(shards / f"0000{shard}.tar", tmp_path / f"{shard}.tar")
     stats = SkipStats(0.05, report=lambda _: None)
@@ -253,7 +253,7 @@ def test_a_training_stops_where_many_shards_are_not_there(shards: Path, tmp_path
     assert len(open_source(str(tmp_path), options=lenient(0.7))) > 60
 
 
-def test_lost_shards_are_seen_though_each_reader_meets_few(shards: Path, tmp_path: Path) -> None:
+def test_missing_shards_are_counted_over_all_readers(shards: Path, tmp_path: Path) -> None:
     # Of 24 shards half are not there; a rank has two of the six readers, which meet four an epoch.
     for shard in range(24):
         if shard % 2:
@@ -267,7 +267,7 @@ def test_lost_shards_are_seen_though_each_reader_meets_few(shards: Path, tmp_pat
     assert stats.shards.complete[0] + stats.shards.damaged[0] in range(20, 30)
 
 
-def test_a_reader_may_find_nothing_in_an_epoch(shards: Path) -> None:
+def test_a_reader_may_find_no_sample_in_an_epoch(shards: Path) -> None:
     # Of six readers one has, in every epoch, the shard that is not there.
     source = piped(shards, "{00001..00006}")
     for reader in range(6):
@@ -382,7 +382,7 @@ def test_shards_over_http(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
         next(batches(open_source(server + "/gone.tar"), number, batch_size=1))
 
 
-def test_s3_goes_through_the_aws_command(
+def test_s3_is_read_by_the_aws_command(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = tmp_path / "aws"

@@ -57,7 +57,7 @@ def test_relaxed_sample_is_a_softmax_of_noisy_logits() -> None:
     assert not torch.equal(gumbel_softmax(logits, 1.0, seeded(3)), sample)
 
 
-def test_cold_samples_occur_as_often_as_softmax_says() -> None:
+def test_cold_samples_have_softmax_frequencies() -> None:
     logits, count = torch.tensor([2.0, 1.0, 0.0, -1.0]), 20_000
     sample = gumbel_softmax(logits.expand(count, 4), 0.01, seeded())
     assert sample.max(-1).values.mean() > 0.98
@@ -66,7 +66,7 @@ def test_cold_samples_occur_as_often_as_softmax_says() -> None:
     assert ((seen - expected) ** 2 / expected).sum() < 16.3  # χ² with 3 degrees: once in 1,000
 
 
-def test_gradient_goes_through_the_relaxed_sample() -> None:
+def test_gradient_flows_through_the_relaxed_sample() -> None:
     logits = torch.randn(2, 3, generator=seeded(), requires_grad=True)
     weights = torch.tensor([1.0, -2.0, 0.5])
     sample = gumbel_softmax(logits, 0.5, seeded(4))

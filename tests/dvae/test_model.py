@@ -114,7 +114,7 @@ def test_network_is_that_of_the_paper_s_table() -> None:
     assert [k.shape[-1] for k in kernels] == [1, 3, 3, 3]
 
 
-def test_weights_begin_as_published() -> None:
+def test_weights_are_initialised_as_published() -> None:
     model = tiny(DVAEConfig(width=32, codebook_size=256, code_width=32))
     scaled = {}
     for name, weight in model.named_parameters():
@@ -182,7 +182,7 @@ def test_codes_are_the_argmax_without_noise() -> None:
     codes = model.encode(images)
     assert torch.equal(codes, model.logits(images).argmax(-1))
     for _ in range(3):
-        torch.rand(7)  # the global generator has no say
+        torch.rand(7)  # the global generator has no effect
         assert torch.equal(model.encode(images), codes)
     assert torch.equal(torch.cat([model.encode(x[None]) for x in images]), codes)
     assert len(codes.unique()) > 1
@@ -235,7 +235,7 @@ def config_of(**changes: object) -> dict[str, str]:
     return {"config": json.dumps({**vars(TINY), **changes})}
 
 
-def test_what_is_no_dvae_is_refused(tmp_path: Path) -> None:
+def test_files_that_hold_no_dvae_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no DVAE in .*expected the file dvae.safetensors"):
         DVAE.load(tmp_path)
     path = tiny().save(tmp_path)

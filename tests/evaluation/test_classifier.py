@@ -72,8 +72,8 @@ TRUTHS = [
 def test_the_true_verdict_on_a_scene(shown: Scene, verdict: Verdict, caption: str) -> None:
     assert true_verdict(shown) == verdict
     assert plain_caption(shown) == caption
-    said = [true_verdict(other).compare(shown) for other, *_ in TRUTHS]
-    assert [right["all"] for right in said].count(True) == 1
+    verdicts = [true_verdict(other).compare(shown) for other, *_ in TRUTHS]
+    assert [right["all"] for right in verdicts].count(True) == 1
     asked = targets(shown, TINY)
     assert len(asked) == 10
     nouns = [NOUNS[n] for n in asked[5::2] if n != NOT_ASKED]
@@ -104,7 +104,7 @@ def test_each_wrong_aspect_is_recognized(seen: Verdict, wrong: set[str]) -> None
     assert {what for what, value in right.items() if not value} == wrong | {"all"}
 
 
-def test_two_counted_kinds_lie_as_asked() -> None:
+def test_two_counted_kinds_are_related_as_asked() -> None:
     shown = scene(CUBE, CUBE, BALL, relation="below")
     right = two("down", BALL, CUBE, counts=(1, 2)).compare(shown)
     assert all(right.values())
@@ -140,11 +140,11 @@ def test_accuracy_counts_only_aspects_that_apply() -> None:
     assert found == {"noun": 0.75, "count": 0.75, "style": 0.75, "all": 0.25}
 
 
-def test_a_low_accuracy_gives_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_low_accuracy_prints_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     scores = {f"classifier/{split}/{what}": 0.99 for split in SPLITS for what in ASPECTS}
     print_accuracy(scores, 10)
-    assert "on 5 renderings of held-out pairs: noun 99.0%" in (said := capsys.readouterr()).out
-    assert not said.err
+    assert "on 5 renderings of held-out pairs: noun 99.0%" in (printed := capsys.readouterr()).out
+    assert not printed.err
     print_accuracy(scores | {"classifier/train/all": 0.97}, 10)
     assert capsys.readouterr().err == (
         "warning: the classifier's accuracy is below 98%; the scores below are unreliable\n"

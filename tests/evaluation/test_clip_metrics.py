@@ -189,9 +189,9 @@ def test_images_are_chosen_at_random_with_equally_many_of_each_class(
     assert capsys.readouterr().err == ""
     evaluate.main([*command, "6"])
     assert "linear probe/accuracy" not in json.loads((out / "clip.json").read_text())["scores"]
-    said = capsys.readouterr().err
-    assert said.startswith("note: the linear probe is skipped: it has 3 images of 'green'")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("note: the linear probe is skipped: it has 3 images of 'green'")
+    assert printed.count("\n") == 1
     pairs = tmp_path / "pairs"
     pairs.mkdir()
     rows = []
@@ -224,7 +224,7 @@ def test_samples_are_measured_from_the_command_line(
         kept = [Candidate(image=plain(name), codes=codes, index=0, seed=0, score=0.5)]
         outputs.write(samples / name, f"a {name} thing", kept, {})
         plain(name).save(samples / name / "preview.png", pnginfo=info)
-    (samples / "green" / "00.txt").write_text("a red thing")  # goes before what the PNG says
+    (samples / "green" / "00.txt").write_text("a red thing")  # takes precedence over the PNG's text
     plain("red").save(samples / "own.png")  # without scores beside it, and without a prompt
     command = ["samples", "--images", str(samples), "--out", str(out)]
     evaluate.main([*command, "--reference", str(real), "--blur", "0", "2"])
@@ -272,9 +272,9 @@ def test_mistakes_are_one_line(
     with pytest.raises(SystemExit) as stop:
         evaluate.main([*words, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def test_the_table_shows_chance_beside_its_score() -> None:

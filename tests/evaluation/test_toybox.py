@@ -221,7 +221,7 @@ def test_mistakes_are_one_line(
     with pytest.raises(SystemExit) as stop:
         evaluate.main(arguments)
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1

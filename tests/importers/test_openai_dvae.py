@@ -117,13 +117,13 @@ def test_what_is_no_such_pickle_is_refused(tmp_path: Path, released: Modules) ->
     text.write_text("not found")
     torch.save({"a": torch.zeros(1)}, other)
     torch.save(dall_e.Encoder(n_hid=64, vocab_size=600), larger)
-    for path, said in (
+    for path, message in (
         (half, "is not one of OpenAI's dVAE pickles"),
         (text, r"is no file that torch 1\.6 or later has written"),
         (other, "holds a dict, expected a pickled module"),
         (larger, "is no dVAE of the paper's form .*size mismatch"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             openai_dvae.load_openai_dvae(path, paths[1])
     with pytest.raises(FileNotFoundError):
         openai_dvae.load_openai_dvae(tmp_path / "nothing.pkl", paths[1])

@@ -78,7 +78,7 @@ def test_tiles_are_dense_forward_and_backward_on_a_gpu(kind: MaskKind) -> None:
 
 
 @pytest.mark.parametrize(("kind", "blocks"), [("row", 2), ("column", 1), ("conv", 7), ("full", 16)])
-def test_the_work_is_skipped(kind: MaskKind, blocks: int) -> None:
+def test_masked_blocks_are_skipped(kind: MaskKind, blocks: int) -> None:
     mask = MaskedAttention(kind, 3, 16)
     assert mask.block_mask.shape == (16, 16, blocks * 16)
     # Within the blocks, exactly what the specification allows.

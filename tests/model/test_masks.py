@@ -64,7 +64,7 @@ def test_the_papers_kernel_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grid_size", [1, 2, 7])
-def test_nobody_sees_ahead_and_everybody_sees_himself(kind: MaskKind, grid_size: int) -> None:
+def test_no_position_sees_ahead_and_each_sees_itself(kind: MaskKind, grid_size: int) -> None:
     for mask in (image_mask(kind, grid_size), joint_mask(kind, 5, grid_size)):
         assert mask.dtype == torch.bool
         assert not mask.triu(1).any()
@@ -91,7 +91,7 @@ def test_layers_of_the_paper() -> None:
     assert layer_masks(7) == ["row", "column", "row", "row", "row", "column", "conv"]
 
 
-def test_an_unknown_kind_is_named_beside_those_there_are() -> None:
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'diagonal', expected one of full, row, column, conv"):
         image_mask("diagonal", 4)  # type: ignore[arg-type]
 

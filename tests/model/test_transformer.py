@@ -1,4 +1,4 @@
-"""The transformer against the specification: who depends on whom, the loss, a dense reference."""
+"""The transformer against the specification: dependencies, the loss, a dense reference."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_loss_does_not_change_when_the_batch_is_repeated() -> None:
         torch.testing.assert_close(getattr(once, name), getattr(thrice, name))
 
 
-def test_one_batch_is_learned_by_heart() -> None:
+def test_one_batch_is_overfitted() -> None:
     torch.manual_seed(0)
     model, (text, codes) = Transformer(SIZE), example()
     text[:, 0] = torch.tensor([1, 2])
@@ -369,7 +369,7 @@ def test_the_paper_s_preset_is_the_paper_s() -> None:
     ],
     ids=str,
 )
-def test_every_option_learns_never_sees_ahead_and_goes_stepwise(changes: dict[str, Any]) -> None:
+def test_every_option_learns_is_causal_and_decodes_stepwise(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = Transformer(dataclasses.replace(SIZE, **changes))
     text, codes = example()
@@ -402,7 +402,7 @@ def likeliest(model: Transformer, text: Tensor) -> Tensor:
     return codes
 
 
-def test_pads_that_are_no_targets_count_for_nothing() -> None:
+def test_pads_that_are_no_targets_do_not_count() -> None:
     model, (text, codes) = loud(), example()
     text[:, :2] %= TEXT
     text[:, 2:] = TEXT + torch.arange(2, L)

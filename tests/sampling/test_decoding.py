@@ -106,7 +106,9 @@ def test_a_fully_known_image_comes_back_and_nonsense_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_give_the_same_scores_and_leave_the_model_alone(dtype: torch.dtype) -> None:
+def test_packed_weights_have_the_same_scores_and_do_not_change_the_model(
+    dtype: torch.dtype,
+) -> None:
     model = loud().to(dtype)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     twin = packed(model, 3)
@@ -161,7 +163,7 @@ def test_a_candidate_is_the_same_in_any_batch() -> None:
 
 
 def test_sampled_images_follow_the_model() -> None:
-    # The first two codes of 6,000 candidates: as often as the model says, within four deviations.
+    # The first two codes of 6,000 candidates: as frequent as predicted, within four deviations.
     model, count = loud(), 6_000
     known = torch.zeros(N, dtype=torch.long)
     known[:2] = UNKNOWN
@@ -278,7 +280,7 @@ LOGITS = torch.tensor([[0.125, 0.5, 0.0625, 0.25, 0.0625]]).log()
     ],
     ids=str,
 )
-def test_restrictions_by_hand(options: dict[str, float], kept: list[int]) -> None:
+def test_filters_by_hand(options: dict[str, float], kept: list[int]) -> None:
     before = LOGITS.clone()
     result = filter_logits(LOGITS, Sampling(**options))
     assert result[0].isfinite().nonzero()[:, 0].tolist() == kept

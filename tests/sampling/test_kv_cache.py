@@ -76,7 +76,7 @@ def test_a_layout_is_no_larger_than_it_must_be(kind: MaskKind, slots: int) -> No
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [*KINDS, None])
 @pytest.mark.parametrize("primed", [0, 1, 6, 20, 48])
-def test_steps_give_the_scores_of_the_whole(kind: MaskKind | None, primed: int) -> None:
+def test_steps_have_the_scores_of_the_whole_stream(kind: MaskKind | None, primed: int) -> None:
     prompts, candidates = 2, 3
     model, (text, codes) = loud(kind), streams(prompts, candidates)
     codes[:, :, : primed + 1] = codes[:1, :1, : primed + 1]  # what is read at once is shared
@@ -106,7 +106,9 @@ def test_steps_give_the_scores_of_the_whole(kind: MaskKind | None, primed: int) 
     ],
     ids=str,
 )
-def test_steps_give_the_scores_of_the_whole_with_every_option(changes: dict[str, object]) -> None:
+def test_steps_have_the_scores_of_the_whole_stream_with_every_option(
+    changes: dict[str, object],
+) -> None:
     model, (text, codes) = loud(None, **changes), streams(2, 3)
     whole = model(text.repeat_interleave(3, 0), codes.flatten(0, 1))[1].unflatten(0, (2, 3))
     caches = Caches(model, 2, 3)

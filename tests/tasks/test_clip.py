@@ -152,6 +152,6 @@ def test_mistakes_are_reported(
 ) -> None:
     with pytest.raises(SystemExit):
         train(VIT, tmp_path, *flags)
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1 or flags[0] == "--loss"  # which tyro itself refuses
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1 or flags[0] == "--loss"  # which tyro itself refuses

@@ -98,8 +98,8 @@ def test_fine_tuning_names_the_size_that_it_needs(
 ) -> None:
     with pytest.raises(SystemExit):
         train_dvae.main(["toy", "--init", str(runs / "dvae"), "--out", str(tmp_path)])
-    said = capsys.readouterr().err
-    assert "add --model.image-size 64 --model.width 8 --model.codebook-size 16" in said
+    printed = capsys.readouterr().err
+    assert "add --model.image-size 64 --model.width 8 --model.codebook-size 16" in printed
 
 
 @pytest.mark.parametrize("distortion", ["mse", "l1"])
@@ -213,7 +213,7 @@ def test_with_a_clip_the_best_come_first(runs: Path, tmp_path: Path) -> None:
     assert all(-1 <= s <= 1 for s in scores)
 
 
-def test_the_same_seed_gives_the_same_bytes(runs: Path, tmp_path: Path) -> None:
+def test_the_same_seed_writes_the_same_bytes(runs: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         run_sample(runs, tmp_path / name, PROMPT, "--seed", seed)
     for file in ("00.png", "01.png", "grid.png", "scores.json"):
@@ -230,7 +230,7 @@ def test_several_prompts_get_a_folder_each(runs: Path, tmp_path: Path) -> None:
         assert image.text["prompt"] == "A red star!"
 
 
-def test_without_out_the_prompt_names_the_folder(
+def test_the_default_folder_is_named_by_the_prompt(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -375,7 +375,7 @@ def test_earlier_samples_are_removed_and_other_files_stay(runs: Path, tmp_path: 
     assert names == {"grid.png", "00.png", "02.png", "2024.png", "scores.json"}
 
 
-def test_resuming_with_another_recipe_is_refused(
+def test_resuming_with_other_settings_is_refused(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = ["toy", "--dvae", str(runs / "dvae"), "--data", "toybox:4", "--out", str(tmp_path)]

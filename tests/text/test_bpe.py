@@ -73,7 +73,7 @@ def test_dropout_of_zero_is_the_librarys_encoding(tokenizer: Tokenizer) -> None:
         assert by_hand == tokenizer.bpe.encode(caption).ids
 
 
-def test_dropout_of_one_gives_single_bytes(tokenizer: Tokenizer) -> None:
+def test_dropout_of_one_yields_single_bytes(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode(["a red café"], 32, dropout=1.0, rng=random.Random(0))
     assert (tokens < tokenizer.vocab_size).sum() == len(" a red café".encode())
     assert tokenizer.decode(tokens) == ["a red café"]
@@ -88,7 +88,7 @@ def test_dropout_can_be_repeated_and_keeps_the_text(tokenizer: Tokenizer) -> Non
     assert tokenizer.decode(encode(1)) == CAPTIONS
 
 
-def test_dropout_skips_the_share_of_merges_that_it_says() -> None:
+def test_dropout_skips_its_share_of_merges() -> None:
     # One merge in the vocabulary and one chance per word: skipped with the probability itself.
     tokenizer = Tokenizer.train(["bb bb bb"], 257)
     rng = random.Random(0)

@@ -84,12 +84,12 @@ def test_hints_are_like_the_word_and_few() -> None:
     "prompt",
     ["the cat's big hat", "I'd like 3 tiny stars", "one photo of a painting", "red colored cars"],
 )
-def test_what_people_say_is_known(prompt: str) -> None:
+def test_common_words_are_known(prompt: str) -> None:
     words = Words.of(Toybox(num_scenes=8000).caption(i) for i in range(8000))
     assert words.unknown_words_message(prompt) is None
 
 
-def test_the_words_travel_with_the_model(model: DallE, tmp_path: Path) -> None:
+def test_the_words_are_saved_with_the_model(model: DallE, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = DallE.from_pretrained(tmp_path, device="cpu")
     assert loaded.tokenizer.words == model.tokenizer.words

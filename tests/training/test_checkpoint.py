@@ -73,7 +73,7 @@ def test_keep(tmp_path: Path, keep: int, kept: list[int]) -> None:
     assert sorted(int(f.name[5:]) for f in tmp_path.glob("step-*")) == kept
 
 
-def test_a_crash_while_removing_leaves_none_by_half(
+def test_a_crash_while_removing_leaves_no_partial_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_checkpoint(tmp_path, 10, {}, write_name("ten"))
@@ -93,7 +93,7 @@ def test_a_crash_while_removing_leaves_none_by_half(
     assert {f.name for f in tmp_path.iterdir()} == {"latest", "step-30"}
 
 
-def test_a_folder_of_ones_own_stays(tmp_path: Path) -> None:
+def test_other_folders_are_kept(tmp_path: Path) -> None:
     (tmp_path / "step-2-good").mkdir()
     for step in (2, 4):
         save_checkpoint(tmp_path, step, {}, lambda folder: None)

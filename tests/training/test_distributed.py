@@ -18,7 +18,7 @@ from dalle1.training.engines import make_engine
 from dalle1.training.engines.deepspeed import deepspeed_config
 
 
-def test_one_process_is_all_there_is() -> None:
+def test_without_a_launcher_there_is_one_process() -> None:
     assert distributed.init("cpu") == torch.device("cpu")
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     x = torch.ones(2, 3, requires_grad=True)
@@ -101,7 +101,7 @@ def test_a_batch_is_shared_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ([1], "holds a list, expected an object"),
     ],
 )
-def test_a_config_of_ones_own_is_honoured_or_refused(
+def test_a_deepspeed_config_is_honoured_or_refused(
     tmp_path: Path, settings: Any, message: str
 ) -> None:
     path = tmp_path / "mine.json"
@@ -112,7 +112,7 @@ def test_a_config_of_ones_own_is_honoured_or_refused(
         deepspeed_config(TrainConfig(out=tmp_path, deepspeed=path))
 
 
-def test_a_config_of_ones_own_goes_to_deepspeed_as_it_is(tmp_path: Path) -> None:
+def test_a_deepspeed_config_is_passed_on_unchanged(tmp_path: Path) -> None:
     settings = {
         "train_batch_size": "auto",
         "gradient_accumulation_steps": 4,
@@ -127,7 +127,7 @@ def test_a_config_of_ones_own_goes_to_deepspeed_as_it_is(tmp_path: Path) -> None
     assert got == {**settings, **filled, "gradient_clipping": 4.0}
 
 
-def test_torch_updates_what_a_config_of_ones_own_offloads(tmp_path: Path) -> None:
+def test_torch_updates_what_a_deepspeed_config_offloads(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     sharing = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     path.write_text(json.dumps({"zero_optimization": sharing}))
@@ -136,12 +136,14 @@ def test_torch_updates_what_a_config_of_ones_own_offloads(tmp_path: Path) -> Non
     assert got["zero_force_ds_cpu_optimizer"] is False
 
 
-@pytest.mark.parametrize(("said", "requeued"), [("Stopped at step 3", True), ("The model", False)])
-def test_slurm_is_asked_to_go_on_after_a_signal_only(
-    tmp_path: Path, said: str, requeued: bool
+@pytest.mark.parametrize(
+    ("printed", "requeued"), [("Stopped at step 3", True), ("The model", False)]
+)
+def test_slurm_is_asked_to_requeue_after_a_signal_only(
+    tmp_path: Path, printed: str, requeued: bool
 ) -> None:
     commands = {
-        "srun": f"echo $MASTER_ADDR:$MASTER_PORT \"$@\" > started; echo '{said}'",
+        "srun": f"echo $MASTER_ADDR:$MASTER_PORT \"$@\" > started; echo '{printed}'",
         "scontrol": 'if [ "$1" = show ]; then echo first; else echo "$@" > requeued; fi',
     }
     for name, body in commands.items():

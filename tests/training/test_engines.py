@@ -70,7 +70,7 @@ def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]], name: s
         assert validations[1] == pytest.approx(validations[0], rel=1e-5)
 
 
-def test_two_processes_turn_matrices_as_one_does(runs: tuple[Path, list[str]]) -> None:
+def test_two_processes_orthogonalise_as_one_does(runs: tuple[Path, list[str]]) -> None:
     one, two = (runs[0] / name for name in ("one-muon", "muon"))
     for field in ("total", "gradient_norm"):
         assert log_of(two, field) == pytest.approx(log_of(one, field), rel=1e-4)
@@ -128,7 +128,7 @@ def test_a_signal_to_any_process_stops_all(runs: tuple[Path, list[str]]) -> None
     assert "Stopped" not in printed[1]
 
 
-def test_all_processes_skip_what_is_no_number_in_one(runs: tuple[Path, list[str]]) -> None:
+def test_all_processes_skip_an_update_that_is_nan_in_one(runs: tuple[Path, list[str]]) -> None:
     out = runs[0] / "zero3-skipping"
     assert log_of(out, "skipped_updates") == {3: 1, 4: 1}
     state = load_checkpoint(out)
@@ -156,6 +156,6 @@ def test_a_recipe_is_trained_in_two_processes_that_share_all_weights(tmp_path: P
     assert (tmp_path / "dvae2/samples/step-2.png").exists()
 
 
-def test_only_the_main_process_speaks(runs: tuple[Path, list[str]]) -> None:
+def test_only_the_main_process_prints(runs: tuple[Path, list[str]]) -> None:
     assert f"Resuming at step {HALF} of {STEPS}" in runs[1][0]
     assert "step" not in runs[1][1]

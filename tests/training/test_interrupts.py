@@ -75,7 +75,7 @@ def test_out_of_memory_names_what_to_lower(tmp_path: Path, error: Exception) -> 
         raise error
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="another"), explain_failure(TrainConfig(out=tmp_path)):
         raise RuntimeError("another")
 

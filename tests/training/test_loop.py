@@ -312,7 +312,7 @@ def test_signal_saves_and_resumes(
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5])
-def test_a_second_interrupt_is_obeyed_at_once(
+def test_a_second_interrupt_stops_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     times = iter([0.0, seconds, seconds])
@@ -400,7 +400,7 @@ def test_impossible_settings_are_refused(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("bad", [{6}, {4, 5, 6, 9}, {*range(6, 17)}])
-def test_updates_without_numbers_are_skipped(tmp_path: Path, what: str, bad: set[int]) -> None:
+def test_updates_that_are_nan_are_skipped(tmp_path: Path, what: str, bad: set[int]) -> None:
     def loss(model: nn.Module, batch: Any, step: int, generator: torch.Generator) -> SquaredError:
         good = squared_error(model, batch, step, generator)
         if step not in bad:

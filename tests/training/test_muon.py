@@ -23,7 +23,7 @@ def test_an_update_by_hand(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = config_for(tmp_path, optimizer="muon", weight_decay=0.0, clip_norm=math.inf)
     model = Transformer(SIZE)
-    # Heads of zero would let no gradient through.
+    # Heads of zero would block every gradient.
     for head in (model.text_head, model.image_head):
         nn.init.normal_(head.weight)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -49,7 +49,7 @@ def test_an_update_by_hand(tmp_path: Path) -> None:
         assert along.mean() == pytest.approx(0.95, abs=0.2), name
 
 
-def test_going_on_is_as_if_uninterrupted(tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     two_processes.train(tmp_path / "whole", optimizer="muon")
     two_processes.train(tmp_path / "parts", optimizer="muon", steps=HALF)
     two_processes.train(tmp_path / "parts", optimizer="muon")
@@ -70,7 +70,7 @@ def test_a_training_keeps_its_optimizer(tmp_path: Path) -> None:
         two_processes.train(tmp_path, optimizer="muon")
 
 
-def test_zero_has_no_whole_matrices(tmp_path: Path) -> None:
+def test_zero_refuses_muon(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"muon, which needs unsharded matrices.*remove --zero"):
         config_for(tmp_path, optimizer="muon", zero=1)
 

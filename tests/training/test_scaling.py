@@ -135,7 +135,7 @@ def test_scales_by_hand() -> None:
         assert scales.scales.tolist() == [limit, limit]
 
 
-def test_gradients_that_are_no_numbers_do_not_pass_on() -> None:
+def test_nan_gradients_are_not_passed_on() -> None:
     x = torch.ones(3, requires_grad=True)
     y = x + scaled(lambda h: h.half() * 2, x, torch.tensor(2.0**14))
     (y * torch.tensor([1.0, 8.0, 0.5])).sum().backward()
@@ -211,7 +211,7 @@ def gradients(change: Callable[[Transformer], object] = lambda model: None) -> l
 
 
 @pytest.mark.parametrize("how", [{"checkpointing": True}, {"scaling": True}])
-def test_other_ways_to_compute_give_the_same_gradients(how: dict[str, bool]) -> None:
+def test_other_ways_to_compute_have_the_same_gradients(how: dict[str, bool]) -> None:
     for got, expected in zip(
         gradients(lambda model: resblocks.prepare(model, **how)), gradients(), strict=True
     ):
@@ -234,7 +234,7 @@ def test_checkpointing_keeps_less() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_layers_give_the_same_loss() -> None:
+def test_compiled_layers_have_the_same_loss() -> None:
     def compiled(model: Transformer) -> None:
         for layer in model.layers:
             layer.compile()
