@@ -38,7 +38,7 @@ CUT = range(9)
 """Shards that are cut short, within their last sample."""
 
 WAYS: dict[str, tuple[int, str]] = {
-    "empty picture": (9, "empty file"),
+    "empty image": (9, "empty file"),
     "half a JPEG": (9, "damaged image"),
     "half a PNG": (9, "damaged image"),
     "a page of HTML": (8, "not an image"),
@@ -48,7 +48,7 @@ WAYS: dict[str, tuple[int, str]] = {
     "no caption": (8, "no caption"),
     "an empty caption": (8, "no caption"),
     "Latin-1": (8, "caption not UTF-8"),
-    "no picture": (8, "no image"),
+    "no image": (8, "no image"),
 }
 """Ways to be damaged, how many samples are so, and the cause to be found; the twelfth is `CUT`."""
 
@@ -75,7 +75,7 @@ def damaged(way: str, files: dict[str, bytes]) -> dict[str, bytes]:
     png = encoded(Image.open(io.BytesIO(jpeg)), "PNG")
     text = files["txt"]
     return {
-        "empty picture": {"jpg": b"", "txt": text},
+        "empty image": {"jpg": b"", "txt": text},
         "half a JPEG": {"jpg": jpeg[: len(jpeg) // 2], "txt": text},
         "half a PNG": {"png": png[: len(png) // 2], "txt": text},
         "a page of HTML": {"jpg": b"<html>404</html>", "txt": text},
@@ -85,7 +85,7 @@ def damaged(way: str, files: dict[str, bytes]) -> dict[str, bytes]:
         "no caption": {"jpg": jpeg},
         "an empty caption": {"jpg": jpeg, "txt": b" \n"},
         "Latin-1": {"jpg": jpeg, "txt": "ein grüner Würfel".encode("latin-1")},
-        "no picture": {"txt": text},
+        "no image": {"txt": text},
     }[way]
 
 
@@ -186,9 +186,9 @@ def test_check_counts_all_of_them(
     assert report["height"]["most"] == SIZE + 8
     assert 2 <= report["tokens"]["median"] <= 8
     assert (report["cut"], report["different_captions"]) == (0, 900)
-    said = capsys.readouterr().out
-    assert "900 usable samples, 100 skipped" in said
-    assert "8.4% are damaged, more than --max-bad-fraction 0.05: a training would stop" in said
+    printed = capsys.readouterr().out
+    assert "900 usable samples, 100 skipped" in printed
+    assert "8.4% are damaged, more than --max-bad-fraction 0.05: a training would stop" in printed
     with Image.open(tmp_path / "contact.png") as sheet:
         assert sheet.size == (8 * 132 + 4, 6 * 174 + 4)
 

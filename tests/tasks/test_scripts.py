@@ -115,7 +115,7 @@ def test_a_dvae_trains_on_images_without_captions(
     train_dvae.main(["toy", *flags, "--out", str(tmp_path / "run")])
     lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert lines[7]["skipped/too small"] > 0
-    assert "3.png (too small: a picture of 20 × 30" in capsys.readouterr().out
+    assert "3.png (too small: an image of 20 × 30" in capsys.readouterr().out
     assert lines[0]["temperature"] == 1
     assert lines[0]["beta"] == 0
     last = {name.removeprefix("validation/") for name in lines[-1]}
