@@ -61,6 +61,6 @@ clean: ## Remove .venv, caches and builds; trained models in runs/ stay
 
 .venv/dev.stamp: .venv/runtime.stamp
 	$(PY) -m pip install -e '.[dev]' -c constraints.txt
-	@# They ask for torchvision, which what is tested here never imports.
+	@# --no-deps: they require torchvision, which the tests never import.
 	$(PY) -m pip install --no-deps DALL-E open_clip_torch -c constraints.txt
 	@touch $@

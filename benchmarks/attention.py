@@ -1,4 +1,4 @@
-"""Measure attention alone, forward and backward, at the paper's 256 + 1024 places.
+"""Measure attention alone, forward and backward, at the paper's 256 + 1024 positions.
 
     python benchmarks/attention.py
 

@@ -13,14 +13,14 @@ import torch
 
 
 def peak_memory() -> float:
-    """Give the most memory that this process has held so far, in MiB."""
+    """Return the peak memory of this process so far, in MiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def seconds(step: Callable[[], object], repeats: int) -> float:
-    """Give the median time of a call, after one that is not counted."""
+    """Return the median time of a call, after one warm-up call."""
     times = []
     for i in range(repeats + 1):
         start = time.perf_counter()

@@ -53,14 +53,14 @@ class Peak:
         self.before = self.most()
 
     def most(self) -> int:
-        """Give the high-water mark in bytes."""
+        """Return the high-water mark in bytes."""
         if self.cuda:
             return torch.cuda.max_memory_allocated()
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
     def grown(self) -> int:
-        """Give by how much it rose."""
+        """Return its increase in bytes."""
         return self.most() - self.before
 
 
@@ -112,7 +112,7 @@ def training(size: TransformerConfig, options: argparse.Namespace) -> str:
 
 
 def checkpoint(size: TransformerConfig, options: argparse.Namespace) -> str:
-    """Tell what writing a checkpoint takes beyond what the training holds."""
+    """Report the memory of writing a checkpoint beyond that of the training."""
     options.device = "cpu"
     engine = engine_of(size, options)
     held = sum(t.numel() * 4 for shard in engine.shards() for t in shard.tensors.values())
@@ -131,7 +131,7 @@ def checkpoint(size: TransformerConfig, options: argparse.Namespace) -> str:
 
 
 def loading(size: TransformerConfig, options: argparse.Namespace) -> str:
-    """Tell how the peak of loading compares to the weights."""
+    """Report the peak memory of loading relative to the parameters."""
     with tempfile.TemporaryDirectory() as folder:
         Transformer(TINY).save(Path(folder) / "tiny")
         Transformer.load(Path(folder) / "tiny")

@@ -51,7 +51,7 @@ def dalle_pytorch() -> ModuleType:
 
 
 def dalle_pytorch_model(config: TransformerConfig) -> tuple[ModuleType, nn.Module]:
-    """Give DALLE-pytorch's module and its transformer of that size: row, column, row, row."""
+    """Return DALLE-pytorch's module and its transformer of that size: row, column, row, row."""
     package = dalle_pytorch()
     vae = package.DiscreteVAE(
         image_size=8 * config.grid_size,

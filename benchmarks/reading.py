@@ -5,7 +5,7 @@
 Pillow alone: read the file, draft, decode, resize, crop, copy to an array, in a bare loop. Ours:
 what a training's worker does, from the shards on disk to a stacked batch, with every check of what
 may be damaged. Both in one process and one thread, in turns; the median of the turns' ratios.
-The pictures are the photographs of scikit-image's wheel (`pip install scikit-image`), enlarged to
+The images are the photographs of scikit-image's wheel (`pip install scikit-image`), enlarged to
 the sizes that are asked for; `--folder` takes JPEGs of your own.
 """
 
@@ -73,7 +73,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(paths: Sequence[Path], size: int, repeats: int) -> dict[str, float]:
-    """Give pictures a second of a core, with and without draft mode, and ours over Pillow's."""
+    """Return images per second and core, with and without draft mode, and the speed-up."""
     from webdataset import TarWriter
 
     shard = paths[0].with_name("00000.tar")

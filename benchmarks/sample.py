@@ -1,16 +1,16 @@
-"""Measure how fast candidates are drawn, beside peers and beside what the machine allows.
+"""Measure the speed of sampling, next to peers and to the machine's limit.
 
     make bench-peers && python benchmarks/sample.py
 
 `small`, with random weights: 512 wide, 8 layers, 8 heads, one caption of 256 tokens, 1,024 codes.
 
-- dalle1: all of a draw, from the caption to the last code; `last/first` is how much longer a code
-  of the last rows takes than one of the first. Then the limit: bytes that a step must read over the
-  memory's measured speed, or operations over the measured matrix rate, whichever takes longer.
+- dalle1: the whole sampling, from the caption to the last code; `last/first` is the time of a code
+  in the last rows over that in the first. Then the limit: bytes that a step must read over the
+  memory's measured speed, or FLOPs over the measured matrix rate, whichever takes longer.
 - Hugging Face: GPT-2 of the same width and depth with 8,192 tokens, `generate` with a static cache
-  of 1,280 places: 64 tokens, after 32 that are not counted.
+  of 1,280 positions: 64 tokens, after 32 that are not counted.
 - DALLE-pytorch 1.6.6, row, column, row, row attention: a step as its generate.py runs it, without a
-  cache, at five places of the 1,024 and the mean of them; `cached`: with its cache forced on.
+  cache, at five positions of the 1,024 and the mean of them; `cached`: with its cache forced on.
 - bundled: the model that ships with the project, CLIP and all, as `DallE.candidates` runs.
 """
 
@@ -40,11 +40,11 @@ from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 CONFIG = TransformerConfig(**vars(TRANSFORMER_PRESETS["small"].model))
 Result = dict[str, float]
-"""`step`: seconds for a code of every candidate; `draw`: for all codes of all of them."""
+"""`step`: seconds for a code of every candidate; `total`: for all codes of all of them."""
 
 
 def now() -> float:
-    """Give the time when all that was begun is done."""
+    """Return the time, after waiting for the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -63,26 +63,26 @@ def ours(candidates: int, precision: str) -> Result:
     step = median(rows[1:])
     return {
         "step": step,
-        "draw": marks[-1] - marks[0],
+        "total": marks[-1] - marks[0],
         "growth": sorted(after)[4] / sorted(before)[4],
         "limit": least_time(model, candidates, precision) / step,
     }
 
 
 def least_time(model: Transformer, candidates: int, precision: str) -> float:
-    """Give the seconds that a step must take on this machine, all keys included."""
+    """Return the least time of a step on this machine in seconds, all keys included."""
     device, kind = model.image_head.weight.device, PRECISIONS[precision]
     read = [p for m in (model.layers, model.image_head) for p in m.parameters()]
-    weights, numbers, operations = sum(p.numel() for p in read), 0.0, 0.0
+    weights, numbers, flops = sum(p.numel() for p in read), 0.0, 0.0
     for mask in model.kinds:
         seen = image_mask(mask, CONFIG.grid_size).float().sum(1).mean().item()
         numbers += 2 * CONFIG.width * (CONFIG.text_len + candidates * seen)
-        operations += 4 * CONFIG.width * (CONFIG.text_len + seen) * candidates
+        flops += 4 * CONFIG.width * (CONFIG.text_len + seen) * candidates
     large = torch.ones(2**26, device=device)
     bandwidth = large.nbytes / min(seconds(large.sum, 3) for _ in range(3))
     rate = max(matmul_flops_per_second(device, precision) for _ in range(3))
     reading = (weights + numbers) * kind.itemsize / bandwidth
-    return max(reading, (operations + 2 * weights * candidates) / rate)
+    return max(reading, (flops + 2 * weights * candidates) / rate)
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def hugging_face(candidates: int, precision: str) -> Result:
     model = GPT2LMHeadModel(config).eval().to(device, PRECISIONS[precision])
     prompt = torch.randint(CONFIG.codebook_size, (candidates, CONFIG.text_len), device=device)
 
-    def draw(tokens: int) -> float:
+    def timed(tokens: int) -> float:
         cache = StaticCache(config=config, max_cache_len=CONFIG.length)
         start = now()
         model.generate(
@@ -116,10 +116,10 @@ def hugging_face(candidates: int, precision: str) -> Result:
         )
         return now() - start
 
-    draw(4)
-    short, long = draw(32), draw(96)
+    timed(4)
+    short, long = timed(32), timed(96)
     step = (long - short) / 64
-    return {"step": step, "draw": short + (CONFIG.image_len - 32) * step}
+    return {"step": step, "total": short + (CONFIG.image_len - 32) * step}
 
 
 def dalle_pytorch(candidates: int, precision: str, cached: bool = False) -> Result:
@@ -128,12 +128,12 @@ def dalle_pytorch(candidates: int, precision: str, cached: bool = False) -> Resu
     model = model.eval().to(device, PRECISIONS[precision])
     text = torch.randint(1, CONFIG.text_vocab, (candidates, CONFIG.text_len), device=device)
     steps = []
-    for place in torch.linspace(0, CONFIG.image_len - 4, 5).long().tolist():
-        codes = torch.randint(CONFIG.codebook_size, (candidates, place + 3), device=device)
+    for position in torch.linspace(0, CONFIG.image_len - 4, 5).long().tolist():
+        codes = torch.randint(CONFIG.codebook_size, (candidates, position + 3), device=device)
         cache: dict[str, object] | None = {} if cached else None
         steps.append(_peer_step(package, model, text, codes, cache))
     step = sum(steps) / len(steps)
-    return {"step": step, "draw": step * CONFIG.image_len}
+    return {"step": step, "total": step * CONFIG.image_len}
 
 
 @torch.inference_mode()
@@ -158,8 +158,8 @@ def bundled(candidates: int, precision: str) -> Result:
     model = DallE.from_pretrained(precision=precision)
     start = now()
     model.candidates("an avocado armchair", num_candidates=candidates)
-    draw = now() - start
-    return {"step": draw / model.image_tokenizer.grid_size**2, "draw": draw}
+    total = now() - start
+    return {"step": total / model.image_tokenizer.grid_size**2, "total": total}
 
 
 CONTENDERS: dict[str, Callable[[int, str], Result]] = {
@@ -185,7 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(options.candidates[0], options.precision[0])))
         return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    head = ("candidates", "ms/step", "pictures/s", "last/first", "of the limit")
+    head = ("candidates", "ms/step", "images/s", "last/first", "of the limit")
     print(f"{'':20} {'':5}" + "".join(f" {word:>12}" for word in head))
     for precision in options.precision:
         for candidates in options.candidates:
@@ -194,7 +194,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 flags += ["--candidates", str(candidates)]
                 row = in_fresh_process([str(Path(__file__)), *flags])
                 cells = [f"{candidates}", f"{1e3 * row['step']:.2f}"]
-                cells += [f"{candidates / row['draw']:.4f}"]
+                cells += [f"{candidates / row['total']:.4f}"]
                 cells += [f"{row['growth']:.2f}", f"{row['limit']:.0%}"] if "limit" in row else []
                 print(f"{name:20} {precision:5}" + "".join(f" {c:>12}" for c in cells), flush=True)
 

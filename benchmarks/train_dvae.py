@@ -2,7 +2,7 @@
 
     make bench-peers && python benchmarks/train_dvae.py
 
-Training steps (forward, loss, backward, AdamW) and encoding to codes, in pictures a second, and the
+Training steps (forward, loss, backward, AdamW) and encoding to codes, in images per second, and the
 most memory held. OpenAI's modules have the same shape as ours and are trained with the same loss;
 DiscreteVAE has the same number of parameters, codes and channels a code, three layers and two
 resblocks, its training script's defaults, and its own loss. All run in processes of their own, with
@@ -34,7 +34,7 @@ from dvae import DVAE, DVAEConfig, dvae_loss
 from dvae.losses import squeeze_pixels
 
 Contender = tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
-"""A model, its loss of pictures, and its codes of pictures."""
+"""A model, its loss on images, and its codes of images."""
 
 CODE_WIDTH = 128
 CONTENDERS = ("dalle1", "DALLE-pytorch", "dall_e")
@@ -129,7 +129,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def convolution_rate(device: torch.device, precision: str) -> float:
-    """Give the operations a second of a 3 × 3 convolution of 128 channels, the best of three."""
+    """Return the FLOPs per second of a 3 × 3 convolution of 128 channels, the best of three."""
     images = torch.rand(16, 128, 64, 64, device=device).to(memory_format=torch.channels_last)
     images = images.to(PRECISIONS[precision])
     layer = nn.Conv2d(128, 128, 3, padding=1).to(device, images.dtype)

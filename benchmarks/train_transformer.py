@@ -2,11 +2,11 @@
 
     make bench-peers && python benchmarks/train_transformer.py
 
-`small`: 512 wide, 8 layers, 8 heads, 256 + 1024 places, vocabularies of 16,384 and 8,192. A step is
-forward, loss, backward, AdamW; given are samples a second and the most memory that training took
-beyond the model and its data. DALLE-pytorch has row, column, row, row attention; the GPT the same
-width and depth, causal attention by torch's SDPA, one vocabulary. All run in processes of their
-own, with the same threads, and with the memory that they free kept for the next step.
+`small`: 512 wide, 8 layers, 8 heads, 256 + 1024 positions, 16,384 text and 8,192 image tokens.
+A step is forward, loss, backward, AdamW; the table has samples per second and the peak memory of
+training beyond the model and its data. DALLE-pytorch has row, column, row, row attention; the GPT
+the same width and depth, causal attention by torch's SDPA, one vocabulary. Each runs in a process
+of its own, with the same threads, and with the memory that they free kept for the next step.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class GPT(nn.Module):
         super().__init__()
         self.vocabulary = CONFIG.text_vocab + CONFIG.codebook_size
         self.tokens = nn.Embedding(self.vocabulary, CONFIG.width)
-        self.places = nn.Embedding(CONFIG.length, CONFIG.width)
+        self.positions = nn.Embedding(CONFIG.length, CONFIG.width)
         self.blocks = nn.Sequential(*(Block() for _ in range(CONFIG.depth)))
         self.norm = nn.LayerNorm(CONFIG.width)
         self.head = nn.Linear(CONFIG.width, self.vocabulary)
 
     def forward(self, text: Tensor, codes: Tensor) -> Tensor:
         stream = torch.cat([text, codes + CONFIG.text_vocab], dim=1)
-        x = self.tokens(stream[:, :-1]) + self.places.weight[:-1]
+        x = self.tokens(stream[:, :-1]) + self.positions.weight[:-1]
         logits = self.head(self.norm(self.blocks(x))).float()
         return F.cross_entropy(logits.flatten(0, 1), stream[:, 1:].flatten())
 
@@ -109,11 +109,11 @@ def measure(name: str, batch_size: int, precision: str, repeats: int) -> dict[st
         "samples": batch_size / seconds(step, repeats),
         "memory": peak_memory() - before,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "utilisation": 0.0,
+        "mfu": 0.0,
     }
     if isinstance(model, Transformer):
         rate = matmul_flops_per_second(device, precision)
-        result["utilisation"] = 3 * model.flops() * result["samples"] / rate
+        result["mfu"] = 3 * model.flops() * result["samples"] / rate
     return result
 
 
@@ -130,8 +130,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(
-        f"{'':14} {'':5} {'batch':>5} {'million weights':>15} {'samples/s':>9} {'MiB':>7} "
-        f"{'utilisation':>11}"
+        f"{'':14} {'':5} {'batch':>5} {'M parameters':>15} {'samples/s':>9} {'MiB':>7} {'mfu':>11}"
     )
     for precision in options.precision:
         for size in options.batch_size:
@@ -139,7 +138,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 flags = ["--only", name, "--batch-size", str(size), "--precision", precision]
                 flags += ["--repeats", str(options.repeats)]
                 row = in_fresh_process([str(Path(__file__)), *flags])
-                used = f"{row['utilisation']:.0%}" if row["utilisation"] else ""
+                used = f"{row['mfu']:.0%}" if row["mfu"] else ""
                 print(
                     f"{name:14} {precision:5} {size:>5} {row['parameters'] / 1e6:>15.1f} "
                     f"{row['samples']:>9.3f} {row['memory']:>7.0f} {used:>11}",

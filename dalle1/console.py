@@ -1,4 +1,4 @@
-"""What every command shares: how it is read, a preset first, clear errors, a progress bar."""
+"""Shared by all commands: argument parsing, presets, one-line errors and progress bars."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 def prepare_process() -> None:
     """Apply the process-wide settings of every command; the library itself changes none."""
     keep_freed_memory()
-    # Under autocast, parameters of norms stay fp32, as they should; torch warns of RMSNorm's.
+    # Under autocast, the parameters of norms stay fp32 on purpose; torch warns about RMSNorm.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
     # DeepSpeed still calls these functions.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
@@ -31,9 +31,9 @@ def prepare_process() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step, which needs as much again.
+    """Let glibc keep freed memory for the next step, which needs as much.
 
-    By default, every large tensor is mapped and faulted in anew: a third of a CPU training's time.
+    By default, every large tensor is mapped again: a third of the time of a training on CPUs.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def worker_advice() -> Iterator[None]:
-    """Where torch tells, at any moment, that such a process was killed, say what to lower."""
+    """Replace torch's error about a killed data-loading process by one that names the option."""
     try:
         yield
     except RuntimeError as error:
@@ -55,16 +55,16 @@ def worker_advice() -> Iterator[None]:
 
 
 def worker_killed(error: Exception) -> ValueError:
-    """Say what to lower where a process that prepares batches was killed."""
+    """Return the error for a killed data-loading process."""
     return ValueError(
-        f"a process that prepares batches was killed, likely for want of memory ({error}); give a "
-        "lower --num-workers, or 0 to prepare them in the main process"
+        f"a process that prepares batches was killed, likely out of memory ({error}); lower "
+        "--num-workers, or set it to 0 to prepare batches in the main process"
     )
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line on stderr and exit code 2."""
+    """Report errors that a user can cause as one line on stderr, with exit code 2."""
     try:
         with worker_advice():
             yield
@@ -82,52 +82,52 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def notes() -> Iterator[None]:
-    """Print warnings as lines that begin with `note:`, without the place in the code."""
+    """Print warnings as lines that begin with `note:`, without file and line."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         yield
 
 
 def parse(kind: Any, args: Sequence[str] | None, about: str, **options: Any) -> Any:
-    """Read the command line into dataclasses, by tyro.
+    """Parse the command line into dataclasses with tyro.
 
     Args:
         kind: a dataclass, or a union of them.
         args: the command line; None reads the process's.
         about: what the command does, for --help.
-        options: more for `tyro.cli`.
+        options: other arguments of `tyro.cli`.
 
-    Raises: ValueError, as it is, where `__post_init__` refuses a setting; tyro would frame it.
+    Raises: ValueError where `__post_init__` rejects a value; tyro would print it in a frame.
     """
     import tyro
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(stderr):
             return tyro.cli(kind, args=args, description=about, **options)
     except SystemExit as stop:
-        refusal: BaseException | None = stop
-        while refusal is not None and not _is_of_a_setting(refusal):
-            refusal = refusal.__context__
-        if refusal is not None:
-            said.truncate(0)
-            raise refusal from None
+        cause: BaseException | None = stop
+        while cause is not None and not _from_post_init(cause):
+            cause = cause.__context__
+        if cause is not None:
+            stderr.truncate(0)
+            raise cause from None
         raise
     finally:
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(stderr.getvalue())
 
 
-def _is_of_a_setting(error: BaseException) -> bool:
+def _from_post_init(error: BaseException) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     names = {frame.f_code.co_name for frame, _ in frames}
     return isinstance(error, ValueError) and "__post_init__" in names
 
 
 def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, about: str) -> Config:
-    """Read a preset's name, then flags that override its fields.
+    """Parse a preset's name, then flags that override its fields.
 
-    Not by `tyro.extras.overridable_config_cli`: there, an unknown preset or a refused value is a
-    frame of several lines, `--help` lists no flags, and parsing takes three times as long.
+    `tyro.extras.overridable_config_cli` prints errors in frames of several lines, lists no flags in
+    `--help`, and takes three times as long.
 
     Args:
         presets: name → dataclass.
@@ -135,12 +135,13 @@ def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, abou
         about: what the command does, for --help.
     """
     words = list(sys.argv[1:] if args is None else args)
-    # The command deepspeed adds it to every process's; the environment says the same.
+    # The deepspeed launcher adds --local_rank; the environment holds the same number.
     words = [word for word in words if not word.startswith("--local_rank=")]
     names = ", ".join(presets)
     if not words or words[0] in ("-h", "--help"):
-        about = f"{about}\n\nThe first word is a preset: {names}. Below, {next(iter(presets))}'s."
-        words, default = ["--help"], next(iter(presets.values()))
+        first, default = next(iter(presets.items()))
+        about = f"{about}\n\nThe first argument is a preset: {names}. Below: defaults of {first}."
+        words = ["--help"]
     elif words[0] not in presets:
         raise ValueError(f"no preset {words[0]!r}; there are: {names}")
     else:
@@ -149,7 +150,7 @@ def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, abou
 
 
 def bar(**options: Any) -> tqdm:
-    """Make a progress bar; in a file it moves every half minute only."""
+    """Return a progress bar; in a log file it updates only every 30 seconds."""
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 30.0

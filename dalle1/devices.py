@@ -1,4 +1,4 @@
-"""Where and how precisely things are computed."""
+"""Devices, precision, memory and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """Give the device of that name; auto is cuda, else mps, else cpu."""
+    """Return the device called `name`; auto is cuda, else mps, else cpu."""
     if name != "auto":
         try:
             device = torch.device(name)
@@ -22,7 +22,7 @@ def pick_device(name: str) -> torch.device:
                 raise RuntimeError
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {name!r} is not to be had here; try auto or cpu") from error
+            raise ValueError(f"device {name!r} is not available; use auto or cpu") from error
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -30,10 +30,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str, keep_casts: bool = True) -> torch.autocast:
-    """Compute matrix products and convolutions in bf16 or fp16 where `precision` says so.
+    """Return the autocast context for `precision`: bf16, fp16, or fp32 (disabled).
 
     Args:
-        keep_casts: cast each weight only once, and keep that for as long as this lasts.
+        keep_casts: cast each weight once and keep the copy until the context ends.
     """
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     enabled = precision != "fp32"
@@ -44,9 +44,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """Give the precision of that name; auto is bf16 where the processor computes it, else fp32.
+    """Return the dtype called `name`; auto is bf16 where the hardware supports it.
 
-    On a GPU that does not, auto is fp16.
+    Otherwise auto is fp16 on a GPU and fp32 on a CPU.
     """
     if name != "auto":
         if name not in PRECISIONS:
@@ -62,14 +62,14 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int:
-    """Give how many bytes may still be taken on `device`, as far as one can tell."""
+    """Return an estimate of the bytes that are free on `device`."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu" or "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return 4 * 2**30
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # in a container, its limit, if it has one
+    with suppress(OSError, ValueError):  # a container may have a lower limit
         limit, used = (
             int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
         )
@@ -78,7 +78,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Say whether that is what `error` means."""
+    """Whether `error` reports that memory is exhausted."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
@@ -97,7 +97,7 @@ def matmul_flops_per_second(device: torch.device, precision: str, size: int = 20
 
 
 def peak_memory(device: torch.device) -> float:
-    """Give the most memory that was held so far, in GiB: the GPU's, or else the process's."""
+    """Return the peak memory so far in GiB: of the GPU, or else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
@@ -108,10 +108,10 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def recorded(step: Callable[[], None], warm_up: int = 2) -> Callable[[], None]:
+def cuda_graphed(step: Callable[[], None], warm_up: int = 2) -> Callable[[], None]:
     """Record `step` as a CUDA graph after a few calls, and replay it from then on.
 
-    One launch then stands for the hundreds that a step of a small batch spends its time on.
+    One launch then replaces the hundreds of a step, which dominate its time at small batches.
     """
     calls, graph = 0, torch.cuda.CUDAGraph()
 
@@ -122,7 +122,7 @@ def recorded(step: Callable[[], None], warm_up: int = 2) -> Callable[[], None]:
             step()
             return
         if calls == warm_up + 1:
-            # A stream of this device's own: the default one belongs to the first that recorded.
+            # The default capture stream belongs to the device that first captured a graph.
             with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                 step()
         graph.replay()

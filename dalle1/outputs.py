@@ -1,6 +1,6 @@
-"""What a draw leaves behind: a folder for each prompt, with pictures, a grid and the scores.
+"""Write samples: one folder per prompt, with the images, a grid and their scores.
 
-Nothing heavy is imported before there is something to write, so that mistakes are told at once.
+Heavy imports wait until images are written, so that wrong options are reported at once.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ SCORES = "scores.json"
 
 
 def slug(prompt: str) -> str:
-    """Turn a prompt into a folder's name."""
+    """Convert a prompt to a folder name."""
     return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:80] or "prompt"
 
 
 def folder_names(prompts: Sequence[str]) -> list[str]:
-    """Give each prompt a folder of its own, also where two make the same slug."""
+    """Return a distinct folder name for each prompt; equal slugs are numbered."""
     names: list[str] = []
     for name in map(slug, prompts):
         numbers = (f"-{i}" if i > 1 else "" for i in range(1, len(prompts) + 1))
@@ -31,8 +31,8 @@ def folder_names(prompts: Sequence[str]) -> list[str]:
     return names
 
 
-def writable(folder: Path) -> None:
-    """Make sure, before anything is drawn, that pictures can be written to `folder`."""
+def check_writable(folder: Path) -> None:
+    """Create `folder` and check, before sampling, that files can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -40,40 +40,40 @@ def writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f"cannot write to {folder} ({error.strerror}); give another --out"
+            f"cannot write to {folder} ({error.strerror}); use another --out"
         ) from error
 
 
-def drawn_in(folder: Path) -> list[str] | None:
-    """Name the pictures that the scores of a draw are of, best first; None where there are none."""
+def scored_files(folder: Path) -> list[str] | None:
+    """Return the image names in a folder's scores.json, best first; None if it has no scores."""
     try:
         return [str(entry["file"]) for entry in json.loads((folder / SCORES).read_text())]
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def forget_earlier(folder: Path) -> None:
-    """Remove the pictures of an earlier draw into the same folder, and nothing else."""
-    for name in drawn_in(folder) or ():
+def delete_earlier(folder: Path) -> None:
+    """Delete the images of an earlier run in `folder`, and nothing else."""
+    for name in scored_files(folder) or ():
         if re.fullmatch(r"\d{2,}\.png", name):
             (folder / name).unlink(missing_ok=True)
 
 
-def plain(value: object) -> object:
-    """Give a setting as JSON has it."""
+def to_json(value: object) -> object:
+    """Convert a setting to a value that JSON supports."""
     return str(value) if isinstance(value, Path) else value
 
 
 def write(
     folder: Path, prompt: str, kept: Sequence[Candidate], settings: Mapping[str, object]
 ) -> None:
-    """Write the pictures, best first, with prompt and settings in each, a grid and the scores."""
+    """Write the images, best first, each with prompt and settings, a grid and the scores."""
     from PIL.PngImagePlugin import PngInfo
 
     from dalle1.data.images import grid
 
-    forget_earlier(folder)
-    settings = {name: plain(value) for name, value in settings.items()}
+    delete_earlier(folder)
+    settings = {name: to_json(value) for name, value in settings.items()}
     scores = []
     for rank, candidate in enumerate(kept):
         name = f"{rank:02d}.png"

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all; a model is one safetensors file, and nothing is unpickled.
+"""Atomic writes and safetensors files; nothing is unpickled.
 
 A model file holds the parameters and buffers of a model's state dict. Its metadata holds the config
 as JSON, and the `kind` of an image tokenizer (see `dalle1.image_tokenizer`).
@@ -98,7 +98,7 @@ def read_kind(path: Path) -> str | None:
 
 
 def load_config(model_class: type[Any], config_class: type[Config], path: Path) -> Config:
-    """Load the config that `save_weights` wrote; ValueError where there is none."""
+    """Load the config that `save_weights` wrote; ValueError for a missing or damaged file."""
     with _one_error(path, model_class.__name__), safe_open(path, "pt") as file:
         return config_class(**json.loads((file.metadata() or {})["config"]))
 
@@ -162,7 +162,7 @@ DTYPES = {
 """Names of dtypes in a safetensors file."""
 
 BLOCK = 1 << 22
-"""Numbers that are converted at a time."""
+"""Numbers converted at a time."""
 
 
 def read_tensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw standard Gumbel noise, shaped as `like`, in fp32: −ln(−ln u) with u uniform in (0, 1).
+    """Sample standard Gumbel noise, shaped as `like`, in fp32: −ln(−ln u) with u uniform in (0, 1).
 
     `exponential_` would give −ln u by itself, but on a CPU it takes six times as long.
     """
@@ -36,5 +36,5 @@ def gumbel_softmax(
             f"temperature is {temperature}, expected a number above 0; "
             "for hard codes use the argmax of the logits"
         )
-    # In place: [B, h, w, V] numbers are many, and the noise is needed nowhere else.
+    # Modified in place: the noise is as large as the logits, and is not needed again.
     return gumbel_noise(logits, generator).add_(logits).div_(temperature).softmax(-1)

@@ -1,6 +1,6 @@
 """The dVAE's objective: logit-Laplace likelihood and KL to uniform (paper §2.1, A.2, A.3).
 
-B batch, C = 3 colours, H W picture in pixels, h w grid of codes, V codebook size.
+B batch, C = 3 colours, H W image in pixels, h w grid of codes, V codebook size.
 """
 
 from __future__ import annotations
@@ -76,16 +76,16 @@ def usage_gap(logits: Tensor) -> Tensor:
 
 
 Distortion = Literal["logit-laplace", "mse", "l1"]
-"""How far a reconstruction is from its picture; the paper's is the first."""
+"""How far a reconstruction is from its image; the paper uses logit-laplace."""
 
 
 def distortion_of(images: Tensor, stats: Tensor, kind: Distortion = "logit-laplace") -> Tensor:
-    """Give the mean over all colour values of −ln f in nats, or of the squared or absolute error.
+    """Return the mean over all colour values of −ln f in nats, or of the squared or absolute error.
 
     Args:
         images: [B, 3, H, W] in [0, 1].
-        stats: [B, 6, H, W]: μ and ln b of each colour. The errors are those of φ⁻¹(sigmoid(μ)),
-            not clamped so that gradients stay; b has no part in them.
+        stats: [B, 6, H, W]: μ and ln b of each colour. The errors use φ⁻¹(sigmoid(μ)), not
+            clamped so that gradients stay, and ignore b.
     """
     mean, log_scale = stats.float().chunk(2, dim=1)
     if kind == "logit-laplace":
@@ -122,32 +122,32 @@ def dvae_loss(
     mse_weight: float = 0.0,
     distortion: Distortion = "logit-laplace",
 ) -> DVAELoss:
-    """Give the negative ELBO per colour value (paper A.2): mean NLL + β·KL·(codes / values).
+    """Compute the negative ELBO per colour value (paper A.2): mean NLL + β·KL·(codes / values).
 
     The paper divides the sums by 256·256·3; with means, the weight of one code's KL is
-    β·(h·w)/(H·W·3) = β/192, whatever the size of batch and picture, so β keeps its meaning.
+    β·(h·w)/(H·W·3) = β/192, whatever the size of batch and image, so β keeps its meaning.
 
     Args:
         images: [B, 3, H, W] in [0, 1].
-        stats: [B, 6, H, W]: μ and ln b of each colour, as the decoder gives them.
+        stats: [B, 6, H, W]: μ and ln b of each colour, as the decoder returns them.
         logits: [B, h, w, V], raw, without noise or temperature.
         beta: the weight of the KL; the paper's goes from 0 to 6.6.
-        usage_weight: the weight of `usage_gap`, taken like one code's KL; the paper's is 0.
+        usage_weight: the weight of `usage_gap`, scaled like one code's KL; the paper's is 0.
         mse_weight: the weight of the mean squared error beside the distortion; the paper's is 0.
-        distortion: what stands for the NLL; the paper's is logit-laplace.
+        distortion: the reconstruction loss in place of the NLL; the paper uses logit-laplace.
     """
-    far = distortion_of(images, stats, distortion)
+    error = distortion_of(images, stats, distortion)
     kl = kl_to_uniform(logits).mean()
     with torch.set_grad_enabled(torch.is_grad_enabled() and usage_weight != 0):
         gap = usage_gap(logits)
     codes_per_value = logits[..., 0].numel() / images.numel()
-    total = far + codes_per_value * (beta * kl + usage_weight * gap)
+    total = error + codes_per_value * (beta * kl + usage_weight * gap)
     if mse_weight:
         total = total + mse_weight * distortion_of(images, stats, "mse")
-    return DVAELoss(total=total, distortion=far, kl=kl, usage_gap=gap)
+    return DVAELoss(total=total, distortion=error, kl=kl, usage_gap=gap)
 
 
-def psnr(images: Tensor, drawn: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, of each picture of [B, 3, H, W] in [0, 1]: [B]."""
-    error = (images - drawn).square().flatten(1).mean(1)
+def psnr(images: Tensor, reconstructed: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, of each image of [B, 3, H, W] in [0, 1]: [B]."""
+    error = (images - reconstructed).square().flatten(1).mean(1)
     return -10 * torch.log10(error.clamp_min(1e-10))

@@ -1,7 +1,7 @@
 """The dVAE of the paper (§2.1, A.3; the released code's layer table), at any size.
 
-B batch, H W picture in pixels, h w grid of codes (h = H / 8), V codebook size.
-Pictures are [B, 3, H, W] in [0, 1]; codes are [B, h, w] integers; logits are [B, h, w, V].
+B batch, H W image in pixels, h w grid of codes (h = H / 8), V codebook size.
+Images are [B, 3, H, W] in [0, 1]; codes are [B, h, w] integers; logits are [B, h, w, V].
 
 | encoder                          | decoder                        |
 |----------------------------------|--------------------------------|
@@ -41,23 +41,23 @@ class DVAEConfig:
     """The size of a dVAE. The defaults are the paper's: 53.8M + 43.8M parameters."""
 
     image_size: int = 256
-    """Side of the pictures in pixels, a multiple of 8. The network itself takes any such size."""
+    """Side of the images in pixels, a multiple of 8. The network itself accepts any such size."""
     width: int = 256
-    """n: channels at full resolution, a multiple of 4; deeper groups have 2n, 4n and 8n."""
+    """Channels at full resolution, n, a multiple of 4; deeper groups have 2n, 4n and 8n."""
     blocks_per_group: int = 2
     """Residual blocks in each of the four groups."""
     codebook_size: int = 8192
-    """V: how many codes there are."""
+    """Number of codes, V."""
     code_width: int = 128
-    """m: channels that a code becomes where the decoder begins."""
+    """Channels of a code's embedding at the decoder's input, m."""
     logit_gain: float = 1.0
-    """Factor on the encoder's logits. Paper: 1. Above 1 the codes rise out of the Gumbel noise
-    sooner, which keeps a small budget from collapsing to a few codes."""
+    """Factor on the encoder's logits. Paper: 1. Above 1, logits exceed the Gumbel noise sooner,
+    which keeps a short training from collapsing to a few codes."""
     residual_gain: float | None = None
     """Factor on each residual path. None: the paper's 1 / (number of blocks)²."""
     min_log_scale: float | None = None
     """Floor on ln b of the likelihood. Paper: None. A floor keeps the flat parts of simple
-    pictures from taking all of the gradient."""
+    images from dominating the gradient."""
 
     def __post_init__(self) -> None:
         if self.image_size % DOWNSAMPLING or self.image_size < DOWNSAMPLING:
@@ -72,12 +72,12 @@ class DVAEConfig:
 
     @property
     def grid_size(self) -> int:
-        """Codes along each side of a picture."""
+        """Codes along each side of an image."""
         return self.image_size // DOWNSAMPLING
 
     @property
     def block_gain(self) -> float:
-        """The factor on each residual path."""
+        """Factor on each residual path."""
         if self.residual_gain is not None:
             return self.residual_gain
         return 1 / (4 * self.blocks_per_group) ** 2
@@ -107,7 +107,7 @@ class Block(nn.Module):
         self.identity = Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, kernel in enumerate(kernels):
-            # In place but for the first, which `identity` needs, too.
+            # All but the first run in place; `identity` also reads the first's input.
             layers[f"relu_{i + 1}"] = nn.ReLU(inplace=i > 0)
             layers[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kernel)
         self.residual = nn.Sequential(layers)
@@ -122,7 +122,7 @@ def _group(width_in: int, width_out: int, kernels: list[int], config: DVAEConfig
 
 
 class Encoder(nn.Module):
-    """Pictures [B, 3, H, W] in [0, 1], already squeezed by φ, to logits [B, h, w, V]."""
+    """Images [B, 3, H, W] in [0, 1], already squeezed by φ, to logits [B, h, w, V]."""
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -139,8 +139,8 @@ class Encoder(nn.Module):
         x = self.input(squeezed.contiguous(memory_format=torch.channels_last))
         for i, group in enumerate(self.groups):
             x = group(x) if i == 0 else group(F.max_pool2d(x, 2))
-        # The released code keeps this convolution in fp32 under mixed precision. The gain goes on
-        # the weights, of which there are fewer than logits.
+        # The released code keeps this convolution in fp32 under mixed precision. The gain
+        # multiplies the weights, which are fewer than the logits.
         weight, bias = self.output.weight * self.logit_gain, self.output.bias * self.logit_gain
         with torch.autocast(x.device.type, enabled=False):
             logits = F.conv2d(F.relu(x).float(), weight, bias)
@@ -209,14 +209,14 @@ class DVAE(nn.Module):
         return self.config.grid_size
 
     def logits(self, images: Tensor) -> Tensor:
-        """Score every code at every place: [B, 3, H, W] in [0, 1] → [B, h, w, V]."""
+        """Score every code at every position: [B, 3, H, W] in [0, 1] → [B, h, w, V]."""
         if (
             images.ndim != 4
             or images.shape[1] != 3
             or any(s % DOWNSAMPLING for s in images.shape[2:])
         ):
             raise ValueError(
-                f"pictures are {tuple(images.shape)}, expected [B, 3, H, W] with H and W multiples "
+                f"images are {tuple(images.shape)}, expected [B, 3, H, W] with H and W multiples "
                 "of 8; resize or crop them first"
             )
         return self.encoder(squeeze_pixels(images))
@@ -224,7 +224,7 @@ class DVAE(nn.Module):
     def forward(
         self, images: Tensor, temperature: float, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Encode, draw relaxed codes and decode them: the training pass.
+        """Encode, sample relaxed codes and decode them: the training pass.
 
         Returns: the likelihood's parameters [B, 6, H, W] and the raw logits [B, h, w, V].
         """
@@ -233,12 +233,12 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Give the likeliest codes, without noise: [B, 3, H, W] in [0, 1] → [B, h, w]."""
+        """Return the most likely codes, without noise: [B, 3, H, W] in [0, 1] → [B, h, w]."""
         return self.logits(images).argmax(-1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Draw the pictures of codes: [B, h, w] → [B, 3, H, W] in [0, 1]."""
+        """Decode codes to images: [B, h, w] → [B, 3, H, W] in [0, 1]."""
         if codes.ndim != 3 or codes.is_floating_point():
             raise ValueError(
                 f"codes are {codes.dtype} {tuple(codes.shape)}, expected integers [B, h, w]"
@@ -246,7 +246,7 @@ class DVAE(nn.Module):
         return reconstruction(self.decoder(codes))
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write weights and config to `directory`/dvae.safetensors, rounded to `dtype`."""
+        """Write the parameters and config to `directory`/dvae.safetensors, rounded to `dtype`."""
         return save_weights(self, Path(directory) / FILE_NAME, dtype, kind="dvae")
 
     @classmethod
@@ -256,10 +256,10 @@ class DVAE(nn.Module):
         device: str | torch.device = "cpu",
         image_size: int | None = None,
     ) -> DVAE:
-        """Read what `save` or a training wrote; ValueError where there is none or it is damaged.
+        """Load what `save` or a training wrote; ValueError where the file is missing or damaged.
 
         Args:
-            image_size: of its pictures, if not as in its training: the weights code any.
+            image_size: side of its images, if other than in training; the parameters fit any size.
         """
         model = load_weights(cls, DVAEConfig, model_folder(directory) / FILE_NAME, device)
         if image_size is not None:
@@ -268,5 +268,5 @@ class DVAE(nn.Module):
 
 
 def reconstruction(stats: Tensor) -> Tensor:
-    """The picture of the likelihood's parameters: φ⁻¹(sigmoid(μ)), b ignored (A.3)."""
+    """Return the image of the likelihood's parameters: φ⁻¹(sigmoid(μ)), b ignored (A.3)."""
     return unsqueeze_pixels(stats[:, :3].sigmoid())

@@ -1,4 +1,4 @@
-"""Cut the photographs inside scikit-image's wheel into tiles with captions, to see real pictures.
+"""Cut the photographs in scikit-image's wheel into captioned tiles: a dataset of real images.
 
     pip install scikit-image
     python recipes/photographs.py --out runs/photographs
@@ -41,7 +41,7 @@ PHOTOGRAPHS = {
 
 
 def photographs() -> Iterator[tuple[str, str, Image.Image]]:
-    """Yield file name, caption and picture."""
+    """Yield file name, caption and image."""
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise SystemExit("scikit-image is not installed: pip install scikit-image")

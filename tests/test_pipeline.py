@@ -353,7 +353,7 @@ def test_an_inconsistent_folder_is_named(plain: DallE, tmp_path: Path, name: str
 def test_no_folder_and_no_device_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no model at .*nowhere: the folder does not exist"):
         DallE.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="device 'quantum' is not to be had"):
+    with pytest.raises(ValueError, match="device 'quantum' is not available"):
         DallE.from_pretrained(folder, device="quantum")
 
 

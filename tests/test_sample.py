@@ -118,9 +118,9 @@ def test_a_preview_shows_the_rows_as_they_come(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--keep-rows 2", "--image goes with either --keep-rows or --mask"),
-        ("--image PHOTO", "--image goes with either --keep-rows or --mask"),
-        ("--image PHOTO --keep-rows 2 --mask PHOTO", "--image goes with either"),
+        ("--keep-rows 2", "--image needs either --keep-rows or --mask"),
+        ("--image PHOTO", "--image needs either --keep-rows or --mask"),
+        ("--image PHOTO --keep-rows 2 --mask PHOTO", "--image needs either"),
         ("--image PHOTO --keep-rows 4", "keep_rows is 4, expected 0 to 3"),
         ("--image nowhere.png --keep-rows 1", "nowhere.png"),
         ("--image TEXT --keep-rows 1", "cannot identify image file"),

@@ -3,7 +3,7 @@
     dalle1 sample "an avocado armchair"
 
 writes outputs/an-avocado-armchair/grid.png, 00.png, 01.png … (best first) and scores.json.
-torchrun --nproc-per-node N -m dalle1 sample … shares the candidates among N processes.
+torchrun --nproc-per-node N -m dalle1 sample … splits the candidates among N processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dalle1.console import bar, one_line_errors
-from dalle1.outputs import folder_names, writable, write
+from dalle1.outputs import check_writable, folder_names, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,16 @@ SETTINGS = (
 )
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """A formatter that appends the defaults, except of flags that are off or unset."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, like all others here."""
+    """A parser that raises its errors, for one line instead of the usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see dalle1 sample --help")
@@ -57,14 +65,14 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
         "prompts",
         nargs="*",
         metavar="PROMPT",
-        help="text to sample images for; several prompts may be given",
+        help="one or more texts to sample images for",
     )
     add("--prompts-file", type=Path, help="text file with more prompts, one per line")
     add("--num-candidates", type=int, default=16, help="number of images to sample per prompt")
     add("--num-images", type=int, default=4, help="number of images to save per prompt, the best")
-    add("--rerank", choices=("clip", "likelihood", "none"), help="how candidates are ranked: by "
-        "CLIP, by how much more likely the prompt makes them, or not; clip if "
-        "the model has one")  # fmt: skip
+    add("--rerank", choices=("clip", "likelihood", "none"), help="ranking of candidates: "
+        "by CLIP, by the gain in likelihood from the prompt, or none; "
+        "by default, clip if the model has one")  # fmt: skip
     add("--seed", type=int, default=0, help="random seed; the same seed samples the same images")
     add(
         "--temperature",
@@ -121,7 +129,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 
     By argparse rather than tyro: --help then takes 0.04 s, as neither torch nor tyro is imported.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add_sampling_flags(parser.add_argument)
     add_other_flags(parser.add_argument)
     options = parser.parse_args(args)
@@ -134,9 +142,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
             f"--num-images is {options.num_images}, expected 1 to --num-candidates, "
             f"{options.num_candidates}"
         )
-    wants = options.keep_rows is not None or options.mask is not None
-    if wants != (options.image is not None) or (options.keep_rows is not None and options.mask):
-        raise ValueError("--image goes with either --keep-rows or --mask, and they with it")
+    has_region = options.keep_rows is not None or options.mask is not None
+    has_both = options.keep_rows is not None and options.mask is not None
+    if has_both or has_region != (options.image is not None):
+        raise ValueError("--image needs either --keep-rows or --mask, and they need --image")
     return options
 
 
@@ -146,7 +155,7 @@ def batch_size(text: str) -> int | None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line; empty lines are no prompts."""
+    """Read one prompt per line; empty lines are ignored."""
     try:
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -154,7 +163,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def encode_known(model: DallE, options: argparse.Namespace) -> Tensor | None:
-    """Give what stays of --image, if there is one."""
+    """Encode the part of --image that is kept; None without --image."""
     if options.image is None:
         return None
     from PIL import Image
@@ -164,7 +173,7 @@ def encode_known(model: DallE, options: argparse.Namespace) -> Tensor | None:
 
 
 def previews(model: DallE, path: Path) -> Callable[[Tensor, int], None]:
-    """Give what writes the pictures as far as they are drawn, grey where they are not yet."""
+    """Return a callback that writes the images so far, grey where codes are missing."""
     from dalle1.data.images import grid
 
     def write_preview(codes: Tensor, rows: int) -> None:
@@ -181,7 +190,7 @@ def previews(model: DallE, path: Path) -> Callable[[Tensor, int], None]:
 
 @contextmanager
 def processes() -> Iterator[tuple[int, int]]:
-    """Say which of how many processes this is: torchrun's, or the only one."""
+    """Yield this process's rank and the number of processes, from torchrun or 0 and 1."""
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world == 1:
         yield 0, 1
@@ -196,7 +205,7 @@ def processes() -> Iterator[tuple[int, int]]:
 
 
 def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -> list[Candidate]:
-    """Give process 0 the candidates of all, best first, or as drawn where nothing ranked them."""
+    """Gather all candidates in process 0, best first, or as sampled without a reranker."""
     if world == 1:
         return candidates
     import torch.distributed as dist
@@ -209,18 +218,18 @@ def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -
     return model.with_probabilities(everyone) if by_clip else everyone
 
 
-def draw(
+def sample(
     model: DallE, outs: list[Path], options: argparse.Namespace, share: tuple[int, int]
 ) -> None:
-    """Draw, rank and write the pictures of all prompts."""
+    """Sample, rank and write the images of all prompts."""
     rank, world = share
     width, known = model.image_tokenizer.grid_size, encode_known(model, options)
-    begun = 0 if known is None else int((known < 0).nonzero()[0]) // width
+    first_row = 0 if known is None else int((known < 0).nonzero()[0]) // width
     each = len(range(options.num_candidates)[rank::world])
     preview = previews(model, (options.out or Path("outputs")) / "preview.png")
-    # The delay keeps the bar away where a setting is refused before the first row.
+    # The delay hides the bar where an option is rejected before the first row.
     with bar(
-        total=len(outs) * each * (width - begun) * width,
+        total=len(outs) * each * (width - first_row) * width,
         desc=options.prompts[0][:40] if len(outs) == 1 else f"{len(outs)} prompts",
         unit="code", unit_scale=True, delay=0.1, disable=rank > 0,
     ) as progress:  # fmt: skip
@@ -231,14 +240,14 @@ def draw(
                 preview(codes, rows)
 
         names = "num_candidates seed temperature top_k top_p typical guidance rerank batch_size"
-        drawn = model.sample(
+        sampled = model.sample(
             options.prompts,
             known_codes=known,
             share=share,
             on_row=on_row,
             **{name: getattr(options, name) for name in names.split()},
         )
-        for prompt, folder, candidates in zip(options.prompts, outs, drawn, strict=True):
+        for prompt, folder, candidates in zip(options.prompts, outs, sampled, strict=True):
             best = gathered(model, candidates, rank, world)
             if rank == 0:
                 settings = {name: getattr(options, name) for name in SETTINGS}
@@ -255,11 +264,11 @@ def main(args: Sequence[str] | None = None) -> None:
         outs = [root / f if several else root for f in folders]
         if os.environ.get("RANK", "0") == "0":
             for out in outs:
-                writable(out)
+                check_writable(out)
 
-        # Threads wait for each other at every layer of every step: awake as long as that is free,
-        # then asleep. As libgomp has it, two of them on two busy cores keep each other from
-        # working, and drawing takes fifteen times as long as alone; so, three or four times.
+        # OpenMP threads wait for each other at every layer: they spin, then sleep. With libgomp's
+        # default, two of them on two busy cores block each other, and sampling takes fifteen times
+        # as long as alone; with this spin count, three or four times.
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         from dalle1 import DallE
@@ -272,11 +281,11 @@ def main(args: Sequence[str] | None = None) -> None:
             model = DallE.from_pretrained(
                 options.model, clip=options.clip, device=device, precision=options.precision
             )
-            draw(model, outs, options, (rank, world))
+            sample(model, outs, options, (rank, world))
 
 
 def one_gpu_each() -> str | None:
-    """Give this process's own GPU, if there are any."""
+    """Return this process's own GPU; None without CUDA."""
     import torch
 
     return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None

@@ -15,7 +15,7 @@ from dalle1.clip import Clip
 from dalle1.data import ReadOptions, open_indexed
 from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING, read_image
 from dalle1.data.sources.indexed import IndexedSource
-from dalle1.outputs import SCORES, drawn_in
+from dalle1.outputs import SCORES, scored_files
 
 BLUR_WIDTH = 256  # width of the images that blur radii refer to
 Key = TypeVar("Key")
@@ -69,7 +69,7 @@ def sampled_image_paths(folder: Path) -> list[Path]:
     paths = image_paths(folder)
     if not paths:
         raise ValueError(f"no images in {folder}; expected .jpg, .png, .webp or .gif files")
-    named = {parent: drawn_in(parent) for parent in {path.parent for path in paths}}
+    named = {parent: scored_files(parent) for parent in {path.parent for path in paths}}
     samples = [p for p in paths if (names := named[p.parent]) is None or p.name in names]
     if not samples:
         raise ValueError(f"no images in {folder} that its {SCORES} names; sample them again")

@@ -5,7 +5,7 @@
 `encoder.pkl` and `decoder.pkl` (https://cdn.openai.com/dall-e/) are pickles of whole modules of the
 `dall_e` package. Unpickling one as it is would import and call whatever it names. Here torch's
 weights-only unpickler reads them, which builds tensors and plain containers; the few classes below
-become empty boxes that hold attributes, and any other name is refused.
+become empty objects that hold attributes, and any other name is rejected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CLASSES = (
     "torch.nn.modules.pooling.MaxPool2d",
     "torch.nn.modules.upsampling.Upsample",
 )
-"""All that a pickle may name beside tensors and containers."""
+"""Classes that a pickle may name, besides tensors and containers."""
 
 _NAMES = (  # theirs → ours
     (r"^blocks\.", ""),
@@ -48,14 +48,14 @@ _NAMES = (  # theirs → ours
 )
 
 
-class _Box:
-    """Stands for any of `CLASSES`: it keeps the attributes, and does nothing."""
+class _Stub:
+    """A stand-in for any of `CLASSES`, with its attributes and no behaviour."""
 
 
 def read_module(path: str | Path) -> dict[str, Tensor]:
-    """Read the parameters of a pickled module of `dall_e`, by the names that `DVAE` gives them.
+    """Read the parameters of a pickled module of `dall_e`, under the names of `DVAE`.
 
-    Raises: ValueError where the file is no such pickle, or names anything beyond `CLASSES`.
+    Raises: ValueError where the file is no such pickle, or names a class not in `CLASSES`.
     """
     with Path(path).open("rb") as file:
         zipped = file.read(2) == b"PK"
@@ -64,7 +64,7 @@ def read_module(path: str | Path) -> dict[str, Tensor]:
             f"{path} is no file that torch 1.6 or later has written; expected encoder.pkl or "
             "decoder.pkl as released"
         )
-    allowed: list[Any] = [(_Box, name) for name in CLASSES] + [set]
+    allowed: list[Any] = [(_Stub, name) for name in CLASSES] + [set]
     try:
         with torch.serialization.safe_globals(allowed):
             module = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,7 +75,7 @@ def read_module(path: str | Path) -> dict[str, Tensor]:
             f"{path} is not one of OpenAI's dVAE pickles, and nothing in it was run: {why}. "
             "Expected encoder.pkl or decoder.pkl as released"
         ) from error
-    if not isinstance(module, _Box):
+    if not isinstance(module, _Stub):
         raise ValueError(
             f"{path} holds a {type(module).__name__}, expected a pickled module of dall_e"
         )
@@ -87,7 +87,7 @@ def _parameters(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         if isinstance(tensor, Tensor):
             yield prefix + name, tensor
     for name, child in vars(module).get("_modules", {}).items():
-        if isinstance(child, _Box):
+        if isinstance(child, _Stub):
             yield from _parameters(child, f"{prefix}{name}.")
 
 
@@ -98,16 +98,16 @@ def _renamed(name: str) -> str:
 
 
 def sizes(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, int]:
-    """Give the fields of `DVAEConfig` that the parameters of encoder and decoder tell.
+    """Return the fields of `DVAEConfig` that the shapes of the parameters determine.
 
-    Raises: ValueError where they are not those of an encoder and a decoder.
+    Raises: ValueError where the files hold no encoder and decoder.
     """
     for what, part, kernel in (("encoder", encoder, 7), ("decoder", decoder, 1)):
         weight = part.get("input.weight")
         if weight is None or weight.ndim != 4 or weight.shape[-1] != kernel:
             raise ValueError(
-                f"the {what} is none: expected its first convolution to be {kernel} × {kernel}. "
-                "Give encoder.pkl first, then decoder.pkl"
+                f"the first file should be encoder.pkl and the second decoder.pkl, but the {what} "
+                f"has no first convolution of {kernel} × {kernel}; check their order"
             )
     blocks = {name.split(".")[2] for name in encoder if name.startswith("groups.0.")}
     return {
@@ -119,7 +119,7 @@ def sizes(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, i
 
 
 def load_openai_dvae(encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
-    """Load OpenAI's released pickles, running nothing of them; ValueError for any other file."""
+    """Load OpenAI's released pickles, without running their code; ValueError for any other file."""
     encoder, decoder = read_module(encoder_pkl), read_module(decoder_pkl)
     model = DVAE(DVAEConfig(**sizes(encoder, decoder)))
     for what, part, weights in (
@@ -130,7 +130,7 @@ def load_openai_dvae(encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
             part.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{what} is no dVAE of the paper's form ({reason})") from error
+            raise ValueError(f"{what} does not match the paper's dVAE ({reason})") from error
     return model.eval()
 
 
@@ -150,5 +150,5 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
         if (config.out / "latest").exists():
-            raise ValueError(f"{config.out} holds a training; give another --out")
+            raise ValueError(f"{config.out} holds a training; use another --out")
         print(f"The dVAE is {load_openai_dvae(config.encoder, config.decoder).save(config.out)}")

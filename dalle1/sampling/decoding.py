@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle1.devices import recorded
+from dalle1.devices import cuda_graphed
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.filters import PAPER, Sampling, filter_logits
 from dalle1.sampling.kv_cache import Caches
@@ -165,7 +165,7 @@ def generate(
         state = prefill(model, text, uniforms, sampling, known)
         step: Callable[[], None] = partial(decode_one, state)
         if text.is_cuda:
-            step = recorded(step)
+            step = cuda_graphed(step)
         first = int(unknown[0])
         for position in range(first, config.image_len):
             if position > first:

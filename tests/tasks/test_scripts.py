@@ -276,7 +276,7 @@ def refused(
         (["--top-k", "-2"], "top_k is -2"),
         (["--model", "nowhere"], "no model at nowhere"),
         (["--clip", "PROJECT"], "error: "),
-        (["--device", "quantum"], "device 'quantum' is not to be had here"),
+        (["--device", "quantum"], "device 'quantum' is not available"),
         (["--out", "FILE"], "give another --out"),
         (["--out", "FILE/below"], "give another --out"),
     ],
