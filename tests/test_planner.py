@@ -18,9 +18,9 @@ from dalle1.planner import (
     PLANS,
     Plan,
     activations,
+    count_parameters,
     memory,
     network,
-    parameters,
     report,
     seconds,
     smaller,
@@ -35,8 +35,8 @@ P = sum(p.numel() for p in Transformer(SIZE).parameters())
 
 
 def test_parameters_are_counted_without_being_made() -> None:
-    assert parameters(SIZE) == P
-    assert parameters(PLANS["12b"].model) == pytest.approx(12.3e9, rel=0.01)
+    assert count_parameters(SIZE) == P
+    assert count_parameters(PLANS["12b"].model) == pytest.approx(12.3e9, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_parameters_are_counted_without_being_made() -> None:
 )
 def test_what_is_shared_by_hand(zero: int, weights: str, expected: tuple[float, ...]) -> None:
     need = memory(replace(PLAN, zero=zero, weights=weights))
-    parts = (need.weights, need.gradients, need.optimizer, need.average)
+    parts = (need.parameters, need.gradients, need.optimizer, need.average)
     assert tuple(x / P for x in parts) == pytest.approx(expected)
     assert need.offloaded == 0
 
@@ -60,7 +60,7 @@ def test_what_is_shared_by_hand(zero: int, weights: str, expected: tuple[float, 
 def test_what_is_offloaded_is_elsewhere() -> None:
     here = memory(replace(PLAN, zero=3, weights="bf16"))
     there = memory(replace(PLAN, zero=3, weights="bf16", offload="cpu"))
-    assert (there.weights, there.optimizer, there.average) == (0, 0, 0)
+    assert (there.parameters, there.optimizer, there.average) == (0, 0, 0)
     assert there.total + there.offloaded == pytest.approx(here.total)
 
 
@@ -70,13 +70,13 @@ def test_activations_grow_with_depth_and_batch() -> None:
     assert activations(SIZE, 2, False) > 2 * activations(SIZE, 2, True)
     # What is computed of eight layers and of four holds for sixteen.
     deep = replace(SIZE, depth=16)
-    counted = plan._worst(deep, 2, True, "bf16", "fp32", "cuda", True, False)
+    counted = plan._peak(deep, 2, True, "bf16", "fp32", "cuda", True, False)
     assert activations(deep, 2, True) == pytest.approx(counted, rel=1e-3)
 
 
 def test_time_and_network_by_hand() -> None:
     work = 3 * Transformer(SIZE).flops()
-    timed = replace(PLAN, tflops=1e-6, utilisation=0.5)
+    timed = replace(PLAN, tflops=1e-6, mfu=0.5)
     assert seconds(timed) == pytest.approx(work * 32 * 10 / (4 * 1e6 * 0.5))
     sent = [network(replace(PLAN, zero=zero)) / P for zero in (0, 1, 2, 3)]
     assert PLAN.accumulate == 4
@@ -97,13 +97,13 @@ def test_a_report_names_what_would_fit() -> None:
     some = memory(replace(PLAN, zero=1)).total / 2**30
     tight = replace(PLAN, checkpointing=False, gpu_memory=some)
     text = report(tight)
-    assert "It does not fit. This would: " in text
+    assert "It does not fit. With " in text
     flags = re.findall(r"--([a-z-]+)(?: (\w+))?", text)
     kinds = {"checkpointing": lambda _: True, "offload": str, "weights": str}
     changes = {n.replace("-", "_"): kinds.get(n, int)(value) for n, value in flags}
     assert memory(replace(tight, **changes)).total / 2**30 <= some
     assert "It fits." in report(replace(PLAN, gpu_memory=1.0))
-    assert "take more GPUs" in report(replace(PLAN, gpu_memory=1e-6))
+    assert "use more GPUs" in report(replace(PLAN, gpu_memory=1e-6))
 
 
 def test_presets_are_planned_as_they_train() -> None:
@@ -114,7 +114,7 @@ def test_presets_are_planned_as_they_train() -> None:
         for module in Transformer(whole.model).layers.modules()
         if isinstance(module, torch.nn.Linear)
     )
-    assert memory(whole).optimizer == 8 * parameters(whole.model) - 4 * matrices
+    assert memory(whole).optimizer == 8 * count_parameters(whole.model) - 4 * matrices
     with pytest.raises(ValueError, match="zero needs --optimizer adamw"):
         replace(whole, zero=1)
     found = smaller(replace(whole, gpu_memory=memory(whole).total / GIB - 0.1, micro_batch=16))
@@ -123,7 +123,7 @@ def test_presets_are_planned_as_they_train() -> None:
 
 
 def test_impossible_plans_are_refused() -> None:
-    for changes in ({"gpus": 3}, {"utilisation": 1.5}, {"offload": "cpu"}, {"steps": 0}):
+    for changes in ({"gpus": 3}, {"mfu": 1.5}, {"offload": "cpu"}, {"steps": 0}):
         with pytest.raises(ValueError, match=r"expected|need"):
             replace(PLAN, **changes)
 
