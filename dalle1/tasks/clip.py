@@ -2,7 +2,7 @@
 
     dalle1 train clip small --data toybox --out runs/clip
 
-writes runs/clip/latest/ in Hugging Face's format, and a log; the same command goes on after an
+writes runs/clip/latest/ in Hugging Face's format, and a log. The same command resumes after an
 interruption. Any other CLIPModel or SiglipModel serves for reranking, too.
 """
 
@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
+import tyro
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -65,8 +66,8 @@ class ClipTrainConfig(TrainConfig):
     more computation. Unlike `accumulate`, the loss still compares the whole batch."""
     augmentation: Augmentation = RANDOM_SQUARE
     """Random crops of the training images."""
-    soften: bool = False
-    """Blur half of the images slightly, since reconstructions are blurred. Paper: no."""
+    random_blur: Annotated[bool, tyro.conf.arg(aliases=["--soften"])] = False
+    """Whether half of the images are blurred slightly, as reconstructions are. Paper: no."""
     vocab_size: int = 1024
     """Maximum number of BPE tokens, learned from the data."""
     vocab_captions: int = 20_000
@@ -120,7 +121,7 @@ CLIP_PRESETS: dict[str, ClipTrainConfig] = {
     "toy": replace(
         _clip_small,
         model=replace(_clip_small.model, image_size=128, width=24, text_len=64),
-        soften=True,
+        random_blur=True,
     ),
     "small": _clip_small,
     "rn50": _clip_of_the_paper(
@@ -153,7 +154,7 @@ def held_example(
 
 
 def tokens(config: ClipTrainConfig, tokenizer: Any, caption: str) -> Tensor:
-    """Give the tokens of a caption, cut or padded to the model's length: [T]."""
+    """Return the tokens of a caption, cut or padded to the model's length: [T]."""
     how = {"truncation": True, "max_length": config.model.text_len, "padding": "max_length"}
     return torch.tensor(tokenizer(caption, **how)["input_ids"])
 
@@ -182,9 +183,9 @@ class ClipTask(Task[nn.Module]):
         self.held = {name: tensor.to(self.device) for name, tensor in pairs.items()}
 
     def initial(self, source: Source) -> Clip:
-        """Make a new CLIP with a vocabulary of the data's captions, or take --init's.
+        """Return a new CLIP with a vocabulary of the data's captions, or the one of --init.
 
-        A training that goes on keeps the vocabulary that it has, whatever became of the data.
+        A resumed training keeps its vocabulary, even if the data has changed.
         """
         config = self.config
         if config.init is None:
@@ -196,14 +197,14 @@ class ClipTask(Task[nn.Module]):
             return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
         clip = Clip.from_pretrained(config.init)
         if (changed := clip.arch().differences(config.model)) is not None:
-            raise ValueError(f"the CLIP in {config.init} is of another size; add {changed}")
+            raise ValueError(f"the CLIP in {config.init} has another architecture; add {changed}")
         return clip
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
     ) -> Sequence[ContrastiveLoss]:
         config, images = self.config, to_float(batch["images"])
-        if config.soften:
+        if config.random_blur:
             images = random_blur(images, rng)
         loss = pair_loss(
             self.model,
@@ -216,7 +217,7 @@ class ClipTask(Task[nn.Module]):
         return [loss]
 
     def trimmed(self, ids: Tensor) -> Tensor:
-        """Cut off the columns after the last caption's end, which no place before them sees."""
+        """Cut off the columns after the last caption's end, to which no earlier one attends."""
         ends = (ids == self.clip.tokenizer.eos_token_id).int().argmax(1)
         return ids[:, : int(ends.max()) + 1]
 

@@ -69,7 +69,7 @@ class DVAETrainConfig(TrainConfig):
     temperature_steps: int = 150_000
     """Updates during which τ falls, along a cosine."""
     validation_images: Annotated[int, tyro.conf.arg(aliases=["--validation-pictures"])] = 64
-    """Number of validation images, which training never shows."""
+    """Number of validation images, which are not trained on."""
     usage_weight: float = 0.0
     """Weight of a loss that keeps all codes in use early in training; without it, small budgets
     collapse to a few codes. Paper: 0."""
@@ -110,8 +110,8 @@ class DVAETrainConfig(TrainConfig):
         return cosine(step, start=0.0, end=self.beta, duration=self.beta_steps)
 
 
-# Paper: no clipping is named. Here a loose one, since a training on other data than the paper's
-# should not die of one bad batch.
+# Paper: no gradient clipping is named. Here a loose limit, so that one bad batch of other data
+# does not end a training.
 _dvae_paper = DVAETrainConfig(
     out=Path("runs/dvae"),
     steps=3_000_000,
@@ -167,7 +167,7 @@ _dvae_toy = replace(
 
 DVAE_PRESETS: dict[str, DVAETrainConfig] = {
     "toy": _dvae_toy,
-    # Fine-tunes it (--init), and drops codes that only the usage loss kept.
+    # Fine-tunes toy (--init), and drops codes that only the usage loss kept in use.
     "toy-finetune": replace(
         _dvae_toy,
         out=Path("runs/toy-finetune"),
@@ -204,7 +204,7 @@ def centred(config: DVAETrainConfig, sample: Sample, _: random.Random) -> Exampl
 
 @dataclass(frozen=True, kw_only=True)
 class StepLoss(DVAELoss):
-    """A step's loss with the schedules that it was made under, for the log."""
+    """A step's loss and the values of its schedules, for the log."""
 
     temperature: float
     beta: float
@@ -234,16 +234,16 @@ class DVAETask(Task[DVAE]):
         self.held = to_float(distributed.broadcast_from_main(first)["images"]).to(self.device)
 
     def initial(self) -> DVAE:
-        """Make a new dVAE, or take the one that --init names."""
+        """Return a new dVAE, or load the one of --init."""
         config = self.config
         if config.init is None:
             return DVAE(config.model)
         model = DVAE.load(config.init)
-        given, wanted = asdict(model.config), asdict(config.model)
-        if given != wanted:
-            changed = (k for k in given if given[k] != wanted[k])
-            flags = " ".join(f"--model.{k.replace('_', '-')} {given[k]}" for k in changed)
-            raise ValueError(f"the dVAE in {config.init} is of another size; add {flags}")
+        loaded, wanted = asdict(model.config), asdict(config.model)
+        if loaded != wanted:
+            changed = (k for k in loaded if loaded[k] != wanted[k])
+            flags = " ".join(f"--model.{k.replace('_', '-')} {loaded[k]}" for k in changed)
+            raise ValueError(f"the dVAE in {config.init} has another architecture; add {flags}")
         return model.train()
 
     def losses(

@@ -260,10 +260,10 @@ class TransformerTask(Task[Transformer]):
                 layer.compile()
 
     def initial(self) -> Transformer:
-        """Make a new transformer; the one that --init names has to be of its size.
+        """Return a new transformer, after checking that the one of --init has its architecture.
 
-        Where positions are turns, no weight knows how large the picture is; what stood half-way
-        down still does.
+        With rotary positions, no parameter depends on the image size: the grid may grow, and the
+        angles are then interpolated.
         """
         sizes = {
             **asdict(self.config.model),
@@ -275,11 +275,11 @@ class TransformerTask(Task[Transformer]):
         if self.config.init is not None:
             before = Transformer.config_of(self.config.init)
             if wanted.positions == before.positions == "rotary":
-                counted_on = before.rotary_grid or before.grid_size
-                wanted = replace(wanted, rotary_grid=counted_on)
-                before = replace(before, rotary_grid=counted_on, grid_size=wanted.grid_size)
-            given, named = asdict(before), asdict(wanted)
-            if other := [f"{k} is {given[k]}, not {v}" for k, v in named.items() if given[k] != v]:
+                base_grid = before.rotary_grid or before.grid_size
+                wanted = replace(wanted, rotary_grid=base_grid)
+                before = replace(before, rotary_grid=base_grid, grid_size=wanted.grid_size)
+            found, named = asdict(before), asdict(wanted)
+            if other := [f"{k} is {found[k]}, not {v}" for k, v in named.items() if found[k] != v]:
                 raise ValueError(
                     f"the transformer in {self.config.init} differs: {'; '.join(other)}"
                 )
@@ -287,15 +287,15 @@ class TransformerTask(Task[Transformer]):
             files = (image_tokenizer_file(folder) for folder in folders)
             if distributed.is_main() and not same_tensors(*files):
                 warnings.warn(
-                    f"{folders[0]} was trained on codes of another dVAE than {folders[1]}: what "
-                    "codes stand for has to be learned anew",
+                    f"{folders[0]} was trained on codes of another dVAE than {folders[1]}: the "
+                    "meaning of the codes has to be learned again",
                     stacklevel=2,
                 )
         with partitioned(self.config):
             return Transformer(wanted)
 
     def vocabulary(self) -> Tokenizer:
-        """Learn the BPE from the data; a training that goes on keeps the one that it has."""
+        """Learn the BPE from the data; a resumed training keeps its own."""
         if (kept := model_folder(self.config.out) / VOCABULARY_NAME).is_file():
             return Tokenizer.load(kept)
         first = partial(first_captions, self.source, self.config.vocab_captions)
@@ -303,12 +303,12 @@ class TransformerTask(Task[Transformer]):
         if self.config.init is None:
             return Tokenizer.train(captions, self.config.model.text_vocab)
         tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
-        if tokenizer.words is not None:  # what is fine-tuned on is known, too
+        if tokenizer.words is not None:  # words of the fine-tuning data are known, too
             tokenizer.words = tokenizer.words.merged(Words.of(captions))
         return tokenizer
 
     def open(self, split: str) -> tuple[Source, bool]:
-        """Open a split of the data; return whether it holds codes instead of images, too."""
+        """Open a split of the data; also return whether it holds codes instead of images."""
         config, size = self.config, self.dvae.image_size
         codes = open_codes(config.data, split, config.dvae, self.dvae)
         if codes is not None:

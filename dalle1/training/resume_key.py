@@ -18,6 +18,7 @@ MAY_CHANGE = {
 
 RENAMED = {
     "crops_per_picture": "crops_per_image",
+    "soften": "random_blur",
     "validation_pictures": "validation_images",
 }
 """Old → new names of settings, dotted where nested, so that old checkpoints can be resumed."""

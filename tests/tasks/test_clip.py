@@ -85,7 +85,7 @@ def test_fine_tuning_starts_from_a_saved_clip(
     torch.testing.assert_close(second.embed_text(text), first.embed_text(text), atol=1e-3, rtol=0)
     with pytest.raises(SystemExit):
         train(VIT, tmp_path / "third", *init, "--model.width", "64")
-    assert "is of another size; add --model.width 32" in capsys.readouterr().err
+    assert "has another architecture; add --model.width 32" in capsys.readouterr().err
 
 
 def test_a_training_on_a_single_pair(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_is_validated_on_is_what_the_clip_sees(tmp_path: Path) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    command = [*VIT, "--steps", "2", "--precision", "fp32", "--no-soften"]
+    command = [*VIT, "--steps", "2", "--precision", "fp32", "--no-random-blur"]
     train_clip.main([*command, "--out", str(tmp_path / "one")])
     in_two_processes("train_clip.py", *command, "--out", tmp_path / "two", timeout=120)
     logs, states = [], []
