@@ -37,7 +37,7 @@ from dalle1.data.sources.indexed import IndexedSample, IndexedSource
 from dalle1.data.sources.indexed_shards import index_shard, read_member
 from dalle1.data.sources.mixture import Mixture
 from dalle1.data.spec import open_source, split_names
-from dalle1.devices import autocast, pick_device
+from dalle1.devices import autocast, pick_device, pick_precision
 from dalle1.image_tokenizer import (
     ImageTokenizer,
     image_tokenizer_file,
@@ -224,6 +224,11 @@ def open_codes(
     return sources[0] if len(sources) == 1 else Mixture(sources, weights)
 
 
+def encoding_precision(device: torch.device) -> str:
+    """Return bf16 where `device` computes it natively, else fp32: emulated bf16 is far slower."""
+    return "bf16" if pick_precision("auto", device) == torch.bfloat16 else "fp32"
+
+
 def encode(config: EncodeConfig) -> None:
     """Encode all of `config.data`, shard by shard; keep shards that are already complete."""
     device = pick_device(config.device)
@@ -333,7 +338,7 @@ def _encoded(
         if not len(batch):
             continue
         images = batch.tensors["images"]
-        with autocast(device, "bf16"):
+        with autocast(device, encoding_precision(device)):
             codes = model.encode(to_float(images.flatten(0, 1).to(device)))
         grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(dtype)
         numbers = batch.tensors["number"].tolist()

@@ -14,7 +14,14 @@ import torch
 from PIL import Image
 
 from dalle1.data import encoded as codes
-from dalle1.data.encoded import CodeSource, EncodeConfig, encode, fingerprint, open_codes
+from dalle1.data.encoded import (
+    CodeSource,
+    EncodeConfig,
+    encode,
+    encoding_precision,
+    fingerprint,
+    open_codes,
+)
 from dalle1.data.examples import iter_batches
 from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
 from dalle1.devices import autocast
@@ -22,6 +29,7 @@ from dalle1.toybox import Toybox
 from dvae import DVAE, DVAEConfig
 
 RNG = random.Random(0)
+CPU = torch.device("cpu")
 
 
 # Codes
@@ -64,7 +72,7 @@ def test_codes_are_read_back(encoded: tuple[EncodeConfig, DVAE]) -> None:
     toybox = Toybox(size=32, num_scenes=10)
     for begin, end in ((0, 3), (3, 4), (4, 7), (7, 8), (8, 10)):  # as batches and shards fall
         images = torch.stack([to_tensor(toybox.image(i)) for i in range(begin, end)])
-        with autocast(torch.device("cpu"), "bf16"):
+        with autocast(CPU, encoding_precision(CPU)):
             expected = model.encode(to_float(images))
         assert torch.equal(torch.stack([source.codes(i, RNG) for i in range(begin, end)]), expected)
     assert source.codes(0, RNG).dtype == torch.int64
@@ -147,7 +155,7 @@ def test_images_are_encoded_at_another_size(tmp_path: Path) -> None:
     )
     assert source is not None
     image = to_float(to_tensor(Toybox(size=16, num_scenes=10).image(3))[None])
-    with autocast(torch.device("cpu"), "bf16"):
+    with autocast(CPU, encoding_precision(CPU)):
         assert torch.equal(source.codes(3, RNG), model.encode(image)[0])
     with pytest.raises(ValueError, match=r"grids of 2, expected 4; use --image-size 16, or"):
         open_codes(str(config.out), "train", config.dvae, model)
@@ -182,7 +190,7 @@ def test_several_crops_of_each_image(tmp_path: Path) -> None:
     for i in range(3):
         rng = random.Random(f"0/{i}/crops")
         cut = [augmented(Image.fromarray(noise[i]), 32, rng, *how) for _ in range(3)]
-        with autocast(torch.device("cpu"), "bf16"):
+        with autocast(CPU, encoding_precision(CPU)):
             expected = model.encode(to_float(torch.stack([to_tensor(c) for c in cut])))
         seen = {source.codes(i, random.Random(n)).numpy().tobytes() for n in range(40)}
         assert seen == {grid.numpy().tobytes() for grid in expected}
