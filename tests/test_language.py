@@ -107,6 +107,7 @@ EXEMPT = {
     "dalle1/data/encoded.py": "reads and writes a key of codes.json",
     "dalle1/data/sources/streaming_loader.py": "reads a name in old checkpoints",
     "dalle1/training/checkpoint.py": "reads the names in old checkpoints",
+    "dalle1/training/resume_key.py": "reads the names in old checkpoints",
     "tests/training/test_old_checkpoints.py": "writes the names in old checkpoints",
     "tests/data/test_encoded.py": "writes a key of codes.json",
     "tests/data/test_streaming_shards.py": "writes a name in old checkpoints",
