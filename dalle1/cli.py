@@ -39,9 +39,21 @@ SUBCOMMANDS = {
 
 def run(name: str, args: Sequence[str] | None = None) -> None:
     """Run one subcommand; `args` defaults to the process's command line."""
-    with one_line_errors():
-        prepare_process()
-        import_module(SUBCOMMANDS[name][0]).main(args)
+    try:
+        with one_line_errors():
+            prepare_process()
+            import_module(SUBCOMMANDS[name][0]).main(args)
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            _end_process(stop.code or 0)
+        raise
+    _end_process(0)
+
+
+def _end_process(code: int) -> None:
+    """End one of several processes; in a single one, or before they are connected, do nothing."""
+    if (distributed := sys.modules.get("dalle1.training.distributed")) is not None:
+        distributed.end_process(code)
 
 
 def help_text(prefix: str = "") -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -77,6 +78,22 @@ def shutdown() -> None:
     """Destroy the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_process(code: int = 0) -> None:
+    """End one of several processes at once, when everything is saved; in a single one, do nothing.
+
+    Threads of torch's process group may still run when the interpreter shuts down, and then abort
+    the process ("terminate called without an active exception", exit code 134), although its
+    training is complete (https://github.com/pytorch/pytorch/issues/190489). A process that ends by
+    `os._exit` has no such shutdown.
+    """
+    if world_size() == 1:
+        return
+    shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:

@@ -239,6 +239,7 @@ for kind in ("infonce", "sigmoid"):
     found |= {name: distributed.mean(g) for name, g in test.gradients(model).items()}
     if not distributed.is_main():
         torch.save(found, f"{out}.{kind}.pt")
+distributed.end_process()
 """
 
 

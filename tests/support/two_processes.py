@@ -185,7 +185,7 @@ def main(out: Path) -> None:
             assert (name, stop.code) == ("zero3-stopped", 0)  # noqa: PT017
     for stage in (0, 1, 2, 3):
         train_scaled(out / f"scaled{stage}", stage)
-    distributed.shutdown()
+    distributed.end_process()
 
 
 if __name__ == "__main__":

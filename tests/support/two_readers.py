@@ -70,6 +70,7 @@ def main(data: str, out: Path) -> None:
         report["error"] = str(error)
     captions = distributed.broadcast_from_main(lambda: first_captions(open_source(data), 3))
     print(json.dumps({**report, "captions": captions}))
+    distributed.end_process()
 
 
 if __name__ == "__main__":
