@@ -238,7 +238,7 @@ def encode(config: EncodeConfig) -> None:
     source = _open(config, size, decode_size)
     prepare = partial(_prepare, size, config)  # no closure: spawned workers must unpickle it
     chunks = list(source.chunks(config.shard_size))
-    _claim(config, model, source, len(chunks))
+    precision = _claim(config, model, source, len(chunks), device)
     stats = SkipStats(config.max_bad_fraction, config.out / "skipped.jsonl", report=tqdm.write)
     stats.open(source.size or 0, source.skipped)
     written = 0
@@ -252,7 +252,9 @@ def encode(config: EncodeConfig) -> None:
             batches = iter_batches(source, keys, prepare, config.batch_size, config.num_workers)
             # The samples of a stream are counted from 0 in each of its shards.
             first = number * 100_000 if source.size is None else 0
-            written += _write_shard(path, _encoded(model, device, batches, stats, progress), first)
+            written += _write_shard(
+                path, _encoded(model, device, batches, stats, progress, precision), first
+            )
     if not written:
         raise ValueError(f"all images were skipped: {stats}; see {stats.file}")
     _write_entries(config.out)
@@ -292,8 +294,13 @@ def _prepare(
     }
 
 
-def _claim(config: EncodeConfig, model: ImageTokenizer, source: Source, shards: int) -> None:
-    """Write the index; refuse a folder with codes of another dVAE or other data."""
+def _claim(
+    config: EncodeConfig, model: ImageTokenizer, source: Source, shards: int, device: torch.device
+) -> str:
+    """Write the index and return the precision to encode in: that of the codes already there.
+
+    Raises: ValueError for a folder with codes of another dVAE or other data.
+    """
     index = {
         "dvae": fingerprint(config.dvae),
         "codebook_size": model.codebook_size,
@@ -317,7 +324,10 @@ def _claim(config: EncodeConfig, model: ImageTokenizer, source: Source, shards: 
             f"{config.out} holds codes of another dVAE or other data or settings ({changed} "
             "differ); use another --out"
         )
-    _write_json(path, index)
+    # Earlier versions always encoded in bf16, and did not write it down.
+    precision = stored.get("precision", "bf16") if stored else encoding_precision(device)
+    _write_json(path, {**index, "precision": precision})
+    return precision
 
 
 Encoded = tuple[int, np.ndarray, list[str]]
@@ -330,6 +340,7 @@ def _encoded(
     batches: Iterator[Batch],
     stats: SkipStats,
     progress: tqdm,
+    precision: str,
 ) -> Iterator[Encoded]:
     dtype = np.uint16 if model.codebook_size <= 1 << 16 else np.uint32
     for batch in batches:
@@ -338,7 +349,7 @@ def _encoded(
         if not len(batch):
             continue
         images = batch.tensors["images"]
-        with autocast(device, encoding_precision(device)):
+        with autocast(device, precision):
             codes = model.encode(to_float(images.flatten(0, 1).to(device)))
         grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(dtype)
         numbers = batch.tensors["number"].tolist()

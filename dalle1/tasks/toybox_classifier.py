@@ -272,7 +272,3 @@ def train(config: ClassifierTrainConfig) -> ToyboxClassifier:
     """Train a classifier, or resume the training in `config.out`; return it."""
     with graceful_run(config):
         return fit(ClassifierTask(config), config)
-
-
-if __name__ == "__main__":
-    main()

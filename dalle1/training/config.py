@@ -11,6 +11,7 @@ import torch
 from dalle1.config import check_literals
 from dalle1.data.cleaning import CleaningConfig
 from dalle1.devices import PRECISIONS, pick_precision
+from dalle1.training.checkpoint import load_checkpoint
 from dalle1.training.schedules import warmup_cosine
 
 Config = TypeVar("Config", bound="TrainConfig")
@@ -168,11 +169,18 @@ class TrainConfig(CleaningConfig):
 
 
 def resolve_precision(config: Config, device: torch.device) -> Config:
-    """Return `config` with the precision "auto" replaced by what `device` computes fast."""
+    """Return `config` with the precision "auto" replaced by what `device` computes fast.
+
+    A training that resumes keeps the precision of its checkpoint, whatever the machine.
+    """
     if config.precision != "auto":
         return config
     names = {dtype: name for name, dtype in PRECISIONS.items()}
-    precision: Any = names[pick_precision("auto", device)]
+    state = load_checkpoint(config.out) or {}
+    stored = state.get("resume_key", {}).get("precision")
+    if stored in PRECISIONS:
+        return replace(config, precision=stored)
+    precision: Any = "bf16" if config.weights == "bf16" else names[pick_precision("auto", device)]
     if precision == "fp16" and config.uses_deepspeed:
         precision = "fp32"
     return replace(config, precision=precision)

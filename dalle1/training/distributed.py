@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -90,10 +91,13 @@ def end_process(code: int = 0) -> None:
     """
     if world_size() == 1:
         return
-    shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        shutdown()
+    finally:
+        os._exit(code)
 
 
 def rank() -> int:

@@ -72,7 +72,9 @@ def test_command(tmp_path: Path, released: Modules, capsys: pytest.CaptureFixtur
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), imported.parameters()))
     with pytest.raises(SystemExit):
         openai_dvae.main([*paths[::-1], "--out", str(tmp_path / "out")])
-    assert "Give encoder.pkl first, then decoder.pkl" in capsys.readouterr().err
+    assert (
+        "the first file should be encoder.pkl and the second decoder.pkl" in capsys.readouterr().err
+    )
 
 
 class Hostile:
@@ -121,7 +123,7 @@ def test_what_is_no_such_pickle_is_refused(tmp_path: Path, released: Modules) ->
         (half, "is not one of OpenAI's dVAE pickles"),
         (text, r"is no file that torch 1\.6 or later has written"),
         (other, "holds a dict, expected a pickled module"),
-        (larger, "is no dVAE of the paper's form .*size mismatch"),
+        (larger, "does not match the paper's dVAE .*size mismatch"),
     ):
         with pytest.raises(ValueError, match=message):
             openai_dvae.load_openai_dvae(path, paths[1])

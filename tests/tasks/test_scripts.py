@@ -277,8 +277,8 @@ def refused(
         (["--model", "nowhere"], "no model at nowhere"),
         (["--clip", "PROJECT"], "error: "),
         (["--device", "quantum"], "device 'quantum' is not available"),
-        (["--out", "FILE"], "give another --out"),
-        (["--out", "FILE/below"], "give another --out"),
+        (["--out", "FILE"], "use another --out"),
+        (["--out", "FILE/below"], "use another --out"),
     ],
 )
 def test_mistakes_in_sampling_are_reported_in_a_line(

@@ -16,7 +16,7 @@ from two_processes import SIZE, loss, stream
 from dalle1.data.images import Augmentation
 from dalle1.model.transformer import Transformer
 from dalle1.training import resume_key as keys
-from dalle1.training.config import TrainConfig
+from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.loop import fit
 from dalle1.training.resume_key import changed_settings, resume_key
 
@@ -96,3 +96,18 @@ def test_renamed_settings_are_compared(tmp_path: Path, monkeypatch: pytest.Monke
     stored["old_seed"] = stored.pop("seed")
     assert changed_settings(stored, config) == []
     assert changed_settings(stored, replace(config, seed=7)) == ["seed was 0 and is 7"]
+
+
+def test_a_resumed_training_keeps_the_precision_of_its_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path / "run", 1)
+    path = tmp_path / "run" / "latest" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    device = torch.device("cpu")
+    for stored in ("bf16", "fp32"):  # one of them is not what this processor would choose
+        state["resume_key"]["precision"] = stored
+        torch.save(state, path)
+        config = TrainConfig(out=tmp_path / "run")
+        assert resolve_precision(config, device).precision == stored
+        assert resolve_precision(replace(config, precision="fp32"), device).precision == "fp32"
+    halves = TrainConfig(out=tmp_path / "new", zero=1, weights="bf16")
+    assert resolve_precision(halves, device).precision == "bf16"

@@ -262,12 +262,12 @@ class Engine(ABC, Generic[Model]):
             kind: weights or ema.
         """
         with safe_open(path, "pt") as file:
-            stored = set(file.keys())
+            stored = {upgrade_key(key): key for key in file.keys()}  # noqa: SIM118
             filled: dict[int, Any] = {}
             for name, p in zip(self.names, self.skeleton.parameters(), strict=True):
                 key = f"{KINDS[kind]}/{name}"
                 key = key if key in stored else f"weights/{name}"  # of a frozen parameter
-                filled[id(p)] = nn.Parameter(file.get_tensor(key), requires_grad=False)
+                filled[id(p)] = nn.Parameter(file.get_tensor(stored[key]), requires_grad=False)
             shared = {id(buffer): buffer for buffer in self.skeleton.buffers()}
             yield copy.deepcopy(self.skeleton, {**filled, **shared}).eval()
 
