@@ -63,6 +63,8 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     if program == "torchrun":
         rest = rest[rest.index("--nproc-per-node") + 2 :]
         program = "python"
+    if program == "python" and rest[0] == "-m":
+        program, rest = rest[1], rest[2:]
     if program == "dalle1":
         length = 2 if " ".join(rest[:2]) in SUBCOMMANDS else 1
         return parsed(" ".join(rest[:length]), rest[length:], monkeypatch)

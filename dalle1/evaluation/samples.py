@@ -33,7 +33,7 @@ class SamplesOptions:
 
     images: Annotated[Path, tyro.conf.arg(aliases=["--pictures"])]
     """Folder of generated images. Prompts are read from name.txt beside each image, or from the
-    PNG, where sample.py stores them. Without prompts, only distances are measured."""
+    PNG, where `dalle1 sample` stores them. Without prompts, only distances are measured."""
     reference: str | None = None
     """Real images to compare with: toybox:N, a folder or WebDataset shards."""
     clip: str = "bundled"
