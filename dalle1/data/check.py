@@ -191,7 +191,7 @@ def _print(report: Mapping[str, Any], config: CheckConfig, rate: float) -> None:
 
 
 def _tile(thumb: torch.Tensor, caption: str) -> Image.Image:
-    """Put a caption under an image; text that does not fit is cut off."""
+    """Add a caption under an image; text that does not fit is cut off."""
     tile = Image.new("RGB", (THUMB, THUMB + 42), "white")
     tile.paste(Image.fromarray(thumb.permute(1, 2, 0).numpy()))
     lines = wrap(caption, 24, max_lines=3, placeholder=" …")

@@ -30,7 +30,7 @@ ANNOUNCED = (
 
 
 def titled(image: Image.Image, title: str) -> Image.Image:
-    """Put a title under an image."""
+    """Add a title under an image."""
     font = ImageFont.load_default(15)
     sheet = Image.new("RGB", (image.width, image.height + 24), "white")
     sheet.paste(image, (0, 0))
@@ -41,7 +41,7 @@ def titled(image: Image.Image, title: str) -> Image.Image:
 
 
 def captioned(image: Image.Image, caption: str) -> Image.Image:
-    """Put a caption of up to three lines under an image."""
+    """Add a caption of up to three lines under an image."""
     font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (image.width, image.height + 54), "white")
     sheet.paste(image, (0, 0))

@@ -20,7 +20,7 @@ SCALES = (1, 2, 3, 4, 5)
 
 
 def titled(image: Image.Image, title: str) -> Image.Image:
-    """Put a title under an image made small."""
+    """Add a title under an image made small."""
     return images.titled(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), title)
 
 
