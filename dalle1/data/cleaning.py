@@ -15,14 +15,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dalle1.data.skipped import BadSample
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+# Not what Pillow only writes, hands to another program (.eps, .wmf), or has no decoder for (.mpg).
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif"),
+    *(".jfif", ".jpe", ".mpo", ".apng", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".avifs"),
+    *(".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    *(".tga", ".ico", ".icns", ".pcx", ".dds", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".qoi"),
+    *(".psd", ".xbm", ".xpm"),
+)
+"""Images that Pillow reads; of two images with one name, the earlier is taken."""
 CAPTIONS = (".txt", ".json")
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: a quarter of a gigabyte, where Pillow begins to warn."""
 
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF")
-"""First bytes of the formats in `IMAGE_SUFFIXES`."""
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
+"""First bytes of the commonest formats in `IMAGE_SUFFIXES`."""
 
 
 @dataclass(frozen=True, kw_only=True)

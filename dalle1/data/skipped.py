@@ -26,6 +26,9 @@ DAMAGE = (
 RULES = ("too small", "too elongated", "caption too short", "caption too long")
 """Causes that follow from the settings of a training; they never stop it."""
 
+IGNORED = ("hidden file", "other file", "caption without an image")
+"""Causes of files that are no samples: counted and named, but never damage."""
+
 WINDOW = 1_000
 """Samples over which the share of bad ones is measured."""
 
@@ -46,11 +49,12 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A sample that was skipped."""
+    """A sample that was skipped, or several files that are not samples."""
 
     cause: str
     where: str
     why: str
+    count: int = 1
 
     @classmethod
     def because(cls, error: BadSample, where: str) -> SkippedSample:
@@ -134,7 +138,7 @@ class SkipStats:
         """Count what was skipped on opening a dataset, which left `usable` samples."""
         skipped = list(skipped)
         self._log(skipped)
-        self._check(usable + len(skipped), _damaged(skipped))
+        self._check(usable + _samples(skipped), _damaged(skipped))
 
     def add(
         self, used: int, skipped: Iterable[SkippedSample], shards: Iterable[ShardRead] = ()
@@ -143,7 +147,7 @@ class SkipStats:
         skipped = list(skipped)
         self._log(skipped)
         self.shards.add(shards)
-        self.recent.append((used + len(skipped), _damaged(skipped)))
+        self.recent.append((used + _samples(skipped), _damaged(skipped)))
         total = sum(samples for samples, _ in self.recent)
         while total - self.recent[0][0] >= WINDOW:
             total -= self.recent.popleft()[0]
@@ -159,7 +163,7 @@ class SkipStats:
             if not self.counts[sample.cause]:
                 rest = f"; all are logged in {self.file}" if self.file and not self.counts else ""
                 self.report(f"Skipping {sample}{rest}")
-            self.counts[sample.cause] += 1
+            self.counts[sample.cause] += sample.count
             if sample.where not in self.logged:
                 self.logged.add(sample.where)
                 fresh.append(sample)
@@ -177,8 +181,12 @@ class SkipStats:
             )
 
 
+def _samples(skipped: Iterable[SkippedSample]) -> int:
+    return sum(sample.count for sample in skipped if sample.cause not in IGNORED)
+
+
 def _damaged(skipped: Iterable[SkippedSample]) -> int:
-    return sum(sample.cause in DAMAGE for sample in skipped)
+    return sum(sample.count for sample in skipped if sample.cause in DAMAGE)
 
 
 def _logged_in(file: Path) -> set[str]:

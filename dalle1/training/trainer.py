@@ -67,7 +67,8 @@ class Trainer(Generic[Model]):
         values = dict(zip(sums, means.unbind(), strict=True))
         if self.plateau and values["total"].isfinite():
             self.plateau.update(values["total"])
-        self.counts.update(f"skipped/{sample.cause}" for sample in batch.skipped)
+        for sample in batch.skipped:
+            self.counts[f"skipped/{sample.cause}"] += sample.count
         applied = {} if stepped and not self.scaler else {"applied": float(stepped)}
         return {**values, "gradient_norm": norm, "learning_rate": lr, **applied}
 

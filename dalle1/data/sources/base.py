@@ -19,6 +19,21 @@ ENDLESS = 1 << 30
 SPLITS = ("train", "validation", "encode")
 """encode is all of a user's data: the codes are split in turn, without skipped samples."""
 
+METADATA_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin"}
+"""What macOS, network drives and Windows leave among a user's files: copies and thumbnails."""
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file is hidden or an operating system's, by its name within the data.
+
+    Args:
+        name: relative to the data's folder or the top of a shard, with slashes.
+    """
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in METADATA_FOLDERS
+        for part in name.split("/")
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
