@@ -6,7 +6,9 @@ import html
 import io
 import json
 import random
-from collections.abc import Iterable
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,13 @@ IMAGE_SUFFIXES = (
 )
 """Images that Pillow reads; of two images with one name, the earlier is taken."""
 CAPTIONS = (".txt", ".json")
+CAPTION_KEYS = ("captions", "caption", "text", "prompt")
+"""Keys of a JSON object that hold captions, the first that holds any."""
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+BLANK_LETTERS = set("\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0\ufffd")
+"""Letters of other categories that show nothing: fillers, variation selectors, U+FFFD."""
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: a quarter of a gigabyte, where Pillow begins to warn."""
@@ -124,6 +133,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def captions_among(files: Mapping[str, bytes], where: str) -> list[str]:
+    """Parse the captions of a sample by its files `.txt` and `.json`.
+
+    Where both are there, the .json decides: img2dataset writes its one caption into both, and line
+    breaks in it are no ends of captions. A .json that holds none, or one of the lines of the .txt,
+    leaves the .txt as it is.
+
+    Raises: BadSample where neither can be read.
+    """
+    found: dict[str, list[str]] = {}
+    error: BadSample | None = None
+    for suffix in CAPTIONS:
+        if suffix in files:
+            try:
+                found[suffix] = captions_in(files[suffix], suffix, where)
+            except BadSample as damage:
+                error = damage
+    lines, listed = (found.get(suffix, []) for suffix in CAPTIONS)
+    if error and not (lines or listed):
+        raise error
+    one_of_the_lines = len(listed) == 1 and listed[0] in lines
+    return lines if one_of_the_lines or not listed else listed
+
+
 def captions_in(content: bytes, suffix: str, where: str) -> list[str]:
     """Parse the captions in a `.txt`, one a line, or a `.json`: a string, a list, or img2dataset's.
 
@@ -134,25 +167,40 @@ def captions_in(content: bytes, suffix: str, where: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise BadSample("caption not UTF-8", str(error), where) from error
     if suffix == ".txt":
-        return text.splitlines()
+        return visible(text.splitlines())
     try:
-        return as_captions(json.loads(text))
+        return visible(as_captions(json.loads(text)) if text.strip() else [])
     except (ValueError, RecursionError) as error:
         raise BadSample("damaged captions", f"its JSON cannot be used: {error}", where) from error
 
 
 def as_captions(found: Any) -> list[str]:
-    """Return the captions of a JSON value: a string, a list, or an object with caption or captions.
+    """Return the captions of a JSON value: a string, a list, or an object with `CAPTION_KEYS`.
 
     Raises: ValueError where it is something else.
     """
     if isinstance(found, dict):
-        found = found.get("captions") or found.get("caption") or []
+        values = (as_captions(found[key]) for key in CAPTION_KEYS if key in found)
+        return next((captions for captions in values if visible(captions)), [])
     if isinstance(found, str):
         return [found]
-    if isinstance(found, list) and all(isinstance(text, str) for text in found):
-        return found
+    listed = [] if found is None else found
+    if isinstance(listed, list) and all(text is None or isinstance(text, str) for text in listed):
+        return [text for text in listed if text is not None]
     raise ValueError(f"expected a caption or a list of them, got {str(found)[:40]!r}")
+
+
+def visible(captions: Iterable[str]) -> list[str]:
+    """Return captions without white space around them, and without those that show nothing.
+
+    A lone surrogate, half of a character, becomes U+FFFD: nothing could encode it.
+    """
+    texts = (SURROGATE.sub("\ufffd", text).strip() for text in captions)
+    return [text for text in texts if not all(map(_is_invisible, text))]
+
+
+def _is_invisible(letter: str) -> bool:
+    return letter in BLANK_LETTERS or unicodedata.category(letter) in BLANK_CATEGORIES
 
 
 def sample_caption(
@@ -162,9 +210,8 @@ def sample_caption(
 
     Raises: BadSample where no caption qualifies.
     """
-    texts = [text.strip() for text in captions]
-    texts = [clean(text) for text in texts] if cleaning.clean_captions else texts
-    texts = [text for text in texts if text]
+    texts = visible(captions)
+    texts = visible(map(clean, texts)) if cleaning.clean_captions else texts
     if not texts:
         raise BadSample("no caption", "there is no text in it", where)
     usable = [c for c in texts if cleaning.min_caption <= len(c) <= cleaning.max_caption]

@@ -14,7 +14,14 @@ import pytest
 from PIL import Image
 
 from dalle1.data import ReadOptions, open_source
-from dalle1.data.cleaning import CleaningConfig, captions_in, clean, read_image, sample_caption
+from dalle1.data.cleaning import (
+    CleaningConfig,
+    captions_among,
+    captions_in,
+    clean,
+    read_image,
+    sample_caption,
+)
 from dalle1.data.encoded import open_codes
 from dalle1.data.skipped import DAMAGE, RULES, BadSample, SkippedSample, SkipStats
 from dalle1.data.sources.folder import Folder
@@ -98,6 +105,10 @@ def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> 
         (b" \n\n", ".txt", "no caption"),
         (b"", ".txt", "no caption"),
         (b'{"url": "http://a"}', ".json", "no caption"),
+        (b"null", ".json", "no caption"),
+        (b"", ".json", "no caption"),
+        (rb'{"caption": "\ud83d"}', ".json", "no caption"),
+        ("\u200b\ufeff\u2800\u3164\n\u200d".encode(), ".txt", "no caption"),
         (b"&nbsp;", ".txt", "no caption"),
         (b"a", ".txt", "caption too short"),
         (b"a red red star", ".txt", "caption too long"),
@@ -110,6 +121,57 @@ def test_bad_captions(content: bytes, suffix: str, cause: str) -> None:
     assert error.value.cause == cause
     again = pickle.loads(pickle.dumps(error.value))
     assert (again.cause, again.why, str(again)) == (cause, error.value.why, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (["a", None, " b "], ["a", "b"]),
+        ({"caption": None, "text": "a"}, ["a"]),
+        ({"captions": [""], "prompt": "a"}, ["a"]),
+        ({"caption": "a", "text": "other"}, ["a"]),
+        ({"caption": ["a", "\u200b"]}, ["a"]),
+    ],
+)
+def test_captions_in_json(found: Any, expected: list[str]) -> None:
+    assert captions_in(json.dumps(found).encode(), ".json", "") == expected
+
+
+@pytest.mark.parametrize("cleaned", [True, False])
+def test_half_a_character_stops_no_reading(cleaned: bool) -> None:
+    captions = captions_in(rb'{"caption": "a blue \ud83d star"}', ".json", "")
+    cleaning = CleaningConfig(clean_captions=cleaned)
+    assert sample_caption(captions, "", cleaning, RNG) == "a blue \ufffd star"
+    assert sample_caption(["a \udcff star"], "", cleaning, RNG) == "a \ufffd star"
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "expected"),
+    [
+        ("a car\non the street", {"caption": "a car\non the street"}, ["a car\non the street"]),
+        ("a car\na van", {"caption": "a van", "url": "x"}, ["a car", "a van"]),
+        ("old", {"caption": "new"}, ["new"]),
+        ("old", ["new", "newer"], ["new", "newer"]),
+        ("a car", {"url": "x"}, ["a car"]),
+        ("a car", {"caption": 3}, ["a car"]),
+        (" \n", {"caption": "a car"}, ["a car"]),
+    ],
+)
+def test_of_two_files_of_captions_the_json_decides(
+    text: str, found: Any, expected: list[str]
+) -> None:
+    files = {".txt": text.encode(), ".json": json.dumps(found).encode()}
+    assert captions_among(files, "") == expected
+    assert captions_among(dict(reversed(files.items())), "") == expected
+
+
+def test_one_damaged_file_of_captions_does_not_hide_the_other() -> None:
+    bad = b"\xff"
+    assert captions_among({".txt": bad, ".json": b'"a"'}, "") == ["a"]
+    assert captions_among({".txt": b"a", ".json": bad}, "") == ["a"]
+    assert captions_among({".txt": b"", ".json": b"{}"}, "") == []
+    with pytest.raises(BadSample, match=r"x: .*decode"):
+        captions_among({".txt": bad, ".json": b"[]"}, "x")
 
 
 def test_of_several_captions_one_that_fits_is_picked() -> None:
