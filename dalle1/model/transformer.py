@@ -240,7 +240,7 @@ class Transformer(nn.Module):
     def embed(self, text: Tensor, codes: Tensor) -> Tensor:
         """Embed all states of text [B, L], and those of the codes [B, n] that they predict.
 
-        Reangles: [B, L + n, D]; the last of the codes is not read.
+        Returns: [B, L + n, D]; the last of the codes is not read.
         """
         parts = [self.embed_text(text)]
         if codes.shape[1]:
@@ -291,7 +291,7 @@ class Transformer(nn.Module):
     def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Score every token of whole streams; see `states`.
 
-        Reangles: text logits [B, L, text_vocab + L] and image logits [B, N, V].
+        Returns: text logits [B, L, text_vocab + L] and image logits [B, N, V].
         """
         text_states, image_states = self.states(text, codes)
         return self.text_head(text_states), self.image_head(image_states)

@@ -14,9 +14,10 @@ from torch import nn
 from two_processes import HALF, SIZE, STEPS, config_for, loss, stream
 
 from dalle1.model.transformer import Transformer
+from dalle1.training import optimizers
 from dalle1.training.checkpoint import TENSORS_NAME
 from dalle1.training.engines.ddp import DDPEngine
-from dalle1.training.optimizers import layer_matrices
+from dalle1.training.optimizers import Fp32Muon, layer_matrices
 
 
 def test_an_update_by_hand(tmp_path: Path) -> None:
@@ -68,6 +69,35 @@ def test_a_training_keeps_its_optimizer(tmp_path: Path) -> None:
     two_processes.train(tmp_path, steps=HALF)
     with pytest.raises(ValueError, match="optimizer"):
         two_processes.train(tmp_path, optimizer="muon")
+
+
+def test_muon_in_fp32_is_torchs_up_to_the_rounding_of_bf16() -> None:
+    torch.manual_seed(0)
+    starts = [torch.randn(shape) for shape in ((24, 8), (8, 24), (16, 16))]
+    moved = []
+    for kind in (torch.optim.Muon, Fp32Muon):
+        weights = [nn.Parameter(start.clone()) for start in starts]
+        optimizer = kind(weights, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+        for p in weights:
+            optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+        for step in range(3):
+            for p, start in zip(weights, starts, strict=True):
+                p.grad = start.roll(step, 0)
+            optimizer.step()
+        moved.append([p.detach() - start for p, start in zip(weights, starts, strict=True)])
+    for theirs, ours in zip(*moved, strict=True):
+        assert not torch.equal(theirs, ours)  # bf16 was rounded
+        assert (theirs - ours).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.bfloat16, torch.optim.Muon), (torch.float32, Fp32Muon)]
+)
+def test_muon_runs_in_bf16_where_the_device_computes_it(
+    dtype: torch.dtype, kind: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(optimizers, "pick_precision", lambda name, device: dtype)
+    assert type(optimizers.muon(Transformer(SIZE), config_for(tmp_path, optimizer="muon"))) is kind
 
 
 def test_zero_refuses_muon(tmp_path: Path) -> None:
