@@ -328,19 +328,29 @@ class TransformerTask(Task[Transformer]):
         return model.loss(batch["text"], codes, self.config.text_weight)
 
     def validate(self, model: Transformer) -> Iterator[tuple[str, float]]:
-        """Yield the losses on the validation pairs, in nats and in bits."""
+        """Yield the losses on the validation pairs, in nats and in bits, and the caption gap.
+
+        The gap is the loss of an image after another pair's caption, minus that after its own, in
+        nats per image: what the model reads in captions.
+        """
+        own = self._held_losses(model, self.held)
+        other = self._held_losses(model, {**self.held, "text": self.held["text"].roll(1, 0)})
+        yield from own.items()
+        bits = {f"{name}_bits": value / math.log(2) for name, value in own.items()}
+        yield from bits.items()
+        yield "bits_per_image", bits["image_bits"] * model.config.image_len
+        yield "caption_gap", (other["image"] - own["image"]) * model.config.image_len
+
+    def _held_losses(self, model: Transformer, held: Mapping[str, Tensor]) -> dict[str, float]:
         sums = {"text": 0.0, "image": 0.0}
-        count = len(self.held["text"])
+        count = len(held["text"])
         for start in range(0, count, 32):
-            batch = {name: tensor[start : start + 32] for name, tensor in self.held.items()}
+            batch = {name: tensor[start : start + 32] for name, tensor in held.items()}
             with autocast(self.device, self.config.precision):
                 loss = self.loss(model, batch)
             for name in sums:
                 sums[name] += float(getattr(loss, name)) * len(batch["text"]) / count
-        yield from sums.items()
-        bits = {f"{name}_bits": value / math.log(2) for name, value in sums.items()}
-        yield from bits.items()
-        yield "bits_per_image", bits["image_bits"] * model.config.image_len
+        return sums
 
     def sample(self, model: Transformer, path: Path) -> None:
         """Write eight candidates of each prompt, a row per prompt."""
