@@ -36,16 +36,37 @@ class ContrastiveLoss:
     accuracy: Tensor  # [] share of images and captions whose partner is the nearest, no gradient
 
 
+@dataclass(frozen=True, kw_only=True)
+class HardTexts:
+    """Embedded hard negatives, one for each pair; see `dalle1.clip.hard_negatives`."""
+
+    embeds: Tensor  # [B, D]
+    exists: Tensor  # [B], bool: pairs without one hold any embedding
+
+    def logits(self, image_embeds: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Return the scaled cosine of each image and its own hard negative: [B]."""
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            return logit_scale * (image_embeds.float() * self.embeds.float()).sum(-1)
+
+
 def contrastive_loss(
-    image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor | float
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor | float,
+    hard: HardTexts | None = None,
 ) -> ContrastiveLoss:
     """Compute the symmetric InfoNCE loss of `[B, D]` unit-length pairs, averaged over the batch.
 
-    `logit_scale` is the factor on the cosines (CLIP keeps its logarithm as a parameter).
+    `logit_scale` is the factor on the cosines (CLIP keeps its logarithm as a parameter). A hard
+    negative is one more caption that its image must not choose.
     """
     logits = _logits(image_embeds, text_embeds, logit_scale)
     pairs = torch.arange(len(logits), device=logits.device)
-    total = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+    choices = logits
+    if hard is not None:
+        wrong = hard.logits(image_embeds, logit_scale).masked_fill(~hard.exists, -torch.inf)
+        choices = torch.cat([logits, wrong[:, None]], dim=1)
+    total = (F.cross_entropy(choices, pairs) + F.cross_entropy(logits.T, pairs)) / 2
     return ContrastiveLoss(total=total, accuracy=_accuracy(logits))
 
 
@@ -54,14 +75,19 @@ def sigmoid_loss(
     text_embeds: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float,
+    hard: HardTexts | None = None,
 ) -> ContrastiveLoss:
     """Compute SigLIP's loss of `[B, D]` unit-length pairs: does the caption belong to the image?
 
-    Summed over all B² combinations and divided by B, as in the paper's algorithm 1.
+    Summed over all B² combinations, and the hard negatives, and divided by B, as in the paper's
+    algorithm 1.
     """
     logits = _logits(image_embeds, text_embeds, logit_scale) + logit_bias
     signs = 2 * torch.eye(len(logits), device=logits.device) - 1
     total = -F.logsigmoid(signs * logits).sum() / len(logits)
+    if hard is not None:
+        wrong = hard.logits(image_embeds, logit_scale) + logit_bias
+        total = total - (F.logsigmoid(-wrong) * hard.exists).sum() / len(logits)
     return ContrastiveLoss(total=total, accuracy=_accuracy(logits))
 
 
@@ -84,6 +110,7 @@ def pair_loss(
     pixels: Tensor,
     input_ids: Tensor,
     *,
+    hard_ids: Tensor | None = None,
     kind: Kind = "infonce",
     at_once: int | None = None,
     gather: Callable[[Tensor], Tensor] = lambda x: x,
@@ -94,16 +121,22 @@ def pair_loss(
         pixels: [B, 3, H, W], normalized for the model.
         input_ids: [B, T], from `Clip.tokenize`. Padding comes last, so that causal text needs no
             attention mask.
+        hard_ids: [B, T], hard negatives; equal to `input_ids` where a caption has none.
         at_once: how many images or captions have activations in memory at a time; see `in_parts`.
         gather: local embeddings [B, D] → those of all processes, with gradients to all.
     """
     towers: Any = model  # the methods below are what all of transformers' CLIPs have
     images = gather(in_parts(towers.get_image_features, pixels, at_once, model))
     texts = gather(in_parts(towers.get_text_features, input_ids, at_once, model))
+    hard = None
+    if hard_ids is not None:
+        embeds = gather(in_parts(towers.get_text_features, hard_ids, at_once, model))
+        exists = gather((hard_ids != input_ids).any(1).float()).bool()
+        hard = HardTexts(embeds=embeds, exists=exists)
     scale = limited(model.logit_scale).exp()  # type: ignore[arg-type]
     if kind == "infonce":
-        return contrastive_loss(images, texts, scale)
-    return sigmoid_loss(images, texts, scale, model.logit_bias)  # type: ignore[arg-type]
+        return contrastive_loss(images, texts, scale, hard)
+    return sigmoid_loss(images, texts, scale, model.logit_bias, hard)  # type: ignore[arg-type]
 
 
 def prepare_for(model: nn.Module, kind: Kind) -> None:

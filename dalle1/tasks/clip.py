@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from dalle1.clip import Clip, ClipArch, ContrastiveLoss, new_clip, pair_loss, random_blur
+from dalle1.clip.hard_negatives import HardNegatives
 from dalle1.clip.losses import Kind as ContrastiveKind
 from dalle1.clip.losses import prepare_for
 from dalle1.console import one_line_errors, parse_preset
@@ -43,6 +44,7 @@ from dalle1.data.images import (
 )
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
+from dalle1.toybox.exchangeable import WORD_CLASSES, adds_held_out_pair
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
@@ -64,6 +66,10 @@ class ClipTrainConfig(TrainConfig):
     encode_at_once: int | None = None
     """Gradient caching: number of pairs whose activations are in memory at once. It takes a third
     more computation. Unlike `accumulate`, the loss still compares the whole batch."""
+    hard_negatives: str | None = None
+    """Text file with words that exclude each other, a class per line, separated by commas; "toybox"
+    has Toybox's words. Each image is also compared with its caption after two words of a class are
+    exchanged, or one is replaced (NegCLIP). None: no such captions."""
     augmentation: Augmentation = RANDOM_SQUARE
     """Random crops of the training images."""
     random_blur: Annotated[bool, tyro.conf.arg(aliases=["--soften"])] = False
@@ -135,12 +141,21 @@ CLIP_PRESETS: dict[str, ClipTrainConfig] = {
 }
 
 
-def example(config: ClipTrainConfig, tokenizer: Any, sample: Sample, rng: random.Random) -> Example:
+def example(
+    config: ClipTrainConfig,
+    tokenizer: Any,
+    negatives: HardNegatives | None,
+    sample: Sample,
+    rng: random.Random,
+) -> Example:
     """Cut a square out of an image, uint8, and prepare the tokens of a caption."""
-    ids = tokens(config, tokenizer, sample.caption(rng))
+    caption = sample.caption(rng)
     size, upscale = config.model.image_size, config.allow_upscale
     image = augmented(sample.image(), size, rng, config.augmentation, upscale)
-    return {"images": to_tensor(image), "input_ids": ids}
+    ids = {"input_ids": tokens(config, tokenizer, caption)}
+    if negatives is not None:
+        ids["hard_ids"] = tokens(config, tokenizer, negatives(caption, rng) or caption)
+    return {"images": to_tensor(image), **ids}
 
 
 def held_example(
@@ -151,6 +166,15 @@ def held_example(
     image = sample.image()
     refuse_small(image, config.model.image_size, config.allow_upscale)
     return {"images": clip.preprocess([image])[0], "input_ids": ids}
+
+
+def hard_negatives(name: str | None) -> HardNegatives | None:
+    """Return the hard negatives of a file of words, or of Toybox."""
+    if name is None:
+        return None
+    if name == "toybox":
+        return HardNegatives(WORD_CLASSES, adds_held_out_pair)
+    return HardNegatives.read(Path(name))
 
 
 def tokens(config: ClipTrainConfig, tokenizer: Any, caption: str) -> Tensor:
@@ -175,7 +199,8 @@ class ClipTask(Task[nn.Module]):
         prepare_for(self.clip.model, config.loss)
         self.model = self.clip.model.train().requires_grad_(True).to(self.device)
         fast_attention(self.model, self.device)
-        prepare = partial(example, config, self.clip.tokenizer)
+        negatives = hard_negatives(config.hard_negatives)
+        prepare = partial(example, config, self.clip.tokenizer, negatives)
         self.loader = train_loader(source, prepare, config)
         as_used = partial(held_example, config, self.clip)
         first = partial(first_examples, held, as_used, config.validation_pairs)
@@ -206,10 +231,12 @@ class ClipTask(Task[nn.Module]):
         config, images = self.config, to_float(batch["images"])
         if config.random_blur:
             images = random_blur(images, rng)
+        ids = {name: batch[name] for name in ("input_ids", "hard_ids") if name in batch}
+        length = max(self.length(tokens) for tokens in ids.values())
         loss = pair_loss(
             self.model,
             self.clip.normalise(images),
-            self.trimmed(batch["input_ids"]),
+            **{name: tokens[:, :length] for name, tokens in ids.items()},
             kind=config.loss,
             at_once=config.encode_at_once,
             gather=distributed.gather,
@@ -218,8 +245,12 @@ class ClipTask(Task[nn.Module]):
 
     def trimmed(self, ids: Tensor) -> Tensor:
         """Cut off the columns after the last caption's end, to which no earlier one attends."""
+        return ids[:, : self.length(ids)]
+
+    def length(self, ids: Tensor) -> int:
+        """Return the number of columns up to the last caption's end."""
         ends = (ids == self.clip.tokenizer.eos_token_id).int().argmax(1)
-        return ids[:, : int(ends.max()) + 1]
+        return int(ends.max()) + 1
 
     @torch.inference_mode()
     def validate(self, model: nn.Module) -> Iterator[tuple[str, float]]:

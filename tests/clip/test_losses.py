@@ -14,7 +14,7 @@ from launch import in_two_processes
 from torch import nn
 
 from dalle1.clip import ContrastiveLoss, contrastive_loss, pair_loss, sigmoid_loss
-from dalle1.clip.losses import in_parts, limited, prepare_for
+from dalle1.clip.losses import HardTexts, in_parts, limited, prepare_for
 
 
 def unit(count: int, width: int = 8, seed: int = 0) -> torch.Tensor:
@@ -48,6 +48,23 @@ def test_sigmoid_by_hand() -> None:
     signed = [1.0, -0.2, 1.0, 0.6]
     expected = sum(math.log1p(math.exp(-x)) for x in signed) / 2
     assert sigmoid_loss(images, texts, 2.0, -1.0).total.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_hard_negative_is_one_more_caption_of_its_image() -> None:
+    # As above; the first image's cosine with its hard negative is 0.8, the second image has none.
+    images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    texts = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    hard = HardTexts(
+        embeds=torch.tensor([[0.8, 0.6], [0.0, 1.0]]), exists=torch.tensor([True, False])
+    )
+    gaps = [2 * (0.8 - 0), 2 * (1 - 0), 2 * (0.8 - 0.6)]
+    first = math.log1p(math.exp(-2 * (1 - 0.6)) + math.exp(-2 * (1 - 0.8)))
+    expected = (first + sum(math.log1p(math.exp(-gap)) for gap in gaps)) / 4
+    loss = contrastive_loss(images, texts, 2.0, hard)
+    assert loss.total.item() == pytest.approx(expected, rel=1e-6)
+    assert loss.accuracy.item() == 1.0
+    plain, harder = (sigmoid_loss(images, texts, 2.0, -1.0, x).total.item() for x in (None, hard))
+    assert harder - plain == pytest.approx(math.log1p(math.exp(2 * 0.8 - 1)) / 2, rel=1e-6)
 
 
 def test_both_equal_numpy() -> None:

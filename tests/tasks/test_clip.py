@@ -88,6 +88,22 @@ def test_fine_tuning_starts_from_a_saved_clip(
     assert "has another architecture; add --model.width 32" in capsys.readouterr().err
 
 
+def test_hard_negatives_teach_what_belongs_to_what(tmp_path: Path) -> None:
+    """Two images whose captions have the same words: without such negatives, each is seen alone."""
+    for name, colours in {"one": ("red", "blue"), "other": ("blue", "red")}.items():
+        image = Image.new("RGB", (32, 32), colours[0])
+        image.paste(Image.new("RGB", (16, 32), colours[1]), (16, 0))
+        image.save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"{colours[0]} left, {colours[1]} right")
+    (tmp_path / "words").write_text("red, blue\n")
+    flags = ("--data", str(tmp_path), "--batch-size", "2")
+    lines = train(VIT, tmp_path / "plain", *flags, steps=1)
+    harder = train(
+        VIT, tmp_path / "hard", *flags, "--hard-negatives", str(tmp_path / "words"), steps=1
+    )
+    assert harder[0]["total"] > lines[0]["total"]
+
+
 def test_a_training_on_a_single_pair(tmp_path: Path) -> None:
     Image.new("RGB", (20, 30), "red").save(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("a red cube")
@@ -143,6 +159,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         (["--loss", "triplet"], "triplet"),
         (["--encode-at-once", "0"], "encode_at_once is 0"),
         (["--validation-pairs", "0"], "validation_pairs is 0"),
+        (["--hard-negatives", "no-such-file"], "no file no-such-file; expected a text file"),
         (["--init", "nobody/no-such-clip"], "nobody/no-such-clip"),
         (["--model.patch-size", "None"], "four numbers and none for the modified ResNet"),
     ],
