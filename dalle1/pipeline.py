@@ -10,12 +10,19 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip
-from dalle1.data.cleaning import to_rgb
-from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
+from dalle1.data.images import (
+    centre_square,
+    mask_to_sample,
+    to_float,
+    to_pil,
+    to_rgb,
+    to_tensor,
+    upright,
+)
 from dalle1.devices import PRECISIONS, pick_device, pick_precision
 from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from dalle1.model.transformer import Transformer
@@ -239,8 +246,9 @@ class DallE:
 
         Args:
             keep_rows: number of rows of codes to keep, from the top (paper, figure 2c: 15 of 32).
-            mask: an image of the same size instead, white where new codes are sampled. A code is
-                sampled as soon as any of its pixels is white.
+            mask: an image of the same size instead, white where new codes are sampled, or
+                transparent there; see `mask_to_sample`. A code is sampled as soon as any of its
+                pixels is marked.
         """
         if (keep_rows is None) == (mask is None):
             raise ValueError("expected either keep_rows or mask, to choose what to keep")
@@ -251,20 +259,23 @@ class DallE:
             codes[keep_rows:] = UNKNOWN
             return codes.flatten()
         assert mask is not None
-        mask, image = ImageOps.exif_transpose(mask), to_rgb(image)
-        if mask.size != image.size:
+        marked, (image_width, height) = mask_to_sample(mask), upright(image).size
+        if marked.shape != (height, image_width):
             raise ValueError(
-                f"the mask has {mask.width} × {mask.height} pixels, the image "
-                f"{image.width} × {image.height}; expected the same"
+                f"the mask has {marked.shape[1]} × {marked.shape[0]} pixels, the image "
+                f"{image_width} × {height}; expected the same"
             )
-        mask = mask.convert("RGBA")
-        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask).convert("RGB")
-        side = min(mask.size)
-        left, top = ((length - side) // 2 for length in mask.size)
-        grey = to_float(to_tensor(mask.crop((left, top, left + side, top + side)))).mean(0)
-        unknown = F.adaptive_max_pool2d(grey[None], width)[0] >= 0.5
+        side = min(image_width, height)
+        left, top = (image_width - side) // 2, (height - side) // 2
+        square = marked[top : top + side, left : left + side].float()
+        unknown = F.adaptive_max_pool2d(square[None], width)[0] > 0
         if not unknown.any():
-            raise ValueError("the mask is all black; paint the parts to sample white")
+            raise ValueError(
+                "the mask is all black, or marks nothing in the central square; paint the parts to "
+                "sample white"
+            )
+        if unknown.all():
+            warnings.warn("the mask marks all of the image: nothing of it is kept", stacklevel=2)
         return codes.masked_fill(unknown.to(codes.device), UNKNOWN).flatten()
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dalle1.clip.arch import ClipArch
 from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
+from dalle1.data.images import to_rgb
 from dalle1.devices import autocast
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
@@ -183,7 +184,7 @@ class Clip:
         if not images:
             raise ValueError("images is empty, expected a list of at least one image")
         pixels = self.processor(
-            images=[image.convert("RGB") for image in images],
+            images=[to_rgb(image) for image in images],
             input_data_format="channels_last",  # otherwise an image 3 pixels high is misread
             return_tensors="pt",
         )["pixel_values"]

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dalle1.clip.loading import Clip
 from dalle1.console import notes, one_line_errors, parse
-from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING, read_image
-from dalle1.data.images import grid
+from dalle1.data.cleaning import IMAGE_SUFFIXES
+from dalle1.data.images import grid, read_image_file
 from dalle1.devices import pick_device
 from dalle1.storage import write_atomic
 
@@ -101,7 +101,7 @@ def find_images(files: Sequence[Path]) -> list[Path]:
 def _readable_images(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]]:
     for path in files:
         try:
-            yield path, read_image(path.read_bytes(), str(path), NO_CLEANING)
+            yield path, read_image_file(path)
         except (ValueError, OSError) as error:
             why = " ".join(str(error).removeprefix(f"{path}: ").split())
             print(f"note: {path} is not a readable image ({why}): skipped", file=sys.stderr)

@@ -107,7 +107,8 @@ def add_other_flags(add: Callable[..., Any]) -> None:
         metavar="N",
         help="number of code rows of --image to keep, from the top",
     )
-    add("--mask", type=Path, help="image of the same size, white where --image is sampled again")
+    add("--mask", type=Path, help="image of the same size: its white parts are sampled again, "
+        "or those that are erased to transparency")  # fmt: skip
     add("--batch-size", type=batch_size, default="auto", help="candidates per batch; auto: as many "
         "as fit in memory")  # fmt: skip
     add("--preview", action="store_true", help="write preview.png after each row of codes")
@@ -166,10 +167,11 @@ def encode_known(model: DallE, options: argparse.Namespace) -> Tensor | None:
     """Encode the part of --image that is kept; None without --image."""
     if options.image is None:
         return None
-    from PIL import Image
+    from dalle1.data.images import load_image_file, read_image_file
 
-    mask = Image.open(options.mask) if options.mask else None
-    return model.encode_known(Image.open(options.image), keep_rows=options.keep_rows, mask=mask)
+    mask = load_image_file(options.mask) if options.mask else None
+    image = read_image_file(options.image)
+    return model.encode_known(image, keep_rows=options.keep_rows, mask=mask)
 
 
 def previews(model: DallE, path: Path) -> Callable[[Tensor, int], None]:

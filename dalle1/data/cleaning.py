@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import random
 import re
@@ -12,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from dalle1.data.images import open_image, to_rgb
 from dalle1.data.skipped import BadSample
 
 # Not what Pillow only writes, hands to another program (.eps, .wmf), or has no decoder for (.mpg).
@@ -34,12 +33,6 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 BLANK_LETTERS = set("\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0\ufffd")
 """Letters of other categories that show nothing: fillers, variation selectors, U+FFFD."""
-
-MAX_PIXELS = 89_478_485
-"""Largest image that is decoded: a quarter of a gigabyte, where Pillow begins to warn."""
-
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
-"""First bytes of the commonest formats in `IMAGE_SUFFIXES`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,27 +81,11 @@ def read_image(
 
     Raises: BadSample where it is damaged, or outside the limits of `cleaning`.
     """
-    if not content:
-        raise BadSample("empty file", "the image's file is empty", where)
-    try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            why = f"{image.width} × {image.height}, more than {MAX_PIXELS / 1e6:.0f} million"
-            raise BadSample("too many pixels", why, where)
-        _refuse_by_shape(image.width, image.height, where, cleaning)
-        if decode_size:
-            image.draft(None, (decode_size, decode_size))
-        return to_rgb(image)
-    except BadSample:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadSample("too many pixels", str(error), where) from error
-    except UnidentifiedImageError as error:
-        if not content.startswith(MAGIC):
-            raise BadSample("not an image", f"it begins {content[:12]!r}", where) from error
-        raise BadSample("damaged image", "its header cannot be read", where) from error
-    except Exception as error:  # a damaged file may fail in any way, down to its EXIF
-        raise BadSample("damaged image", f"{error}", where) from error
+    image = open_image(content, where)
+    _refuse_by_shape(image.width, image.height, where, cleaning)
+    if decode_size:
+        image.draft(None, (decode_size, decode_size))
+    return to_rgb(image, where)
 
 
 def _refuse_by_shape(width: int, height: int, where: str, cleaning: CleaningConfig) -> None:
@@ -118,19 +95,6 @@ def _refuse_by_shape(width: int, height: int, where: str, cleaning: CleaningConf
     if long > cleaning.max_aspect * short:
         why = f"{shape}, and --max-aspect is {cleaning.max_aspect:g}"
         raise BadSample("too elongated", why, where)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image to RGB, the right way up; transparent pixels become white."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow would cut it off at 255
-        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def captions_among(files: Mapping[str, bytes], where: str) -> list[str]:

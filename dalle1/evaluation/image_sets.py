@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from dalle1.clip import Clip
 from dalle1.data import ReadOptions, open_indexed
-from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING, read_image
+from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING
+from dalle1.data.images import open_image, read_image_file
 from dalle1.data.sources.indexed import IndexedSource
 from dalle1.outputs import SCORES, scored_files
 
@@ -50,11 +52,6 @@ def images_in_files(paths: Sequence[Path]) -> LazyImages[Path]:
     return LazyImages(read_image_file, paths)
 
 
-def read_image_file(path: Path) -> Image.Image:
-    """Read an image of any size and shape."""
-    return read_image(path.read_bytes(), str(path), NO_CLEANING)
-
-
 def image_paths(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, in order."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -81,12 +78,16 @@ def prompt_of(path: Path) -> str | None:
     text = path.with_suffix(".txt")
     if text.is_file():
         return first_line(text)
+    prompt = open_image(path.read_bytes(), str(path)).info.get("prompt")
+    return None if prompt is None or is_json(prompt) else str(prompt) or None
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list, as ComfyUI stores its workflow under "prompt"."""
     try:
-        with Image.open(path) as image:
-            prompt = image.info.get("prompt")
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has too many pixels ({error}); make it smaller") from error
-    return str(prompt) if prompt else None
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def first_line(path: Path) -> str:

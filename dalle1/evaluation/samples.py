@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -69,6 +70,10 @@ def evaluate_samples(options: SamplesOptions) -> Scores:
     yield "images", len(images)
     prompts = {i: prompt for i, path in enumerate(paths) if (prompt := prompt_of(path))}
     if prompts:
+        if missing := len(paths) - len(prompts):
+            warnings.warn(
+                f"{missing} of {len(paths)} images have no prompt and no CLIP score", stacklevel=2
+            )
         texts = clip.embed_text(list(prompts.values()))
         yield from clip_score(embed(clip, images)[list(prompts)], texts)
     elif options.reference is None:

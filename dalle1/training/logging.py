@@ -15,10 +15,10 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dalle1.console import bar
+from dalle1.data.images import read_image_file
 from dalle1.devices import matmul_flops_per_second, peak_memory
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig
@@ -55,7 +55,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, path: Path) -> None:
-        pixels = np.asarray(Image.open(path).convert("RGB"))
+        pixels = np.asarray(read_image_file(path))
         self.writer.add_image("samples", pixels, step, dataformats="HWC")
 
     def close(self) -> None:

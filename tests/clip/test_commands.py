@@ -16,6 +16,7 @@ from PIL import Image
 
 from dalle1.cli import main
 from dalle1.clip import Clip, ClipArch, new_clip
+from dalle1.clip.reranking import rank_files
 from dalle1.data import open_source
 from dalle1.text.bpe import Tokenizer
 
@@ -80,6 +81,22 @@ def test_ranking_sorts_by_the_cosine(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith(ranked[0]["file"])
     assert Image.open(tmp_path / "out" / "grid.png").width > 4 * 256
+
+
+def test_a_file_scores_alike_in_a_ranking_and_in_python(folder: Path, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 64)[:, None] * np.ones((1, 96))
+    rgb = Image.fromarray(np.stack([ramp, 255 - ramp, 0 * ramp + 60], -1).astype(np.uint8))
+    clear, exif = rgb.convert("RGBA"), Image.Exif()
+    clear.putalpha(Image.fromarray(np.repeat([[255] * 48 + [0] * 48], 64, 0).astype(np.uint8)))
+    exif[0x0112] = 6
+    clear.save(tmp_path / "rgba.png")
+    rgb.save(tmp_path / "exif.jpg", exif=exif, quality=95)
+    Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / "grey16.png")
+    clip = Clip.from_pretrained(folder)
+    for path in sorted(tmp_path.iterdir()):
+        ranked = rank_files(clip, "a red cube", [path])[0].similarity
+        with Image.open(path) as image:
+            assert clip.score("a red cube", [image]).item() == pytest.approx(ranked, abs=1e-6)
 
 
 def test_unreadable_files_are_named_and_skipped(

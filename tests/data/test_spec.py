@@ -21,7 +21,7 @@ from torch import Tensor
 from dalle1.commands.toybox import main as write_toybox
 from dalle1.data import ReadOptions, open_source
 from dalle1.data.check import main as check
-from dalle1.data.cleaning import to_rgb
+from dalle1.data.images import to_rgb
 from dalle1.data.skipped import BadSample
 from dalle1.data.sources.base import ENDLESS
 from dalle1.data.sources.folder import Folder

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from dalle1 import Candidate, outputs
 from dalle1.clip import Clip
 from dalle1.commands import evaluate
+from dalle1.data.images import save_png
 from dalle1.evaluation import toybox_probes as probes
 from dalle1.evaluation.clip_metrics import (
     binding_accuracy,
@@ -232,7 +233,9 @@ def test_samples_are_measured_from_the_command_line(
     assert (scores["images"], scores["reference images"]) == (4, 3)
     assert scores["similarity"] == pytest.approx(2 / 3, abs=0.01)
     assert scores["CMMD/blur 0"] > 0
-    assert "Fréchet distance/blur 2" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Fréchet distance/blur 2" in printed.out
+    assert printed.err == "note: 1 of 4 images have no prompt and no CLIP score\n"
 
 
 @pytest.mark.usefixtures("by_colour")
@@ -241,6 +244,7 @@ def test_samples_are_measured_from_the_command_line(
     [
         (["samples", "--images", "EMPTY"], "no images in"),
         (["samples", "--images", "PLAIN"], "have no prompts, and there is no --reference"),
+        (["samples", "--images", "COMFYUI"], "have no prompts, and there is no --reference"),
         (["samples", "--images", "PLAIN", "--inception"], "name them by --reference"),
         (["samples", "--images", "PLAIN", "--blur", "-1"], "expected radii of 0 or more"),
         (["clip", "--data", "EMPTY"], "nothing to measure in"),
@@ -250,7 +254,7 @@ def test_samples_are_measured_from_the_command_line(
         (["clip", "--data", "TWINS"], "have the class 'a b': rename one"),
         (["clip", "--data", "FOILED"], "0.foil.txt is missing or empty"),
         (["samples", "--images", "FOILED"], "0.txt is missing or empty"),
-        (["samples", "--images", "HUGE"], "huge.png has too many pixels"),
+        (["samples", "--images", "HUGE"], "huge.png: it has 200 million pixels"),
         (["clip", "--images", "1"], "images is 1, expected at least 4"),
     ],
 )
@@ -266,6 +270,8 @@ def test_mistakes_are_one_line(
     caption = "a red thing" if command[0] == "clip" else " "
     (tmp_path / "FOILED" / "0.txt").write_text(caption)
     (tmp_path / "FOILED" / "0.foil.txt").touch()
+    workflow = {"3": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 20}}}
+    save_png(plain("red"), tmp_path / "COMFYUI" / "0.png", {"prompt": json.dumps(workflow)})
     (tmp_path / "HUGE").mkdir()
     Image.new("1", (20_000, 10_000)).save(tmp_path / "HUGE" / "huge.png")
     words = [str(tmp_path / x) if x.isupper() else x for x in command]
