@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -65,10 +67,97 @@ def claim(path: Path, settings: Mapping[str, Any]) -> None:
     write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
 
+MANIFEST_NAME = "checkpoint.json"
+"""File of a checkpoint that lists the step and the sizes of all other files."""
+
+TRAINING_FILES = ("training.safetensors", "state.pt")
+"""Files of a checkpoint that only resuming needs; a model loads without them."""
+
+
 def model_folder(directory: str | Path) -> Path:
-    """Return the folder with the model: `directory`, or its latest checkpoint if it has any."""
-    latest = Path(directory) / "latest"
-    return latest.resolve() if latest.exists() else Path(directory)
+    """Return the folder with the model: `directory`, or its newest whole checkpoint if it has any.
+
+    `latest` in a path stands for the newest whole checkpoint too, whether the link exists or not:
+    syncs drop links, and some file systems have none.
+    """
+    path = Path(directory)
+    for i, part in enumerate(path.parts):
+        if part == "latest" and checkpoints(run := Path(*path.parts[:i])):
+            return model_folder(run).joinpath(*path.parts[i + 1 :])
+    found = checkpoints(path)
+    for checkpoint in found:
+        if missing_from(checkpoint) is None:
+            if checkpoint != found[0]:
+                warnings.warn(
+                    f"{found[0]} is incomplete ({missing_from(found[0])}): {checkpoint.name} is "
+                    "loaded instead",
+                    stacklevel=2,
+                )
+            return checkpoint.resolve()
+    latest = path / "latest"
+    if latest.exists():
+        return latest.resolve()
+    return found[0].resolve() if found else path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints in a training's folder, whole or not, the newest first.
+
+    They are the folders step-N, and `latest` where a sync copied the folder that it linked to.
+    """
+    numbered = {f: int(f.name[5:]) for f in run.glob("step-*") if f.name[5:].isdecimal()}
+    copied = run / "latest"
+    if copied.is_dir() and not copied.is_symlink():
+        step = _manifest(copied).get("step")
+        numbered[copied] = step if isinstance(step, int) else -1
+    return sorted((f for f in numbered if f.is_dir()), key=lambda f: -numbered[f])
+
+
+def missing_from(checkpoint: Path, training: bool = False) -> str | None:
+    """Return what is missing or cut short in a checkpoint; None where it is whole.
+
+    Args:
+        training: also look for the files that only resuming needs.
+    """
+    skipped = () if training else TRAINING_FILES
+    files = _manifest(checkpoint).get("files")
+    if not isinstance(files, dict):  # an earlier version wrote it, or the manifest is lost
+        files = dict.fromkeys(TRAINING_FILES)
+        if not any(path.name not in TRAINING_FILES for path in checkpoint.rglob("*.safetensors")):
+            return "it holds no model"
+    for name, size in files.items():
+        path = checkpoint / name
+        if name not in skipped and not path.is_file():
+            return f"{name} is missing"
+        if name not in skipped and size is not None and (found := path.stat().st_size) != size:
+            return f"{name} has {found} bytes, expected {size}"
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        try:
+            if path.name not in skipped:
+                with safe_open(path, "pt"):
+                    pass
+        except (SafetensorError, OSError):
+            return f"{path.relative_to(checkpoint)} is damaged"
+    if training and not zipfile.is_zipfile(checkpoint / "state.pt"):  # as torch.save writes it
+        return "state.pt is damaged"
+    return None
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint; {} where it is missing or damaged."""
+    try:
+        found = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_manifest(checkpoint: Path, step: int) -> None:
+    """List the files of a checkpoint, so that a copy in which some are missing is recognised."""
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    files = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in paths}
+    content = json.dumps({"step": step, "files": files}, indent=1)
+    (checkpoint / MANIFEST_NAME).write_text(content + "\n", encoding="utf-8")
 
 
 def save_weights(

@@ -73,4 +73,4 @@ stage classifier "${dalle1[@]}" train classifier toy --out "$OUT/classifier" \
     ${classifier_flags[@]+"${classifier_flags[@]}"}
 
 stage model "${dalle1[@]}" export --model "$OUT/transformer" --clip "$OUT/clip" --out "$OUT/model"
-cp "$OUT/classifier/latest/classifier.safetensors" "$OUT/model/"
+cp "$(ls -td "$OUT"/classifier/step-* | head -n 1)/classifier.safetensors" "$OUT/model/"

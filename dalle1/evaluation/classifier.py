@@ -254,5 +254,6 @@ def load_classifier(
 
     Raises: ValueError where the file is missing, damaged or something else.
     """
-    path = model_folder(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    path = model_folder(path)
+    path = path / FILE_NAME if path.is_dir() else path
     return load_weights(ToyboxClassifier, ClassifierConfig, path, device)

@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse
+from dalle1.storage import checkpoints
 from dvae import DVAE, DVAEConfig
 
 CLASSES = (
@@ -149,6 +150,6 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        if (config.out / "latest").exists():
+        if checkpoints(config.out):
             raise ValueError(f"{config.out} holds a training; use another --out")
         print(f"The dVAE is {load_openai_dvae(config.encoder, config.decoder).save(config.out)}")

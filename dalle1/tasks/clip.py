@@ -42,10 +42,10 @@ from dalle1.data.images import (
     to_float,
     to_tensor,
 )
-from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle1.toybox.exchangeable import WORD_CLASSES, adds_held_out_pair
 from dalle1.training import distributed
+from dalle1.training.checkpoint import find_checkpoint
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit, train_loader
@@ -214,8 +214,9 @@ class ClipTask(Task[nn.Module]):
         """
         config = self.config
         if config.init is None:
-            if (kept := model_folder(config.out) / "tokenizer.json").is_file():
-                return new_clip(PreTrainedTokenizerFast.from_pretrained(kept.parent), config.model)
+            if (found := find_checkpoint(config.out)) is not None:
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(found.folder)
+                return new_clip(tokenizer, config.model)
             captions = distributed.broadcast_from_main(
                 partial(first_captions, source, config.vocab_captions)
             )

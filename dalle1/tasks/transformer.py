@@ -45,6 +45,7 @@ from dalle1.storage import model_folder, same_tensors
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.known_words import Words
 from dalle1.training import distributed, resblocks
+from dalle1.training.checkpoint import find_checkpoint
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.engines.deepspeed import partitioned
 from dalle1.training.interrupts import graceful_run
@@ -296,8 +297,8 @@ class TransformerTask(Task[Transformer]):
 
     def vocabulary(self) -> Tokenizer:
         """Learn the BPE from the data; a resumed training keeps its own."""
-        if (kept := model_folder(self.config.out) / VOCABULARY_NAME).is_file():
-            return Tokenizer.load(kept)
+        if (found := find_checkpoint(self.config.out)) is not None:
+            return Tokenizer.load(found.folder / VOCABULARY_NAME)
         first = partial(first_captions, self.source, self.config.vocab_captions)
         captions = distributed.broadcast_from_main(first)
         if self.config.init is None:

@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from dalle1.devices import out_of_memory, peak_memory, pick_device
-from dalle1.storage import model_folder
 from dalle1.training import distributed
+from dalle1.training.checkpoint import explain_write_error, last_checkpoint
 from dalle1.training.config import TrainConfig
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -100,14 +100,8 @@ class NonFiniteGuard:
             raise ValueError(
                 f"the last {self.patience} updates, to step {step}, had no finite loss or gradient "
                 f"(loss {loss}, gradient_norm {norm}) and were skipped; lower --learning-rate or "
-                f"--clip-norm, or check the data. {_last_checkpoint(self.out)}"
+                f"--clip-norm, or check the data. {last_checkpoint(self.out)}"
             )
-
-
-def _last_checkpoint(out: Path) -> str:
-    kept = model_folder(out)
-    name = kept if kept != out else "none: none was due yet"
-    return f"The last good checkpoint is {name}"
 
 
 @contextmanager
@@ -116,11 +110,12 @@ def explain_failure(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _NOT_WRITABLE:
             raise
+        why, remedy = explain_write_error(error)
         raise ValueError(
-            f"{error.filename or config.out} could not be written: {error.strerror}. Free disk "
-            f"space, then the same command resumes. {_last_checkpoint(config.out)}"
+            f"{error.filename or config.out} could not be written: {why}; {remedy}, then the same "
+            f"command resumes. {last_checkpoint(config.out)}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

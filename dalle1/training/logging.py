@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -20,10 +19,15 @@ from torch import Tensor
 from dalle1.console import bar
 from dalle1.data.images import read_image_file
 from dalle1.devices import matmul_flops_per_second, peak_memory
+from dalle1.storage import write_atomic
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig
 from dalle1.training.resume_key import resume_key
 from dalle1.training.task import SampleCost
+
+LOG_NAME = "log.jsonl"
+SUPERSEDED_NAME = "superseded.jsonl"
+"""Lines that were logged after the checkpoint that a later run resumed from."""
 
 
 class Recorder(Protocol):
@@ -99,8 +103,8 @@ SHOWN = ("temperature", "beta")
 class Progress:
     """Progress bar and log of a training from step `start` on.
 
-    log.jsonl has one object per line. Lines past `start`, which a crashed run wrote, are dropped,
-    as is an incomplete last line. Without a folder nothing is shown or written.
+    log.jsonl has one object per line. Lines past `start`, which a crashed run wrote, are moved to
+    superseded.jsonl, as is an incomplete last line. Without a folder nothing is shown or written.
     """
 
     def __init__(
@@ -114,11 +118,7 @@ class Progress:
         self.out, self.recorders = out, recorders
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            path = out / "log.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(f"{x}\n" for x in lines if _step_of(x) <= start))
-            os.replace(partial, path)
+            _cut_log(out, start)
         self.bar = bar(total=steps, initial=start, unit="step", disable=out is None)
         self.batch_size = batch_size
         self._restart_clock(start)
@@ -182,25 +182,42 @@ class Progress:
 
     def has(self, step: int) -> bool:
         """Whether a validation of this step is in the log."""
-        if self.out is None or not (path := self.out / "log.jsonl").exists():
-            return False
-        lines = path.read_text().splitlines()
-        return any('"validation/' in line and _step_of(line) == step for line in lines)
+        lines = _lines(self.out / LOG_NAME) if self.out is not None else []
+        return any(b'"validation/' in line and _step_of(line) == step for line in lines)
 
     def _write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         numbers = {name: float(f"{float(value):.6g}") for name, value in values.items()}
         assert self.out is not None
-        with (self.out / "log.jsonl").open("a") as file:
+        with (self.out / LOG_NAME).open("a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         for recorder in self.recorders:
             recorder.numbers(step, numbers)
 
 
-def _step_of(line: str) -> float:
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def _cut_log(out: Path, start: int) -> None:
+    """Move the lines of steps past `start` from the log to superseded.jsonl."""
+    path = out / LOG_NAME
+    kept, moved = b"", b""
+    for line in _lines(path):
+        if _step_of(line) <= start:
+            kept += line + b"\n"
+        else:
+            moved += line + b"\n"
+    if moved:
+        with (out / SUPERSEDED_NAME).open("ab") as file:
+            file.write(moved)
+    write_atomic(path, kept)
+
+
+def _step_of(line: bytes) -> float:
     """Return the step of a log line; infinity where a crash left the line incomplete."""
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 

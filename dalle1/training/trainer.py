@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dalle1.data.loader import Batch, merge_states
-from dalle1.storage import model_folder
 from dalle1.training import distributed
-from dalle1.training.checkpoint import TENSORS_NAME, load_checkpoint, save_checkpoint
+from dalle1.training.checkpoint import TENSORS_NAME, find_checkpoint, save_checkpoint
 from dalle1.training.config import TrainConfig
 from dalle1.training.engines import make_engine
 from dalle1.training.resume_key import changed_settings, resume_key
@@ -112,7 +111,7 @@ class Trainer(Generic[Model]):
         return {name: part for name, part in parts.items() if part is not None}
 
     def resume(self) -> None:
-        """Load the latest checkpoint, if there is one; ValueError for one of another training."""
+        """Load the newest whole checkpoint, if any; ValueError for one of another training."""
         self._resume()
         if len(steps := set(distributed.all_gather_object(self.step))) > 1:
             raise ValueError(
@@ -122,17 +121,18 @@ class Trainer(Generic[Model]):
 
     def _resume(self) -> None:
         out = self.config.out
-        if (state := load_checkpoint(out)) is None:
+        if (found := find_checkpoint(out)) is None:
             if self.task.initial_weights is not None:
                 self.engine.load_initial(self.task.initial_weights)
             return
+        state = found.state
         if changed := changed_settings(state["resume_key"], self.config):
             raise ValueError(
                 f"{out} holds a training with other settings: {'; '.join(changed)}. "
                 "Use the same settings to resume it, or another --out"
             )
         try:
-            self.engine.load(out / "latest" / TENSORS_NAME)
+            self.engine.load(found.folder / TENSORS_NAME)
         except (ValueError, SafetensorError) as error:
             raise ValueError(
                 f"{out} holds a training of another model, or a damaged one ({error}); use the "
@@ -146,13 +146,14 @@ class Trainer(Generic[Model]):
         self.step = state["step"]
         if distributed.is_main():  # one process continues the sums of all
             self.counts.update(state["counts"])
-            print(f"Resuming at step {self.step} of {self.config.steps} in {out}")
+            newer = f"; incomplete: {', '.join(found.skipped)}" if found.skipped else ""
+            print(f"Resuming at step {self.step} of {self.config.steps} in {out}{newer}")
 
     @contextmanager
     def saved_model(self) -> Iterator[Model | None]:
         """Yield the averaged model in this step's checkpoint; None without one."""
-        folder = model_folder(self.config.out)
-        if folder.name != f"step-{self.step}":
+        folder = self.config.out / f"step-{self.step}"
+        if not folder.is_dir():
             yield None
             return
         with self.engine.materialize(folder / TENSORS_NAME, "ema") as model:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from function_task import FunctionTask
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from two_processes import SIZE, config_for, loss
 
 from dalle1.model.transformer import Transformer
 from dalle1.storage import model_folder
 from dalle1.training import checkpoint
-from dalle1.training.checkpoint import load_checkpoint, save_checkpoint
+from dalle1.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from dalle1.training.engines.ddp import DDPEngine
 
 
@@ -52,7 +56,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(
-        ValueError, match=r"step 20 .* No space left on device. .* complete one is step-10"
+        ValueError,
+        match=r"step 20 .* No space left on device. The last .* is .*step-10; free disk space",
     ):
         save_checkpoint(tmp_path, 20, {}, fill)
     assert {f.name for f in tmp_path.iterdir()} == {
@@ -110,12 +115,149 @@ def test_model_folder(tmp_path: Path) -> None:
     assert model_folder(tmp_path) == (tmp_path / "step-3").resolve()
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, {}, lambda folder: None)
-    state = tmp_path / "latest" / "state.pt"
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
-        load_checkpoint(tmp_path)
+# Copies of a run by other programs
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A training's folder with the whole checkpoints step-2, step-4 and step-6."""
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path, step, {"resume_key": {}}, save_model, keep=3)
+    return tmp_path
+
+
+def save_model(folder: Path) -> None:
+    (folder / "raw").mkdir()
+    for name in ("model", "raw/model", "training"):
+        save_file({"x": torch.ones(3)}, folder / f"{name}.safetensors")
+
+
+def steps(run: Path) -> list[str]:
+    return sorted(f.name for f in run.iterdir() if f.is_dir() and not f.is_symlink())
+
+
+def dangle(run: Path) -> None:
+    (run / "latest").unlink()
+    (run / "latest").symlink_to("step-9")
+
+
+def copy_instead_of_link(run: Path) -> None:
+    (run / "latest").unlink()
+    shutil.copytree(run / "step-4", run / "latest")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda run: (run / "latest").unlink(), dangle, copy_instead_of_link],
+    ids=["no link", "dangling link", "copy of an older one"],
+)
+def test_the_newest_checkpoint_needs_no_link(run: Path, change: Callable[[Path], None]) -> None:
+    change(run)
+    assert find_checkpoint(run).folder == run / "step-6"
+    for path in (run, run / "latest"):
+        assert model_folder(path) == run / "step-6"
+    assert model_folder(run / "latest/raw") == run / "step-6/raw"
+    save_checkpoint(run, 8, {}, save_model, keep=2)
+    assert {"step-6", "step-8"} <= {*steps(run)}
+    assert model_folder(run / "latest") == (run / "latest").resolve() == run / "step-8"
+
+
+def test_a_copy_of_latest_alone_is_a_checkpoint(run: Path) -> None:
+    copy_instead_of_link(run)
+    for step in (2, 4, 6):
+        shutil.rmtree(run / f"step-{step}")
+    assert find_checkpoint(run).state["step"] == 4
+    assert model_folder(run) == run / "latest"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("state.pt", Path.unlink, "state.pt is missing"),
+        ("state.pt", cut, r"state.pt has \d+ bytes, expected \d+"),
+        ("state.pt", zero, "state.pt is damaged"),
+        ("training.safetensors", Path.unlink, "training.safetensors is missing"),
+        ("training.safetensors", zero, "training.safetensors is damaged"),
+        ("raw/model.safetensors", Path.unlink, "raw/model.safetensors is missing"),
+        ("model.safetensors", cut, r"model.safetensors has \d+ bytes, expected \d+"),
+    ],
+)
+@pytest.mark.parametrize("manifest", [True, False])
+def test_an_incomplete_checkpoint_is_passed_over_and_kept(
+    run: Path, name: str, damage: Callable[[Path], None], reason: str, manifest: bool
+) -> None:
+    for folder in run.glob("step-*"):
+        if not manifest:  # earlier versions wrote none
+            (folder / "checkpoint.json").unlink()
+    damage(run / "step-6" / name)
+    if not manifest and damage is Path.unlink and name == "raw/model.safetensors":
+        pytest.skip("without the list of files nothing shows that one is missing")
+    kept = (run / "step-6/model.safetensors").stat().st_size if name != "model.safetensors" else 0
+    found = find_checkpoint(run)
+    assert found.state["step"] == 4
+    (skipped,) = found.skipped
+    reason = reason if manifest else rf"{reason.partition(' has')[0]}( is damaged)?"
+    assert re.match(rf"step-6 \({reason}", skipped)
+    for step in (6, 8):
+        save_checkpoint(run, step, {}, save_model, keep=1)
+    assert steps(run) == ["step-6.replaced", "step-8"]
+    if kept:
+        assert (run / "step-6.replaced/model.safetensors").stat().st_size == kept
+
+
+def test_a_checkpoint_without_training_files_is_a_model(run: Path) -> None:
+    for name in ("state.pt", "training.safetensors"):
+        (run / "step-6" / name).unlink()
+    assert model_folder(run) == run / "step-6"
+    assert find_checkpoint(run).state["step"] == 4
+    (run / "step-6/model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="step-6 is incomplete .*: step-4 is loaded instead"):
+        assert model_folder(run) == run / "step-4"
+
+
+def test_only_incomplete_checkpoints_are_an_error(run: Path) -> None:
+    for step in (2, 4, 6):
+        (run / f"step-{step}/state.pt").unlink()
+    with pytest.raises(ValueError, match=r"no whole .*: step-6 \(state.pt is missing\), step-4"):
+        find_checkpoint(run)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "refused"), NotImplementedError()])
+def test_file_systems_without_links(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    save_checkpoint(run, 8, {"resume_key": {}}, save_model)
+    assert {f.name for f in run.iterdir()} == {"step-8"}  # and no link to one that is gone
+    assert find_checkpoint(run).folder == model_folder(run / "latest") == run / "step-8"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.EROFS, ""), "Read-only file system.*make the file system writable"),
+        (OSError(errno.EDQUOT, ""), "Disk quota exceeded.*free space in your quota"),
+        (SafetensorError("I/O error: x (os error 28)"), "No space left.*free disk space"),
+        (SafetensorError("nonsense"), "nonsense.*remove the cause"),
+    ],
+)
+def test_a_failed_write_is_explained(run: Path, error: Exception, says: str) -> None:
+    def fail(folder: Path) -> None:
+        raise error
+
+    with pytest.raises(ValueError, match=says):
+        save_checkpoint(run, 8, {}, fail)
 
 
 def test_parameter_names_of_earlier_versions_are_read(tmp_path: Path) -> None:

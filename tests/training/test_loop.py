@@ -369,7 +369,7 @@ def test_log_and_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.glob("step-*")] == ["step-7"]
 
 
-def test_log_drops_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
+def test_log_moves_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
     lines = ['{"step": 2, "total": 1.0}', '{"step": 4, "total": 0.5}', '{"step": 6, "to', "[1]"]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     with Progress(tmp_path, 2, 10, 4) as progress:
@@ -378,6 +378,7 @@ def test_log_drops_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
     assert first == {"step": 2, "total": 1.0}
     assert second.pop("samples_per_second") > 0
     assert second == {"step": 4, "total": 0.333333}
+    assert (tmp_path / "superseded.jsonl").read_text().splitlines() == lines[1:]  # nothing is lost
 
 
 # Settings
@@ -422,7 +423,7 @@ def test_updates_that_are_nan_are_skipped(tmp_path: Path, what: str, bad: set[in
         ]
         assert load_checkpoint(tmp_path)["updates"] == 20 - len(bad)
     else:
-        last = r"the last 10 updates, to step 16.*skipped.*last good checkpoint is .*step-15"
+        last = r"the last 10 updates, to step 16.*skipped.*last whole checkpoint is .*step-15"
         with pytest.raises(ValueError, match=last):
             run()
     assert all(t.isfinite().all() for t in tensors_of(tmp_path).values())
