@@ -17,7 +17,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,9 +30,15 @@ from torch import Tensor
 
 from dalle1.clip.loading import Clip
 from dalle1.console import bar, notes, one_line_errors, parse
-from dalle1.data.cleaning import CAPTIONS, IMAGE_SUFFIXES, NO_CLEANING, captions_in, read_image
-from dalle1.data.skipped import LOST, BadSample, SkippedSample
-from dalle1.data.sources.indexed_shards import index_shard, missing_files, read_member
+from dalle1.data.cleaning import NO_CLEANING, captions_among, read_image
+from dalle1.data.skipped import IGNORED, LOST, BadSample, SkippedSample
+from dalle1.data.sources.indexed_shards import Span, index_shard, read_member
+from dalle1.data.sources.shard_members import (
+    ShardSample,
+    image_suffix,
+    missing_files,
+    printable,
+)
 from dalle1.data.spec import is_remote, shards_of
 from dalle1.devices import pick_device
 from dalle1.storage import claim, write_atomic
@@ -88,15 +94,11 @@ class FilterCounts:
     """Cause → number of pairs that have no similarity."""
     damaged: Sequence[SkippedSample]
     """Shards that could not be read, or not to their end."""
+    ignored: Sequence[SkippedSample]
+    """Files that are no samples, such as hidden ones."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The files of one key in a shard."""
-
-    key: str
-    files: Mapping[str, bytes]
-    """Suffix, such as `.jpg` → content."""
+Sample = ShardSample[bytes]
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,9 @@ def filter_shards(options: FilterOptions) -> FilterCounts:
         pairs=len(similarities),
         kept=kept,
         below=len(finite) - kept,
-        skipped=Counter(x.cause for x in skipped if x.cause not in LOST),
+        skipped=Counter(x.cause for x in skipped if x.cause not in {*LOST, *IGNORED}),
         damaged=[x for x in skipped if x.cause in LOST],
+        ignored=[x for x in skipped if x.cause in IGNORED],
     )
     print_histogram(finite, options.min_similarity)
     print_counts(counts)
@@ -192,14 +195,12 @@ def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[Skippe
         earlier = [SkippedSample(**json.loads(line)) for line in lines]
         if not any(x.cause == CUT_SHORT for x in earlier):
             return earlier
-    spans, damage = index_shard(shard)
-    skipped = [damage] if damage else []
-    if damage and damage.cause == UNREADABLE:
+    index = index_shard(shard)
+    skipped = [index.damage] if index.damage else []
+    if index.damage and index.damage.cause == UNREADABLE:
         return skipped
-    samples = (
-        Sample(key, {suffix: read_member(shard, span) for suffix, span in members.items()})
-        for key, members in spans.items()
-    )
+    skipped += index.asides.skipped(str(shard))
+    samples = (read_sample(shard, sample) for sample in index.samples)
     partial_path = options.out / f".{shard.name}.partial"
     similarities: list[float] = []
     with tarfile.open(partial_path, "w") as tar, ThreadPoolExecutor(options.num_workers) as pool:
@@ -219,6 +220,11 @@ def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[Skippe
     return skipped
 
 
+def read_sample(shard: Path, found: ShardSample[Span]) -> Sample:
+    files = {suffix: read_member(shard, span) for suffix, span in found.files.items()}
+    return Sample(found.key, files, found.unreadable, found.repeated)
+
+
 def match_samples(
     clip: Clip, samples: Sequence[Sample], shard: Path, pool: Executor
 ) -> Iterator[Match | SkippedSample]:
@@ -233,24 +239,23 @@ def match_samples(
         match = next(matches)
         if math.isnan(match.similarity):
             why = "the CLIP's similarity is NaN; try --precision fp32"
-            yield SkippedSample(NO_SIMILARITY, f"{sample.key} in {shard}", why)
+            yield SkippedSample(NO_SIMILARITY, f"{printable(sample.key)} in {shard}", why)
         else:
             yield match
 
 
 def prepare(clip: Clip, shard: Path, sample: Sample) -> PreparedPair | SkippedSample:
     """Read a sample as training would, or return why it is skipped."""
-    where = f"{sample.key} in {shard}"
+    where = f"{printable(sample.key)} in {shard}"
     try:
-        if (missing := missing_files(sample.files, captions=True)) is not None:
+        if (missing := missing_files(sample, captions=True)) is not None:
             raise missing
-        suffix = next(suffix for suffix in CAPTIONS if suffix in sample.files)
-        captions = [x.strip() for x in captions_in(sample.files[suffix], suffix, where)]
-        if not any(captions):
+        captions = captions_among(sample.files, where)
+        if not captions:
             raise BadSample("no caption", "its text is empty", where)
-        content = next(sample.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.files)
+        content = sample.files[image_suffix(sample.files)]
         pixels = clip.preprocess([read_image(content, where, NO_CLEANING)])[0]
-        return PreparedPair(pixels, [caption for caption in captions if caption])
+        return PreparedPair(pixels, captions)
     except BadSample as error:
         return SkippedSample.because(error, where)
 
@@ -287,7 +292,7 @@ def with_similarity(sample: Sample, match: Match) -> Sample:
     elif not isinstance(metadata, dict):
         metadata = {"json": metadata, "caption": match.caption}
     metadata = {**metadata, "similarity": round(match.similarity, 6)}
-    return Sample(sample.key, {**sample.files, ".json": json.dumps(metadata).encode()})
+    return replace(sample, files={**sample.files, ".json": json.dumps(metadata).encode()})
 
 
 def write_sample(tar: tarfile.TarFile, sample: Sample) -> None:
@@ -313,13 +318,13 @@ def print_histogram(similarities: np.ndarray, threshold: float) -> None:
 
 
 def print_counts(counts: FilterCounts) -> None:
-    """Print what became of all pairs, and name the damaged shards."""
+    """Print what became of all pairs, and name the damaged shards and the files of no sample."""
     causes = ", ".join(f"{n} {cause}" for cause, n in counts.skipped.items())
     print(
         f"kept {counts.kept} of {counts.pairs} pairs; {counts.below} are below the threshold, "
         f"{sum(counts.skipped.values())} were skipped" + (f": {causes}" if causes else "")
     )
-    for x in counts.damaged:
+    for x in (*counts.damaged, *counts.ignored):
         print(f"note: {x.where}: {x.cause} ({x.why})", file=sys.stderr)
 
 

@@ -36,6 +36,7 @@ from dalle1.data.sources.base import ENDLESS, ReadOptions, Sample, Source, split
 from dalle1.data.sources.indexed import IndexedSample, IndexedSource
 from dalle1.data.sources.indexed_shards import index_shard, read_member
 from dalle1.data.sources.mixture import Mixture
+from dalle1.data.sources.shard_members import printable
 from dalle1.data.spec import open_source, split_names
 from dalle1.devices import autocast, pick_device, pick_precision
 from dalle1.image_tokenizer import (
@@ -172,10 +173,18 @@ def _entries(shards: Sequence[Path]) -> np.ndarray:
     """Return the index of the pairs in shards of codes, as in `ENTRIES_NAME`."""
     rows: list[tuple[int, ...]] = []
     for number, shard in enumerate(shards):
-        samples, damage = index_shard(shard)
-        if damage:
-            raise ValueError(f"{shard} is damaged ({damage.why}); remove it, and encode it again")
-        rows += ((number, *files[".npy"], *files[".json"]) for files in samples.values())
+        index = index_shard(shard)
+        if index.damage:
+            raise ValueError(
+                f"{shard} is damaged ({index.damage.why}); remove it, and encode it again"
+            )
+        for sample in index.samples:
+            if not {".npy", ".json"} <= sample.files.keys():
+                raise ValueError(
+                    f"{printable(sample.key)} in {shard} has {', '.join(sample.files) or 'no file'}"
+                    ", expected .npy and .json; remove the shard, and encode it again"
+                )
+            rows.append((number, *sample.files[".npy"], *sample.files[".json"]))
     return np.array(rows, dtype=np.int64).reshape(-1, 5)
 
 

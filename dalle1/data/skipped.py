@@ -19,6 +19,7 @@ LOST = ("shard cut short", "unreadable shard")
 DAMAGE = (
     *("empty file", "not an image", "damaged image", "too many pixels", "no image"),
     *("no caption", "caption not UTF-8", "damaged captions", "unreadable file"),
+    *("not a plain file", "repeated key", "members apart"),
     *LOST,
 )
 """Causes that show damaged data; too much of it stops a training."""
@@ -26,7 +27,7 @@ DAMAGE = (
 RULES = ("too small", "too elongated", "caption too short", "caption too long")
 """Causes that follow from the settings of a training; they never stop it."""
 
-IGNORED = ("hidden file", "other file", "caption without an image")
+IGNORED = ("hidden file", "other file", "further image", "caption without an image")
 """Causes of files that are no samples: counted and named, but never damage."""
 
 WINDOW = 1_000

@@ -139,8 +139,9 @@ def shards(tmp_path: Path) -> Path:
     path.mkdir()
     with webdataset.TarWriter(str(path / "00000.tar")) as tar:
         for i, colour in enumerate(COLOURS):
-            facts = {"url": f"http://{colour}"} if i % 2 else {"NSFW": "no", "caption": colour}
-            sample = {"__key__": f"{i:04d}", "png": png(colour), "txt": f"a {colour} cube"}
+            text = f"a {colour} cube"
+            facts = {"url": f"http://{colour}"} if i % 2 else {"NSFW": "no", "caption": text}
+            sample = {"__key__": f"{i:04d}", "png": png(colour), "txt": text}
             tar.write({**sample, "json": facts, "cls": str(i)})
         tar.write({"__key__": "0008", "jpg": b"broken", "txt": "a cube"})
     with webdataset.TarWriter(str(path / "00001.tar")) as tar:
@@ -247,13 +248,16 @@ def test_every_pair_that_a_training_reads_is_filtered(folder: Path, tmp_path: Pa
         "3.json": b'"a white ball"',
         "1.json": b"{no JSON",
         "4": b"a file without a suffix",
+        "5.png": png("black"),
+        "5.json": rb'{"caption": "a blue \ud83d star"}',  # half a character
+        "._5.png": b"a hidden file",
     }
     write_tar(data / "00000.tar", files)
     run("filter", "--data", data, "--out", out, "--clip", folder, "--min-similarity", "-1")
     before, after = (open_source(str(x), "encode") for x in (data, out))
-    assert len(before) == len(after) == 4
+    assert len(before) == len(after) == 5
     rngs = [random.Random(0), random.Random(0)]
-    for i in range(4):
+    for i in range(5):
         assert before.caption(i, rngs[0]) == after.caption(i, rngs[1])
     clip = Clip.from_pretrained(folder)
     with tarfile.open(out / "00000.tar") as tar:
@@ -268,10 +272,15 @@ def test_every_pair_that_a_training_reads_is_filtered(folder: Path, tmp_path: Pa
             assert facts["json"] == "{no JSON"
     facts = json.loads(found.pop("0.json"))
     assert (facts["caption"], facts["url"]) == ("a red cube", "x")
-    rest = {k.lower(): x for k, x in files.items() if not k.endswith(".json") and k != "4"}
+    assert json.loads(found.pop("5.json"))["caption"] == "a blue \ud83d star"
+    lost = ("4", "._5.png")
+    rest = {k.lower(): x for k, x in files.items() if not k.endswith(".json") and k not in lost}
     assert found == rest
     skipped = [json.loads(x) for x in (out / "00000_skipped.jsonl").read_text().splitlines()]
-    assert [(x["cause"], x["where"][:2]) for x in skipped] == [("no image", "4 ")]
+    assert [(x["cause"], x["where"][:2]) for x in skipped] == [
+        ("hidden file", "1 "),
+        ("no image", "4 "),
+    ]
 
 
 def test_damaged_shards_are_skipped_and_named(

@@ -382,5 +382,5 @@ def test_shards_take_little_memory(tmp_path: Path) -> None:
     write_toybox(words)
     source = open_source(str(tmp_path))
     assert isinstance(source, IndexedShards)
-    assert source.entries.nbytes == 48 * len(source)
+    assert source.entries.nbytes == 56 * len(source)
     assert source.name(3) == f"000000003.png in {tmp_path}/00000.tar"

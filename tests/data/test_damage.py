@@ -19,7 +19,7 @@ import torch
 import two_readers
 from launch import in_two_processes
 from PIL import Image
-from reading import batches
+from reading import batches, span_of
 from torch import Tensor
 
 from dalle1.data import open_source
@@ -28,7 +28,6 @@ from dalle1.data.encoded import CodeSource
 from dalle1.data.encoded import main as encode
 from dalle1.data.images import centre_square, to_tensor
 from dalle1.data.skipped import SkipStats
-from dalle1.data.sources.indexed_shards import index_shard
 from dalle1.data.sources.streaming_shards import StreamingShards
 from dvae import DVAE, DVAEConfig
 
@@ -121,7 +120,7 @@ def shards(samples: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPa
                 if key.startswith(path.stem):
                     tar.write({"__key__": key, **files})
         if shard in CUT:
-            at = index_shard(path)[0][f"{shard:05d}{SHARD - 1:04d}"][".jpg"][0]
+            at = span_of(path, f"{shard:05d}{SHARD - 1:04d}", ".jpg")[0]
             path.write_bytes(path.read_bytes()[: at + 100])
     return out
 

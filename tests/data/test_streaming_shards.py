@@ -20,7 +20,7 @@ import pytest
 import torch
 from function_task import FunctionTask
 from PIL import Image
-from reading import batches, loader_of
+from reading import batches, loader_of, span_of
 from torch import Tensor, nn
 from webdataset import TarWriter
 
@@ -30,7 +30,6 @@ from dalle1.data.examples import iter_batches
 from dalle1.data.loader import LoaderConfig
 from dalle1.data.skipped import ShardLosses, ShardRead, SkipStats
 from dalle1.data.sources import streaming_loader, streaming_shards
-from dalle1.data.sources.indexed_shards import index_shard
 from dalle1.data.sources.streaming_loader import read_endless, shards_of_reader, split_readers
 from dalle1.data.sources.streaming_shards import StreamingSample, StreamingShards, open_shard
 from dalle1.training.config import TrainConfig
@@ -215,7 +214,7 @@ def test_damage_is_counted_and_the_rest_is_read(shards: Path, tmp_path: Path) ->
     for shard in range(4):
         shutil.copy(shards / f"0000{shard}.tar", tmp_path)
     cut = tmp_path / "00001.tar"
-    fifth = index_shard(cut)[0]["000010004"][".png"]
+    fifth = span_of(cut, "000010004", ".png")
     cut.write_bytes(cut.read_bytes()[: fifth[0] + 3])
     (tmp_path / "00002.tar").write_bytes(b"")
     source = open_source(f"pipe:cat {tmp_path}/{{00000..00004}}.tar 2>/dev/null")
@@ -300,7 +299,7 @@ def test_a_shard_cut_short_weighs_what_is_lost_of_it(shards: Path, tmp_path: Pat
     for shard in range(6):
         shutil.copy(shards / f"0000{shard}.tar", tmp_path)
     cut = tmp_path / "00003.tar"
-    second = index_shard(cut)[0]["000030001"][".png"]
+    second = span_of(cut, "000030001", ".png")
     cut.write_bytes(cut.read_bytes()[: second[0] + 3])
     with pytest.raises(ValueError, match=r"1 of 6 shards .* which loses 14.\d% of all samples"):
         open_source(str(tmp_path))

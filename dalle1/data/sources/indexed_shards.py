@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from dalle1.data.cleaning import (
-    CAPTIONS,
-    IMAGE_SUFFIXES,
-    captions_in,
-    read_image,
-    sample_caption,
-)
-from dalle1.data.skipped import BadSample, ShardLosses, ShardRead, SkippedSample
+from dalle1.data.cleaning import CAPTIONS, captions_among, read_image, sample_caption
+from dalle1.data.skipped import IGNORED, BadSample, ShardLosses, ShardRead, SkippedSample
 from dalle1.data.sources.base import ReadOptions, split_indices
 from dalle1.data.sources.indexed import IndexedSource
+from dalle1.data.sources.shard_members import (
+    Asides,
+    ShardSample,
+    Unreadable,
+    group_samples,
+    image_suffix,
+    join_apart,
+    missing_files,
+    note_further_images,
+    printable,
+    read_members,
+    unreadable,
+)
 
 Span = tuple[int, int]
 """Offset and size in bytes of a file within a shard."""
 
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+"""First bytes of a compressed file → the command that decompresses it."""
+
 
 class IndexedShards(IndexedSource):
-    """Local shards in img2dataset's layout: `KEY.jpg` (png, webp, gif), `KEY.txt` or `KEY.json`.
+    """Local shards in img2dataset's layout: `KEY.jpg` (or another image), `KEY.txt`, `KEY.json`.
 
-    A pair takes 48 bytes of memory, whatever its key.
+    A pair takes 56 bytes of memory, whatever its key.
 
     Attributes:
         skipped: samples without an image or caption, and shards that end too early.
@@ -48,40 +62,41 @@ class IndexedShards(IndexedSource):
         self.shards, self.options = shards, options or ReadOptions()
         self.skipped: list[SkippedSample] = []
         self.shards_read: list[ShardRead] = []
-        rows: list[tuple[int, ...]] = []
+        self.stamps: list[Stamp | None] = []
+        # Shard; offset and size of image, .txt and .json: as numbers, forked workers share them.
+        numbers = array("q")
         for number, shard in enumerate(shards):
-            rows += self._index(number, shard)
-        if not rows:
-            first = f"; the first skipped is {self.skipped[0]}" if self.skipped else ""
+            for row in self._index(number, shard):
+                numbers.extend(row)
+        if not numbers:
+            found = sorted(self.skipped, key=lambda sample: sample.cause in IGNORED)
+            first = f"; the first skipped is {found[0]}" if found else ""
             raise ValueError(
                 f"no usable samples in {len(shards)} shards, {shards[0]} the first: expected an "
                 f"image and a .txt or .json under the same name{first}"
             )
         losses = ShardLosses(self.options.cleaning.max_bad_fraction)
         losses.add(sorted(self.shards_read, key=lambda shard: not shard.complete), len(shards))
-        # Shard, image's span, caption's span, caption's suffix: as numbers, forked workers
-        # share them.
-        table = np.array(rows, dtype=np.int64)
-        kept = split_indices(range(len(rows)), split)
+        table = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 7)
+        kept = split_indices(range(len(table)), split)
         self.entries = table[kept.start : kept.stop]
 
     def _index(self, number: int, shard: Path) -> Iterator[tuple[int, ...]]:
-        samples, damage = index_shard(shard)
-        before, kept = len(self.skipped), 0
-        if damage:
-            self.skipped.append(damage)
-        for i, (key, files) in enumerate(samples.items()):
-            lacking = missing_files(files, self.options.captions)
-            if lacking is None:
-                image = next(files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files)
-                suffix = next((s for s in CAPTIONS if s in files), "")
-                kind = CAPTIONS.index(suffix) if suffix else -1
-                kept += 1
-                yield (number, *image, *files.get(suffix, (0, 0)), kind)
-            elif not (damage and i == len(samples) - 1):  # else it is what was cut off
-                self.skipped.append(SkippedSample.because(lacking, f"{key} in {shard}"))
-        met = kept + len(self.skipped) - before
-        self.shards_read.append(ShardRead(str(shard), met, not damage))
+        index, captions = index_shard(shard), self.options.captions
+        self.stamps.append(index.stamp)
+        if index.damage:
+            self.skipped.append(index.damage)
+        for sample in index.samples:
+            if lacking := missing_files(sample, captions):
+                where = f"{printable(sample.key)} in {shard}"
+                self.skipped.append(SkippedSample.because(lacking, where))
+                continue
+            note_further_images(sample, index.asides)
+            spans = (sample.files.get(suffix, (0, 0)) for suffix in CAPTIONS)
+            yield (number, *sample.files[image_suffix(sample.files)], *chain(*spans))
+        self.skipped += index.asides.skipped(str(shard))
+        met = len(index.samples) + bool(index.damage)
+        self.shards_read.append(ShardRead(str(shard), met, not index.damage))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -95,18 +110,18 @@ class IndexedShards(IndexedSource):
             return f"pair {index} in {shard}"
         return f"{header.partition(bytes(1))[0].decode(errors='replace')} in {shard}"
 
-    def _read(self, index: int, first: int) -> bytes:
-        number, offset, size = self.entries[index, [0, first, first + 1]].tolist()
+    def _read(self, index: int, column: int) -> bytes:
+        number, offset, size = self.entries[index, [0, column, column + 1]].tolist()
         try:
-            return read_member(self.shards[number], (offset, size))
+            return read_member(self.shards[number], (offset, size), self.stamps[number])
         except OSError as error:
             raise BadSample("unreadable file", f"{error}", str(self.shards[number])) from error
 
     def caption(self, index: int, rng: random.Random) -> str:
-        suffix = CAPTIONS[self.entries[index][5]]
         with self._naming(index):
-            captions = captions_in(self._read(index, 3), suffix, "")
-            return sample_caption(captions, "", self.options.cleaning, rng)
+            columns = (column for column in (3, 5) if self.entries[index][column + 1])
+            files = {CAPTIONS[column > 3]: self._read(index, column) for column in columns}
+            return sample_caption(captions_among(files, ""), "", self.options.cleaning, rng)
 
     def image(self, index: int) -> Image.Image:
         with self._naming(index):
@@ -122,64 +137,63 @@ class IndexedShards(IndexedSource):
             raise BadSample(error.cause, error.why, error.where or self.name(index)) from error
 
 
-def missing_files(files: Mapping[str, Any], captions: bool) -> BadSample | None:
-    """Return what a sample lacks, by the suffixes of its files; None where it is complete."""
-    present = ", ".join(files)
-    if not any(suffix in files for suffix in IMAGE_SUFFIXES):
-        return BadSample("no image", f"its only files are {present}")
-    if captions and not any(suffix in files for suffix in CAPTIONS):
-        return BadSample("no caption", f"its only files are {present}")
-    return None
+Stamp = tuple[int, int]
+"""Size and time of a shard's last change."""
 
 
-class _Header(tarfile.TarInfo):
-    """A member's header; an invalid one is an error, where `tarfile` would take it for the end."""
+@dataclass
+class ShardIndex:
+    """What a local shard holds."""
 
-    @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the two empty blocks
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error}, and no end mark") from error
+    samples: list[ShardSample[Span]] = field(default_factory=list)
+    damage: SkippedSample | None = None
+    asides: Asides = field(default_factory=Asides)
+    stamp: Stamp | None = None
 
 
-def members(
-    file: IO[bytes], mode: Any
-) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
-    """Yield key, suffix, member and archive of each file of a shard.
-
-    Raises: tarfile.TarError where the shard ends before its end mark.
-    """
-    with tarfile.open(fileobj=file, mode=mode, tarinfo=_Header, bufsize=1 << 18) as tar:
-        for member in tar:
-            if member.isfile():
-                # WebDataset's rule: the key ends at the first dot of the name, whatever the folder.
-                folder, slash, name = member.name.rpartition("/")
-                stem, dot, suffix = name.partition(".")
-                yield folder + slash + stem, dot + suffix.lower(), member, tar
+def index_shard(shard: Path) -> ShardIndex:
+    """Find the samples of a .tar shard, complete or not."""
+    index, damage = ShardIndex(), list[Exception]()
+    index.samples = join_apart([*group_samples(_spans(shard, index, damage))])
+    if damage:
+        cause = "shard cut short" if index.samples else "unreadable shard"
+        index.damage = SkippedSample(cause, str(shard), f"{damage[0]}")
+        if index.samples and missing_files(index.samples[-1], captions=True):
+            del index.samples[-1]  # it is what was cut off
+    return index
 
 
-def index_shard(shard: Path) -> tuple[dict[str, dict[str, Span]], SkippedSample | None]:
-    """Find the samples of a .tar shard, by key, each as suffix → span; and what damage it has."""
-    samples: dict[str, dict[str, Span]] = {}
+def _spans(
+    shard: Path, index: ShardIndex, damage: list[Exception]
+) -> Iterator[tuple[str, Span | Unreadable]]:
+    """Yield name and span of each member; note what is found besides."""
     try:
         with shard.open("rb") as file:
-            size = file.seek(0, 2)
+            index.stamp = stamp_of(file)
+            if packed := COMPRESSED.get(file.read(2)):
+                raise tarfile.ReadError(f"it is compressed; use --data 'pipe:{packed} -dc {shard}'")
             file.seek(0)
             # "r:", as in a compressed one, offsets would mean nothing.
-            for key, suffix, member, _ in members(file, "r:"):
-                if member.offset_data + member.size <= size:
-                    samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+            for member, _ in read_members(file, "r:", index.asides):
+                if member.offset_data + member.size <= index.stamp[0]:
+                    span = member.offset_data, member.size
+                    yield member.name, unreadable(member) or span
     except (tarfile.TarError, OSError) as error:
-        cause = "shard cut short" if samples else "unreadable shard"
-        return samples, SkippedSample(cause, str(shard), f"{error}")
-    return samples, None
+        damage.append(error)
 
 
-def read_member(shard: Path, span: Span) -> bytes:
-    """Read one file out of a shard."""
+def stamp_of(file: IO[bytes]) -> Stamp:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def read_member(shard: Path, span: Span, stamp: Stamp | None = None) -> bytes:
+    """Read one file out of a shard.
+
+    Raises: OSError where the shard is gone, or differs from its `stamp`.
+    """
     with shard.open("rb") as file:
+        if stamp not in (None, stamp_of(file)):
+            raise OSError("the shard has changed since it was opened; start the command again")
         file.seek(span[0])
         return file.read(span[1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import random
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -13,17 +15,24 @@ from typing import IO
 
 from PIL import Image
 
-from dalle1.data.cleaning import (
-    CAPTIONS,
-    IMAGE_SUFFIXES,
-    captions_in,
-    read_image,
-    sample_caption,
-)
+from dalle1.data.cleaning import IMAGE_SUFFIXES, captions_among, read_image, sample_caption
 from dalle1.data.loader import LoaderConfig, Prepare
 from dalle1.data.skipped import LOST, BadSample, ShardRead, SkippedSample
 from dalle1.data.sources.base import ReadOptions
-from dalle1.data.sources.indexed_shards import members, missing_files
+from dalle1.data.sources.shard_members import (
+    Asides,
+    SeenKeys,
+    Unreadable,
+    group_samples,
+    image_suffix,
+    mark_last,
+    missing_files,
+    note_further_images,
+    printable,
+    read_members,
+    split_name,
+    unreadable,
+)
 from dalle1.data.sources.streaming_loader import StreamingLoader
 
 SCHEMES = ("pipe", "http", "https", "s3", "gs", "hf", "file")
@@ -45,12 +54,11 @@ class StreamingSample:
         return self.name
 
     def caption(self, rng: random.Random) -> str:
-        suffix = next(suffix for suffix in CAPTIONS if suffix in self.files)
-        captions = captions_in(self.files[suffix], suffix, self.name)
+        captions = captions_among(self.files, self.name)
         return sample_caption(captions, self.name, self.options.cleaning, rng)
 
     def image(self) -> Image.Image:
-        content = next(self.files[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.files)
+        content = self.files[image_suffix(self.files)]
         return read_image(content, self.name, self.options.cleaning, self.options.decode_size)
 
 
@@ -110,7 +118,8 @@ class StreamingShards:
         At the end comes what was read of it.
         """
         last, end, complete = any(url == group[-1] for group in self.groups), 0, True
-        for number, (key, files, lacking) in enumerate(self._samples(url)):
+        asides = Asides()
+        for number, (key, files, lacking) in enumerate(self._samples(url, asides)):
             end, complete = number + 1, lacking is None or lacking.cause not in LOST
             if number < first or (last and self._is_others(number)):
                 continue
@@ -119,36 +128,54 @@ class StreamingShards:
             else:
                 yield number, StreamingSample(files, f"{key} in {url}", number, self.options)
         if end >= first:
+            yield from ((end, found) for found in asides.skipped(url))
             yield end, ShardRead(url, end, complete)
 
     def _is_others(self, number: int) -> bool:
         held = number % 20 == 19 and number < 20 * 512
         return {"train": held, "validation": not held}.get(self.split, False)
 
-    def _samples(self, url: str) -> Iterator[tuple[str, dict[str, bytes], BadSample | None]]:
+    def _samples(
+        self, url: str, asides: Asides
+    ) -> Iterator[tuple[str, Mapping[str, bytes], BadSample | None]]:
         """Yield key, files and what they lack; at the end, what cut the shard short, if it was."""
-        key, files, damage = "", dict[str, bytes](), None
+        damage, seen, key = list[Exception](), SeenKeys(), ""
+        for sample, is_last in mark_last(group_samples(self._members(url, asides, damage))):
+            key = printable(sample.key)
+            lacking = missing_files(sample, self.options.captions)
+            if not lacking:
+                note_further_images(sample, asides)
+            elif damage and is_last:
+                continue
+            if seen.is_apart(sample):
+                asides.add("members apart", key)
+                if lacking or sample.owner(seen.mains) != sample.key:
+                    continue
+            yield key, sample.files, lacking
+        if damage:
+            yield (
+                "",
+                {},
+                BadSample("shard cut short" if key else "unreadable shard", f"{damage[0]}"),
+            )
+
+    def _members(
+        self, url: str, asides: Asides, damage: list[Exception]
+    ) -> Iterator[tuple[str, bytes | Unreadable]]:
+        """Yield name and content of each member, up to what is damaged, which is noted."""
         try:
             with open_shard(url) as stream:
-                for found, suffix, member, tar in members(stream, "r|*"):
-                    if found != key and files:
-                        yield key, files, missing_files(files, self.options.captions)
-                        files = {}
-                    key = found
-                    wanted = self.images or suffix not in IMAGE_SUFFIXES
+                for member, tar in read_members(stream, "r|*", asides):
+                    if reason := unreadable(member):
+                        yield member.name, reason
+                        continue
+                    wanted = self.images or split_name(member.name)[1] not in IMAGE_SUFFIXES
                     content = tar.extractfile(member) if wanted else None
-                    files[suffix] = content.read() if content else b""
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    yield member.name, content.read() if content else b""
                 while stream.read(1 << 16):  # a command whose output nobody reads would fail
                     pass
-        except (tarfile.TarError, OSError, EOFError) as error:
-            cause = "shard cut short" if key else "unreadable shard"
-            damage = BadSample(cause, f"{error}")
-        missing = missing_files(files, self.options.captions)
-        if files and not (damage and missing):  # otherwise the last sample is what was cut off
-            yield key, files, missing
-        if damage:
-            yield "", {}, damage
+        except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            damage.append(error)
 
     def once(self) -> Iterator[StreamingSample | SkippedSample]:
         """Yield every sample of the split once, in the order of the shards."""

@@ -1,0 +1,326 @@
+"""Shards as people have them: read alike as local files and as streams, and nothing lost unsaid."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dalle1.data import ReadOptions, open_source
+from dalle1.data.cleaning import CleaningConfig
+from dalle1.data.skipped import BadSample, SkippedSample
+from dalle1.data.sources.shard_members import MAX_FURTHER, group_samples
+
+RNG = random.Random(0)
+Member = tuple[str, bytes | str]
+"""Name and content of a file, or the target of a link."""
+
+
+def png(number: int) -> bytes:
+    """Return an image that shows a number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1), (number // 256, number % 256, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, members: Iterable[Member], mode: Any = "w", **how: Any) -> Path:
+    with tarfile.open(path, mode, **how) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                archive.addfile(member)
+            elif name.endswith("/"):
+                member.type = tarfile.DIRTYPE
+                archive.addfile(member)
+            else:
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def read(data: Path | str, captions: bool = True) -> tuple[list[tuple[str, int, str]], list[Any]]:
+    """Return key, image and caption of each sample, and what was skipped."""
+    cleaning = CleaningConfig(max_bad_fraction=1.0)
+    try:
+        source = open_source(str(data), "encode", ReadOptions(captions=captions, cleaning=cleaning))
+    except ValueError as refused:
+        if "no usable samples" not in str(refused):
+            raise
+        return [], []
+    found: list[tuple[str, int, str]] = []
+    skipped = list(source.skipped)
+    for sample in source.once():
+        if isinstance(sample, SkippedSample):
+            skipped.append(sample)
+            continue
+        try:
+            red, green, _ = sample.image().getpixel((0, 0))  # type: ignore[misc, index]
+            caption = sample.caption(RNG) if captions else ""
+        except BadSample as error:
+            skipped.append(SkippedSample.because(error, sample.name))
+            continue
+        key = sample.name.rpartition(" in ")[0]
+        found.append((key, 256 * red + green, caption))
+    return found, skipped
+
+
+def both(path: Path, captions: bool = True) -> tuple[list[tuple[int, str]], list[str]]:
+    """Read a shard as a local file and as a stream, which must agree; return pairs and causes."""
+    local, streamed = read(path, captions), read(f"pipe:cat '{path}'", captions)
+    pairs = [pair for _, *pair in local[0]]
+    assert pairs == [pair for _, *pair in streamed[0]]
+    causes = [[f"{x.count} {x.cause}" for x in skipped] for _, skipped in (local, streamed)]
+    if pairs:  # else opening failed
+        assert sorted(causes[0]) == sorted(causes[1])
+    return [tuple(pair) for pair in pairs], causes[1]  # type: ignore[misc]
+
+
+def pairs(first: int, end: int, key: str = "{:05d}", text: str = "{}") -> list[Member]:
+    return [
+        member
+        for i in range(first, end)
+        for member in (
+            (f"{key.format(i)}.png", png(i)),
+            (f"{key.format(i)}.txt", text.format(i).encode()),
+        )
+    ]
+
+
+def expected(first: int, end: int, text: str = "{}") -> list[tuple[int, str]]:
+    return [(i, text.format(i)) for i in range(first, end)]
+
+
+def test_names_with_dots_are_samples_of_their_own(tmp_path: Path) -> None:
+    count = MAX_FURTHER + 40
+    shard = write(
+        tmp_path / "a.tar",
+        [
+            *pairs(0, count, "holiday.2019.{:04d}"),
+            *pairs(0, 3, "v1.0/mr.{}"),
+            *pairs(0, 3),
+            *pairs(3, 4, "a.b"),
+        ],
+    )
+    every = [*expected(0, count), *expected(0, 3), *expected(0, 3), *expected(3, 4)]
+    assert both(shard) == (every, [])
+    assert both(shard, captions=False)[0] == [(i, "") for i, _ in every]
+    local = open_source(str(shard), "encode")
+    assert local.find(1).name == f"holiday.2019.0001.png in {shard}"  # type: ignore[attr-defined]
+
+
+def test_further_files_of_a_sample_are_no_samples(tmp_path: Path) -> None:
+    members = [
+        ("0.depth.png", png(90)),
+        ("0.edited.png", png(10)),
+        ("0.edited.txt", b"10"),
+        ("0.png", png(0)),
+        ("0.seg.json", b'{"classes": 3}'),
+        ("0.seg.png", png(90)),
+        ("0.txt", b"0"),
+        ("0.webp", png(90)),
+    ]
+    shard = write(tmp_path / "a.tar", members)
+    for captions in (True, False):
+        found, causes = both(shard, captions)
+        assert [image for image, _ in found] == [0, 10]
+        assert causes == ["3 further image"]
+    # As a folder's order may be, where local reading finds them all the same.
+    apart = write(tmp_path / "b.tar", [members[i] for i in (5, 3, 0, 6)] + pairs(1, 2))
+    assert read(apart, captions=False)[0] == [("0.png", 0, ""), ("00001.png", 1, "")]
+
+
+@pytest.mark.parametrize("joined", ["one tar", "cat"])
+def test_the_same_key_twice_is_two_samples(tmp_path: Path, joined: str) -> None:
+    runs = pairs(0, 8), pairs(0, 8, text="the second {}")
+    shard = tmp_path / "a.tar"
+    if joined == "cat":
+        parts = [write(tmp_path / f"{i}.part", run).read_bytes() for i, run in enumerate(runs)]
+        shard.write_bytes(b"".join(parts))
+    else:
+        write(shard, [*runs[0], *runs[1]])
+    assert both(shard) == ([*expected(0, 8), *expected(0, 8, "the second {}")], [])
+
+
+def test_no_caption_changes_its_image(tmp_path: Path) -> None:
+    other = [(f"{i:05d}.txt", b"the caption of another image") for i in range(8)]
+    mixed = write(tmp_path / "mixed.tar", [*pairs(0, 8), *other])
+    assert both(mixed) == (expected(0, 8), ["1 no image"] * 8)
+    image, text = pairs(0, 1)
+    # Which caption is that of which image cannot be known.
+    for members in ([image, image, text], [image, text, text], [image, image, text, text]):
+        shard = write(tmp_path / "a.tar", [*members, *pairs(1, 2)])
+        assert both(shard) == (expected(1, 2), ["1 repeated key"])
+    in_turn = write(tmp_path / "b.tar", [image, text, image, text])
+    assert both(in_turn) == ([(0, "0"), (0, "0")], [])
+    twice = write(tmp_path / "c.tar", [image, image])
+    assert both(twice, captions=False) == ([(0, ""), (0, "")], [])
+
+
+def test_members_apart_are_joined_locally_and_named_in_streams(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.tar", sorted(pairs(0, 8), key=lambda member: member[0][-3:]))
+    assert [found[1:] for found in read(shard)[0]] == expected(0, 8)
+    assert read(shard)[1] == []
+    found, skipped = read(f"pipe:cat {shard}")
+    assert not found
+    assert [sample.cause for sample in skipped] == ["no caption"] * 8 + ["members apart"]
+    assert skipped[0].why == "there is no .txt or .json next to its .png"
+    assert skipped[-1].count == 8
+    assert "sort the shard with tar --sort=name, or read it as a local file" in skipped[-1].why
+
+
+def test_hidden_members_are_passed_over(tmp_path: Path) -> None:
+    members = [
+        m for name, content in pairs(0, 8) for m in ((f"._{name}", bytes(99)), (name, content))
+    ]
+    members += [(f"__MACOSX/{name}", content) for name, content in pairs(8, 9)]
+    members += [(f"./.ipynb_checkpoints/{name}", content) for name, content in pairs(8, 9)]
+    shard = write(tmp_path / "a.tar", members)
+    assert both(shard) == (expected(0, 8), ["20 hidden file"])
+    skipped = read(shard)[1]
+    assert str(skipped[0]) == f"20 hidden files in {shard} (hidden file: the first is ._00000.png)"
+
+
+def test_links_are_named(tmp_path: Path) -> None:
+    links: list[Member] = [("p", png(0)), ("0.png", "p"), ("0.txt", b"0")]
+    links += [("1.png", png(1)), ("1.txt", "0.txt"), ("1.cls", "p")]
+    shard = write(tmp_path / "a.tar", [*links, *pairs(2, 4)])
+    assert both(shard) == (expected(2, 4), ["1 no image", *["1 not a plain file"] * 2])
+    reasons = [str(sample) for sample in read(shard)[1]]
+    assert reasons[0].startswith(f"p in {shard} (no image: there is no image next to its file with")
+    assert "its .png is a link; pack the shard with tar --dereference" in reasons[1]
+    write(shard, links[1:3])
+    with pytest.raises(
+        ValueError, match=r"no usable samples .* 0 in .*not a plain file.*is a link"
+    ):
+        open_source(str(shard))
+
+
+def test_two_files_of_captions(tmp_path: Path) -> None:
+    text = "a red car\nparked on the street"
+    facts = json.dumps({"caption": text}).encode()
+    shard = write(
+        tmp_path / "a.tar",
+        [
+            *[("0.png", png(0)), ("0.txt", text.encode()), ("0.json", facts)],
+            *[("1.json", facts), ("1.png", png(1)), ("1.txt", b"")],
+            *[("2.json", b"{"), ("2.png", png(2)), ("2.txt", b"a van")],
+            *[("3.json", b'{"url": "x"}'), ("3.png", png(3)), ("3.txt", b"a bus")],
+            *[("4.json", rb'{"text": ["a blue \ud83d star", null]}'), ("4.png", png(4))],
+            *[("5.json", b"null"), ("5.png", png(5)), ("5.txt", "\u200b".encode())],
+        ],
+    )
+    one = "a red car parked on the street"
+    found = [(0, one), (1, one), (2, "a van"), (3, "a bus"), (4, "a blue \ufffd star")]
+    assert both(shard) == (found, ["1 no caption"])
+
+
+def test_other_tars(tmp_path: Path) -> None:
+    long = "x" * 300
+    shard = tmp_path / "a (1) {b}.tar"
+    for how in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        names = pairs(0, 2, long + "{}") + pairs(2, 4, "caf\udce9 {}") + pairs(4, 5, "ü/{}")
+        write(shard, [("ü/", b""), *names], format=how)
+        assert both(shard) == (expected(0, 5), [])
+    write(shard, [*pairs(0, 2, "caf\udce9{}"), ("caf\udce9 3.txt", b"")])
+    for _, skipped in (read(shard), read(f"pipe:cat '{shard}'")):
+        str(skipped[0]).encode()
+    shard.write_bytes(gzip.compress(write(shard, pairs(0, 2)).read_bytes()))
+    assert len(read(f"pipe:cat '{shard}'")[0]) == 2
+    with pytest.raises(ValueError, match=r"it is compressed; use --data 'pipe:gzip -dc .*a \(1\)"):
+        open_source(str(shard))
+    write(shard, [])
+    assert both(shard) == ([], [])
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.97])
+def test_what_is_before_the_cut_is_read(tmp_path: Path, kept: float) -> None:
+    shard = write(tmp_path / "a.tar", pairs(0, 9))
+    whole = shard.read_bytes()[: 36 * 512]
+    shard.write_bytes(whole[: int(kept * len(whole))])
+    found, causes = both(shard)
+    assert found == expected(0, len(found))
+    assert len(found) in (int(kept * 9), int(kept * 9) + 1)
+    assert causes == ["1 shard cut short"]
+    shard.write_bytes(gzip.compress(whole)[:-20])
+    assert [x.cause for x in read(f"pipe:cat {shard}")[1]] == ["shard cut short"]
+
+
+def test_a_shard_that_changes_is_named(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.tar", pairs(0, 8))
+    source = open_source(str(shard), "encode")
+    write(shard, pairs(4, 9, "{}"))
+    with pytest.raises(BadSample, match="has changed since it was opened; start the command again"):
+        source.find(0).caption(RNG)  # type: ignore[attr-defined]
+
+
+STEMS = ("a", "b", "a.b", "a.b.c", "x/a", "x.y/a", "d.1", "d.2", "d.3")
+SUFFIXES = ("png txt", "png txt json", "PNG TXT", "png json", "png", "txt", "seg.png")
+
+
+def nasty(rng: random.Random) -> list[Member]:
+    """Return members of a few keys, with all that people's shards have."""
+    members: list[Member] = []
+    while len(members) < rng.randrange(1, 25):
+        stem, suffixes = rng.choice(STEMS), rng.choice(SUFFIXES).split()
+        # A lone image may be that of a lone caption.
+        number = rng.randrange(60_000) if len(suffixes) > 1 else STEMS.index(stem)
+        for suffix in suffixes:
+            name, content = f"{stem}.{suffix}", f"{number}".encode()
+            if suffix == "json":
+                content = json.dumps({"caption": f"{number}"}).encode()
+            elif suffix != "txt":
+                content = png(number) if suffix != "TXT" else content
+            members.append((name, content))
+            odd: dict[int, list[Member]] = {
+                0: [(name, content), (f"._{name}", b"")],
+                1: [(f"{name}/", b""), (name, content)],
+                2: [(name, "elsewhere")],
+                3: [(name, content)] * 2,
+            }
+            members[-1:] = odd.get(rng.randrange(40), members[-1:])
+    return members
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_any_shard_is_read_alike(tmp_path: Path, in_order: bool) -> None:
+    apart = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        members = nasty(rng)
+        if not in_order:
+            rng.shuffle(members)
+        shard = write(tmp_path / "a.tar", members)
+        for captions in (True, False):
+            local, streamed = read(shard, captions), read(f"file:{shard}", captions)
+            pairs, same = ([x[1:] for x in found] for found, _ in (local, streamed))
+            if any(sample.cause == "members apart" for sample in streamed[1]):
+                apart += 1
+            else:
+                assert pairs == same, seed
+            if captions and in_order:
+                assert all(f"{image}" == caption for image, caption in [*pairs, *same]), seed
+    assert apart > 5
+    assert apart < 60 or not in_order
+
+
+def test_names_alone_decide() -> None:
+    def keys(names: Sequence[str]) -> list[tuple[str, list[str]]]:
+        return [(x.key, [*x.files]) for x in group_samples((name, 0) for name in names)]
+
+    many = [f"a.{i}.png" for i in range(MAX_FURTHER)]
+    assert [key for key, _ in keys(many)] == [name.removesuffix(".png") for name in many]
+    (one,) = keys(["a.txt", *many[1:]])
+    assert (one[0], len(one[1])) == ("a", MAX_FURTHER)
+    assert len(keys(["a.txt", *many])) == MAX_FURTHER + 1
+    assert keys(["a", "a.tar.gz", ".a/b", "c."]) == [
+        *(("a", [""]), ("a.tar", [".gz"]), (".a/b", [""]), ("c", ["."])),
+    ]
