@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from dalle1.console import one_line_errors, prepare_process
+from dalle1.console import let_no_print_fail, one_line_errors, prepare_process
 
 SUBCOMMANDS = {
     "sample": ("dalle1.commands.sample", "Sample images for a prompt, the best first"),
@@ -40,8 +40,8 @@ SUBCOMMANDS = {
 def run(name: str, args: Sequence[str] | None = None) -> None:
     """Run one subcommand; `args` defaults to the process's command line."""
     try:
+        prepare_process()
         with one_line_errors():
-            prepare_process()
             import_module(SUBCOMMANDS[name][0]).main(args)
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
@@ -69,6 +69,7 @@ def help_text(prefix: str = "") -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Read the subcommand, then run it with the other words."""
+    let_no_print_fail()
     words = list(sys.argv[1:] if args is None else args)
     for length in (1, 2):
         if (name := " ".join(words[:length])) in SUBCOMMANDS:

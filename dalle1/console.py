@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -23,11 +24,58 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 def prepare_process() -> None:
     """Apply the process-wide settings of every command; the library itself changes none."""
     keep_freed_memory()
+    let_no_print_fail()
+    # Of images that cannot be read, this package reports which, and why.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     # Under autocast, the parameters of norms stay fp32 on purpose; torch warns about RMSNorm.
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
     # DeepSpeed still calls these functions.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+
+class _Output(io.FileIO):
+    """A standard stream that drops what cannot be written: the pipe is closed, the disk full."""
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        with suppress(OSError):
+            while rest:
+                count = super().write(rest)
+                if count is None:  # the pipe is full, and does not block
+                    select.select([], [self], [])
+                rest = rest[count or 0 :]
+        return len(data)
+
+
+def let_no_print_fail() -> None:
+    """Replace the standard streams: no work ends because a message cannot be shown.
+
+    Letters that the encoding of the console lacks, and bytes in file names that are no letters, are
+    shown as escapes, such as \\udce9.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            continue
+        errors = getattr(stream, "errors", None)
+        errors = "backslashreplace" if errors in ("strict", "surrogateescape") else errors
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)
+        if isinstance(raw, io.FileIO) and not isinstance(raw, _Output):
+            stream.flush()
+            output: Any = _Output(raw.fileno(), "wb", closefd=False)
+            stream = io.TextIOWrapper(
+                output if raw is buffer else io.BufferedWriter(output),
+                stream.encoding,
+                errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, stream)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def keep_freed_memory() -> None:

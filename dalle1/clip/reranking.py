@@ -17,7 +17,7 @@ from torch import Tensor
 from dalle1.clip.loading import Clip
 from dalle1.console import notes, one_line_errors, parse
 from dalle1.data.cleaning import IMAGE_SUFFIXES
-from dalle1.data.images import grid, read_image_file
+from dalle1.data.images import grid, read_image_file, save_png
 from dalle1.devices import pick_device
 from dalle1.storage import write_atomic
 
@@ -108,18 +108,18 @@ def _readable_images(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]
 
 
 def run(options: RankOptions) -> list[RankedFile]:
-    """Rank as `options` say, print the table, and write grid.png and scores.json."""
+    """Rank as `options` say, write grid.png and scores.json, and print the table."""
     files = find_images(options.files)
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
     ranked = rank_files(clip, options.prompt, files, options.batch_size)
-    print("similarity probability image")
-    for entry in ranked:
-        print(f"{entry.similarity:10.4f} {entry.probability:11.4f} {entry.file}")
     report = {"prompt": options.prompt, "clip": options.clip, "images": list(map(asdict, ranked))}
     write_atomic(options.out / "scores.json", json.dumps(report, indent=1) + "\n")
     best = [Path(entry.file) for entry in ranked[: options.num_images]]
     tiles = [thumbnail(image) for _, image in _readable_images(best)]
-    grid(tiles, min(len(tiles), 4)).save(options.out / "grid.png")
+    save_png(grid(tiles, min(len(tiles), 4)), options.out / "grid.png")
+    print("similarity probability image")
+    for entry in ranked:
+        print(f"{entry.similarity:10.4f} {entry.probability:11.4f} {entry.file}")
     print(f"wrote {options.out / 'grid.png'} and {options.out / 'scores.json'}")
     return ranked
 

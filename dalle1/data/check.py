@@ -29,7 +29,7 @@ from tqdm import tqdm
 from dalle1.console import bar, one_line_errors, parse
 from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.examples import iter_batches
-from dalle1.data.images import TooSmall, grid, to_tensor
+from dalle1.data.images import TooSmall, grid, save_png, to_tensor
 from dalle1.data.loader import Batch
 from dalle1.data.skipped import DAMAGE, SkipStats
 from dalle1.data.sources.base import ENDLESS, ReadOptions, Sample, Source
@@ -94,7 +94,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
     report = _report(found, stats, config)
     (config.out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
     tiles = [_tile(thumb, caption) for thumb, caption in found.shown]
-    grid(tiles, 8).save(config.out / "contact.png")
+    save_png(grid(tiles, 8), config.out / "contact.png")
     _print(report, config, len(found.widths) / seconds)
     return report
 

@@ -159,11 +159,11 @@ class SkipStats:
         return ", ".join(f"{count} × {cause}" for cause, count in self.counts.most_common())
 
     def _log(self, skipped: list[SkippedSample]) -> None:
-        fresh = []
+        fresh, messages = [], []
         for sample in skipped:
             if not self.counts[sample.cause]:
                 rest = f"; all are logged in {self.file}" if self.file and not self.counts else ""
-                self.report(f"Skipping {sample}{rest}")
+                messages.append(f"Skipping {sample}{rest}")
             self.counts[sample.cause] += sample.count
             if sample.where not in self.logged:
                 self.logged.add(sample.where)
@@ -172,6 +172,8 @@ class SkipStats:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(asdict(sample))}\n" for sample in fresh)
+        for message in messages:
+            self.report(message)
 
     def _check(self, total: int, bad: int) -> None:
         if total and bad / total > self.max_bad_fraction:

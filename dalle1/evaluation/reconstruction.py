@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
-from dalle1.data.images import centre_square, grid, to_float, to_pil, to_tensor
+from dalle1.data.images import centre_square, grid, save_png, to_float, to_pil, to_tensor
 from dalle1.devices import autocast, pick_device
 from dalle1.evaluation.report import Scores
 from dvae.gumbel import gumbel_softmax
@@ -65,9 +65,8 @@ def evaluate_dvae(options: DVAEOptions) -> Scores:
         yield from reconstruction_metrics(model, images, options.temperature)
         shown = images[:SHOWN]
         reconstructions = model.decode(model.encode(shown))
-    options.out.mkdir(parents=True, exist_ok=True)
     rows = to_pil(torch.cat([shown, reconstructions]))
-    grid(rows, SHOWN).save(options.out / "reconstructions.png")
+    save_png(grid(rows, SHOWN), options.out / "reconstructions.png")
 
 
 def _prepare(size: int, allow_upscale: bool, sample: Sample, _: random.Random) -> Example:

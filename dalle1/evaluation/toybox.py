@@ -19,7 +19,7 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont
 
 from dalle1.console import bar
-from dalle1.data.images import grid
+from dalle1.data.images import grid, save_png
 from dalle1.evaluation.classifier import ASPECTS, ToyboxClassifier, Verdict, load_classifier
 from dalle1.evaluation.classifier_accuracy import classifier_accuracy, print_accuracy
 from dalle1.evaluation.report import Scores, wilson_interval
@@ -126,7 +126,7 @@ def evaluate_toybox(options: ToyboxOptions, model: DallE | None = None) -> Score
                 progress.update(batch.num_candidates)
     write_atomic(options.out / "prompts.json", json.dumps(list(map(details, results)), indent=1))
     tiles = [result_tile(result) for result in results if result.prompt.split == "heldout"]
-    grid(tiles[:MAX_SHOWN], min(8, len(tiles))).save(options.out / "heldout.png")
+    save_png(grid(tiles[:MAX_SHOWN], min(8, len(tiles))), options.out / "heldout.png")
     if any(result.scores is None for result in results):
         print("note: the model has no CLIP, so best of N needs N = 1", file=sys.stderr)
     yield from toybox_shares(results, sorted(options.best_of))

@@ -27,6 +27,7 @@ from dalle1.data.images import (
     augmented,
     centre_square,
     grid,
+    save_png,
     to_float,
     to_pil,
     to_tensor,
@@ -277,8 +278,7 @@ class DVAETask(Task[DVAE]):
         images = self.held[:16]
         with autocast(self.device, self.config.precision):
             both = to_pil(torch.cat([images, model.decode(model.encode(images))]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid(both, len(images)).save(path)
+        save_png(grid(both, len(images)), path)
 
     def save(self, model: DVAE, folder: Path) -> None:
         model.save(folder)

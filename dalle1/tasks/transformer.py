@@ -29,6 +29,7 @@ from dalle1.data.images import (
     augmented,
     centre_square,
     grid,
+    save_png,
     to_float,
     to_tensor,
 )
@@ -357,8 +358,7 @@ class TransformerTask(Task[Transformer]):
         """Write eight candidates of each prompt, a row per prompt."""
         pipeline = DallE(self.dvae, model, self.tokenizer)
         rows = [pipeline.candidates(p, num_candidates=8, seed=0) for p in self.config.prompts]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid([c.image for row in rows for c in row], 8).save(path)
+        save_png(grid([c.image for row in rows for c in row], 8), path)
 
     def save(self, model: Transformer, folder: Path) -> None:
         DallE(self.dvae, model, self.tokenizer).save_pretrained(folder)

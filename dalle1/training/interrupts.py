@@ -8,7 +8,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -37,7 +37,8 @@ def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 def print_main(text: str) -> None:
     """Print a line in the main process; safe in a signal handler that interrupted a print."""
     if distributed.is_main():
-        os.write(1, f"{text}\n".encode())
+        with suppress(OSError):  # a closed pipe
+            os.write(1, f"{text}\n".encode())
 
 
 @contextmanager

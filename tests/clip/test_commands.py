@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -97,6 +98,20 @@ def test_a_file_scores_alike_in_a_ranking_and_in_python(folder: Path, tmp_path: 
         ranked = rank_files(clip, "a red cube", [path])[0].similarity
         with Image.open(path) as image:
             assert clip.score("a red cube", [image]).item() == pytest.approx(ranked, abs=1e-6)
+
+
+def test_a_file_name_that_is_not_utf8_is_ranked(
+    folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = os.fsdecode(os.fsencode(images) + b"/caf\xe9.png")
+    try:
+        os.rename(images / "red.png", odd)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 alone")
+    run("rank", "a red cube", images, "--clip", folder, "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert odd in {entry["file"] for entry in report["images"]}
+    assert "caf\\udce9.png" in capsys.readouterr().out
 
 
 def test_unreadable_files_are_named_and_skipped(
