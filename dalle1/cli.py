@@ -10,7 +10,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from dalle1.console import let_no_print_fail, one_line_errors, prepare_process
+from dalle1.console import (
+    command_line,
+    let_no_print_fail,
+    one_line_errors,
+    prepare_process,
+)
 
 SUBCOMMANDS = {
     "sample": ("dalle1.commands.sample", "Sample images for a prompt, the best first"),
@@ -70,17 +75,17 @@ def help_text(prefix: str = "") -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Read the subcommand, then run it with the other words."""
     let_no_print_fail()
-    words = list(sys.argv[1:] if args is None else args)
-    for length in (1, 2):
-        if (name := " ".join(words[:length])) in SUBCOMMANDS:
-            sys.argv = [f"dalle1 {name}", *words[length:]]  # what --help calls the program
-            return run(name, words[length:])
-    groups = {name.split()[0] for name in SUBCOMMANDS if " " in name}
-    prefix = words[0] + " " if words and words[0] in groups else ""
-    rest = words[1:] if prefix else words
-    if not rest or rest[0] in ("-h", "--help"):
-        print(help_text(prefix))
-        return None
     with one_line_errors():
+        words = command_line(args)
+        for length in (1, 2):
+            if (name := " ".join(words[:length])) in SUBCOMMANDS:
+                sys.argv = [f"dalle1 {name}", *words[length:]]  # what --help calls the program
+                return run(name, words[length:])
+        groups = {name.split()[0] for name in SUBCOMMANDS if " " in name}
+        prefix = words[0] + " " if words and words[0] in groups else ""
+        rest = words[1:] if prefix else words
+        if not rest or rest[0] in ("-h", "--help"):
+            print(help_text(prefix))
+            return None
         known = ", ".join(name for name in SUBCOMMANDS if name.startswith(prefix))
         raise ValueError(f"the subcommand is {prefix + rest[0]!r}, expected one of: {known}")

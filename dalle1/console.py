@@ -5,18 +5,36 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import re
 import select
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextvars import ContextVar
+from dataclasses import fields, is_dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 Config = TypeVar("Config")
+
+RENAMED_FLAGS = {
+    "--pictures": "--images",
+    "--crops-per-picture": "--crops-per-image",
+    "--validation-pictures": "--validation-images",
+    "--soften": "--random-blur",
+    "--no-soften": "--no-random-blur",
+    "--most": "--limit",
+    "--threshold": "--min-similarity",
+}
+"""Flags of earlier versions → today's."""
+
+_flags: ContextVar[Mapping[str, str]] = ContextVar("_flags", default=MappingProxyType({}))
+"""Field of the running command's options → its flag."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 
@@ -113,19 +131,37 @@ def worker_killed(error: Exception) -> ValueError:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Report errors that a user can cause as one line on stderr, with exit code 2."""
+    before = _flags.set({})
     try:
         with worker_advice():
             yield
     except (ValueError, OSError) as error:
-        # An error in a worker process comes wrapped in its traceback; its last line is the error.
-        text = str(error).strip()
-        if text.startswith("Caught "):
-            text = text.splitlines()[-1].partition(": ")[2]
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        _print_error(error)
         raise SystemExit(2) from error
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from interrupt
+    finally:
+        _flags.reset(before)
+
+
+def _print_error(error: Exception) -> None:
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror.lower()}; check the path"
+    # An error in a worker process comes wrapped in its traceback; its last line is the error.
+    if text.startswith("Caught "):
+        text = text.splitlines()[-1].partition(": ")[2]
+    print(f"error: {_with_flags(' '.join(text.split()))}", file=sys.stderr)
+
+
+def _with_flags(text: str) -> str:
+    """Replace names of fields by those of the command's flags."""
+    for name, flag in _flags.get().items():
+        # A name such as `data` is also a word; at the start of a message, it is the field.
+        where = rf"(?<![\w./'\"-]){name}(?![\w./'\"-])" if "_" in name else rf"^{name}(?= is )"
+        text = re.sub(where, flag, text)
+    return text
 
 
 @contextmanager
@@ -145,24 +181,78 @@ def parse(kind: Any, args: Sequence[str] | None, about: str, **options: Any) -> 
         about: what the command does, for --help.
         options: other arguments of `tyro.cli`.
 
-    Raises: ValueError where `__post_init__` rejects a value; tyro would print it in a frame.
+    Raises: ValueError of one line for any mistake; tyro would print a frame of several lines.
     """
     import tyro
 
-    stderr = io.StringIO()
+    from dalle1.tyro_errors import one_line_tyro_errors
+
+    words, frame = command_line(args), io.StringIO()
+    flags = list(_flags_of(kind))
+    name_flags(flags, words)
     try:
-        with redirect_stderr(stderr):
-            return tyro.cli(kind, args=args, description=about, **options)
+        with one_line_tyro_errors(words, [flag for _, flag in flags]), redirect_stderr(frame):
+            return tyro.cli(kind, args=words, description=about, **options)
     except SystemExit as stop:
         cause: BaseException | None = stop
         while cause is not None and not _from_post_init(cause):
             cause = cause.__context__
         if cause is not None:
-            stderr.truncate(0)
             raise cause from None
+        sys.stderr.write(frame.getvalue())
         raise
-    finally:
-        sys.stderr.write(stderr.getvalue())
+
+
+def name_flags(flags: Iterable[tuple[str, str]], words: Sequence[str]) -> None:
+    """Set the flags that `one_line_errors` prints where messages name fields.
+
+    Args:
+        flags: pairs of field and flag; of several flags, those among `words` take precedence.
+    """
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    _flags.set(dict(sorted(flags, key=lambda pair: pair[1] in given)))
+
+
+def _flags_of(kind: Any, prefix: str = "--") -> Iterator[tuple[str, str]]:
+    """Yield the fields of a dataclass, or of a union of them, with their flags."""
+    import tyro
+
+    for part in get_args(kind) or (kind,):
+        if not (isinstance(part, type) and is_dataclass(part)):
+            yield from _flags_of(part, prefix) if get_args(part) else ()
+            continue
+        hints = get_type_hints(part, include_extras=True)
+        for field in fields(part):
+            flag = prefix + field.name.replace("_", "-")
+            positional = tyro.conf.Positional in get_args(hints[field.name])
+            yield field.name, field.name.upper() if positional else flag
+            yield from _flags_of(hints[field.name], flag + ".")
+
+
+def command_line(args: Sequence[str] | None) -> list[str]:
+    """Return the words of a command line, with today's flags and `~/` as the home folder.
+
+    Shells expand `~/` at the start of a word, and not in `--out=~/runs`.
+
+    Args:
+        args: the command line; None reads the process's.
+    """
+    words = []
+    for word in sys.argv[1:] if args is None else args:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if flag.replace("_", "-") == "--local-rank":  # of the deepspeed launcher; so is LOCAL_RANK
+            continue
+        flag = RENAMED_FLAGS.get(flag.replace("_", "-"), flag)
+        words.append(flag + equals + ",".join(map(_expand_home, value.split(","))))
+    return words
+
+
+def _expand_home(path: str) -> str:
+    weight, colons, path = path.rpartition("::")  # of a mixture of datasets: 2::~/a
+    expanded = os.path.expanduser(path) if re.match(r"~[\w.-]*(/|$)", path) else path
+    if expanded == path and re.match("~(/|$)", path):
+        raise ValueError(f"{path} is in the home folder, which is unknown; set HOME")
+    return weight + colons + expanded
 
 
 def _from_post_init(error: BaseException) -> bool:
@@ -182,16 +272,14 @@ def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, abou
         args: the command line; None reads the process's.
         about: what the command does, for --help.
     """
-    words = list(sys.argv[1:] if args is None else args)
-    # The deepspeed launcher adds --local_rank; the environment holds the same number.
-    words = [word for word in words if not word.startswith("--local_rank=")]
+    words = command_line(args)
     names = ", ".join(presets)
     if not words or words[0] in ("-h", "--help"):
         first, default = next(iter(presets.items()))
         about = f"{about}\n\nThe first argument is a preset: {names}. Below: defaults of {first}."
         words = ["--help"]
     elif words[0] not in presets:
-        raise ValueError(f"no preset {words[0]!r}; there are: {names}")
+        raise ValueError(f"the first argument is {words[0]!r}, expected a preset: {names}")
     else:
         default = presets[words.pop(0)]
     return parse(type(default), words, about, default=default)

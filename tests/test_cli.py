@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dalle1 import cli
+from dalle1.console import RENAMED_FLAGS, command_line, one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +50,37 @@ def test_help_needs_no_torch() -> None:
         (["train", "vae"], "the subcommand is 'train vae', expected one of: train dvae,"),
         (["sample", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["train", "dvae", "huge"], "'huge'"),
+        (["train", "dvae", "toy", "--stps", "3"], "--stps is unknown, expected --steps; see"),
+        (["train", "dvae", "toy", "--allow-upscle"], "is unknown, expected --allow-upscale;"),
+        (["train", "dvae", "toy", "--steps", "many"], "--steps is 'many', expected INT;"),
+        (
+            ["train", "dvae", "toy", "--schedule-steps", "many"],
+            "--schedule-steps is 'many', expected ",
+        ),
+        (["train", "dvae", "toy", "--ema-decay", "x"], "--ema-decay is 'x', expected FLOAT;"),
+        (
+            ["train", "dvae", "toy", "--precision", "x"],
+            "--precision is 'x', expected auto or bf16",
+        ),
+        (["train", "dvae", "toy", "--out"], "--out has no value, expected PATH; see"),
+        (["train", "dvae", "toy", "x"], "'x' is unknown; see dalle1 train dvae --help"),
+        (["train", "dvae", "toy", "--model.width", "3"], "--model.width is 3, expected a multiple"),
+        (["train", "dvae", "toy", "--batch_size=0"], "--batch-size is 0, expected at least 1"),
+        (["encode"], "--dvae PATH and --out PATH are missing; see dalle1 encode --help"),
+        (["encode", "--dva", "x"], "--out PATH are missing, and --dva is unknown; see"),
+        (["rank"], "PROMPT is missing; see"),
+        (["import", "openai-dvae", "--out", "x"], "ENCODER and DECODER are missing; see"),
+        (["import", "openai-dvae", "a", "b", "--out", "x"], "a: no such file or directory;"),
+        (
+            ["evaluate"],
+            "the first argument is missing, expected one of: toybox,",
+        ),
+        (["evaluate", "dVAE"], "the first argument is 'dVAE', expected one of: toybox,"),
+        (
+            ["evaluate", "--out", "x", "clip"],
+            "the first argument is '--out', expected one of:",
+        ),
+        (["evaluate", "toybox", "--best-of", "x"], "--best-of is 'x', expected [INT [INT ...]];"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -65,6 +97,35 @@ def test_mistakes_are_one_line(
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+    assert not Path("x").exists()
+
+
+def test_flags_of_earlier_versions_and_launchers_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["--local_rank=3", "--local-rank=3", "a", "--pictures=2", "--crops_per_picture", "4"]
+    assert command_line(words) == ["a", "--images=2", "--crops-per-image", "4"]
+    paths = ["~", "~/a", "--out=~/a", "2::~/a,~/b", "$HOME/a", "a~", "~ 3 apples", "x/~/a"]
+    expected = ["/home/me", "/home/me/a", "--out=/home/me/a", "2::/home/me/a,/home/me/b"]
+    assert command_line(paths) == [*expected, *paths[4:]]
+
+
+def test_an_unknown_home_folder_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(ValueError, match=r"~/a is in the home folder, which is unknown; set HOME"):
+        command_line(["--out=~/a"])
+
+
+def test_help_shows_the_names_of_today(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "dvae", "--help"])
+    assert not [flag for flag in RENAMED_FLAGS if f"{flag} " in capsys.readouterr().out]
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("name", cli.SUBCOMMANDS)

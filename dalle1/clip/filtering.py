@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from dalle1.clip.loading import Clip
@@ -58,7 +57,7 @@ class FilterOptions:
     """Shards to read: a folder, glob or {000..123} pattern."""
     out: Path
     """Folder for the shards of kept pairs, their similarities, and filter.json."""
-    min_similarity: Annotated[float, tyro.conf.arg(aliases=["--threshold"])] = 0.28
+    min_similarity: float = 0.28
     """Smallest cosine similarity of an image and its best caption that is kept. LAION-5B used 0.28
     for English with ViT-B/32. Each CLIP has its own range: look at the printed histogram."""
     clip: str = "bundled"

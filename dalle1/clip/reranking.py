@@ -26,9 +26,9 @@ from dalle1.storage import write_atomic
 class RankOptions:
     """Rank images by how well they fit a prompt, and save the best in a grid."""
 
-    prompt: Annotated[str, tyro.conf.Positional]
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """Text that the images are compared with."""
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Images, or folders of images."""
     clip: str = "bundled"
     """Folder or Hugging Face name of a CLIP or SigLIP model, or "bundled"."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from dalle1.console import notes, one_line_errors, parse
+from dalle1.console import command_line, notes, one_line_errors, parse
 from dalle1.evaluation.clip import ClipOptions, evaluate_clip
 from dalle1.evaluation.reconstruction import DVAEOptions, evaluate_dvae
 from dalle1.evaluation.report import Scores, format_table, write_report
@@ -62,4 +62,8 @@ def main(args: Sequence[str] | None = None) -> None:
         for name, evaluator in EVALUATORS.items()
     )
     with one_line_errors(), notes():
-        run(parse(Union[subcommands], args, __doc__))  # noqa: UP007
+        words = command_line(args)
+        if not words or words[0] not in (*EVALUATORS, "-h", "--help"):
+            first, names = repr(words[0]) if words else "missing", ", ".join(EVALUATORS)
+            raise ValueError(f"the first argument is {first}, expected one of: {names}")
+        run(parse(Union[subcommands], words, __doc__))  # noqa: UP007

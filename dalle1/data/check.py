@@ -44,7 +44,7 @@ THUMB = 128
 class CheckConfig(CleaningConfig):
     """Options of `dalle1 check`."""
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Dataset to read, as in the trainings' --data."""
     out: Path = Path("runs/check")
     """Output folder."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from dalle1.clip import Clip
 from dalle1.devices import pick_device
@@ -28,7 +26,7 @@ class ClipOptions:
     Images that also have a .foil.txt, a wrong caption of the same words, measure binding."""
     templates: tuple[str, ...] = ()
     """Captions for a class, with {} for its name. Default: seven of the CLIP paper's templates."""
-    images: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 400
+    images: int = 400
     """Number of images per probe on Toybox; maximum number on other data, where 0 uses all."""
     seed: int = 0
     """Random seed of Toybox's scenes."""

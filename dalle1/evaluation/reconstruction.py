@@ -8,10 +8,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
@@ -33,7 +32,7 @@ class DVAEOptions:
     """Folder of the dVAE."""
     data: str = "toybox"
     """Dataset, as in training."""
-    images: Annotated[int, tyro.conf.arg(aliases=["--pictures"])] = 1000
+    images: int = 1000
     """Maximum number of images."""
     temperature: float = 1 / 16
     """Temperature of the relaxed codes."""

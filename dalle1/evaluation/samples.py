@@ -5,9 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from dalle1.clip import Clip
 from dalle1.devices import pick_device
@@ -32,7 +30,7 @@ from dalle1.evaluation.sample_metrics import (
 class SamplesOptions:
     """Measure generated images by their prompts, and against real images."""
 
-    images: Annotated[Path, tyro.conf.arg(aliases=["--pictures"])]
+    images: Path
     """Folder of generated images. Prompts are read from name.txt beside each image, or from the
     PNG, where `dalle1 sample` stores them. Without prompts, only distances are measured."""
     reference: str | None = None
@@ -41,7 +39,7 @@ class SamplesOptions:
     """Folder or Hugging Face name of a CLIP or SigLIP model, or "bundled"."""
     blur: tuple[float, ...] = BLUR_RADII
     """Blur radii that are applied to both sets, in pixels at a width of 256. Paper: the default."""
-    limit: Annotated[int, tyro.conf.arg(aliases=["--most"])] = 30_000
+    limit: int = 30_000
     """Maximum number of images of each set. The paper computes FID on 30,000."""
     inception: bool = False
     """Also compute FID and Inception Score. This needs torchmetrics and torch-fidelity."""

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -139,9 +139,9 @@ def load_openai_dvae(encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
 class ImportConfig:
     """Options of `dalle1 import openai-dvae`."""
 
-    encoder: tyro.conf.Positional[Path]
+    encoder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER")]
     """The released encoder.pkl."""
-    decoder: tyro.conf.Positional[Path]
+    decoder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DECODER")]
     """The released decoder.pkl."""
     out: Path
     """Folder to write dvae.safetensors to."""

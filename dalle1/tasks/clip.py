@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import torch
-import tyro
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +71,7 @@ class ClipTrainConfig(TrainConfig):
     exchanged, or one is replaced (NegCLIP). None: no such captions."""
     augmentation: Augmentation = RANDOM_SQUARE
     """Random crops of the training images."""
-    random_blur: Annotated[bool, tyro.conf.arg(aliases=["--soften"])] = False
+    random_blur: bool = False
     """Whether half of the images are blurred slightly, as reconstructions are. Paper: no."""
     vocab_size: int = 1024
     """Maximum number of BPE tokens, learned from the data."""

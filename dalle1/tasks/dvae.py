@@ -14,10 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
@@ -53,7 +51,7 @@ class DVAETrainConfig(TrainConfig):
     """Folder of a dVAE of the same architecture to fine-tune."""
     crop_size: int = 256
     """Side of the random training crops in pixels, a multiple of 8."""
-    crops_per_image: Annotated[int, tyro.conf.arg(aliases=["--crops-per-picture"])] = 1
+    crops_per_image: int = 1
     """Number of crops per image. More than one saves time where reading is slow. Paper: 1."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Random crops of the training images."""
@@ -69,7 +67,7 @@ class DVAETrainConfig(TrainConfig):
     """Final temperature τ of the Gumbel-softmax relaxation."""
     temperature_steps: int = 150_000
     """Updates during which τ falls, along a cosine."""
-    validation_images: Annotated[int, tyro.conf.arg(aliases=["--validation-pictures"])] = 64
+    validation_images: int = 64
     """Number of validation images, which are not trained on."""
     usage_weight: float = 0.0
     """Weight of a loss that keeps all codes in use early in training; without it, small budgets

@@ -326,7 +326,7 @@ def test_mistakes_in_training_are_reported_in_a_line(
         (transformer, "toy, toy-128, small, base, 1b"),
     ):
         line = refused(main, ["huge", *toy[1:]], capsys)
-        assert f"no preset 'huge'; there are: {presets}" in line
+        assert f"the first argument is 'huge', expected a preset: {presets}" in line
     line = refused(transformer, [*toy, "--dvae", "nowhere", "--device", "cpu"], capsys)
     assert "no image tokenizer in nowhere" in line
     line = refused(dvae, [*toy, *TINY_DVAE[:-2], "--data", "nowhere", "--device", "cpu"], capsys)
