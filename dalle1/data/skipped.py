@@ -156,7 +156,8 @@ class SkipStats:
             self._check(total, sum(bad for _, bad in self.recent))
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} × {cause}" for cause, count in self.counts.most_common())
+        counts = (f"{count} × {cause}" for cause, count in self.counts.most_common())
+        return ", ".join(counts) or "nothing"
 
     def _log(self, skipped: list[SkippedSample]) -> None:
         fresh, messages = [], []

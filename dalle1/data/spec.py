@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
 
-from dalle1.data.sources.base import ReadOptions, Source
+from dalle1.data.cleaning import IMAGE_SUFFIXES
+from dalle1.data.skipped import SkippedSample
+from dalle1.data.sources.base import ReadOptions, Source, is_hidden
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed import IndexedSource
 from dalle1.data.sources.indexed_shards import IndexedShards
@@ -19,6 +21,9 @@ from dalle1.data.sources.streaming_shards import SCHEMES, StreamingShards
 
 INDEXED_BYTES = 16 << 30
 """Total size above which local shards are streamed: indexing takes a minute per 10 GiB."""
+
+COMPRESSED_NAMES = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+"""Suffixes of compressed files → the command that decompresses them."""
 
 
 def open_source(data: str, split: str = "train", options: ReadOptions | None = None) -> Source:
@@ -71,7 +76,9 @@ def _open_indexed(
     sources: list[IndexedSource] = []
     for name, group in zip(names, shards, strict=True):
         if group:
-            sources.append(IndexedShards([Path(path) for path in group], split, options))
+            opened = IndexedShards([Path(path) for path in group], split, options)
+            opened.skipped += _beside_shards(name)
+            sources.append(opened)
         elif os.path.isdir(name):
             sources.append(Folder(Path(name), split, options))
         else:
@@ -82,6 +89,13 @@ def _open_indexed(
 def _open_toybox(data: str, split: str, options: ReadOptions) -> IndexedSource:
     name, _, count = data.partition(":")
     if name != "toybox":
+        packed = next((path for path in expand(data) if path.endswith((*COMPRESSED_NAMES,))), "")
+        if os.path.exists(packed):
+            command = COMPRESSED_NAMES[os.path.splitext(packed)[1]]
+            raise ValueError(
+                f"{packed} is compressed, expected a .tar; decompress it, or use --data "
+                f"'pipe:{command} -dc {data}'"
+            )
         raise ValueError(
             f"no data at {data!r}: expected toybox, a folder of images beside .txt captions, or "
             "WebDataset shards (.tar), local or by pipe:COMMAND, http(s):// or s3://"
@@ -102,12 +116,45 @@ def shards_of(name: str) -> list[str]:
     if is_remote(name):
         return list(braceexpand(name))
     if os.path.isdir(name):
-        return [str(shard) for shard in sorted(Path(name).glob("*.tar"))]
-    paths: list[str] = []
-    for pattern in braceexpand(name):
-        paths += sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-    shards = [path for path in paths if path.endswith(".tar")]
+        paths = [str(path) for path in sorted(Path(name).iterdir()) if not is_hidden(path.name)]
+    else:
+        paths = expand(name)
+    shards = [path for path in paths if path.lower().endswith(".tar")]
     return shards if any(map(os.path.exists, shards)) else []
+
+
+def expand(pattern: str) -> list[str]:
+    """Return the paths that a pattern stands for, by {000..123}, *, ? or [...].
+
+    A path that exists, and the part of a pattern that is an existing folder, are no pattern.
+    Backslashes are no escapes: Windows separates folders by them.
+    """
+    if os.path.exists(pattern):
+        return [pattern]
+    folder = os.path.dirname(pattern)
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    paths: list[str] = []
+    for rest in braceexpand(pattern[len(folder) :], escape=False):
+        if glob.has_magic(rest) and not os.path.exists(folder + rest):
+            paths += sorted(glob.glob(glob.escape(folder) + rest))
+        else:
+            paths.append(folder + rest)
+    return paths
+
+
+def _beside_shards(folder: str) -> Iterator[SkippedSample]:
+    """Yield what a folder of shards holds besides, that may have been meant as data."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    hidden = [name for name in names if is_hidden(name) and name.lower().endswith(".tar")]
+    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    for found, cause, named, why in (
+        (hidden, "hidden file", "hidden shard", "the first is"),
+        (images, "other file", "image", "beside shards, images are not read; the first is"),
+    ):
+        if found:
+            where = f"{len(found)} {named}{'s' * (len(found) > 1)} in {folder}"
+            yield SkippedSample(cause, where, f"{why} {found[0]}", len(found))
 
 
 def is_remote(name: str) -> bool:

@@ -19,7 +19,7 @@ from reading import batches
 from torch import Tensor
 
 from dalle1.commands.toybox import main as write_toybox
-from dalle1.data import ReadOptions, open_source
+from dalle1.data import ReadOptions, first_captions, open_source
 from dalle1.data.check import main as check
 from dalle1.data.images import to_rgb
 from dalle1.data.skipped import BadSample
@@ -27,6 +27,7 @@ from dalle1.data.sources.base import ENDLESS
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed_shards import IndexedShards
 from dalle1.data.sources.toybox import ToyboxSource
+from dalle1.data.spec import expand
 from dalle1.toybox import Toybox
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -235,6 +236,49 @@ def test_shards_by_pattern(shards: Path) -> None:
     assert captions(shards / "00001.tar") == every[20:39]  # one of twenty is kept for validation
     turned = captions(shards / "{00002,00000}.tar")
     assert turned == [*(Toybox(size=32).caption(i) for i in (40, 41)), *every[:19]]
+
+
+@pytest.mark.parametrize("name", ["se[t]", "a {0..1}", "x::y", "a, b", "what?*"])
+def test_what_exists_is_no_pattern(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for shard in ("00000.tar", "00001.TAR", "v[1].tar"):
+        tar(folder / shard, {"a.png": png(RED), "a.txt": b"red"})
+    found = {
+        data: len(open_source(f"{folder}{data}"))
+        for data in ("", "/00000.tar", "/v[1].tar", "/{00000..00000}.tar", "/*.tar", "/*[0v]*")
+        if "," not in name or not data.startswith(("/{", "/*"))  # a comma separates patterns
+    }
+    every = {"": 3, "/00000.tar": 1, "/v[1].tar": 1, "/{00000..00000}.tar": 1, "/*.tar": 2}
+    assert found == {data: {**every, "/*[0v]*": 3}[data] for data in found}
+
+
+def test_backslashes_are_no_escapes() -> None:
+    shards = [rf"C:\data\{i:05d}.tar" for i in range(2)]
+    assert expand(r"C:\data\{00000..00001}.tar") == shards
+    assert open_source(r"pipe:awk '\{print\}' {0..1}").groups == [  # type: ignore[attr-defined]
+        ["pipe:awk '{print}' 0", "pipe:awk '{print}' 1"]
+    ]
+
+
+def test_what_is_beside_shards_is_named(tmp_path: Path) -> None:
+    for name in ("a.tar", "._a.tar", "._b.tar"):
+        tar(tmp_path / name, {"a.png": png(RED), "a.txt": b"red"})
+    (tmp_path / "0.JPG").write_bytes(png(RED))
+    source = open_source(str(tmp_path))
+    assert len(source) == 1
+    assert [str(sample) for sample in source.skipped] == [
+        f"2 hidden shards in {tmp_path} (hidden file: the first is ._a.tar)",
+        f"1 image in {tmp_path} (other file: beside shards, images are not read; the first is "
+        "0.JPG)",
+    ]
+
+
+def test_compressed_shards_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    tar(tmp_path / "0.tar.gz", {"a.png": png(RED), "a.txt": b"red"}, "w:gz")
+    with pytest.raises(ValueError, match=r"0\.tar\.gz is compressed, .*'pipe:gzip -dc .*\*\.gz'"):
+        open_source(f"{tmp_path}/*.gz")
+    assert first_captions(open_source(f"pipe:gzip -dc {tmp_path}/*.gz"), 2) == ["red"]
 
 
 def tar(path: Path, files: Mapping[str, bytes], mode: Any = "w") -> Path:

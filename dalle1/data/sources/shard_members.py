@@ -65,10 +65,10 @@ class Asides:
     """Counts what is noted once per shard: files that are no samples, and members apart."""
 
     REASONS: Mapping[str, tuple[str, str]] = {
-        "hidden file": ("hidden files", "the first is {}"),
-        "further image": ("further images", "the first is {}; its sample has another image"),
+        "hidden file": ("hidden file", "the first is {}"),
+        "further image": ("further image", "the first is {}; its sample has another image"),
         "members apart": (
-            "samples",
+            "sample",
             "the members of {} and others are not next to each other; sort the shard with tar "
             "--sort=name, or read it as a local file",
         ),
@@ -86,7 +86,7 @@ class Asides:
         for cause, (named, why) in self.REASONS.items():
             if cause in self.found:
                 count, first = self.found[cause]
-                where = f"{count} {named} in {url}"
+                where = f"{count} {named}{'s' * (count > 1)} in {url}"
                 yield SkippedSample(cause, where, why.format(printable(first)), count)
 
 

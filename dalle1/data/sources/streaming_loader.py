@@ -28,7 +28,7 @@ from dalle1.data.loader import (
     stack,
     too_many_skipped,
 )
-from dalle1.data.skipped import FEW_SHARDS, ShardLosses, ShardRead, SkippedSample
+from dalle1.data.skipped import FEW_SHARDS, IGNORED, ShardLosses, ShardRead, SkippedSample
 from dalle1.data.sources.base import ReadOptions, Sample
 from dalle1.data.sources.mixture import weighted_round_robin
 
@@ -214,12 +214,12 @@ class _GroupReader:
         shards = len(self.group)
         empty = 0  # shards in a row, about: a reader may have few, and others the good ones
         while True:
-            used, last = False, SkippedSample("no image", self.group[0], "the shards are empty")
+            used, last = False, list[SkippedSample]()
             for start, samples, others in self._blocks(epoch, first, offset):
                 # Where only part of a block is left, the others were reported before the rest.
                 for other in others if done == 0 else ():
                     if isinstance(other, SkippedSample):
-                        last = other
+                        last = last if last and other.cause in IGNORED else [other]
                     else:  # here, too, since where nothing can be read no batch is ever full
                         losses.add([other])
                     yield other, [epoch, *start, done]
@@ -229,9 +229,9 @@ class _GroupReader:
                 used, done = used or bool(samples), 0
             empty = 0 if used or first or offset else empty + max(1, shards // self.readers)
             if empty >= shards:
+                why = f"the last was skipped: {last[0]}" if last else "they are empty"
                 raise ValueError(
-                    f"no usable sample in {shards} shards, {self.group[0]} the first; the last was "
-                    f"skipped: {last.where} ({last.cause}: {last.why})"
+                    f"no usable sample in {shards} shards, {self.group[0]} the first; {why}"
                 )
             epoch, first, offset = epoch + 1, 0, 0
 

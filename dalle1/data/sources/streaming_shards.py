@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import random
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,7 +122,7 @@ class StreamingShards:
         asides = Asides()
         for number, (key, files, lacking) in enumerate(self._samples(url, asides)):
             end, complete = number + 1, lacking is None or lacking.cause not in LOST
-            if number < first or (last and self._is_others(number)):
+            if number < first or (key and last and self._is_others(number)):
                 continue
             if lacking:
                 yield number, SkippedSample.because(lacking, f"{key} in {url}" if key else url)
@@ -139,7 +140,7 @@ class StreamingShards:
         self, url: str, asides: Asides
     ) -> Iterator[tuple[str, Mapping[str, bytes], BadSample | None]]:
         """Yield key, files and what they lack; at the end, what cut the shard short, if it was."""
-        damage, seen, key = list[Exception](), SeenKeys(), ""
+        damage, seen, key = list[str](), SeenKeys(), ""
         for sample, is_last in mark_last(group_samples(self._members(url, asides, damage))):
             key = printable(sample.key)
             lacking = missing_files(sample, self.options.captions)
@@ -153,14 +154,11 @@ class StreamingShards:
                     continue
             yield key, sample.files, lacking
         if damage:
-            yield (
-                "",
-                {},
-                BadSample("shard cut short" if key else "unreadable shard", f"{damage[0]}"),
-            )
+            cause = "shard cut short" if key else "unreadable shard"
+            yield "", {}, BadSample(cause, damage[0])
 
     def _members(
-        self, url: str, asides: Asides, damage: list[Exception]
+        self, url: str, asides: Asides, damage: list[str]
     ) -> Iterator[tuple[str, bytes | Unreadable]]:
         """Yield name and content of each member, up to what is damaged, which is noted."""
         try:
@@ -175,7 +173,8 @@ class StreamingShards:
                 while stream.read(1 << 16):  # a command whose output nobody reads would fail
                     pass
         except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            damage.append(error)
+            failed = re.search(r": exit (\d+) \(read\)", f"{error}")  # of webdataset's pipe
+            damage.append(f"its command ended with exit code {failed[1]}" if failed else f"{error}")
 
     def once(self) -> Iterator[StreamingSample | SkippedSample]:
         """Yield every sample of the split once, in the order of the shards."""
