@@ -97,6 +97,50 @@ def test_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:
     assert Image.open(out / "a-red-cube" / "00.png").tobytes() == alone[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "prompts", "counts"),
+    [
+        (["a cat", "--num-candidates", "1"], ["a cat"], (1, 1)),
+        (["a cat", "--num-candidates", "3"], ["a cat"], (3, 3)),
+        (["a cat", "--num-images", "20"], ["a cat"], (20, 20)),
+        (["a cat", "--num-images", "1"], ["a cat"], (16, 1)),
+        (["a cat"], ["a cat"], (16, 4)),
+        (["a cat", "--seed", "1", "a dog"], ["a cat", "a dog"], (16, 4)),
+        (["--seed", "1", "--", "--a cat"], ["--a cat"], (16, 4)),
+        ([" a \udcff cat "], ["a \ufffd cat"], (16, 4)),
+    ],
+)
+def test_words_are_read_as_people_write_them(
+    words: list[str], prompts: list[str], counts: tuple[int, int]
+) -> None:
+    options = sample.parse(words)
+    assert options.prompts == prompts
+    assert (options.num_candidates, options.num_images) == counts
+
+
+def test_words_without_quotes_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample.parse(["a", "red", "cube"]).prompts == ["a", "red", "cube"]
+    assert capsys.readouterr().err.startswith("note: 3 prompts of one word; put quotes around")
+    sample.parse(["a cat", "dog"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("prompt", ["", " ", "\u200b", "\ufe0f"])
+def test_a_prompt_that_shows_nothing_is_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        sample.parse(["a cat", prompt])
+
+
+def test_flags_and_files_expand_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts.txt").write_bytes("a \ud83d cat\n".encode("utf-8", "surrogatepass"))
+    options = sample.parse(["--prompts-file=~/prompts.txt", "--out=~/out", "--model", "~/model"])
+    assert (options.out, options.model) == (tmp_path / "out", str(tmp_path / "model"))
+    assert options.prompts == ["a \ufffd cat"]
+
+
 def test_a_preview_shows_the_rows_as_they_come(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,14 +165,17 @@ def test_a_preview_shows_the_rows_as_they_come(
         ("--keep-rows 2", "--image needs either --keep-rows or --mask"),
         ("--image PHOTO", "--image needs either --keep-rows or --mask"),
         ("--image PHOTO --keep-rows 2 --mask PHOTO", "--image needs either"),
-        ("--image PHOTO --keep-rows 4", "keep_rows is 4, expected 0 to 3"),
+        ("--image PHOTO --keep-rows 4", "--keep-rows is 4, expected 0 to 3"),
         ("--image nowhere.png --keep-rows 1", "nowhere.png"),
         ("--image TEXT --keep-rows 1", "text: it begins b'no image', as no image does"),
         ("--image PHOTO --mask TEXT", "text: it begins b'no image'"),
         ("--prompts-file nowhere.txt", "nowhere.txt"),
         ("--prompts-file BINARY", "is not UTF-8"),
-        ("--guidance -1", "guidance is -1"),
-        ("--typical 0", "typical is 0"),
+        ("--guidance -1", "error: --guidance is -1"),
+        ("--typical 0", "error: --typical is 0"),
+        ("--top-k -1", "error: --top-k is -1"),
+        ("--num-images 0", "--num-images is 0, expected 1 to --num-candidates, 5"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag; see dalle1 sample --help"),
         ("--rerank clip", "this model has no CLIP to rerank with"),
         ("--batch-size many", "argument --batch-size: invalid"),
     ],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dalle1.clip.loading import Clip
 from dalle1.console import notes, one_line_errors, parse
-from dalle1.data.cleaning import IMAGE_SUFFIXES
+from dalle1.data.cleaning import IMAGE_SUFFIXES, visible
 from dalle1.data.images import grid, read_image_file, save_png
 from dalle1.devices import pick_device
 from dalle1.storage import write_atomic
@@ -109,6 +109,10 @@ def _readable_images(files: Sequence[Path]) -> Iterator[tuple[Path, Image.Image]
 
 def run(options: RankOptions) -> list[RankedFile]:
     """Rank as `options` say, write grid.png and scores.json, and print the table."""
+    if not options.files:
+        raise ValueError("FILE is missing, expected images, or folders of images")
+    if not visible([options.prompt]):
+        raise ValueError("PROMPT is empty, expected a text that the images are compared with")
     files = find_images(options.files)
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
     ranked = rank_files(clip, options.prompt, files, options.batch_size)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dalle1.console import bar, one_line_errors
+from dalle1.console import bar, command_line, name_flags, one_line_errors
 from dalle1.outputs import check_writable, folder_names, write
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
         help="one or more texts to sample images for",
     )
     add("--prompts-file", type=Path, help="text file with more prompts, one per line")
-    add("--num-candidates", type=int, default=16, help="number of images to sample per prompt")
-    add("--num-images", type=int, default=4, help="number of images to save per prompt, the best")
+    add("--num-candidates", type=int, help="number of images to sample per prompt (default: 16, "
+        "or --num-images if that is more)")  # fmt: skip
+    add("--num-images", type=int, help="number of images to save per prompt, the best (default: 4, "
+        "or --num-candidates if that is less)")  # fmt: skip
     add("--rerank", choices=("clip", "likelihood", "none"), help="ranking of candidates: "
         "by CLIP, by the gain in likelihood from the prompt, or none; "
         "by default, clip if the model has one")  # fmt: skip
@@ -133,11 +135,15 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add_sampling_flags(parser.add_argument)
     add_other_flags(parser.add_argument)
-    options = parser.parse_args(args)
-    if options.prompts_file:
-        options.prompts += read_prompts(options.prompts_file)
-    if not options.prompts or not all(p.strip() for p in options.prompts):
-        raise ValueError("the prompt is empty; expected a text such as: an avocado armchair")
+    words = command_line(args)
+    # Prompts may follow flags; what follows `--` is a prompt whatever it begins with.
+    parse = parser.parse_args if "--" in words else parser.parse_intermixed_args
+    options = parse(words)
+    name_flags([(name, f"--{name.replace('_', '-')}") for name in vars(options)], words)
+    if options.num_candidates is None:
+        options.num_candidates = max(16, options.num_images or 0)
+    if options.num_images is None:
+        options.num_images = min(4, options.num_candidates)
     if not 1 <= options.num_images <= options.num_candidates:
         raise ValueError(
             f"--num-images is {options.num_images}, expected 1 to --num-candidates, "
@@ -147,7 +153,30 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     has_both = options.keep_rows is not None and options.mask is not None
     if has_both or has_region != (options.image is not None):
         raise ValueError("--image needs either --keep-rows or --mask, and they need --image")
+    if len(options.prompts) > 1 and not any(" " in prompt for prompt in options.prompts):
+        note(f"{len(options.prompts)} prompts of one word; put quotes around a prompt of several")
+    if options.prompts_file:
+        options.prompts += read_prompts(options.prompts_file)
+    options.prompts = visible_prompts(options.prompts)
     return options
+
+
+def visible_prompts(prompts: Sequence[str]) -> list[str]:
+    """Return the prompts without white space around them, half characters replaced.
+
+    Raises: ValueError where one shows nothing, or there is none.
+    """
+    from dalle1.data.cleaning import visible  # imports torch, so after all other checks
+
+    if len(texts := visible(prompts)) < max(1, len(prompts)):
+        raise ValueError("the prompt is empty; expected a text such as: an avocado armchair")
+    return texts
+
+
+def note(text: str) -> None:
+    """Print a note, once in a run of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def batch_size(text: str) -> int | None:
@@ -158,7 +187,8 @@ def batch_size(text: str) -> int | None:
 def read_prompts(path: Path) -> list[str]:
     """Read one prompt per line; empty lines are ignored."""
     try:
-        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = path.read_bytes().decode("utf-8-sig", "surrogatepass").splitlines()
+        return [line for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from error
 

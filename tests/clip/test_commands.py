@@ -136,9 +136,11 @@ def test_mistakes_in_ranking_are_one_line(
     assert "no image at nowhere.png" in refused(capsys, "rank", "a", "nowhere.png")
     (tmp_path / "empty").mkdir()
     assert "no images in" in refused(capsys, "rank", "a", tmp_path / "empty")
+    assert "PROMPT is empty, expected a text" in refused(capsys, "rank", " \u200b", images)
+    assert "FILE is missing, expected images" in refused(capsys, "rank", "a")
     assert "nobody/nothing" in refused(capsys, "rank", "a", images, "--clip", "nobody/nothing")
     zero = ["--clip", folder, "--batch-size", "0"]
-    assert "batch_size is 0" in refused(capsys, "rank", "a", images, *zero)
+    assert "--batch-size is 0" in refused(capsys, "rank", "a", images, *zero)
 
 
 def png(colour: str) -> bytes:
@@ -230,7 +232,7 @@ def test_results_of_other_settings_are_refused(
     run(*command, out, "--min-similarity", "-1")
     capsys.readouterr()
     message = refused(capsys, *command, out, "--min-similarity", "0.3")
-    assert "holds results of other settings (min_similarity differ)" in message
+    assert "holds results of other settings (--min-similarity differ)" in message
     message = refused(capsys, *command, out, "--min-similarity", "-1", "--precision", "bf16")
     assert "(precision differ)" in message
     assert "the folder of the data" in refused(capsys, *command, shards)

@@ -95,9 +95,9 @@ def test_ctrl_c_prints_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("arguments", "message"),
     [
         (["--size", "3"], "got size 3"),
-        (["--num-scenes", "0"], "got num_scenes 0"),
-        (["--num-scenes", "1", "--shard-size", "0"], "got shard_size 0"),
-        (["--num-scenes", "1", "--out", "{file}/below"], "Not a directory"),
+        (["--num-scenes", "0"], "got --num-scenes 0"),
+        (["--num-scenes", "1", "--shard-size", "0"], "got --shard-size 0"),
+        (["--num-scenes", "1", "--out", "{file}/below"], "below: not a directory; check"),
     ],
 )
 def test_errors_are_one_line(
