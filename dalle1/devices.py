@@ -61,20 +61,42 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+MEMINFO = Path("/proc/meminfo")
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+"""Folder, limit, use, and the page cache within that use, of cgroups of version 2 and 1."""
+
+
 def free_memory(device: torch.device) -> int:
-    """Return an estimate of the bytes that are free on `device`."""
+    """Return an estimate of the bytes that are free on `device`; the page cache counts as free."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu" or "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return 4 * 2**30
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # a container may have a lower limit
-        limit, used = (
-            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
-        )
-        free = min(free, limit - used)
-    return free
+    with suppress(OSError, ValueError, KeyError):  # Linux; it counts the page cache as free
+        free = _numbers(MEMINFO)["MemAvailable:"] * 2**10
+    for folder, limit, used, cache in CGROUPS:
+        with suppress(OSError, ValueError):  # a container may have a lower limit
+            taken = int((folder / used).read_text()) - _numbers(folder / "memory.stat").get(
+                cache, 0
+            )
+            free = min(free, int((folder / limit).read_text()) - taken)
+    return max(0, free)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Read a file of the kernel with a name and a number in each line."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from dalle1.console import one_line_errors, parse
+from dalle1.locking import folder_lock
 from dalle1.pipeline import DallE
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ExportConfig, args, __doc__.splitlines()[0])
         model = DallE.from_pretrained(config.model, clip=config.clip, device="cpu")
-        model.save_pretrained(config.out, DTYPES[config.dtype])
+        with folder_lock(config.out):
+            model.save_pretrained(config.out, DTYPES[config.dtype])
         size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())
         print(f"The model is in {config.out}: {size / 1e6:.1f} MB")

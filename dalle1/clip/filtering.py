@@ -40,6 +40,7 @@ from dalle1.data.sources.shard_members import (
 )
 from dalle1.data.spec import is_remote, shards_of
 from dalle1.devices import pick_device
+from dalle1.locking import folder_lock
 from dalle1.storage import claim, write_atomic
 
 SETTINGS_NAME = "filter.json"
@@ -331,5 +332,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run `dalle1 filter`; exit code 1 where a shard is damaged."""
     with one_line_errors(), notes():
         options = parse(FilterOptions, args, (FilterOptions.__doc__ or "").strip())
-        if filter_shards(options).damaged:
+        with folder_lock(options.out):
+            damaged = filter_shards(options).damaged
+        if damaged:
             raise SystemExit(1)

@@ -27,6 +27,7 @@ from threading import Thread
 from typing import Any, Literal
 
 from dalle1.console import bar, one_line_errors, parse
+from dalle1.locking import folder_lock
 from dalle1.storage import claim
 from dalle1.toybox import Toybox
 
@@ -194,7 +195,8 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors(), _exit_on_sigterm():
         config = parse(ToyboxConfig, args, about)
         dataset = Toybox(config.split, config.size, config.seed, config.num_scenes)
-        shards = write_shards(
-            dataset, config.out, config.shard_size, config.captions, config.processes
-        )
+        with folder_lock(config.out):
+            shards = write_shards(
+                dataset, config.out, config.shard_size, config.captions, config.processes
+            )
         print(f"{len(dataset)} scenes in {len(shards)} shards: {shards[0]} … {shards[-1]}")

@@ -34,6 +34,7 @@ from dalle1.data.loader import Batch
 from dalle1.data.skipped import DAMAGE, SkipStats
 from dalle1.data.sources.base import ENDLESS, ReadOptions, Sample, Source
 from dalle1.data.spec import open_source
+from dalle1.locking import folder_lock
 from dalle1.text.bpe import Tokenizer
 
 THUMB = 128
@@ -203,5 +204,7 @@ def _tile(thumb: torch.Tensor, caption: str) -> Image.Image:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(CheckConfig, args, __doc__.splitlines()[0])
-        if check(config)["damaged"] > config.max_bad_fraction:
+        with folder_lock(config.out):
+            damaged = check(config)["damaged"]
+        if damaged > config.max_bad_fraction:
             raise SystemExit(1)

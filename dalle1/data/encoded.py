@@ -44,6 +44,7 @@ from dalle1.image_tokenizer import (
     image_tokenizer_file,
     load_image_tokenizer,
 )
+from dalle1.locking import folder_lock
 
 INDEX_NAME = "codes.json"
 
@@ -383,5 +384,6 @@ def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> int:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(EncodeConfig, args, __doc__.splitlines()[0])
-        encode(config)
+        with folder_lock(config.out):
+            encode(config)
         print(f"Codes are in {config.out}")

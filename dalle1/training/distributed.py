@@ -36,7 +36,7 @@ _SLURM = {
 def init(device: str) -> torch.device:
     """Join the other processes, if there are any, and return this process's device.
 
-    Sets environment variables: those of torchrun under Slurm, and DeepSpeed's accelerator.
+    Under Slurm, sets the environment variables of torchrun.
 
     Args:
         device: auto (cuda, else mps, else cpu) or a device name; each process has its own GPU.
@@ -44,7 +44,6 @@ def init(device: str) -> torch.device:
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         os.environ.update({ours: os.environ[theirs] for ours, theirs in _SLURM.items()})
     chosen = pick_device(device)
-    os.environ.setdefault("DS_ACCELERATOR", chosen.type)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return chosen
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:

@@ -8,7 +8,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from dalle1.devices import out_of_memory, peak_memory, pick_device
+from dalle1.locking import folder_lock
 from dalle1.training import distributed
 from dalle1.training.checkpoint import explain_write_error, last_checkpoint
 from dalle1.training.config import TrainConfig
@@ -43,7 +44,7 @@ def print_main(text: str) -> None:
 
 @contextmanager
 def graceful_run(config: TrainConfig) -> Iterator[None]:
-    """Run a training with its preparation: exit cleanly on signals, and explain failures.
+    """Run a training with its preparation: lock its folder, exit cleanly, and explain failures.
 
     `fit` finishes its step on SIGINT or SIGTERM. Before and after `fit` there is nothing to save,
     and the process exits with 0 at once.
@@ -53,7 +54,9 @@ def graceful_run(config: TrainConfig) -> Iterator[None]:
         print_main("Stopped with nothing to save; the same command resumes")
         raise SystemExit(0)
 
-    with _handling(leave), explain_failure(config):
+    with _handling(leave), explain_failure(config), ExitStack() as stack:
+        distributed.init(config.device)
+        distributed.broadcast_from_main(lambda: stack.enter_context(folder_lock(config.out)))
         yield
 
 

@@ -144,7 +144,11 @@ def _nested(settings: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed and connect it to the process group; ValueError where it is missing."""
+    """Import DeepSpeed and connect it to the process group; ValueError where it is missing.
+
+    Sets the environment variable that selects DeepSpeed's accelerator.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed
     except ImportError as error:
