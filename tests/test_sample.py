@@ -148,12 +148,14 @@ def test_a_preview_shows_the_rows_as_they_come(
     replace = os.replace
 
     def watched(source: Path, target: Path) -> None:
+        if target.name != "preview.png":
+            return replace(source, target)
         image = Image.open(source).convert("RGB")  # four tiles of 32 pixels, gaps of 4
         lines = [image.crop((4, 4 + y, 36, 5 + y)) for y in range(32)]
         shown.append(sum(line.getcolors() == [(32, (128, 128, 128))] for line in lines))
-        replace(source, target)
+        return replace(source, target)
 
-    monkeypatch.setattr(sample.os, "replace", watched)
+    monkeypatch.setattr(os, "replace", watched)
     sampled(folder, tmp_path, PROMPT, "--preview")
     assert shown == [24, 16, 8, 0]
     assert (tmp_path / "preview.png").is_file()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dalle1.console import bar, command_line, name_flags, one_line_errors
-from dalle1.outputs import check_writable, folder_names, write
+from dalle1.outputs import GRID, check_writable, preview_path, slug, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,9 @@ SETTINGS = (
     "keep_rows",
     "mask",
 )
+
+
+DEFAULT_OUT = Path("outputs")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -117,7 +120,8 @@ def add_other_flags(add: Callable[..., Any]) -> None:
     add(
         "--out",
         type=Path,
-        help="output folder; by default, a folder in outputs/ named after the prompt",
+        help="output folder; by default, a folder in outputs/ named after the prompt; "
+        "FOLDER-2 where it holds files of yours, or FOLDER is named after two prompts",
     )
     add("--model", default="bundled", help="folder of a trained model, or bundled")
     add("--clip", help="CLIP that reranks: a folder, a Hugging Face name, or none; "
@@ -204,18 +208,21 @@ def encode_known(model: DallE, options: argparse.Namespace) -> Tensor | None:
     return model.encode_known(image, keep_rows=options.keep_rows, mask=mask)
 
 
-def previews(model: DallE, path: Path) -> Callable[[Tensor, int], None]:
+def previews(model: DallE, folder: Path) -> Callable[[Tensor, int], None]:
     """Return a callback that writes the images so far, grey where codes are missing."""
-    from dalle1.data.images import grid
+    from dalle1.data.images import grid, save_png
+
+    path = preview_path(folder)
 
     def write_preview(codes: Tensor, rows: int) -> None:
         width = model.image_tokenizer.grid_size
         images = model.decode(codes[:16].clamp_min(0).unflatten(1, (width, width)))
         for image in images:
             image.paste("grey", (0, image.height * rows // width, image.width, image.height))
-        partial = path.with_suffix(".partial.png")
-        grid(images, 4).save(partial)
-        os.replace(partial, path)
+        try:
+            save_png(grid(images, 4), path, {"settings": "preview"})
+        except OSError as error:
+            warnings.warn(f"cannot write {path} ({error.strerror})", stacklevel=2)
 
     return write_preview
 
@@ -250,25 +257,25 @@ def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -
     return model.with_probabilities(everyone) if by_clip else everyone
 
 
-def sample(
-    model: DallE, outs: list[Path], options: argparse.Namespace, share: tuple[int, int]
-) -> None:
+def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int]) -> None:
     """Sample, rank and write the images of all prompts."""
     rank, world = share
+    root, count = options.out or DEFAULT_OUT, len(options.prompts)
     width, known = model.image_tokenizer.grid_size, encode_known(model, options)
     first_row = 0 if known is None else int((known < 0).nonzero()[0]) // width
     each = len(range(options.num_candidates)[rank::world])
-    preview = previews(model, (options.out or Path("outputs")) / "preview.png")
+    preview = previews(model, root) if options.preview and rank == 0 else None
+    taken: set[Path] = set()
     # The delay hides the bar where an option is rejected before the first row.
     with bar(
-        total=len(outs) * each * (width - first_row) * width,
-        desc=options.prompts[0][:40] if len(outs) == 1 else f"{len(outs)} prompts",
+        total=count * each * (width - first_row) * width,
+        desc=options.prompts[0][:40] if count == 1 else f"{count} prompts",
         unit="code", unit_scale=True, delay=0.1, disable=rank > 0,
     ) as progress:  # fmt: skip
 
         def on_row(codes: Tensor, rows: int) -> None:
             progress.update(len(codes) * width)
-            if options.preview and rank == 0:
+            if preview:
                 preview(codes, rows)
 
         names = "num_candidates seed temperature top_k top_p typical guidance rerank batch_size"
@@ -279,24 +286,22 @@ def sample(
             on_row=on_row,
             **{name: getattr(options, name) for name in names.split()},
         )
-        for prompt, folder, candidates in zip(options.prompts, outs, sampled, strict=True):
+        for prompt, candidates in zip(options.prompts, sampled, strict=True):
             best = gathered(model, candidates, rank, world)
             if rank == 0:
                 settings = {name: getattr(options, name) for name in SETTINGS}
-                write(folder, prompt, best[: options.num_images], settings)
-                progress.write(f"{prompt!r}: {folder / 'grid.png'}", file=sys.stdout)
+                is_named = options.out is not None and count == 1
+                folder = root if is_named else root / slug(prompt)
+                best = best[: options.num_images]
+                folder = write(folder, prompt, best, settings, is_named=is_named, taken=taken)
+                progress.write(f"{prompt!r}: {folder / GRID}", file=sys.stdout)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors(), warnings.catch_warnings():
         options = parse(args)
-        folders = folder_names(options.prompts)
-        root = options.out or Path("outputs")
-        several = len(options.prompts) > 1 or options.out is None
-        outs = [root / f if several else root for f in folders]
         if os.environ.get("RANK", "0") == "0":
-            for out in outs:
-                check_writable(out)
+            check_writable(options.out or DEFAULT_OUT, map(slug, options.prompts))
 
         # OpenMP threads wait for each other at every layer: they spin, then sleep. With libgomp's
         # default, two of them on two busy cores block each other, and sampling takes fifteen times
@@ -313,7 +318,7 @@ def main(args: Sequence[str] | None = None) -> None:
             model = DallE.from_pretrained(
                 options.model, clip=options.clip, device=device, precision=options.precision
             )
-            sample(model, outs, options, (rank, world))
+            sample(model, options, (rank, world))
 
 
 def one_gpu_each() -> str | None:

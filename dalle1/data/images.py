@@ -113,13 +113,18 @@ def read_image_file(path: Path) -> Image.Image:
     return to_rgb(open_image(path.read_bytes(), str(path)), str(path))
 
 
+def escape_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can encode: half an emoji becomes an escape, such as \\ud83e."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
     """Write a PNG with texts by name; an interruption leaves the old file or the new one."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for name, text in (texts or {}).items():
-        info.add_itxt(name, text.encode("utf-8", "backslashreplace").decode())
+        info.add_itxt(name, escape_surrogates(text))
     with atomic_path(path) as partial:
         image.save(partial, "PNG", pnginfo=info)
 

@@ -17,7 +17,7 @@ from dalle1.data import ReadOptions, open_indexed
 from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING
 from dalle1.data.images import open_image, read_image_file
 from dalle1.data.sources.indexed import IndexedSource
-from dalle1.outputs import SCORES, scored_files
+from dalle1.outputs import SCORES, is_preview, scored_files
 
 BLUR_WIDTH = 256  # width of the images that blur radii refer to
 Key = TypeVar("Key")
@@ -67,10 +67,14 @@ def sampled_image_paths(folder: Path) -> list[Path]:
     if not paths:
         raise ValueError(f"no images in {folder}; expected .jpg, .png, .webp or .gif files")
     named = {parent: scored_files(parent) for parent in {path.parent for path in paths}}
-    samples = [p for p in paths if (names := named[p.parent]) is None or p.name in names]
+    samples = [path for path in paths if _is_sample(path, named[path.parent])]
     if not samples:
         raise ValueError(f"no images in {folder} that its {SCORES} names; sample them again")
     return samples
+
+
+def _is_sample(path: Path, named: Sequence[str] | None) -> bool:
+    return path.name in named if named is not None else not is_preview(path)
 
 
 def prompt_of(path: Path) -> str | None:
