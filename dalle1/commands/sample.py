@@ -168,7 +168,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 def visible_prompts(prompts: Sequence[str]) -> list[str]:
     """Return the prompts without white space around them, half characters replaced.
 
-    Raises: ValueError where one shows nothing, or there is none.
+    Raises: ValueError where one shows nothing, or the list is empty.
     """
     from dalle1.data.cleaning import visible  # imports torch, so after all other checks
 
