@@ -6,6 +6,7 @@ as JSON, and the `kind` of an image tokenizer (see `dalle1.image_tokenizer`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -284,6 +285,16 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple
                 if raw is not block:
                     block.copy_(raw)
             yield name, tensor
+
+
+def quick_digest(path: Path) -> str:
+    """Return a hash of a file's size and of its first and last MiB, to recognise a model file."""
+    size, part = path.stat().st_size, 1 << 20
+    with path.open("rb") as file:
+        found = hashlib.sha256(f"{size}".encode() + file.read(part))
+        file.seek(max(0, size - part))
+        found.update(file.read(part))
+    return found.hexdigest()[:16]
 
 
 def same_tensors(one: Path, other: Path) -> bool:

@@ -32,7 +32,14 @@ from dalle1.data.examples import iter_batches
 from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
 from dalle1.data.loader import Batch
 from dalle1.data.skipped import SkipStats
-from dalle1.data.sources.base import ENDLESS, ReadOptions, Sample, Source, split_indices
+from dalle1.data.sources.base import (
+    ENDLESS,
+    ReadOptions,
+    Sample,
+    Source,
+    names_digest,
+    split_indices,
+)
 from dalle1.data.sources.indexed import IndexedSample, IndexedSource
 from dalle1.data.sources.indexed_shards import index_shard, read_member
 from dalle1.data.sources.mixture import Mixture
@@ -134,6 +141,10 @@ class CodeSource(IndexedSource):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def digest(self) -> str:
+        positions = hashlib.sha256(np.ascontiguousarray(self.entries).data).hexdigest()
+        return names_digest([self.dvae, positions, *(shard.name for shard in self.shards)])
 
     def find(self, index: int) -> CodeSample:
         return CodeSample(self, index, index)

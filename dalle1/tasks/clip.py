@@ -41,6 +41,7 @@ from dalle1.data.images import (
     to_float,
     to_tensor,
 )
+from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle1.toybox.exchangeable import WORD_CLASSES, adds_held_out_pair
 from dalle1.training import distributed
@@ -48,6 +49,7 @@ from dalle1.training.checkpoint import find_checkpoint
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit, train_loader
+from dalle1.training.resume_key import contents_of
 from dalle1.training.task import Task
 
 
@@ -201,6 +203,8 @@ class ClipTask(Task[nn.Module]):
         negatives = hard_negatives(config.hard_negatives)
         prepare = partial(example, config, self.clip.tokenizer, negatives)
         self.loader = train_loader(source, prepare, config)
+        init = model_folder(config.init) / "model.safetensors" if config.init else None
+        self.contents = distributed.broadcast_from_main(partial(contents_of, source, init=init))
         as_used = partial(held_example, config, self.clip)
         first = partial(first_examples, held, as_used, config.validation_pairs)
         pairs = distributed.broadcast_from_main(first)

@@ -32,10 +32,12 @@ from dalle1.data.images import (
 )
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import reconstruction_metrics
+from dalle1.image_tokenizer import image_tokenizer_file
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit, train_loader
+from dalle1.training.resume_key import contents_of
 from dalle1.training.schedules import cosine
 from dalle1.training.task import Task
 from dvae import DVAE, Distortion, DVAEConfig, DVAELoss, dvae_loss
@@ -227,6 +229,8 @@ class DVAETask(Task[DVAE]):
         )
         source = open_source(config.data, "train", options)
         self.loader = train_loader(source, partial(crops, config), config)
+        init = config.init and image_tokenizer_file(config.init)
+        self.contents = distributed.broadcast_from_main(partial(contents_of, source, init=init))
         held = open_source(config.data, "validation", replace(options, decode_size=size))
         whole = partial(centred, config)
         first = partial(first_examples, held, whole, config.validation_images)

@@ -51,6 +51,7 @@ from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.engines.deepspeed import partitioned
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit, train_loader
+from dalle1.training.resume_key import contents_of
 from dalle1.training.task import SampleCost, Task
 
 
@@ -251,6 +252,8 @@ class TransformerTask(Task[Transformer]):
         torch.manual_seed(config.seed)
         self.model = self.initial().to(self.device)
         self.initial_weights = config.init and Transformer.file_in(config.init)
+        files = {"dvae": image_tokenizer_file(config.dvae), "init": self.initial_weights}
+        self.contents = distributed.broadcast_from_main(partial(contents_of, self.source, **files))
         self.cost = SampleCost(tokens=self.model.config.length, flops=3 * self.model.flops())
         self.scaler = resblocks.prepare(
             self.model,
@@ -287,7 +290,8 @@ class TransformerTask(Task[Transformer]):
                 )
             folders = self.config.init, self.config.dvae
             files = (image_tokenizer_file(folder) for folder in folders)
-            if distributed.is_main() and not same_tensors(*files):
+            same = distributed.broadcast_from_main(partial(same_tensors, *files))
+            if distributed.is_main() and not same:
                 warnings.warn(
                     f"{folders[0]} was trained on codes of another dVAE than {folders[1]}: the "
                     "meaning of the codes has to be learned again",

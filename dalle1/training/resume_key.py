@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+from dalle1.data.sources.base import Source
+from dalle1.storage import quick_digest
 from dalle1.training.config import TrainConfig
 
 MAY_CHANGE = {
@@ -15,6 +19,12 @@ MAY_CHANGE = {
     *("accumulate", "zero", "offload", "weights", "deepspeed"),
 }
 """Settings that may change on resuming: none of them changes what was learned so far."""
+
+PATHS = ("data", "dvae", "init")
+"""Settings that are compared by what is found behind them."""
+
+Contents = Mapping[str, int | str | None]
+"""What identifies the content behind a path: `digest`, and for data the number of `samples`."""
 
 RENAMED = {
     "crops_per_picture": "crops_per_image",
@@ -40,14 +50,68 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{field.name}", str(value)
 
 
-def changed_settings(stored: Mapping[str, str], config: TrainConfig) -> list[str]:
+def contents_of(data: Source, **files: Path | None) -> dict[str, Contents]:
+    """Return what identifies the data and model files, wherever they are, by setting."""
+    found: dict[str, Contents] = {"data": {"samples": data.size, "digest": data.digest()}}
+    for name, file in files.items():
+        if file is not None and file.is_file():
+            found[name] = {"digest": quick_digest(file)}
+    return found
+
+
+def changed_settings(
+    stored: Mapping[str, str],
+    config: TrainConfig,
+    stored_contents: Mapping[str, Contents] | None = None,
+    contents: Mapping[str, Contents] | None = None,
+) -> list[str]:
     """Return a line for each setting that differs from the key in a checkpoint.
 
-    A setting that did not exist when the checkpoint was written may have any value now.
+    A setting that did not exist when the checkpoint was written may have any value now. A path may
+    change where the same is found behind it.
+
+    Args:
+        stored_contents: what was found behind the paths, by the setting's name; and now `contents`.
     """
     now = resume_key(config)
     then = {**now, "optimizer": "adamw", **_upgraded(stored)}
-    return [f"{k} was {then[k]} and is {now[k]}" for k in now if then[k] != now[k]]
+    changed = []
+    for name in now:
+        before, after = ((all_of or {}).get(name) for all_of in (stored_contents, contents))
+        if name not in PATHS:
+            same = then[name] == now[name]
+        elif before and after and (before == after or name == "dvae"):
+            same = before == after
+        else:
+            same = then[name] == now[name] or _same_path(then[name], now[name])
+        if not same and then[name] == now[name]:
+            changed.append(f"{name}, {now[name]}, is another file than before")
+        elif not same:
+            was, now_is = f"{then[name]}{_count(before)}", f"{now[name]}{_count(after)}"
+            changed.append(f"{name} was {was} and is {now_is}")
+    return changed
+
+
+def _count(contents: Contents | None) -> str:
+    return f" ({contents['samples']} samples)" if contents and contents.get("samples") else ""
+
+
+def changed_data(before: Contents | None, after: Contents | None) -> str | None:
+    """Return a line about data that is not the same as in the checkpoint; None where it is."""
+    if not before or not after or before == after:
+        return None
+    then, now = before["samples"], after["samples"]
+    if then != now:
+        change = f"{then or 'a stream'} samples then, {now or 'a stream'} now"
+    else:
+        change = f"{now} samples, some of other names" if now else "other shards"
+    return f"The data changed since the checkpoint: {change}. The resumed training is not exact"
+
+
+def _same_path(one: str, other: str) -> bool:
+    """Whether two paths mean the same file or folder, such as `data` and `./data/`."""
+    first, second = (os.path.realpath(os.path.expanduser(path)) for path in (one, other))
+    return first == second
 
 
 def _upgraded(stored: Mapping[str, str]) -> dict[str, str]:

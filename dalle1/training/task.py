@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 import torch
@@ -44,6 +45,8 @@ class Task(Protocol[Model]):
     """Safetensors file of parameters to start from, instead of the model's own."""
     scaler: GradientScaler | None = None
     """Gradient scaler for fp16; None: one scale for the whole loss."""
+    contents: Mapping[str, Mapping[str, int | str | None]] = MappingProxyType({})
+    """What identifies the content behind paths of the config, by setting; see `resume_key`."""
     cost: SampleCost | None = None
     """Cost of one sample; None: throughput is not logged."""
 

@@ -18,7 +18,7 @@ from dalle1.training import distributed
 from dalle1.training.checkpoint import TENSORS_NAME, find_checkpoint, save_checkpoint
 from dalle1.training.config import TrainConfig
 from dalle1.training.engines import make_engine
-from dalle1.training.resume_key import changed_settings, resume_key
+from dalle1.training.resume_key import changed_data, changed_settings, resume_key
 from dalle1.training.scaling import GradientScaler
 from dalle1.training.schedules import Plateau
 from dalle1.training.task import Loss, Model, Task
@@ -99,6 +99,7 @@ class Trainer(Generic[Model]):
             return
         state = {
             "resume_key": resume_key(self.config),
+            "contents": {name: {**found} for name, found in self.task.contents.items()},
             "updates": self.engine.updates,
             "data_state": merge_states(data_states),
             "counts": counts,
@@ -126,7 +127,8 @@ class Trainer(Generic[Model]):
                 self.engine.load_initial(self.task.initial_weights)
             return
         state = found.state
-        if changed := changed_settings(state["resume_key"], self.config):
+        before, after = state.get("contents", {}), self.task.contents
+        if changed := changed_settings(state["resume_key"], self.config, before, after):
             raise ValueError(
                 f"{out} holds a training with other settings: {'; '.join(changed)}. "
                 "Use the same settings to resume it, or another --out"
@@ -148,6 +150,8 @@ class Trainer(Generic[Model]):
             self.counts.update(state["counts"])
             newer = f"; incomplete: {', '.join(found.skipped)}" if found.skipped else ""
             print(f"Resuming at step {self.step} of {self.config.steps} in {out}{newer}")
+            if note := changed_data(before.get("data"), after.get("data")):
+                print(note)
 
     @contextmanager
     def saved_model(self) -> Iterator[Model | None]:

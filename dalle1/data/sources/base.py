@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,17 @@ class Source(Protocol):
 
     def find(self, key: Any) -> Sample | SkippedSample | ShardRead:
         """Return what a key of `chunks` stands for."""
+
+    def digest(self) -> str:
+        """Return a hash of the names of its samples or shards, whatever folder they are in."""
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """Return a hash of names in their order."""
+    found = hashlib.sha256()
+    for name in names:
+        found.update(name.encode(errors="surrogateescape") + b"\n")
+    return found.hexdigest()[:16]
 
 
 Items = TypeVar("Items", list[Any], range)

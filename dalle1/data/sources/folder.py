@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from dalle1.data.cleaning import (
     sample_caption,
 )
 from dalle1.data.skipped import BadSample, SkippedSample
-from dalle1.data.sources.base import ReadOptions, split_indices
+from dalle1.data.sources.base import ReadOptions, names_digest, split_indices
 from dalle1.data.sources.indexed import IndexedSource
 
 LISTS = ("captions.csv", "captions.jsonl")
@@ -43,7 +44,7 @@ class Folder(IndexedSource):
         split: str = "train",
         options: ReadOptions | None = None,
     ) -> None:
-        self.options = options or ReadOptions()
+        self.path, self.options = path, options or ReadOptions()
         self.skipped: list[SkippedSample] = []
         self.listed: dict[Path, list[str]] = {}
         lists = [path / name for name in LISTS if (path / name).is_file()]
@@ -92,6 +93,9 @@ class Folder(IndexedSource):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def digest(self) -> str:
+        return names_digest(Path(os.path.relpath(f, self.path)).as_posix() for f in self.files)
 
     def name(self, index: int) -> str:
         return str(self.files[index])

@@ -28,7 +28,7 @@ from dalle1.data.loader import (
     too_many_skipped,
 )
 from dalle1.data.skipped import ShardRead, SkippedSample
-from dalle1.data.sources.base import ENDLESS
+from dalle1.data.sources.base import ENDLESS, names_digest
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ class IndexedSource(ABC):
 
     def chunks(self, size: int) -> Iterator[range]:
         return (range(b, min(b + size, len(self))) for b in range(0, len(self), size))
+
+    def digest(self) -> str:
+        return names_digest([type(self).__name__, str(len(self))])
 
     def loader(self, prepare: Prepare, config: LoaderConfig) -> IndexedLoader:
         return IndexedLoader(self, prepare, config)

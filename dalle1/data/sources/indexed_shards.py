@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import tarfile
@@ -18,7 +19,7 @@ from PIL import Image
 
 from dalle1.data.cleaning import CAPTIONS, captions_among, read_image, sample_caption
 from dalle1.data.skipped import IGNORED, BadSample, ShardLosses, ShardRead, SkippedSample
-from dalle1.data.sources.base import ReadOptions, split_indices
+from dalle1.data.sources.base import ReadOptions, names_digest, split_indices
 from dalle1.data.sources.indexed import IndexedSource
 from dalle1.data.sources.shard_members import (
     Asides,
@@ -100,6 +101,10 @@ class IndexedShards(IndexedSource):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def digest(self) -> str:
+        positions = hashlib.sha256(np.ascontiguousarray(self.entries).data).hexdigest()
+        return names_digest([positions, *(shard.name for shard in self.shards)])
 
     def name(self, index: int) -> str:
         number, offset = (int(value) for value in self.entries[index][:2])

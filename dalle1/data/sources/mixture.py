@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, chain
 
-from dalle1.data.sources.base import ENDLESS
+from dalle1.data.sources.base import ENDLESS, names_digest
 from dalle1.data.sources.indexed import IndexedSample, IndexedSource, index_at
 
 
@@ -51,6 +51,9 @@ class Mixture(IndexedSource):
             return rng.randrange(len(self))
         (i,) = rng.choices(range(len(self.sources)), self.weights)
         return self.ends[i] - 1 - rng.randrange(len(self.sources[i]))
+
+    def digest(self) -> str:
+        return names_digest([str(self.weights), *(source.digest() for source in self.sources)])
 
     def once(self) -> Iterator[IndexedSample]:
         """Yield as many samples as there are, of each source its share."""

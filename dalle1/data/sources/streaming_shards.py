@@ -19,7 +19,7 @@ from PIL import Image
 from dalle1.data.cleaning import IMAGE_SUFFIXES, captions_among, read_image, sample_caption
 from dalle1.data.loader import LoaderConfig, Prepare
 from dalle1.data.skipped import LOST, BadSample, ShardRead, SkippedSample
-from dalle1.data.sources.base import ReadOptions
+from dalle1.data.sources.base import ReadOptions, names_digest
 from dalle1.data.sources.shard_members import (
     Asides,
     SeenKeys,
@@ -97,6 +97,10 @@ class StreamingShards:
 
     def loader(self, prepare: Prepare, config: LoaderConfig) -> StreamingLoader:
         return StreamingLoader(self, prepare, config)
+
+    def digest(self) -> str:
+        names = (url.rpartition("/")[2] for group in self.groups for url in (*group, "/"))
+        return names_digest([str(self.weights), *names])
 
     def captions_only(self) -> StreamingShards:
         """Return the same stream with empty images, which takes no memory for them."""
