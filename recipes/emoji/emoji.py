@@ -256,8 +256,9 @@ def parse(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/emoji"), help="folder to write")
     packages = Path("runs/emoji-packages/node_modules")
     parser.add_argument("--packages", type=Path, default=packages, help="folder of the packages")
-    artists = {"nargs": "+", "choices": list(ARTISTS), "default": list(ARTISTS)}
-    parser.add_argument("--artists", **artists, help="artists to render; all by default")
+    parser.add_argument(
+        "--artists", nargs="+", choices=ARTISTS, default=ARTISTS, help="artists; default: all"
+    )
     parser.add_argument("--shard-size", type=int, default=1000, help="pairs in a shard")
     parser.add_argument("--keywords", type=int, default=3, help="keywords in a caption")
     options = parser.parse_args(args)

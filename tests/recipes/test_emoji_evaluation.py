@@ -1,0 +1,141 @@
+"""The classifier and the evaluation of recipes/emoji, with tiny models, on a few colours."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.pipeline import DallE
+from dalle1.text.bpe import Tokenizer
+from dvae import DVAE, DVAEConfig
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "emoji"
+RECIPE: dict[str, Any] = runpy.run_path(str(FOLDER / "emoji.py"))
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+ARTISTS = list(RECIPE["ARTISTS"])[:3]
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Return classifier.py and evaluate.py as modules, imported as scripts import each other."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for name in ("classifier", "evaluate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import classifier
+
+    import evaluate
+
+    yield classifier, evaluate
+    for name in ("classifier", "evaluate"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return shards of three colours by three artists, one pair of them held out."""
+    pairs = []
+    for code, (name, colour) in enumerate(COLOURS.items()):
+        for number, artist in enumerate(ARTISTS):
+            image, buffer = Image.new("RGB", (256, 256), "white"), io.BytesIO()
+            image.paste(colour, (64 * number, 64, 256, 192))
+            image.save(buffer, "PNG")
+            concept = RECIPE["Concept"](str(code), name, ())
+            held_out = (name, number) == ("blue", 2)
+            pairs.append(RECIPE["Pair"](concept, artist, held_out, buffer.getvalue()))
+    held = [pair for pair in pairs if pair.held_out]
+    write = RECIPE["write_shard"]
+    write([pair for pair in pairs if not pair.held_out], tmp_path / "data" / "train" / "00000.tar")
+    write(held, tmp_path / "data" / "train" / "00001.tar")  # validated on
+    write(held, tmp_path / "data" / "heldout" / "00000.tar")
+    return tmp_path / "data"
+
+
+def test_each_pair_is_read_once(modules: tuple[Any, Any], data: Path) -> None:
+    emoji = modules[0].Emoji.read(data)
+    assert len(emoji.images) == len(set(zip(emoji.concepts, emoji.artists))) == 9
+    assert [emoji.concepts[i] for i in emoji.where(True)] == ["blue"]
+    with pytest.raises(ValueError, match=r"no shards in .*; write them with recipes/emoji"):
+        modules[0].Emoji.read(data / "none")
+
+
+def test_the_classifier_trains(modules: tuple[Any, Any], data: Path, tmp_path: Path) -> None:
+    classifier, _ = modules
+    flags = "--steps 1 --batch-size 4 --width 8 --validate-every 1 --device cpu --precision fp32"
+    classifier.main(["heldout", "--data", str(data), "--out", str(tmp_path), *flags.split()])
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    names = {name for row in rows for name in row if name.startswith("validation/")}
+    assert {"validation/heldout_both", "validation/augmented_train_concept"} <= names
+    emoji, loaded = classifier.Emoji.read(data), classifier.load_classifier(tmp_path)
+    assert torch.equal(loaded.distance(emoji.images, emoji.images), torch.zeros(9))
+    assert (loaded.distance(emoji.images, emoji.images.roll(3, 0)) > 0.01).all()
+
+
+@pytest.mark.parametrize(("preset", "count"), [("train", 9), ("heldout", 8)])
+def test_only_one_preset_learns_from_held_out_pairs(
+    modules: tuple[Any, Any], data: Path, preset: str, count: int
+) -> None:
+    classifier, _ = modules
+    config = dataclasses.replace(classifier.PRESETS[preset], data=str(data), device="cpu", width=8)
+    assert len(classifier.EmojiClassifierTask(config).loader.use) == count
+
+
+def test_scores_of_real_images(modules: tuple[Any, Any], data: Path) -> None:
+    """The true image is closest to itself; another artist's is not."""
+    classifier, evaluate = modules
+    torch.manual_seed(0)
+    emoji = classifier.Emoji.read(data)
+    config = classifier.EmojiClassifierConfig(list(COLOURS), ARTISTS, width=8)
+    model = classifier.EmojiClassifier(config).eval()
+    answers = iter([("blue", ARTISTS[2]), ("blue", ARTISTS[0])])
+    model.classify = lambda images: [next(answers) for _ in images]
+    index = emoji.where(True)[0]
+    other = emoji.concepts.index("blue")
+    images = [Image.fromarray(emoji.images[i].permute(1, 2, 0).numpy()) for i in (index, other)]
+    true, wrong = evaluate.verdicts_on(model, emoji, index, images)
+    assert (true.concept, true.artist, true.distance) == (True, True, 0.0)
+    assert (wrong.concept, wrong.artist, wrong.to_others) == (True, False, 0.0)
+    assert true.of_nearest == true.to_others > 0
+    scores = dict(evaluate.shares("x", [true, wrong]))
+    assert (scores["x/concept"], scores["x/artist"], scores["x/both"]) == (1.0, 0.5, 0.5)
+    assert scores["x/closest"] == 0.5
+
+
+def test_a_model_is_evaluated(
+    modules: tuple[Any, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier, evaluate = modules
+    config = classifier.EmojiClassifierConfig(list(COLOURS), ARTISTS, width=8)
+    network = classifier.EmojiClassifier(config)
+    classifier.save_weights(network, tmp_path / "network" / "latest" / classifier.FILE_NAME)
+    tokenizer = Tokenizer.train(["red, openmoji style"], 256)
+    transformer = TransformerConfig(
+        width=16, depth=1, heads=2, text_vocab=256, text_len=32, codebook_size=8, grid_size=2
+    )
+    dvae = DVAE(DVAEConfig(image_size=16, width=4, codebook_size=8))
+    model = DallE(dvae.eval(), Transformer(transformer).eval(), tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    folders = {"--model": "model", "--data": "data", "--classifier": "network", "--out": "out"}
+    flags = [word for k, v in folders.items() for word in (k, str(tmp_path / v))]
+    evaluate.main(
+        [
+            *flags,
+            *["--num-prompts", "1", "--best-of", "2", "--precision", "fp32", "--device", "cpu"],
+        ]
+    )
+    scores = json.loads((tmp_path / "out" / "emoji.json").read_text())["scores"]
+    assert {name for name in scores if name.startswith("heldout/best of 2")} == {
+        f"heldout/best of 2/{part}"
+        for part in ("concept", "artist", "both", "distance", "of nearest", "closest")
+    }
+    assert "heldout/reconstructions" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "heldout.png").width > 2 * 128
