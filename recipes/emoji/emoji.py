@@ -200,11 +200,11 @@ def render_pairs(packages: Path, artists: Sequence[str], num_keywords: int) -> l
         held_out = held_out_artist(concept) if len(available) >= MIN_ARTISTS else None
         for artist in available:
             buffer = io.BytesIO()
-            image = render(artwork[artist][concept.code])
-            image.save(buffer, "PNG")
-            if (key := (artist, image.tobytes())) not in seen:
+            render(artwork[artist][concept.code]).save(buffer, "PNG")
+            png = buffer.getvalue()
+            if (key := (artist, hashlib.sha256(png).digest())) not in seen:
                 seen.add(key)
-                pairs.append(Pair(concept, artist, artist == held_out, buffer.getvalue()))
+                pairs.append(Pair(concept, artist, artist == held_out, png))
     return sorted(pairs, key=lambda pair: digest(f"{pair.concept.code} {pair.artist} order"))
 
 
