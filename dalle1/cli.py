@@ -13,6 +13,7 @@ from importlib import import_module
 from dalle1.console import (
     command_line,
     let_no_print_fail,
+    notes,
     one_line_errors,
     prepare_process,
 )
@@ -46,7 +47,7 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
     """Run one subcommand; `args` defaults to the process's command line."""
     try:
         prepare_process()
-        with one_line_errors():
+        with one_line_errors(), notes():
             import_module(SUBCOMMANDS[name][0]).main(args)
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):

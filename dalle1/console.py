@@ -167,8 +167,18 @@ def _with_flags(text: str) -> str:
 @contextmanager
 def notes() -> Iterator[None]:
     """Print warnings as lines that begin with `note:`, without file and line."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = f"note: {' '.join(str(message).split())}"
+        if "tqdm" in sys.modules:  # it may show a progress bar
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        warnings.showwarning = show
         yield
 
 

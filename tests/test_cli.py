@@ -7,8 +7,10 @@ import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -174,3 +176,17 @@ def test_a_wheel_samples_from_any_folder(tmp_path: Path) -> None:
     subprocess.run(command, cwd=empty, env=environment, check=True, timeout=300)
     image = Image.open(empty / "outputs" / "an-avocado-armchair" / "00.png")
     assert image.size == (256, 256)
+
+
+def test_warnings_of_libraries_are_notes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(args: object) -> None:
+        warnings.warn_explicit("slow\n  data loader", UserWarning, "torch/utils/x.py", 3)
+
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=main))
+    shown = warnings.showwarning
+    cli.run("train dvae", [])
+    assert warnings.showwarning is shown
+    assert capsys.readouterr().err == "note: slow data loader\n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -79,6 +80,27 @@ def first_examples(source: Source, prepare: Prepare, count: int) -> dict[str, Te
         first = f"{skipped[0].where} ({skipped[0].cause}: {skipped[0].why})"
         print(f"Validating on {len(examples)} samples; skipped {len(skipped)}, the first: {first}")
     return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+MEASURED_CAPTIONS = 20_000
+"""Number of captions, the first of the data, whose length is measured."""
+
+
+def warn_of_cut_captions(captions: Sequence[str], limit: int, count: Callable[[str], int]) -> None:
+    """Warn where captions have more tokens than a model reads.
+
+    Args:
+        captions: the first captions of the data.
+        limit: number of tokens that the model reads.
+        count: caption → number of its tokens.
+    """
+    lengths = [count(caption) for caption in captions[:MEASURED_CAPTIONS]]
+    if cut := sum(length > limit for length in lengths):
+        warnings.warn(
+            f"{cut / len(lengths):.1%} of the first {len(lengths)} captions are cut: they have up "
+            f"to {max(lengths)} tokens, and the model reads {limit}; raise --model.text-len",
+            stacklevel=2,
+        )
 
 
 def first_captions(source: Source, count: int) -> list[str]:

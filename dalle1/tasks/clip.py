@@ -32,7 +32,9 @@ from dalle1.data import (
     first_captions,
     first_examples,
     open_source,
+    warn_of_cut_captions,
 )
+from dalle1.data.examples import MEASURED_CAPTIONS
 from dalle1.data.images import (
     RANDOM_SQUARE,
     Augmentation,
@@ -216,17 +218,29 @@ class ClipTask(Task[nn.Module]):
         A resumed training keeps its vocabulary, even if the data has changed.
         """
         config = self.config
+        found = find_checkpoint(config.out)
+        if config.init is None and found is not None:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(found.folder)
+            return new_clip(tokenizer, config.model)
+        captions = []
+        if found is None:
+            count = config.vocab_captions if config.init is None else MEASURED_CAPTIONS
+            first = partial(first_captions, source, count)
+            captions = distributed.broadcast_from_main(first)
         if config.init is None:
-            if (found := find_checkpoint(config.out)) is not None:
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(found.folder)
-                return new_clip(tokenizer, config.model)
-            captions = distributed.broadcast_from_main(
-                partial(first_captions, source, config.vocab_captions)
+            clip = new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
+        else:
+            clip = Clip.from_pretrained(config.init)
+            if (changed := clip.arch().differences(config.model)) is not None:
+                raise ValueError(
+                    f"the CLIP in {config.init} has another architecture; add {changed}"
+                )
+        if captions and distributed.is_main():
+            warn_of_cut_captions(
+                captions,
+                config.model.text_len,
+                lambda caption: len(clip.tokenizer(caption, verbose=False)["input_ids"]),
             )
-            return new_clip(Tokenizer.train(captions, config.vocab_size), config.model)
-        clip = Clip.from_pretrained(config.init)
-        if (changed := clip.arch().differences(config.model)) is not None:
-            raise ValueError(f"the CLIP in {config.init} has another architecture; add {changed}")
         return clip
 
     def losses(

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data import ReadOptions, Source, first_captions, first_examples, open_source
+from dalle1.data import (
+    ReadOptions,
+    Source,
+    first_captions,
+    first_examples,
+    open_source,
+    warn_of_cut_captions,
+)
 from dalle1.data.encoded import open_codes
 from dalle1.data.images import (
     FOR_TRANSFORMER,
@@ -307,10 +314,13 @@ class TransformerTask(Task[Transformer]):
         first = partial(first_captions, self.source, self.config.vocab_captions)
         captions = distributed.broadcast_from_main(first)
         if self.config.init is None:
-            return Tokenizer.train(captions, self.config.model.text_vocab)
-        tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
-        if tokenizer.words is not None:  # words of the fine-tuning data are known, too
-            tokenizer.words = tokenizer.words.merged(Words.of(captions))
+            tokenizer = Tokenizer.train(captions, self.config.model.text_vocab)
+        else:
+            tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
+            if tokenizer.words is not None:  # words of the fine-tuning data are known, too
+                tokenizer.words = tokenizer.words.merged(Words.of(captions))
+        if distributed.is_main():  # one position is that of the start of text
+            warn_of_cut_captions(captions, self.config.model.text_len - 1, tokenizer.count)
         return tokenizer
 
     def open(self, split: str) -> tuple[Source, bool]:

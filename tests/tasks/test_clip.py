@@ -88,6 +88,18 @@ def test_fine_tuning_starts_from_a_saved_clip(
     assert "has another architecture; add --model.width 32" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_captions_that_are_cut_are_counted(tmp_path: Path, fine_tuned: bool) -> None:
+    short = [*VIT, "--model.text-len", "9"]
+    if fine_tuned:
+        with pytest.warns(UserWarning, match="captions are cut"):
+            train(short, tmp_path / "first", steps=1)
+        short += ["--init", str(tmp_path / "first")]
+    message = r"of the first 40 captions are cut: .* to \d\d tokens, and the model reads 9; raise"
+    with pytest.warns(UserWarning, match=message):
+        train(short, tmp_path / "run", steps=1)
+
+
 def test_hard_negatives_teach_what_belongs_to_what(tmp_path: Path) -> None:
     """Two images whose captions have the same words: without such negatives, each is seen alone."""
     for name, colours in {"one": ("red", "blue"), "other": ("blue", "red")}.items():

@@ -386,6 +386,17 @@ def test_resuming_with_other_settings_is_refused(
     assert (tmp_path / "latest" / "vocab.json").read_bytes() == vocabulary
 
 
+def test_captions_that_are_cut_are_counted(runs: Path, tmp_path: Path) -> None:
+    preset = TRANSFORMER_PRESETS["toy"]
+    short = replace(preset.model, text_vocab=300, text_len=9)
+    config = replace(
+        preset, model=short, dvae=runs / "dvae", data="toybox:8", out=tmp_path, device="cpu"
+    )
+    message = r"of the first 8 captions are cut: .* to \d\d tokens, and the model reads 8; raise"
+    with pytest.warns(UserWarning, match=message):
+        train_transformer.TransformerTask(config)
+
+
 def test_workers_are_sent_no_model(runs: Path, tmp_path: Path) -> None:
     config = replace(
         TRANSFORMER_PRESETS["toy"], dvae=runs / "dvae", data="toybox:4", out=tmp_path, device="cpu"
