@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def check_literals(config: Any) -> None:
@@ -14,3 +16,29 @@ def check_literals(config: Any) -> None:
         if get_origin(kind) is Literal and value not in get_args(kind):
             expected = " or ".join(map(str, get_args(kind)))
             raise ValueError(f"{field.name} is {value!r}, expected {expected}")
+
+
+def check_types(config: Any) -> None:
+    """Raise ValueError where a field of a config from a file has a value of another type."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _is_of(value, kind):
+            expected = getattr(kind, "__name__", None) if isinstance(kind, type) else kind
+            raise ValueError(f"{name} is {repr(value)[:40]}, expected {expected}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, UnionType):
+        return any(_is_of(value, arg) for arg in args)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is_of(item, arg) for pair in value.items() for item, arg in zip(pair, args)
+        )
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, args[0]) for item in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is (type(None) if kind is None else kind)

@@ -54,9 +54,9 @@ class ImageTokenizerClass(Protocol):
     """What `load_image_tokenizer` calls: the class of an image tokenizer."""
 
     def load(
-        self, directory: str | Path, device: str | torch.device, image_size: int | None
+        self, file: str | Path, device: str | torch.device, image_size: int | None
     ) -> ImageTokenizer:
-        """Load what `save` wrote; see `load_image_tokenizer`."""
+        """Load the file that `save` wrote; see `load_image_tokenizer`."""
 
 
 IMAGE_TOKENIZERS: dict[str, ImageTokenizerClass] = {"dvae": DVAE}
@@ -88,4 +88,4 @@ def load_image_tokenizer(
     kind = read_kind(path) or "dvae"  # dVAEs of earlier versions have none
     if kind not in IMAGE_TOKENIZERS:
         raise ValueError(f"{path} is of kind {kind!r}, expected {' or '.join(IMAGE_TOKENIZERS)}")
-    return IMAGE_TOKENIZERS[kind].load(directory, device, image_size)
+    return IMAGE_TOKENIZERS[kind].load(path, device, image_size)

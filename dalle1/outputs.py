@@ -43,13 +43,13 @@ def slug(prompt: str) -> str:
 
 
 def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
-    """Create `folder`; check, before sampling, that it takes files, and files of these names."""
+    """Check, before the work, that `folder` can be made and takes files, and of these names."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
             pass
         for name in names:
-            (folder / name).exists()  # raises where the name is too long
+            (existing / name).exists()  # raises where the name is too long
     except OSError as error:
         raise ValueError(
             f"cannot write to {folder} ({error.strerror}); use another --out"

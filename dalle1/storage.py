@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dalle1.config import check_types
+
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
 
@@ -194,7 +196,28 @@ def read_kind(path: Path) -> str | None:
 def load_config(model_class: type[Any], config_class: type[Config], path: Path) -> Config:
     """Load the config that `save_weights` wrote; ValueError for a missing or damaged file."""
     with _one_error(path, model_class.__name__), safe_open(path, "pt") as file:
-        return config_class(**json.loads((file.metadata() or {})["config"]))
+        config = config_class(**json.loads((file.metadata() or {})["config"]))
+        check_types(config)
+        _refuse_impossible_sizes(config, path.stat().st_size, len(file.keys()))
+        return config
+
+
+def _refuse_impossible_sizes(config: Any, size: int, tensors: int) -> None:
+    """Raise ValueError for a config that no file of `size` bytes can have, before it is built."""
+    for name, value in vars(config).items():
+        most = tensors if name in ("depth", "blocks_per_group") else max(size, 1 << 16)
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{name} is {value}, expected at most {most} in a file of its size")
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError where a file is a pointer that Git LFS left instead of the content."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, expected the file; run git lfs pull")
 
 
 def load_weights(
@@ -236,9 +259,12 @@ def _one_error(path: Path, what: str) -> Iterator[None]:
     """Turn any error that a missing, damaged or foreign file causes into a one-line ValueError."""
     if not path.is_file():
         raise ValueError(f"no {what} in {path.parent}: expected the file {path.name} there")
+    refuse_pointer(path)
     try:
         yield
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damage can fail in any way
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or holds no {what} ({reason})") from error
 
@@ -299,7 +325,11 @@ def quick_digest(path: Path) -> str:
 
 def same_tensors(one: Path, other: Path) -> bool:
     """Whether two safetensors files hold equal tensors in fp16, whatever their metadata."""
-    first, second = (dict(read_tensors(path, torch.float16)) for path in (one, other))
+    found = []
+    for path in (one, other):
+        with _one_error(path, "model"):
+            found.append(dict(read_tensors(path, torch.float16)))
+    first, second = found
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 

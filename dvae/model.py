@@ -259,9 +259,12 @@ class DVAE(nn.Module):
         """Load what `save` or a training wrote; ValueError where the file is missing or damaged.
 
         Args:
+            directory: the folder, or the file itself.
             image_size: side of its images, if other than in training; the parameters fit any size.
         """
-        model = load_weights(cls, DVAEConfig, model_folder(directory) / FILE_NAME, device)
+        path = Path(directory)
+        path = path if path.is_file() else model_folder(path) / FILE_NAME
+        model = load_weights(cls, DVAEConfig, path, device)
         if image_size is not None:
             model.config = replace(model.config, image_size=image_size)
         return model

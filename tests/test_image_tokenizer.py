@@ -20,7 +20,7 @@ from dalle1.image_tokenizer import (
     load_image_tokenizer,
 )
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.storage import load_weights, model_folder, save_weights
+from dalle1.storage import load_weights, save_weights
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
 
@@ -66,10 +66,9 @@ class GreyPatches(nn.Module):
 
     @classmethod
     def load(
-        cls, directory: str | Path, device: str | torch.device, image_size: int | None
+        cls, file: str | Path, device: str | torch.device, image_size: int | None
     ) -> GreyPatches:
-        path = model_folder(directory) / IMAGE_TOKENIZER_FILE
-        model = load_weights(cls, GreyConfig, path, device)
+        model = load_weights(cls, GreyConfig, Path(file), device)
         model.config = replace(model.config, image_size=image_size or model.config.image_size)
         return model
 

@@ -201,6 +201,7 @@ def test_mistakes_are_reported_in_a_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_sample_what_one_samples(folder: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from dalle1.clip.arch import ClipArch
 from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
 from dalle1.data.images import to_rgb
 from dalle1.devices import autocast
-from dalle1.storage import model_folder
+from dalle1.storage import model_folder, refuse_pointer
 from dalle1.text.bpe import Tokenizer
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is imported where it is used
@@ -89,6 +89,9 @@ class Clip:
         is_folder = os.path.isdir(name)
         if not is_folder and (isinstance(name_or_dir, Path) or not _is_hub_name(name)):
             raise ValueError(f"no CLIP at {name}: the folder does not exist")
+        for file in folder.iterdir() if is_folder else ():
+            if file.is_file():
+                refuse_pointer(file)
         failure: Exception | None = None
         for local_only in (True,) if is_folder else (True, False):
             try:
@@ -98,12 +101,19 @@ class Clip:
             except Exception as error:  # tokenizers raises nothing more special
                 failure = error
         else:
-            reason = " ".join(str(failure).split())[:300] or type(failure).__name__
-            remedy = "use a folder or Hugging Face name of a CLIPModel or SiglipModel"
-            raise ValueError(f"cannot load a CLIP from {name} ({reason}): {remedy}") from failure
+            raise _cannot_load(name, failure) from failure
         clip = cls(*parts, precision)
         clip.model.eval().requires_grad_(False).to(device)
-        clip._check_image_size(name)
+        try:
+            clip.tokenize(["a cube"])
+            prepared = tuple(clip.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])
+        except Exception as error:  # wrong types in its JSON files fail in any way
+            raise _cannot_load(name, error) from error
+        if prepared != (clip.image_size, clip.image_size):
+            raise ValueError(
+                f"the image processor of the CLIP in {name} returns {prepared} pixels, expected "
+                f"{clip.image_size} as its model; replace its preprocessor_config.json"
+            )
         return clip
 
     def save_pretrained(self, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -231,14 +241,6 @@ class Clip:
         """Compute the softmax of the `scores` [N] times the learned scale; they sum to 1."""
         return (self.model.logit_scale.detach().exp().item() * scores.float()).softmax(-1)
 
-    def _check_image_size(self, name: str) -> None:
-        prepared = tuple(self.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])
-        if prepared != (self.image_size, self.image_size):
-            raise ValueError(
-                f"the image processor of the CLIP in {name} returns {prepared} pixels, expected "
-                f"{self.image_size} as its model; replace its preprocessor_config.json"
-            )
-
 
 def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, arch: ClipArch) -> Clip:
     """Build a CLIP with random weights (torch's global generator).
@@ -314,6 +316,12 @@ def _load(name: str, *, local_files_only: bool) -> tuple[Any, Any, Any]:
         name, local_files_only=local_files_only, backend="pil"
     )
     return model, tokenizer, processor
+
+
+def _cannot_load(name: str, error: Exception | None) -> ValueError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    remedy = "use a folder or Hugging Face name of a CLIPModel or SiglipModel"
+    return ValueError(f"cannot load a CLIP from {name} ({reason}): {remedy}")
 
 
 def _is_hub_name(name: str) -> bool:

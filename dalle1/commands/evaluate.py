@@ -24,6 +24,7 @@ from dalle1.evaluation.reconstruction import DVAEOptions, evaluate_dvae
 from dalle1.evaluation.report import Scores, format_table, write_report
 from dalle1.evaluation.samples import SamplesOptions, evaluate_samples
 from dalle1.evaluation.toybox import ToyboxOptions, evaluate_toybox, format_toybox_table
+from dalle1.outputs import check_writable
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ EVALUATORS = {
 def run(options: Any) -> dict[str, float]:
     """Run the evaluator of these options, print and write its scores, and return them."""
     name, evaluator = next((n, e) for n, e in EVALUATORS.items() if e.options is type(options))
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_writable(options.out)
     scores = dict(evaluator.evaluate(options))
     path = options.out / f"{name}.json"
     write_report(path, options, scores)

@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse
-from dalle1.storage import checkpoints
+from dalle1.storage import checkpoints, refuse_pointer
 from dvae import DVAE, DVAEConfig
 
 CLASSES = (
@@ -58,6 +58,7 @@ def read_module(path: str | Path) -> dict[str, Tensor]:
 
     Raises: ValueError where the file is no such pickle, or names a class not in `CLASSES`.
     """
+    refuse_pointer(Path(path))
     with Path(path).open("rb") as file:
         zipped = file.read(2) == b"PK"
     if not zipped:  # torch reads other formats, too, by less careful ways

@@ -33,6 +33,8 @@ from dalle1.model.state_keys import upgrade_state_dict
 from dalle1.storage import load_config, load_weights, model_folder, save_weights
 
 FILE_NAME = "transformer.safetensors"
+MAX_LENGTH = 20_000
+"""Limit on T; the paper's is 1,280."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,14 @@ class TransformerConfig(TransformerArch):
     rotary_grid: int | None = None
     """W of the smaller images that the model was trained on first, whose rotary positions are
     interpolated; None without such a training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length > MAX_LENGTH:
+            raise ValueError(
+                f"text_len and grid_size make {self.length} positions, expected at most "
+                f"{MAX_LENGTH}: each mask has an entry for each pair"
+            )
 
     @property
     def image_len(self) -> int:

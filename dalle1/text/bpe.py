@@ -21,6 +21,7 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from dalle1.storage import refuse_pointer
 from dalle1.text.known_words import Words
 
 BYTES = 256  # the smallest vocabulary: one token per byte
@@ -79,6 +80,7 @@ class Tokenizer:
         remedy = "fetch the file again, or write one with Tokenizer.train(...).save(path)"
         if not path.is_file():
             raise ValueError(f"no vocabulary at {path}: {remedy}")
+        refuse_pointer(path)
         try:
             bpe = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exceptions

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dalle1.storage import write_atomic
+from dalle1.config import check_types
+from dalle1.storage import refuse_pointer, write_atomic
 
 MIN_COUNT = 3  # occurrences that make a word known
 _MAX_ENDINGS = 12
@@ -88,12 +89,14 @@ class Words:
     @classmethod
     def load(cls, path: Path) -> Words:
         """Load what `save` wrote; ValueError if the file is damaged."""
+        refuse_pointer(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            counts = {str(word): int(count) for word, count in values["counts"].items()}
-            return cls(counts, tuple(map(str, values["endings"])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            words = cls(values["counts"], tuple(values["endings"]))
+            check_types(words)
+            return words
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{path} is damaged ({error!r}), expected a list of words; fetch it again or "
-                "remove it"
+                f"{path} is damaged ({error!r:.100}), expected words and their counts; fetch it "
+                "again or remove it"
             ) from error
