@@ -37,6 +37,7 @@ from dalle1.data.sources.base import (
     ReadOptions,
     Sample,
     Source,
+    is_hidden,
     names_digest,
     split_indices,
 )
@@ -122,12 +123,12 @@ class CodeSource(IndexedSource):
             self.dvae, images = index["dvae"], index["pictures"]
             self.grid_size: int = index["grid_size"]
             expected = index.get("shards") or -(-images // index["shard_size"])
-        except (OSError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{folder} holds no codes: expected {INDEX_NAME} and shards, as "
                 "`dalle1 encode` writes them"
             ) from error
-        shards = sorted(folder.glob("*.tar"))
+        shards = _shards_in(folder)
         if len(shards) != expected:
             raise ValueError(
                 f"{folder} holds {len(shards)} of {expected} shards: its encoding was stopped; the "
@@ -200,13 +201,17 @@ def _entries(shards: Sequence[Path]) -> np.ndarray:
     return np.array(rows, dtype=np.int64).reshape(-1, 5)
 
 
+def _shards_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
+
+
 def _sizes(shards: Sequence[Path]) -> list[int]:
     return [shard.stat().st_size for shard in shards]
 
 
 def _write_entries(folder: Path) -> None:
     """Write the index of all pairs; codes.json then has the shards' sizes, which reveal changes."""
-    shards, path = sorted(folder.glob("*.tar")), folder / INDEX_NAME
+    shards, path = _shards_in(folder), folder / INDEX_NAME
     with (folder / "entries.partial").open("wb") as file:
         np.save(file, _entries(shards))
     os.replace(file.name, folder / ENTRIES_NAME)

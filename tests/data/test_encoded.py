@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import random
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import Member, write_tar
 
 from dalle1.data import encoded as codes
 from dalle1.data.encoded import (
@@ -145,6 +147,39 @@ def test_codes_of_another_dvae_or_other_data_are_refused(
         with pytest.raises(ValueError, match="holds codes of another dVAE or other data"):
             encode(encoding(tmp_path, **change))
     assert len(source_of(config)) == 10
+
+
+@pytest.mark.parametrize("how", ["indexed", "streaming"])
+def test_nothing_is_lost_between_shards_and_codes(tmp_path: Path, how: str) -> None:
+    save_dvae(tmp_path / "dvae")
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "PNG")
+    keys = ["a.b.1", "a.b.2", "0", "0", "1", "lone", "0"]  # keys come again, and have dots
+    members: list[Member] = [("._0.png", b""), ("0.txt", "elsewhere")]
+    for i, key in enumerate(keys):
+        members += [(f"{key}.png", buffer.getvalue()), (f"{key}.txt", f"number {i}".encode())]
+        members = members[:-1] if key == "lone" else members
+    shard = write_tar(tmp_path / "a.tar", members)
+    data = {"indexed": str(shard), "streaming": f"file:{shard}"}[how]
+    encode(config := encoding(tmp_path, data=data, max_bad_fraction=1.0))
+    source = source_of(config)
+    captions = [caption for i in range(len(source)) for caption in source.captions(i)]
+    assert captions == [f"number {i}" for i in (0, 1, 2, 3, 4, 6)]
+    lines = (config.out / "skipped.jsonl").read_text().splitlines()
+    causes = sorted(json.loads(line)["cause"] for line in lines)
+    assert causes == ["hidden file", "no caption", "no image"]
+
+
+def test_codes_with_files_of_a_system_or_without_some(encoded: tuple[EncodeConfig, DVAE]) -> None:
+    config, _ = encoded
+    (config.out / "._00000.tar").write_bytes(b"of macOS")
+    assert len(source_of(config)) == 10
+    write_tar(config.out / "00001.tar", [("000000004.npy", b""), ("._000000004.npy", b"")])
+    with pytest.raises(ValueError, match=r"4 in .*\.tar has \.npy, expected \.npy and \.json; "):
+        source_of(config)
+    (config.out / "codes.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no codes"):
+        source_of(config)
 
 
 def test_images_are_encoded_at_another_size(tmp_path: Path) -> None:

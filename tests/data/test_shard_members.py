@@ -7,12 +7,14 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from reading import span_of
+from tars import Member, write_tar
 
 from dalle1.data import ReadOptions, open_source
 from dalle1.data.cleaning import CleaningConfig
@@ -20,8 +22,6 @@ from dalle1.data.skipped import BadSample, SkippedSample
 from dalle1.data.sources.shard_members import MAX_FURTHER, group_samples
 
 RNG = random.Random(0)
-Member = tuple[str, bytes | str]
-"""Name and content of a file, or the target of a link."""
 
 
 def png(number: int) -> bytes:
@@ -29,22 +29,6 @@ def png(number: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1), (number // 256, number % 256, 0)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write(path: Path, members: Iterable[Member], mode: Any = "w", **how: Any) -> Path:
-    with tarfile.open(path, mode, **how) as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                member.type, member.linkname = tarfile.SYMTYPE, content
-                archive.addfile(member)
-            elif name.endswith("/"):
-                member.type = tarfile.DIRTYPE
-                archive.addfile(member)
-            else:
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def read(data: Path | str, captions: bool = True) -> tuple[list[tuple[str, int, str]], list[Any]]:
@@ -101,7 +85,7 @@ def expected(first: int, end: int, text: str = "{}") -> list[tuple[int, str]]:
 
 def test_names_with_dots_are_samples_of_their_own(tmp_path: Path) -> None:
     count = MAX_FURTHER + 40
-    shard = write(
+    shard = write_tar(
         tmp_path / "a.tar",
         [
             *pairs(0, count, "holiday.2019.{:04d}"),
@@ -128,13 +112,13 @@ def test_further_files_of_a_sample_are_no_samples(tmp_path: Path) -> None:
         ("0.txt", b"0"),
         ("0.webp", png(90)),
     ]
-    shard = write(tmp_path / "a.tar", members)
+    shard = write_tar(tmp_path / "a.tar", members)
     for captions in (True, False):
         found, causes = both(shard, captions)
         assert [image for image, _ in found] == [0, 10]
         assert causes == ["3 further image"]
     # As a folder's order may be, where local reading finds them all the same.
-    apart = write(tmp_path / "b.tar", [members[i] for i in (5, 3, 0, 6)] + pairs(1, 2))
+    apart = write_tar(tmp_path / "b.tar", [members[i] for i in (5, 3, 0, 6)] + pairs(1, 2))
     assert read(apart, captions=False)[0] == [("0.png", 0, ""), ("00001.png", 1, "")]
 
 
@@ -143,30 +127,30 @@ def test_the_same_key_twice_is_two_samples(tmp_path: Path, joined: str) -> None:
     runs = pairs(0, 8), pairs(0, 8, text="the second {}")
     shard = tmp_path / "a.tar"
     if joined == "cat":
-        parts = [write(tmp_path / f"{i}.part", run).read_bytes() for i, run in enumerate(runs)]
+        parts = [write_tar(tmp_path / f"{i}.part", run).read_bytes() for i, run in enumerate(runs)]
         shard.write_bytes(b"".join(parts))
     else:
-        write(shard, [*runs[0], *runs[1]])
+        write_tar(shard, [*runs[0], *runs[1]])
     assert both(shard) == ([*expected(0, 8), *expected(0, 8, "the second {}")], [])
 
 
 def test_no_caption_changes_its_image(tmp_path: Path) -> None:
     other = [(f"{i:05d}.txt", b"the caption of another image") for i in range(8)]
-    mixed = write(tmp_path / "mixed.tar", [*pairs(0, 8), *other])
+    mixed = write_tar(tmp_path / "mixed.tar", [*pairs(0, 8), *other])
     assert both(mixed) == (expected(0, 8), ["1 no image"] * 8)
     image, text = pairs(0, 1)
     # Which caption is that of which image cannot be known.
     for members in ([image, image, text], [image, text, text], [image, image, text, text]):
-        shard = write(tmp_path / "a.tar", [*members, *pairs(1, 2)])
+        shard = write_tar(tmp_path / "a.tar", [*members, *pairs(1, 2)])
         assert both(shard) == (expected(1, 2), ["1 repeated key"])
-    in_turn = write(tmp_path / "b.tar", [image, text, image, text])
+    in_turn = write_tar(tmp_path / "b.tar", [image, text, image, text])
     assert both(in_turn) == ([(0, "0"), (0, "0")], [])
-    twice = write(tmp_path / "c.tar", [image, image])
+    twice = write_tar(tmp_path / "c.tar", [image, image])
     assert both(twice, captions=False) == ([(0, ""), (0, "")], [])
 
 
 def test_members_apart_are_joined_locally_and_named_in_streams(tmp_path: Path) -> None:
-    shard = write(tmp_path / "a.tar", sorted(pairs(0, 8), key=lambda member: member[0][-3:]))
+    shard = write_tar(tmp_path / "a.tar", sorted(pairs(0, 8), key=lambda member: member[0][-3:]))
     assert [found[1:] for found in read(shard)[0]] == expected(0, 8)
     assert read(shard)[1] == []
     found, skipped = read(f"pipe:cat {shard}")
@@ -183,7 +167,7 @@ def test_hidden_members_are_passed_over(tmp_path: Path) -> None:
     ]
     members += [(f"__MACOSX/{name}", content) for name, content in pairs(8, 9)]
     members += [(f"./.ipynb_checkpoints/{name}", content) for name, content in pairs(8, 9)]
-    shard = write(tmp_path / "a.tar", members)
+    shard = write_tar(tmp_path / "a.tar", members)
     assert both(shard) == (expected(0, 8), ["20 hidden file"])
     skipped = read(shard)[1]
     assert str(skipped[0]) == f"20 hidden files in {shard} (hidden file: the first is ._00000.png)"
@@ -192,12 +176,12 @@ def test_hidden_members_are_passed_over(tmp_path: Path) -> None:
 def test_links_are_named(tmp_path: Path) -> None:
     links: list[Member] = [("p", png(0)), ("0.png", "p"), ("0.txt", b"0")]
     links += [("1.png", png(1)), ("1.txt", "0.txt"), ("1.cls", "p")]
-    shard = write(tmp_path / "a.tar", [*links, *pairs(2, 4)])
+    shard = write_tar(tmp_path / "a.tar", [*links, *pairs(2, 4)])
     assert both(shard) == (expected(2, 4), ["1 no image", *["1 not a plain file"] * 2])
     reasons = [str(sample) for sample in read(shard)[1]]
     assert reasons[0].startswith(f"p in {shard} (no image: there is no image next to its file with")
     assert "its .png is a link; pack the shard with tar --dereference" in reasons[1]
-    write(shard, links[1:3])
+    write_tar(shard, links[1:3])
     with pytest.raises(
         ValueError, match=r"no usable samples .* 0 in .*not a plain file.*is a link"
     ):
@@ -207,7 +191,7 @@ def test_links_are_named(tmp_path: Path) -> None:
 def test_two_files_of_captions(tmp_path: Path) -> None:
     text = "a red car\nparked on the street"
     facts = json.dumps({"caption": text}).encode()
-    shard = write(
+    shard = write_tar(
         tmp_path / "a.tar",
         [
             *[("0.png", png(0)), ("0.txt", text.encode()), ("0.json", facts)],
@@ -228,22 +212,22 @@ def test_other_tars(tmp_path: Path) -> None:
     shard = tmp_path / "a (1) {b}.tar"
     for how in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         names = pairs(0, 2, long + "{}") + pairs(2, 4, "caf\udce9 {}") + pairs(4, 5, "ü/{}")
-        write(shard, [("ü/", b""), *names], format=how)
+        write_tar(shard, [("ü/", b""), *names], format=how)
         assert both(shard) == (expected(0, 5), [])
-    write(shard, [*pairs(0, 2, "caf\udce9{}"), ("caf\udce9 3.txt", b"")])
+    write_tar(shard, [*pairs(0, 2, "caf\udce9{}"), ("caf\udce9 3.txt", b"")])
     for _, skipped in (read(shard), read(f"pipe:cat '{shard}'")):
         str(skipped[0]).encode()
-    shard.write_bytes(gzip.compress(write(shard, pairs(0, 2)).read_bytes()))
+    shard.write_bytes(gzip.compress(write_tar(shard, pairs(0, 2)).read_bytes()))
     assert len(read(f"pipe:cat '{shard}'")[0]) == 2
     with pytest.raises(ValueError, match=r"it is compressed; use --data 'pipe:gzip -dc .*a \(1\)"):
         open_source(str(shard))
-    write(shard, [])
+    write_tar(shard, [])
     assert both(shard) == ([], [])
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.5, 0.97])
 def test_what_is_before_the_cut_is_read(tmp_path: Path, kept: float) -> None:
-    shard = write(tmp_path / "a.tar", pairs(0, 9))
+    shard = write_tar(tmp_path / "a.tar", pairs(0, 9))
     whole = shard.read_bytes()[: 36 * 512]
     shard.write_bytes(whole[: int(kept * len(whole))])
     found, causes = both(shard)
@@ -254,10 +238,19 @@ def test_what_is_before_the_cut_is_read(tmp_path: Path, kept: float) -> None:
     assert [x.cause for x in read(f"pipe:cat {shard}")[1]] == ["shard cut short"]
 
 
+def test_a_cut_at_a_sample_of_the_other_split_is_recorded(tmp_path: Path) -> None:
+    # Every twentieth sample of a stream's last shard is kept to validate on.
+    shard = write_tar(tmp_path / "a.tar", pairs(0, 30))
+    at = span_of(shard, "00019", ".png")[0]
+    shard.write_bytes(shard.read_bytes()[: at + 3])
+    skipped = [x for x in open_source(f"file:{shard}").once() if isinstance(x, SkippedSample)]
+    assert [sample.cause for sample in skipped] == ["shard cut short"]
+
+
 def test_a_shard_that_changes_is_named(tmp_path: Path) -> None:
-    shard = write(tmp_path / "a.tar", pairs(0, 8))
+    shard = write_tar(tmp_path / "a.tar", pairs(0, 8))
     source = open_source(str(shard), "encode")
-    write(shard, pairs(4, 9, "{}"))
+    write_tar(shard, pairs(4, 9, "{}"))
     with pytest.raises(BadSample, match="has changed since it was opened; start the command again"):
         source.find(0).caption(RNG)  # type: ignore[attr-defined]
 
@@ -298,7 +291,7 @@ def test_any_shard_is_read_alike(tmp_path: Path, in_order: bool) -> None:
         members = nasty(rng)
         if not in_order:
             rng.shuffle(members)
-        shard = write(tmp_path / "a.tar", members)
+        shard = write_tar(tmp_path / "a.tar", members)
         for captions in (True, False):
             local, streamed = read(shard, captions), read(f"file:{shard}", captions)
             pairs, same = ([x[1:] for x in found] for found, _ in (local, streamed))

@@ -28,7 +28,7 @@ from dalle1.data import ReadOptions, first_captions, first_examples, merge_state
 from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.examples import iter_batches
 from dalle1.data.loader import LoaderConfig
-from dalle1.data.skipped import ShardLosses, ShardRead, SkippedSample, SkipStats
+from dalle1.data.skipped import ShardLosses, ShardRead, SkipStats
 from dalle1.data.sources import streaming_loader, streaming_shards
 from dalle1.data.sources.streaming_loader import read_endless, shards_of_reader, split_readers
 from dalle1.data.sources.streaming_shards import StreamingSample, StreamingShards, open_shard
@@ -228,16 +228,6 @@ def test_damage_is_counted_and_the_rest_is_read(shards: Path, tmp_path: Path) ->
         (f"{start}00001.tar 2>/dev/null", "shard cut short"),
         (f"{start}00002.tar 2>/dev/null", "unreadable shard"),
     }
-
-
-def test_a_cut_at_a_sample_of_the_other_split_is_recorded(shards: Path, tmp_path: Path) -> None:
-    whole = shards / "00005.tar"
-    twice = tmp_path / "0.tar"  # 30 samples, of which the 20th is kept to validate on
-    twice.write_bytes(2 * whole.read_bytes())
-    at = len(whole.read_bytes()) + span_of(whole, "000050004", ".png")[0]
-    twice.write_bytes(twice.read_bytes()[: at + 3])
-    skipped = [x for x in open_source(f"pipe:cat {twice}").once() if isinstance(x, SkippedSample)]
-    assert [sample.cause for sample in skipped] == ["shard cut short"]
 
 
 def test_missing_shards_end_a_training(tmp_path: Path) -> None:
