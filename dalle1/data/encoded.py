@@ -42,9 +42,8 @@ from dalle1.data.sources.base import (
     split_indices,
 )
 from dalle1.data.sources.indexed import IndexedSample, IndexedSource
-from dalle1.data.sources.indexed_shards import index_shard, read_member
+from dalle1.data.sources.indexed_shards import index_files, read_member
 from dalle1.data.sources.mixture import Mixture
-from dalle1.data.sources.shard_members import printable
 from dalle1.data.spec import open_source, split_names
 from dalle1.devices import autocast, pick_device, pick_precision
 from dalle1.image_tokenizer import (
@@ -55,6 +54,7 @@ from dalle1.image_tokenizer import (
 from dalle1.locking import folder_lock
 
 INDEX_NAME = "codes.json"
+FILES = (".npy", ".json")
 
 ENTRIES_NAME = "entries.npy"
 """Index of the pairs: shard, and offset and size of the codes and of the captions; int64 [N, 5]."""
@@ -136,7 +136,7 @@ class CodeSource(IndexedSource):
             )
         path = folder / ENTRIES_NAME
         known = path.is_file() and index.get("bytes") == _sizes(shards)
-        entries = np.load(path, mmap_mode="r") if known else _entries(shards)
+        entries = np.load(path, mmap_mode="r") if known else index_files(shards, FILES)
         kept = split_indices(range(len(entries)), split)
         self.shards, self.entries = shards, entries[kept.start : kept.stop]
 
@@ -182,25 +182,6 @@ def _form(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
     return shape, kind
 
 
-def _entries(shards: Sequence[Path]) -> np.ndarray:
-    """Return the index of the pairs in shards of codes, as in `ENTRIES_NAME`."""
-    rows: list[tuple[int, ...]] = []
-    for number, shard in enumerate(shards):
-        index = index_shard(shard)
-        if index.damage:
-            raise ValueError(
-                f"{shard} is damaged ({index.damage.why}); remove it, and encode it again"
-            )
-        for sample in index.samples:
-            if not {".npy", ".json"} <= sample.files.keys():
-                raise ValueError(
-                    f"{printable(sample.key)} in {shard} has {', '.join(sample.files) or 'no file'}"
-                    ", expected .npy and .json; remove the shard, and encode it again"
-                )
-            rows.append((number, *sample.files[".npy"], *sample.files[".json"]))
-    return np.array(rows, dtype=np.int64).reshape(-1, 5)
-
-
 def _shards_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if not is_hidden(path.name))
 
@@ -213,7 +194,7 @@ def _write_entries(folder: Path) -> None:
     """Write the index of all pairs; codes.json then has the shards' sizes, which reveal changes."""
     shards, path = _shards_in(folder), folder / INDEX_NAME
     with (folder / "entries.partial").open("wb") as file:
-        np.save(file, _entries(shards))
+        np.save(file, index_files(shards, FILES))
     os.replace(file.name, folder / ENTRIES_NAME)
     _write_json(path, {**json.loads(path.read_text()), "bytes": _sizes(shards)})
 

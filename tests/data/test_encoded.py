@@ -109,8 +109,13 @@ def test_codes_take_little_memory_and_no_second_reading(
 ) -> None:
     config, _ = encoded
     scanned: list[Path] = []
-    scan = codes.index_shard
-    monkeypatch.setattr(codes, "index_shard", lambda s: scanned.append(s) or scan(s))
+    scan = codes.index_files
+
+    def watched(shards: list[Path], suffixes: Any) -> np.ndarray:
+        scanned.extend(shards)
+        return scan(shards, suffixes)
+
+    monkeypatch.setattr(codes, "index_files", watched)
     source = source_of(config)
     assert isinstance(source.entries, np.memmap)
     assert source.entries.nbytes == 40 * 10

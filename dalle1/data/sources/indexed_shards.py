@@ -187,6 +187,26 @@ def _spans(
         damage.append(error)
 
 
+def index_files(shards: Sequence[Path], suffixes: Sequence[str]) -> np.ndarray:
+    """Return shard, and offset and size of each file, of all samples: int64 [N, 1 + 2 × files].
+
+    Raises: ValueError where a shard is damaged, or a sample lacks one of the files.
+    """
+    rows: list[tuple[int, ...]] = []
+    for number, shard in enumerate(shards):
+        index, remedy = index_shard(shard), "remove the shard, and encode it again"
+        if index.damage:
+            raise ValueError(f"{shard} is damaged ({index.damage.why}); {remedy}")
+        for sample in index.samples:
+            if not sample.files.keys() >= {*suffixes}:
+                raise ValueError(
+                    f"{printable(sample.key)} in {shard} has {', '.join(sample.files) or 'no file'}"
+                    f", expected {' and '.join(suffixes)}; {remedy}"
+                )
+            rows.append((number, *chain(*(sample.files[suffix] for suffix in suffixes))))
+    return np.array(rows, dtype=np.int64).reshape(-1, 1 + 2 * len(suffixes))
+
+
 def stamp_of(file: IO[bytes]) -> Stamp:
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
