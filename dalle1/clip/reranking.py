@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from dalle1.clip.loading import Clip
 from dalle1.console import notes, one_line_errors, parse
-from dalle1.data.cleaning import IMAGE_SUFFIXES, visible
+from dalle1.data.cleaning import visible
 from dalle1.data.images import grid, read_image_file, save_png
+from dalle1.data.sources.base import image_paths
 from dalle1.devices import pick_device
 from dalle1.storage import write_atomic
 
@@ -87,7 +89,7 @@ def find_images(files: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in files:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found += image_paths(path)
         elif path.is_file():
             found.append(path)
         else:
@@ -114,18 +116,34 @@ def run(options: RankOptions) -> list[RankedFile]:
     if not visible([options.prompt]):
         raise ValueError("PROMPT is empty, expected a text that the images are compared with")
     files = find_images(options.files)
+    check_own(options.out)
     clip = Clip.from_pretrained(options.clip, pick_device(options.device), options.precision)
     ranked = rank_files(clip, options.prompt, files, options.batch_size)
     report = {"prompt": options.prompt, "clip": options.clip, "images": list(map(asdict, ranked))}
-    write_atomic(options.out / "scores.json", json.dumps(report, indent=1) + "\n")
     best = [Path(entry.file) for entry in ranked[: options.num_images]]
     tiles = [thumbnail(image) for _, image in _readable_images(best)]
     save_png(grid(tiles, min(len(tiles), 4)), options.out / "grid.png")
+    write_atomic(options.out / "scores.json", json.dumps(report, indent=1) + "\n")
     print("similarity probability image")
     for entry in ranked:
         print(f"{entry.similarity:10.4f} {entry.probability:11.4f} {entry.file}")
     print(f"wrote {options.out / 'grid.png'} and {options.out / 'scores.json'}")
     return ranked
+
+
+def check_own(out: Path) -> None:
+    """Raise ValueError where `out` holds a grid.png or scores.json of something else."""
+    scores = out / "scores.json"
+    if not scores.exists() and not (out / "grid.png").exists():
+        return
+    with suppress(OSError, ValueError):
+        report = json.loads(scores.read_text(encoding="utf-8"))
+        if isinstance(report, dict) and {"prompt", "images"} <= set(report):
+            return
+    raise ValueError(
+        f"{out} holds a grid.png or scores.json that is not of a ranking, and is kept; use another "
+        "--out"
+    )
 
 
 def thumbnail(image: Image.Image, side: int = 256) -> Image.Image:

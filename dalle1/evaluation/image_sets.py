@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dalle1.clip import Clip
 from dalle1.data import ReadOptions, open_indexed
-from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING
+from dalle1.data.cleaning import NO_CLEANING
 from dalle1.data.images import open_image, read_image_file
+from dalle1.data.sources.base import image_paths
 from dalle1.data.sources.indexed import IndexedSource
 from dalle1.outputs import SCORES, is_preview, scored_files
 
@@ -50,11 +51,6 @@ class LazyImages(Sequence[Image.Image], Generic[Key]):
 def images_in_files(paths: Sequence[Path]) -> LazyImages[Path]:
     """Return the images in these files."""
     return LazyImages(read_image_file, paths)
-
-
-def image_paths(folder: Path) -> list[Path]:
-    """Return the image files in a folder and its subfolders, in order."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def sampled_image_paths(folder: Path) -> list[Path]:

@@ -100,6 +100,22 @@ def test_a_file_scores_alike_in_a_ranking_and_in_python(folder: Path, tmp_path: 
             assert clip.score("a red cube", [image]).item() == pytest.approx(ranked, abs=1e-6)
 
 
+def test_a_ranking_replaces_only_rankings_and_reads_no_hidden_files(
+    folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "._red.png").write_bytes(b"of a Mac")
+    for _ in range(2):
+        run("rank", "a red cube", images, "--clip", folder, "--out", tmp_path / "out")
+    assert "._red" not in capsys.readouterr().err
+    for name, content in (("grid.png", b"mine"), ("scores.json", b'[{"file": "00.png"}]')):
+        out = tmp_path / name.replace(".", "-")
+        out.mkdir()
+        (out / name).write_bytes(content)
+        message = refused(capsys, "rank", "a red cube", images, "--clip", folder, "--out", out)
+        assert "that is not of a ranking, and is kept; use another --out" in message
+        assert [(p.name, p.read_bytes()) for p in out.iterdir()] == [(name, content)]
+
+
 def test_a_file_name_that_is_not_utf8_is_ranked(
     folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

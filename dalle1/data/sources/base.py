@@ -6,11 +6,12 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
-from dalle1.data.cleaning import CleaningConfig
+from dalle1.data.cleaning import IMAGE_SUFFIXES, CleaningConfig
 from dalle1.data.loader import Loader, LoaderConfig, Prepare
 from dalle1.data.skipped import ShardRead, SkippedSample
 
@@ -34,6 +35,12 @@ def is_hidden(name: str) -> bool:
         (part.startswith(".") and part not in (".", "..")) or part.lower() in METADATA_FOLDERS
         for part in name.split("/")
     )
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """Return the image files in a folder and its subfolders that are not hidden, in order."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in files if not is_hidden(path.relative_to(folder).as_posix()))
 
 
 @dataclass(frozen=True, kw_only=True)
