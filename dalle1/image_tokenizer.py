@@ -81,6 +81,10 @@ def load_image_tokenizer(
     Raises: ValueError where the file is missing, damaged or of an unknown kind.
     """
     path = image_tokenizer_file(directory)
+    if not path.parent.exists():
+        raise ValueError(
+            f"no image tokenizer in {path.parent}: the folder does not exist; check its path"
+        )
     if not path.is_file():
         raise ValueError(
             f"no image tokenizer in {path.parent}: expected the file {path.name} there"

@@ -257,6 +257,8 @@ def _with_format_of(empty: Tensor, tensor: Tensor) -> Tensor:
 @contextmanager
 def _one_error(path: Path, what: str) -> Iterator[None]:
     """Turn any error that a missing, damaged or foreign file causes into a one-line ValueError."""
+    if not path.parent.exists():
+        raise ValueError(f"no {what} in {path.parent}: the folder does not exist; check its path")
     if not path.is_file():
         raise ValueError(f"no {what} in {path.parent}: expected the file {path.name} there")
     refuse_pointer(path)

@@ -203,9 +203,21 @@ def encode_known(model: DallE, options: argparse.Namespace) -> Tensor | None:
         return None
     from dalle1.data.images import load_image_file, read_image_file
 
-    mask = load_image_file(options.mask) if options.mask else None
-    image = read_image_file(options.image)
+    with names_flag("--mask", options.mask):
+        mask = load_image_file(options.mask) if options.mask else None
+    with names_flag("--image", options.image):
+        image = read_image_file(options.image)
     return model.encode_known(image, keep_rows=options.keep_rows, mask=mask)
+
+
+@contextmanager
+def names_flag(flag: str, path: Path) -> Iterator[None]:
+    """Name the flag in the error about a file that is no image."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{flag} is {path}, expected an image; {why}") from error
 
 
 def previews(model: DallE, folder: Path) -> Callable[[Tensor, int], None]:

@@ -68,7 +68,7 @@ class ClipTrainConfig(TrainConfig):
     """Contrastive loss: infonce as in CLIP, or sigmoid as in SigLIP, with a learned bias."""
     encode_at_once: int | None = None
     """Gradient caching: number of pairs whose activations are in memory at once. It takes a third
-    more computation. Unlike `accumulate`, the loss still compares the whole batch."""
+    more computation. Unlike --accumulate, the loss still compares the whole batch."""
     hard_negatives: str | None = None
     """Text file with words that exclude each other, a class per line, separated by commas; "toybox"
     has Toybox's words. Each image is also compared with its caption after two words of a class are

@@ -45,7 +45,7 @@ class TrainConfig(CleaningConfig):
     final_learning_rate: float = 1e-5
     """Learning rate at the end of the cosine schedule, and from then on."""
     schedule_steps: int | None = None
-    """Updates until the cosine schedule ends, warm-up included. None: the value of `steps`."""
+    """Updates until the cosine schedule ends, warm-up included. None: the value of --steps."""
     schedule: Literal["cosine", "plateau"] = "cosine"
     """Schedule after the warm-up: cosine, or constant and halved when the training loss reaches a
     plateau."""
@@ -54,7 +54,7 @@ class TrainConfig(CleaningConfig):
     warmup_steps: int = 100
     """Updates during which the learning rate rises linearly."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay of the parameters selected by `decays`."""
+    """Decoupled weight decay of the parameters selected by --decays."""
     decays: Literal["matrices", "weights", "all"] = "weights"
     """Parameters that decay: matrices; weights, which adds embeddings; or all, which adds gains and
     biases."""
@@ -97,7 +97,8 @@ class TrainConfig(CleaningConfig):
     """Data type of the parameters that ZeRO computes with. bf16 halves their memory; the shards
     that the optimizer updates stay fp32."""
     deepspeed: Path | None = None
-    """DeepSpeed config file (JSON) that replaces zero, offload and weights."""
+    """DeepSpeed config file (JSON) that replaces --zero, --offload
+    and --weights."""
     tensorboard: bool = False
     """Log to OUT/tensorboard as well (`pip install tensorboard`)."""
     wandb: str | None = None

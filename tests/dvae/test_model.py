@@ -236,6 +236,8 @@ def config_of(**changes: object) -> dict[str, str]:
 
 
 def test_files_that_hold_no_dvae_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no DVAE in .*nowhere: the folder does not exist; check"):
+        DVAE.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no DVAE in .*expected the file dvae.safetensors"):
         DVAE.load(tmp_path)
     path = tiny().save(tmp_path)
