@@ -83,11 +83,15 @@ class Emoji:
 class EmojiClassifierConfig:
     """Classes and size of the classifier."""
 
-    concepts: Sequence[str] = ()
-    artists: Sequence[str] = ()
+    concepts: tuple[str, ...] = ()
+    artists: tuple[str, ...] = ()
     image_size: int = 96
     width: int = 24
     embed_dim: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("concepts", "artists"):  # a file's metadata has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 class EmojiClassifier(nn.Module):
@@ -220,9 +224,8 @@ def augmented(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
 
     Returns: [B, 3, size, size].
     """
-    low, high, number = -1.0, 1.0, len(images)
-    angle, x, y = torch.empty(3, number).uniform_(low, high, generator=rng)
-    scale = torch.empty(number).uniform_(*ZOOM, generator=rng)
+    angle, x, y = torch.empty(3, len(images)).uniform_(-1.0, 1.0, generator=rng)
+    scale = torch.empty(len(images)).uniform_(*ZOOM, generator=rng)
     angle, x, y = angle * math.radians(ROTATION), x * 2 * SHIFT, y * 2 * SHIFT
     sine, cosine = angle.sin() * scale, angle.cos() * scale
     rows = torch.stack([torch.stack([cosine, -sine, x], 1), torch.stack([sine, cosine, y], 1)], 1)
@@ -240,7 +243,7 @@ class EmojiClassifierTask(Task[EmojiClassifier]):
         self.config = config = resolve_precision(config, self.device)
         self.emoji = emoji = Emoji.read(Path(config.data))
         concepts, artists = sorted(set(emoji.concepts)), sorted(set(emoji.artists))
-        classes = EmojiClassifierConfig(concepts, artists, width=config.width)
+        classes = EmojiClassifierConfig(tuple(concepts), tuple(artists), width=config.width)
         torch.manual_seed(config.seed)
         self.model = EmojiClassifier(classes).train().to(self.device)
         order = [{name: i for i, name in enumerate(names)} for names in (concepts, artists)]

@@ -104,7 +104,10 @@ def verdicts_on(
 
 
 def evaluate_emoji(options: EmojiOptions) -> Scores:
-    """Yield the classifier's accuracy on reconstructions, then `SPLIT/first|best of N/SCORE`."""
+    """Yield the classifier's accuracy on reconstructions, then `SPLIT/IMAGE/SCORE`.
+
+    IMAGE is first, best of N, or an artist, for the best candidates of that artist's pairs.
+    """
     classifier, emoji = load_classifier(options.classifier), Emoji.read(options.data)
     model = DallE.from_pretrained(
         options.model, clip=options.clip, device=options.device, precision=options.precision
@@ -115,6 +118,7 @@ def evaluate_emoji(options: EmojiOptions) -> Scores:
         random.Random(options.seed).shuffle(chosen)
         chosen = chosen[: options.num_prompts]
         again = reconstructed(model, emoji.images[chosen])
+        yield f"{split}/reconstructions/prompts", len(chosen)
         for name, value in accuracy(classifier, emoji, again, chosen, "reconstructions"):
             yield f"{split}/{name.replace('_', '/')}", value
         first, best = [], []
@@ -125,6 +129,9 @@ def evaluate_emoji(options: EmojiOptions) -> Scores:
                 rows += [to_pil(to_float(emoji.images[index][None]))[0], image]
         yield from shares(f"{split}/first", first)
         yield from shares(f"{split}/best of {options.best_of}", best)
+        for artist in sorted(set(emoji.artists)):
+            of_artist = [v for i, v in zip(chosen, best) if emoji.artists[i] == artist]
+            yield from shares(f"{split}/{artist}", of_artist)
     sheet = [image.resize((128, 128), Image.Resampling.BOX) for image in rows]
     grid(sheet, 8).save(options.out / "heldout.png")
 
@@ -167,8 +174,10 @@ def reconstructed(model: DallE, images: Tensor) -> Tensor:
 
 
 def shares(name: str, verdicts: Sequence[Verdict]) -> Scores:
-    """Yield the scores of some samples."""
-    number = len(verdicts)
+    """Yield the number of some samples and their scores; nothing where there is none."""
+    if not (number := len(verdicts)):
+        return
+    yield f"{name}/prompts", number
     yield f"{name}/concept", sum(v.concept for v in verdicts) / number
     yield f"{name}/artist", sum(v.artist for v in verdicts) / number
     yield f"{name}/both", sum(v.concept and v.artist for v in verdicts) / number
@@ -177,12 +186,12 @@ def shares(name: str, verdicts: Sequence[Verdict]) -> Scores:
     yield f"{name}/closest", sum(v.distance < v.to_others for v in verdicts) / number
 
 
-def table(scores: dict[str, float], number: int) -> str:
+def table(scores: dict[str, float]) -> str:
     """Return the scores as a table, with 95 % intervals of the shares."""
     rows = dict.fromkeys(name.rpartition("/")[0] for name in scores)
-    lines = [f"{'pairs':28}" + "".join(f"{part:>22}" for part in PARTS) + "   distances"]
+    lines = [f"{'pairs':24}prompts" + "".join(f"{part:>22}" for part in PARTS) + "   distances"]
     for row in rows:
-        cells = ""
+        cells, number = "", int(scores[f"{row}/prompts"])
         for part in PARTS:
             low, high = wilson_interval(scores[f"{row}/{part}"], number)
             cells += f"{scores[f'{row}/{part}']:9.1%} ({low:.0%} to {high:.0%})".rjust(22)
@@ -190,7 +199,7 @@ def table(scores: dict[str, float], number: int) -> str:
         found = [
             f"{name} {scores[key]:.3f}" for name in others if (key := f"{row}/{name}") in scores
         ]
-        lines.append(f"{row:28}{cells}   {', '.join(found)}")
+        lines.append(f"{row:24}{number:7}{cells}   {', '.join(found)}")
     return "\n".join(lines)
 
 
@@ -200,7 +209,7 @@ def main(args: Sequence[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         scores = dict(evaluate_emoji(options))
         write_report(options.out / "emoji.json", options, scores)
-        print(table(scores, options.num_prompts))
+        print(table(scores))
         print(f"wrote {options.out / 'emoji.json'}", file=sys.stderr)
 
 

@@ -94,7 +94,7 @@ def test_scores_of_real_images(modules: tuple[Any, Any], data: Path) -> None:
     classifier, evaluate = modules
     torch.manual_seed(0)
     emoji = classifier.Emoji.read(data)
-    config = classifier.EmojiClassifierConfig(list(COLOURS), ARTISTS, width=8)
+    config = classifier.EmojiClassifierConfig(tuple(COLOURS), tuple(ARTISTS), width=8)
     model = classifier.EmojiClassifier(config).eval()
     answers = iter([("blue", ARTISTS[2]), ("blue", ARTISTS[0])])
     model.classify = lambda images: [next(answers) for _ in images]
@@ -114,7 +114,7 @@ def test_a_model_is_evaluated(
     modules: tuple[Any, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     classifier, evaluate = modules
-    config = classifier.EmojiClassifierConfig(list(COLOURS), ARTISTS, width=8)
+    config = classifier.EmojiClassifierConfig(tuple(COLOURS), tuple(ARTISTS), width=8)
     network = classifier.EmojiClassifier(config)
     classifier.save_weights(network, tmp_path / "network" / "latest" / classifier.FILE_NAME)
     tokenizer = Tokenizer.train(["red, openmoji style"], 256)
@@ -135,7 +135,9 @@ def test_a_model_is_evaluated(
     scores = json.loads((tmp_path / "out" / "emoji.json").read_text())["scores"]
     assert {name for name in scores if name.startswith("heldout/best of 2")} == {
         f"heldout/best of 2/{part}"
-        for part in ("concept", "artist", "both", "distance", "of nearest", "closest")
+        for part in ("prompts", *evaluate.PARTS, "distance", "of nearest", "closest")
     }
+    artists = {name.split("/")[1] for name in scores if name.startswith("heldout")}
+    assert artists == {"reconstructions", "first", "best of 2", ARTISTS[2]}
     assert "heldout/reconstructions" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "heldout.png").width > 2 * 128
