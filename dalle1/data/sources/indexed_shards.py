@@ -28,6 +28,7 @@ from dalle1.data.sources.shard_members import (
     group_samples,
     image_suffix,
     join_apart,
+    mark_last,
     missing_files,
     note_further_images,
     printable,
@@ -83,21 +84,23 @@ class IndexedShards(IndexedSource):
         self.entries = table[kept.start : kept.stop]
 
     def _index(self, number: int, shard: Path) -> Iterator[tuple[int, ...]]:
-        index, captions = index_shard(shard), self.options.captions
+        index, before, kept = index_shard(shard), len(self.skipped), 0
         self.stamps.append(index.stamp)
         if index.damage:
             self.skipped.append(index.damage)
-        for sample in index.samples:
-            if lacking := missing_files(sample, captions):
-                where = f"{printable(sample.key)} in {shard}"
-                self.skipped.append(SkippedSample.because(lacking, where))
+        for sample, is_last in mark_last(index.samples):
+            if lacking := missing_files(sample, self.options.captions):
+                if not (index.damage and is_last):
+                    where = f"{printable(sample.key)} in {shard}"
+                    self.skipped.append(SkippedSample.because(lacking, where))
                 continue
             note_further_images(sample, index.asides)
+            kept += 1
             spans = (sample.files.get(suffix, (0, 0)) for suffix in CAPTIONS)
             yield (number, *sample.files[image_suffix(sample.files)], *chain(*spans))
-        self.skipped += index.asides.skipped(str(shard))
-        met = len(index.samples) + bool(index.damage)
+        met = kept + len(self.skipped) - before
         self.shards_read.append(ShardRead(str(shard), met, not index.damage))
+        self.skipped += index.asides.skipped(str(shard))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -163,8 +166,6 @@ def index_shard(shard: Path) -> ShardIndex:
     if damage:
         cause = "shard cut short" if index.samples else "unreadable shard"
         index.damage = SkippedSample(cause, str(shard), f"{damage[0]}")
-        if index.samples and missing_files(index.samples[-1], captions=True):
-            del index.samples[-1]  # it is what was cut off
     return index
 
 
