@@ -41,7 +41,7 @@ class EmojiOptions:
     clip: str | None = None
     """Folder of the CLIP that reranks; by default the one in the model's folder."""
     rerank: Rerank | None = None
-    """Reranker: clip, likelihood or none; by default clip if there is one."""
+    """Reranker: clip, likelihood or none; by default clip where there is a CLIP."""
     data: Path = Path("runs/emoji")
     """Folder that emoji.py wrote."""
     classifier: Path = Path("runs/emoji-classifier")
@@ -174,7 +174,7 @@ def reconstructed(model: DallE, images: Tensor) -> Tensor:
 
 
 def shares(name: str, verdicts: Sequence[Verdict]) -> Scores:
-    """Yield the number of some samples and their scores; nothing where there is none."""
+    """Yield the number of some samples and their scores; nothing without samples."""
     if not (number := len(verdicts)):
         return
     yield f"{name}/prompts", number
