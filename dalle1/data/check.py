@@ -31,7 +31,7 @@ from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.examples import iter_batches
 from dalle1.data.images import TooSmall, grid, save_png, to_tensor
 from dalle1.data.loader import Batch
-from dalle1.data.skipped import DAMAGE, SkipStats
+from dalle1.data.skipped import DAMAGE, IGNORED, SkipStats
 from dalle1.data.sources.base import ENDLESS, ReadOptions, Sample, Source
 from dalle1.data.spec import open_source
 from dalle1.locking import folder_lock
@@ -85,7 +85,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
     options = ReadOptions(captions=config.captions, cleaning=cleaning)
     source = open_source(config.data, "encode", options)
     stats = SkipStats(1.0, log, report=tqdm.write)
-    stats.open(0, source.skipped)
+    stats.open(source.size or 0, source.skipped, source.notes)
     stats.shards.add(source.shards_read)
     start = time.perf_counter()
     found = _read(source, config, stats)
@@ -144,10 +144,11 @@ def _note(found: Findings, batch: Batch, shown: int, rng: random.Random) -> None
 def _report(found: Findings, stats: SkipStats, config: CheckConfig) -> dict[str, Any]:
     pairs, damaged = len(found.widths), sum(stats.counts[cause] for cause in DAMAGE)
     lost = stats.shards.lost_samples()
+    counted = sum(count for cause, count in stats.counts.items() if cause not in IGNORED)
     report: dict[str, Any] = {
         "pairs": pairs,
         "skipped": dict(stats.counts.most_common()),
-        "damaged": (damaged + lost) / (pairs + stats.counts.total() + lost),
+        "damaged": (damaged + lost) / (pairs + counted + lost),
         "width": _spread(found.widths),
         "height": _spread(found.heights),
     }

@@ -247,7 +247,7 @@ def encode(config: EncodeConfig) -> None:
     chunks = list(source.chunks(config.shard_size))
     precision = _claim(config, model, source, len(chunks), device)
     stats = SkipStats(config.max_bad_fraction, config.out / "skipped.jsonl", report=tqdm.write)
-    stats.open(source.size or 0, source.skipped)
+    stats.open(source.size or 0, source.skipped, source.notes)
     written = 0
     with bar(total=source.size, unit="image") as progress:
         for number, keys in enumerate(chunks):

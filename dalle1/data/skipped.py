@@ -27,8 +27,14 @@ DAMAGE = (
 RULES = ("too small", "too elongated", "caption too short", "caption too long")
 """Causes that follow from the settings of a training; they never stop it."""
 
-IGNORED = ("hidden file", "other file", "further image", "caption without an image")
-"""Causes of files that are no samples: counted and named, but never damage."""
+IGNORED = (
+    *("hidden file", "other file", "further image", "output folder"),
+    *("caption without an image", "image not in the list"),
+)
+"""Causes of files that are not samples: counted and named, but never damage."""
+
+FEW_NAMES = 3
+"""Number of names in a message; an ellipsis stands for the others."""
 
 WINDOW = 1_000
 """Samples over which the share of bad ones is measured."""
@@ -64,6 +70,25 @@ class SkippedSample:
 
     def __str__(self) -> str:
         return f"{self.where} ({self.cause}: {self.why})"
+
+
+class SkippedFiles:
+    """Counts files that are passed over for one reason, and keeps the first names."""
+
+    def __init__(self, cause: str, why: str) -> None:
+        self.cause, self.why = cause, why
+        self.count, self.names = 0, list[str]()
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if self.count <= FEW_NAMES:
+            self.names.append(name)
+
+    def entries(self) -> list[SkippedSample]:
+        """Return one entry for all of them; none where there is no file."""
+        more = [] if self.count <= FEW_NAMES else ["…"]
+        where = ", ".join([*self.names, *more])
+        return [SkippedSample(self.cause, where, self.why, self.count)] if self.count else []
 
 
 class ShardRead(NamedTuple):
@@ -131,14 +156,27 @@ class SkipStats:
     ) -> None:
         self.max_bad_fraction, self.file, self.report = max_bad_fraction, file, report
         self.counts: Counter[str] = Counter()
+        self.first: dict[str, list[SkippedSample]] = {}  # some samples of each cause
         self.recent: deque[tuple[int, int]] = deque()  # (samples, damaged ones) of each batch
         self.shards = ShardLosses(max_bad_fraction)
         self.logged = _logged_in(file) if file else set()
 
-    def open(self, usable: int, skipped: Iterable[SkippedSample]) -> None:
-        """Count what was skipped on opening a dataset, which left `usable` samples."""
+    def open(
+        self, usable: int, skipped: Iterable[SkippedSample], notes: Iterable[str] = ()
+    ) -> None:
+        """Count what was skipped on opening a dataset, which left `usable` samples.
+
+        Args:
+            notes: what else there is to report about the dataset, a sentence each.
+        """
         skipped = list(skipped)
         self._log(skipped)
+        for note in notes:
+            self.report(f"note: {note}")
+        if skipped:
+            causes = "; ".join(f"{n:,} × {self.describe(x)}" for x, n in self.counts.most_common())
+            rest = f"; see {self.file}" if self.file else ""
+            self.report(f"{usable:,} samples; skipped: {causes}{rest}")
         self._check(usable + _samples(skipped), _damaged(skipped))
 
     def add(
@@ -146,7 +184,13 @@ class SkipStats:
     ) -> None:
         """Count a batch, and the shards that ended in it. ValueError where too much is damaged."""
         skipped = list(skipped)
+        rest = f"; all are logged in {self.file}" if self.file and not self.counts else ""
+        known = set(self.counts)
         self._log(skipped)
+        for cause, samples in self.first.items():
+            if cause not in known:
+                self.report(f"Skipping {samples[0]}{rest}")
+                rest = ""
         self.shards.add(shards)
         self.recent.append((used + _samples(skipped), _damaged(skipped)))
         total = sum(samples for samples, _ in self.recent)
@@ -159,12 +203,19 @@ class SkipStats:
         counts = (f"{count} × {cause}" for cause, count in self.counts.most_common())
         return ", ".join(counts) or "nothing"
 
+    def describe(self, cause: str) -> str:
+        """Return a cause, with the names of some samples, and why the first was skipped."""
+        first = self.first[cause]
+        more = ", …" if self.counts[cause] > sum(x.count for x in first) else ""
+        names = ", ".join(dict.fromkeys(sample.where for sample in first))
+        return f"{cause} ({names}{more}: {first[0].why})"
+
     def _log(self, skipped: list[SkippedSample]) -> None:
-        fresh, messages = [], []
+        fresh = []
         for sample in skipped:
-            if not self.counts[sample.cause]:
-                rest = f"; all are logged in {self.file}" if self.file and not self.counts else ""
-                messages.append(f"Skipping {sample}{rest}")
+            first = self.first.setdefault(sample.cause, [])
+            if len(first) < FEW_NAMES:
+                first.append(sample)
             self.counts[sample.cause] += sample.count
             if sample.where not in self.logged:
                 self.logged.add(sample.where)
@@ -173,8 +224,6 @@ class SkipStats:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
                 file.writelines(f"{json.dumps(asdict(sample))}\n" for sample in fresh)
-        for message in messages:
-            self.report(message)
 
     def _check(self, total: int, bad: int) -> None:
         if total and bad / total > self.max_bad_fraction:

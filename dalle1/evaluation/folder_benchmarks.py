@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle1.clip import Clip
-from dalle1.data.sources.folder import LISTS, caption_file
+from dalle1.data.sources.file_tree import LISTS, FileTree
 from dalle1.data.spec import shards_of
 from dalle1.evaluation.clip_metrics import (
     MIN_PROBE_IMAGES,
@@ -114,5 +114,5 @@ def labelled_images(root: Path, limit: int | None) -> LabelledImages | None:
 
 
 def _has_captions(root: Path) -> bool:
-    has_list = any((root / name).is_file() for name in LISTS)
-    return has_list or any(caption_file(path) for path in image_paths(root))
+    tree = FileTree(root)
+    return any(tree.kinds) or any(name in LISTS for name in tree.lists)

@@ -79,8 +79,9 @@ def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> 
     causes = [(pair.cause, pair.where.rpartition("/")[2]) for pair in source.skipped]
     assert causes == [
         ("caption not UTF-8", "captions.csv:3"),
-        ("no image", "gone.png"),
         ("no image", "captions.csv:5"),
+        ("no image", "gone.png"),
+        ("image not in the list", "b.png"),
     ]
     assert len(Folder(tmp_path, options=ReadOptions(captions=False))) == 3
     (tmp_path / "captions.csv").rename(tmp_path / "captions.jsonl")
@@ -88,9 +89,11 @@ def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> 
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
     source = Folder(tmp_path)
     assert [source.name(i) for i in range(len(source))] == [str(tmp_path / "c.png")]
-    assert [pair.cause for pair in source.skipped] == ["damaged captions"] * 3
+    assert [pair.cause for pair in source.skipped[:3]] == ["damaged captions"] * 3
     (tmp_path / "captions.csv").write_text("name;words\n")
-    with pytest.raises(ValueError, match=r"captions.csv has the columns name;words; expected file"):
+    with pytest.raises(
+        ValueError, match=r"captions.csv has the columns 'name', 'words'; expected file"
+    ):
         Folder(tmp_path)
 
 

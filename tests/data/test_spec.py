@@ -65,7 +65,10 @@ def test_folder(tmp_path: Path) -> None:
     assert [source.caption(i, rng) for i in (0, 3)] == ["a red wall", "grass"]
     with pytest.raises(BadSample, match=r"d\.txt: there is no text in it"):
         source.caption(2, rng)
-    assert [sample.where for sample in source.skipped] == [str(tmp_path / "alone.png")]
+    assert [(sample.cause, sample.where) for sample in source.skipped] == [
+        ("caption without an image", "alone2.txt"),
+        ("no caption", str(tmp_path / "alone.png")),
+    ]
     assert [source.image(i).getpixel((0, 0)) for i in (0, 1, 2)] == [RED, BLUE, WHITE]
     assert np.abs(np.array(source.image(3), int) - GREEN).max() < 4  # a JPEG
 

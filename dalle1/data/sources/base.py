@@ -102,6 +102,10 @@ class Source(Protocol):
     def shards_read(self) -> Sequence[ShardRead]:
         """Shards read on opening."""
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What to report about how the data is read, a sentence each."""
+
     def loader(self, prepare: Prepare, config: LoaderConfig) -> Loader:
         """Return one rank's endless batches."""
 

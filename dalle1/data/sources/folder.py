@@ -1,31 +1,24 @@
-"""A folder of images: captions beside them, or all in one captions.csv or captions.jsonl."""
+"""A folder of images: captions beside them, or all in one list such as captions.csv."""
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from dalle1.data.cleaning import (
-    CAPTIONS,
-    IMAGE_SUFFIXES,
-    as_captions,
-    captions_in,
-    read_image,
-    sample_caption,
-)
-from dalle1.data.skipped import BadSample, SkippedSample
-from dalle1.data.sources.base import ReadOptions, names_digest, split_indices
+from dalle1.data.cleaning import captions_among, read_image, sample_caption
+from dalle1.data.skipped import BadSample, SkippedFiles, SkippedSample
+from dalle1.data.sources.base import ReadOptions, is_hidden, names_digest, split_indices
+from dalle1.data.sources.caption_lists import read_list
+from dalle1.data.sources.file_tree import LISTS, OTHER_LISTS, FileTree
 from dalle1.data.sources.indexed import IndexedSource
+from dalle1.data.sources.listed_files import find_by_end, find_exactly
+from dalle1.data.sources.packed import PackedGroups, PackedStrings
 
-LISTS = ("captions.csv", "captions.jsonl")
-FILE_KEYS = ("file", "file_name", "filename", "image")
-CAPTION_KEYS = ("caption", "captions", "text")
+EXPECTED = "name.jpg (png, webp, …) beside name.txt, or captions.csv, captions.jsonl, metadata.csv"
 
 
 class Folder(IndexedSource):
@@ -33,9 +26,12 @@ class Folder(IndexedSource):
 
     Where there is a captions.csv (columns file and caption) or captions.jsonl (objects with file
     and caption, a string or a list), it names the images instead; a file may come several times.
+    Where no image has a caption beside it, other lists are read (`OTHER_LISTS`), also those of
+    subfolders. A pair takes about 60 bytes of memory, a listed one those of its caption, too.
 
     Attributes:
-        skipped: images without captions, and captions without images.
+        skipped: images without captions, and files that are passed over.
+        notes: how lists were read.
     """
 
     def __init__(
@@ -45,140 +41,167 @@ class Folder(IndexedSource):
         options: ReadOptions | None = None,
     ) -> None:
         self.path, self.options = path, options or ReadOptions()
-        self.skipped: list[SkippedSample] = []
-        self.listed: dict[Path, list[str]] = {}
-        lists = [path / name for name in LISTS if (path / name).is_file()]
-        if lists and self.options.captions:
-            found = self._read_list(lists[0])
-        else:
-            found = self._look_around(path)
-        self.files = split_indices(found, split)
-        if not self.files:
-            count = len(self.skipped)
-            raise ValueError(
-                f"no pairs in {path}: {count} images, all without a caption; expected "
-                "name.jpg (png, webp, gif) beside name.txt, or a captions.csv or captions.jsonl"
-                if self.options.captions
-                else f"no images in {path}; expected .jpg, .png, .webp or .gif files"
-            )
-
-    def _look_around(self, path: Path) -> list[Path]:
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.options.captions:
-            return images
-        paired = []
-        for image in images:
-            if caption_file(image):
-                paired.append(image)
+        self.notes: list[str] = []
+        self.listed: PackedGroups | None = None
+        tree = FileTree(path)
+        self.names, self.kinds, self.endings = tree.images, tree.kinds, tree.endings
+        self.skipped: list[SkippedSample] = (
+            tree.skipped if self.options.captions else tree.skipped_images
+        )
+        lists = [name for name in LISTS if name in tree.lists][:1]
+        if self.options.captions and not any(tree.kinds):
+            lists = lists or _one_per_folder(tree.lists)
+        if self.options.captions:
+            if lists:
+                self._read_lists(lists, tree)
             else:
-                why = "there is no .txt or .json beside it"
-                self.skipped.append(SkippedSample("no caption", str(image), why))
-        return paired
+                self._keep_pairs(tree)
+            unread = SkippedFiles("other file", f"in {path}, a list that is not read")
+            for name in tree.lists:
+                if name not in lists:
+                    unread.add(name)
+            self.skipped += unread.entries()
+        if not len(self.names):
+            raise ValueError(self._why_empty(lists, len(tree.images)))
+        self.indices = split_indices(range(len(self.names)), split)
 
-    def _read_list(self, path: Path) -> list[Path]:
-        rows = _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path)
-        for where, row in rows:
+    def _why_empty(self, lists: Sequence[str], images: int) -> str:
+        first = f"; the first skipped is {self.skipped[0]}" if self.skipped else ""
+        if not self.options.captions:
+            return f"no images in {self.path}; expected .jpg, .png, .webp or .gif files{first}"
+        if lists:
+            return f"no pairs in {self.path} by {', '.join(lists[:3])}{first}"
+        return (
+            f"no pairs in {self.path}: {images} images, all without a caption; expected {EXPECTED}"
+            + ("" if images else first)
+        )
+
+    def _keep_pairs(self, tree: FileTree) -> None:
+        """Keep the images with captions beside them."""
+        why = "there is no .txt or .json beside it"
+        if all(tree.kinds):
+            return
+        self.names = PackedStrings()
+        for name, kind in zip(tree.images, tree.kinds, strict=True):
+            if kind:
+                self.names.append(name)
+            else:
+                self.skipped.append(SkippedSample("no caption", str(self.path / name), why))
+        self.kinds = type(tree.kinds)("H", (kind for kind in tree.kinds if kind))
+
+    def _read_lists(self, lists: Sequence[str], tree: FileTree) -> None:
+        self.names, self.listed = PackedStrings(), PackedGroups()
+        numbers: dict[str, int] = {}
+        hidden = SkippedFiles("hidden file", f"hidden in {self.path}, though a list names it")
+        for name in lists:
+            self._read_list(name, tree, numbers, hidden)
+        self.listed.close(len(numbers))
+        unlisted = SkippedFiles("image not in the list", f"{', '.join(lists[:3])} does not name it")
+        beside = SkippedFiles("other file", f"its captions are read from {lists[0]}")
+        for image, kind in zip(tree.images, tree.kinds, strict=True):
+            if image not in numbers:
+                unlisted.add(image)
+            if kind:
+                beside.add(os.path.splitext(image)[0] + tree.endings[kind][0])
+        self.skipped += [*hidden.entries(), *unlisted.entries(), *beside.entries()]
+        if len(lists) > 1:
+            more = ", …" if len(lists) > 3 else ""
+            self.notes.append(f"{len(lists)} lists are read: {', '.join(lists[:3])}{more}")
+
+    def _read_list(
+        self, name: str, tree: FileTree, numbers: dict[str, int], hidden: SkippedFiles
+    ) -> None:
+        path, folder = self.path / name, name[: name.rfind("/") + 1]
+
+        def add(file: str, captions: Sequence[str]) -> None:
+            if not os.path.isabs(file):
+                file = folder + file
+            elif Path(file).is_relative_to(self.path.absolute()):
+                file = str(Path(file).relative_to(self.path.absolute()))
+            if is_hidden(file if not os.path.isabs(file) else os.path.basename(file)):
+                hidden.add(file)
+                return
+            number = numbers.setdefault(file, len(numbers))
+            if number == len(self.names):
+                self.names.append(file)
+            for caption in captions:
+                self.listed.append(number, caption)  # type: ignore[union-attr]
+
+        missing: list[tuple[str, str, list[str]]] = []
+        found_any = False
+        for where, row in read_list(path, self.notes.append):
             if isinstance(row, BadSample):
                 self.skipped.append(SkippedSample.because(row, where))
-                continue
-            image = path.parent / row[0]
-            if image in self.listed:
-                self.listed[image] += row[1]
-            elif image.is_file():
-                self.listed[image] = list(row[1])
+            elif (file := find_exactly(path.parent, row[0])) is not None:
+                found_any = True
+                add(file, row[1])
             else:
-                why = f"{where} names it, but the file does not exist"
-                self.skipped.append(SkippedSample("no image", str(image), why))
-        return list(self.listed)
+                missing.append((where, *row))
+        if missing:
+            self._add_missing(path, folder, tree, missing, not found_any, add)
+
+    def _add_missing(
+        self,
+        path: Path,
+        folder: str,
+        tree: FileTree,
+        missing: Sequence[tuple[str, str, list[str]]],
+        any_folder: bool,
+        add: Callable[[str, Sequence[str]], None],
+    ) -> None:
+        """Add rows whose file does not exist as it is named, where it is clear which is meant."""
+        inside = (x[len(folder) :] for x in tree.images if x.startswith(folder))
+        found, _ = find_by_end([name for _, name, _ in missing], inside, any_folder)
+        for where, name, captions in missing:
+            if name in found:
+                add(found[name], captions)
+                continue
+            why = f"{where} names {name[:200]!r}, but the file does not exist"
+            if "://" in name:
+                why = f"{where} names a URL, expected a file; download the images first"
+            self.skipped.append(SkippedSample("no image", str(path.parent / name), why))
+        if found:
+            name, image = next(iter(found.items()))
+            self.notes.append(f"{path.name}: {len(found):,} names such as {name!r} mean {image!r}")
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.indices)
 
     def digest(self) -> str:
-        return names_digest(Path(os.path.relpath(f, self.path)).as_posix() for f in self.files)
+        names = (self.names[i] for i in self.indices)
+        return names_digest(
+            Path(os.path.relpath(x, self.path)).as_posix() if os.path.isabs(x) else x for x in names
+        )
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return str(self.path / self.names[self.indices[index]])
 
     def caption(self, index: int, rng: random.Random) -> str:
-        image = self.files[index]
-        if image in self.listed:
-            return sample_caption(self.listed[image], str(image), self.options.cleaning, rng)
-        path = caption_file(image)
-        if path is None:
-            raise BadSample("no caption", "its caption is gone", str(image))
-        captions = captions_in(_content(path), path.suffix, str(path))
-        return sample_caption(captions, str(path), self.options.cleaning, rng)
+        number, name = self.indices[index], self.name(index)
+        if self.listed is not None:
+            return sample_caption(self.listed[number], name, self.options.cleaning, rng)
+        stem = name[: -len(os.path.splitext(name)[1])]
+        paths = [stem + ending for ending in self.endings[self.kinds[number]]]
+        files = {os.path.splitext(path)[1].lower(): _content(Path(path)) for path in paths}
+        captions = captions_among(files, paths[-1])
+        return sample_caption(captions, paths[-1], self.options.cleaning, rng)
 
     def image(self, index: int) -> Image.Image:
-        path = self.files[index]
-        return read_image(
-            _content(path), str(path), self.options.cleaning, self.options.decode_size
-        )
+        name, options = self.name(index), self.options
+        return read_image(_content(Path(name)), name, options.cleaning, options.decode_size)
+
+
+def _one_per_folder(lists: Sequence[str]) -> list[str]:
+    """Return the lists to read: that of the folder itself, or one of each subfolder."""
+    order = LISTS + OTHER_LISTS
+    best: dict[str, str] = {}
+    for name in sorted(lists, key=lambda name: order.index(name.rpartition("/")[2].lower())):
+        best.setdefault(name.rpartition("/")[0], name)
+    return [best[""]] if "" in best else sorted(best.values())
 
 
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL
         raise BadSample("unreadable file", f"{error}", str(path)) from error
-
-
-def caption_file(image: Path) -> Path | None:
-    """Return the file of captions beside an image, if any."""
-    beside = (image.with_suffix(suffix) for suffix in CAPTIONS)
-    return next((path for path in beside if path.is_file()), None)
-
-
-Row = tuple[str, list[str]]
-"""An image's file and its captions."""
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Row | BadSample]]:
-    """Yield the position and the content of each row."""
-    # Bytes that are not UTF-8 become surrogates, so that one bad row does not cost the others.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.DictReader(file)
-        columns = lines.fieldnames or []
-        name, text = (
-            next((k for k in keys if k in columns), None) for keys in (FILE_KEYS, CAPTION_KEYS)
-        )
-        if name is None or text is None:
-            raise ValueError(
-                f"{path} has the columns {', '.join(columns) or 'none'}; expected file and caption"
-            )
-        for line in lines:
-            yield f"{path}:{lines.line_num}", _row(line[name], line[text])
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | BadSample]]:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", _object_row(line)
-
-
-def _object_row(line: str) -> Row | BadSample:
-    try:
-        found = json.loads(line)
-        if not isinstance(found, dict):
-            raise ValueError("expected an object with file and caption")
-        name, text = (
-            next((found[key] for key in keys if found.get(key)), None)
-            for keys in (FILE_KEYS, CAPTION_KEYS)
-        )
-        return _row(name, text)
-    except (ValueError, RecursionError) as error:
-        return BadSample("damaged captions", f"{error}")
-
-
-def _row(name: object, text: object) -> Row | BadSample:
-    if not isinstance(name, str) or not name:
-        return BadSample("no image", "it names no file")
-    try:
-        captions = as_captions(text or [])
-    except ValueError as error:
-        return BadSample("damaged captions", f"{error}", name)
-    if any("\udc80" <= letter <= "\udcff" for caption in [name, *captions] for letter in caption):
-        return BadSample("caption not UTF-8", "it holds bytes that are not UTF-8")
-    return name, captions

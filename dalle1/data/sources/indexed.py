@@ -62,6 +62,7 @@ class IndexedSource(ABC):
 
     skipped: Sequence[SkippedSample] = ()
     shards_read: Sequence[ShardRead] = ()
+    notes: Sequence[str] = ()
     weighted = False
 
     @abstractmethod
@@ -136,7 +137,7 @@ class IndexedLoader:
         """
         config, opening = self.config, self.source.skipped
         if config.rank == 0:  # every rank opened the same
-            config.stats.open(len(self.source), opening)
+            config.stats.open(len(self.source), opening, self.source.notes)
         stream = run_workers(
             _AtPositions(self.source, self.prepare, config.seed),
             config.num_workers,

@@ -29,6 +29,7 @@ class Mixture(IndexedSource):
         self.sources, self.weights, self.weighted = sources, weights, weights is not None
         self.ends = list(accumulate(len(source) for source in sources))
         self.skipped = list(chain.from_iterable(source.skipped for source in sources))
+        self.notes = list(chain.from_iterable(source.notes for source in sources))
         self.shards_read = list(chain.from_iterable(source.shards_read for source in sources))
 
     def __len__(self) -> int:

@@ -81,6 +81,7 @@ class StreamingShards:
     """Unknown: only reading everything would reveal the number of samples."""
     skipped: Sequence[SkippedSample] = ()
     shards_read: Sequence[ShardRead] = ()
+    notes: Sequence[str] = ()
 
     def __init__(
         self,

@@ -1,0 +1,153 @@
+"""Which files of a folder, however deep, are images, captions or lists, and which are neither."""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from collections.abc import Collection
+from pathlib import Path
+
+from dalle1.data.cleaning import CAPTIONS, IMAGE_SUFFIXES
+from dalle1.data.skipped import SkippedFiles, SkippedSample
+from dalle1.data.sources.base import is_hidden
+from dalle1.data.sources.packed import PackedStrings
+
+LISTS = ("captions.csv", "captions.jsonl")
+"""Lists of captions that are read whatever else there is."""
+OTHER_LISTS = (
+    *("captions.tsv", "captions.json", "captions.parquet", "captions.txt"),
+    *("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet"),
+)
+"""Lists that are read where no image has a caption beside it; Hugging Face's are metadata.*."""
+
+
+class FileTree:
+    """The files of a folder, by their names relative to it, in the order of their paths.
+
+    Attributes:
+        images: names of images.
+        kinds: of each image the number of its `endings`; 0: it has no caption beside it.
+        endings: what follows an image's stem in the names of its captions' files.
+        lists: names of lists of captions.
+        skipped: folders that cannot be read, and files that are passed over.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.images, self.kinds = PackedStrings(), array("H")
+        self.endings: list[tuple[str, ...]] = [()]
+        self.lists: list[str] = []
+        self.unreadable: list[SkippedSample] = []
+        self.hidden = SkippedFiles("hidden file", f"hidden in {root}, or an operating system's")
+        self.runs = SkippedFiles("output folder", f"in {root}, written by a command of dalle1")
+        self.others = SkippedFiles("other file", f"in {root}, not an image that Pillow reads")
+        self.lonely = SkippedFiles("caption without an image", f"in {root}, beside no image")
+        self._scan("")
+
+    @property
+    def skipped(self) -> list[SkippedSample]:
+        return [*self.skipped_images, *self.lonely.entries()]
+
+    @property
+    def skipped_images(self) -> list[SkippedSample]:
+        """What is skipped where captions are not wanted."""
+        files = (self.hidden, self.runs, self.others)
+        return [*self.unreadable, *(x for found in files for x in found.entries())]
+
+    def _scan(self, folder: str) -> None:
+        """Add what is in a folder and below; `folder` is "" or ends with a slash."""
+        files, folders = self._entries(folder)
+        if outputs := _outputs(files, folders):
+            if folder:
+                self.runs.add(folder)
+                return
+            for name in sorted(outputs):
+                self.runs.add(name)
+            files, folders = [x for x in files if x not in outputs], folders - outputs
+        images = [name for name in files if _suffix(name) in IMAGE_SUFFIXES]
+        texts = {name for name in files if _suffix(name) in CAPTIONS}
+        for name in sorted(set(files).difference(images)):
+            if name.lower() in LISTS + OTHER_LISTS and not _has_stem(name, images):
+                self.lists.append(folder + name)
+                texts.discard(name)
+            elif name not in texts:
+                self.others.add(folder + name)
+        beside = _CaptionFiles(texts)
+        for name in sorted([*images, *folders]):
+            if name in folders:
+                self._scan(f"{folder}{name}/")
+            else:
+                self.images.append(folder + name)
+                self.kinds.append(self._kind(beside.endings(name)))
+        for name in sorted(texts - beside.used):
+            self.lonely.add(folder + name)
+
+    def _kind(self, endings: tuple[str, ...]) -> int:
+        if endings not in self.endings:
+            self.endings.append(endings)
+        return self.endings.index(endings)
+
+    def _entries(self, folder: str) -> tuple[list[str], set[str]]:
+        """Return the files and the folders in a folder; count the rest."""
+        files, folders = list[str](), set[str]()
+        try:
+            with os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        self.hidden.add(folder + entry.name)
+                    elif entry.is_dir(follow_symlinks=False):
+                        folders.add(entry.name)
+                    elif entry.is_symlink() and not os.path.isdir(entry):
+                        files.append(entry.name)  # a broken one fails when it is read
+                    elif entry.is_file(follow_symlinks=False):
+                        files.append(entry.name)
+                    else:  # a link to a folder, a pipe
+                        self.others.add(folder + entry.name)
+        except OSError as error:
+            where = str(self.root / folder)
+            self.unreadable.append(SkippedSample("unreadable file", where, f"{error}"))
+        return files, folders
+
+
+class _CaptionFiles:
+    """The files of captions in a folder, also those with a suffix in capitals."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names, self.used = names, set[str]()
+        self.capitals = {
+            name[: -len(suffix)] + suffix: name
+            for name in sorted(names)
+            if not name.endswith(suffix := _suffix(name))
+        }
+
+    def endings(self, image: str) -> tuple[str, ...]:
+        """Return what follows an image's stem in the names of its files: name.txt, name.jpg.txt."""
+        stem = image[: -len(_suffix(image))]
+        for base in (stem, image):
+            found = [
+                self.capitals.get(x, x) if x not in self.names else x
+                for x in (base + suffix for suffix in CAPTIONS)
+            ]
+            found = [name for name in found if name in self.names]
+            if found:
+                self.used.update(found)
+                return tuple(name[len(stem) :] for name in found)
+        return ()
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _has_stem(name: str, images: Collection[str]) -> bool:
+    stem = os.path.splitext(name)[0]
+    return any(os.path.splitext(image)[0] == stem for image in images)
+
+
+def _outputs(files: Collection[str], folders: set[str]) -> set[str]:
+    """Return what holds images in the output folder of a training or a check; else nothing."""
+    checked = {"contact.png", "check.json"}
+    found = checked if checked.issubset(files) else set[str]()
+    steps = {name for name in folders if name == "samples" or re.fullmatch(r"step-\d+", name)}
+    return found | steps if "log.jsonl" in files else found
