@@ -81,8 +81,8 @@ class SkippedFiles:
 
     def add(self, name: str) -> None:
         self.count += 1
-        if self.count <= FEW_NAMES:
-            self.names.append(name)
+        if self.count <= FEW_NAMES or name < self.names[-1]:
+            self.names = sorted([*self.names, name])[:FEW_NAMES]
 
     def entries(self) -> list[SkippedSample]:
         """Return one entry for all of them; none where there is no file."""

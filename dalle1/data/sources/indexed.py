@@ -27,7 +27,7 @@ from dalle1.data.loader import (
     stack,
     too_many_skipped,
 )
-from dalle1.data.skipped import ShardRead, SkippedSample
+from dalle1.data.skipped import IGNORED, ShardRead, SkippedSample
 from dalle1.data.sources.base import ENDLESS, names_digest
 
 
@@ -144,7 +144,8 @@ class IndexedLoader:
             batch_sampler=_Positions(config, start),
             collate_fn=_stack_with_skipped,
         )
-        return counted(stream, config, opening if config.rank == start == 0 else ())
+        damaged = [sample for sample in opening if sample.cause not in IGNORED]
+        return counted(stream, config, damaged if config.rank == start == 0 else ())
 
     def state_dict(self) -> None:
         return None
