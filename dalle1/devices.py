@@ -6,8 +6,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,6 +38,16 @@ def autocast(device: torch.device, precision: str, keep_casts: bool = True) -> t
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     enabled = precision != "fp32"
     return torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=keep_casts)
+
+
+@contextmanager
+def inference(device: torch.device, precision: str = "fp32") -> Iterator[None]:
+    """Compute without gradients in `precision`, whatever the caller's autocast is.
+
+    Unlike those of torch.inference_mode, the results can be trained on.
+    """
+    with torch.no_grad(), autocast(device, precision):
+        yield
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -172,7 +172,9 @@ def _write_files(
         )
     columns = min(len(kept), 4 if len(kept) <= 16 else 8)
     save(grid([c.image for c in kept], columns), GRID, settings)
-    (folder / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    (folder / SCORES).write_text(
+        json.dumps(scores, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def _move(partial: Path, folder: Path, prompt: str | None) -> bool:

@@ -14,19 +14,21 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip
+from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import (
     centre_square,
     mask_to_sample,
+    read_image_file,
     to_float,
     to_pil,
     to_rgb,
     to_tensor,
     upright,
 )
-from dalle1.devices import PRECISIONS, pick_device, pick_precision
+from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
 from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from dalle1.model.transformer import Transformer
-from dalle1.sampling.batching import batched, max_batch
+from dalle1.sampling.batching import batched, check_counts, max_batch
 from dalle1.sampling.decoding import (
     UNKNOWN,
     candidate_uniforms,
@@ -51,20 +53,6 @@ VOCABULARY_NAME = "vocab.json"
 CLIP_NAME = "clip"
 Rerank = Literal["clip", "likelihood", "none"]
 OnRow = Callable[[Tensor, int], None]
-
-
-def check_counts(
-    prompts: Sequence[str], num_candidates: int, batch_size: int | None, share: tuple[int, int]
-) -> None:
-    """Raise a ValueError unless there is something to sample; see `DallE.sample`."""
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts is {prompts!r}, expected a list of at least one")
-    if not 0 <= share[0] < share[1]:
-        raise ValueError(f"share is {share}, expected (r, n) with r from 0 to n − 1")
-    if num_candidates < 1:
-        raise ValueError(f"num_candidates is {num_candidates}, expected at least 1")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
 
 
 class DallE:
@@ -97,6 +85,12 @@ class DallE:
     def device(self) -> torch.device:
         """Device of the transformer."""
         return self.transformer.image_head.weight.device
+
+    @property
+    def precision(self) -> str:
+        """Precision of the transformer: fp32, bf16 or fp16."""
+        dtype = self.transformer.image_head.weight.dtype
+        return next(name for name, kind in PRECISIONS.items() if kind == dtype)
 
     @classmethod
     def from_pretrained(
@@ -150,6 +144,8 @@ class DallE:
 
     def candidates(self, prompt: str, **options: Any) -> list[Candidate]:
         """Sample images for one prompt, best first; the options are those of `sample`."""
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt is {prompt!r}, expected one text; sample takes a list")
         return next(self.sample([prompt], **options))
 
     def sample(
@@ -183,6 +179,12 @@ class DallE:
         """
         check_counts(prompts, num_candidates, batch_size, share)
         options, reranker = Sampling(**sampling), self.reranker(rerank)
+        prompts = [clean_prompt(prompt) for prompt in prompts]
+        if options.is_deterministic and num_candidates > 1:
+            warnings.warn(
+                f"all {num_candidates} candidates are alike; one is sampled", stacklevel=2
+            )
+            num_candidates = 1
         known = check_known(known_codes, self.transformer)
         guided, image_len = options.guidance != 1, self.transformer.config.image_len
         fits = max_batch(self.transformer, batch_size, guided=guided, processes=share[1])
@@ -226,18 +228,27 @@ class DallE:
             for i, image, grid in zip(indices, self.decode(codes), codes, strict=True)
         ]
 
-    @torch.inference_mode()
     def decode(self, codes: Tensor, batch_size: int = 16) -> list[Image.Image]:
         """Decode codes [B, W, W] to images, `batch_size` at a time."""
-        parts = codes.split(batch_size)
-        return [x for part in parts for x in to_pil(self.image_tokenizer.decode(part))]
+        images: list[Image.Image] = []
+        for part in codes.split(batch_size):
+            with inference(self.device):
+                pixels = self.image_tokenizer.decode(part)
+            if not pixels.isfinite().all():
+                raise ValueError("the image tokenizer's images are nan; its weights are damaged")
+            images += to_pil(pixels)
+        return images
 
-    @torch.inference_mode()
-    def encode(self, image: Image.Image) -> Tensor:
-        """Encode an image as codes [W, W]; its central square if it is not square."""
+    def encode(self, image: Image.Image | str | Path) -> Tensor:
+        """Encode an image, or the file of one, as codes [W, W]: its central square."""
+        if isinstance(image, (str, Path)):
+            image = read_image_file(Path(image))
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"image is a {type(image).__name__}, expected a PIL image or a path")
         square = centre_square(to_rgb(image), self.image_tokenizer.image_size, allow_upscale=True)
         pixels = to_float(to_tensor(square)[None])
-        return self.image_tokenizer.encode(pixels.to(self.device))[0]
+        with inference(self.device):
+            return self.image_tokenizer.encode(pixels.to(self.device))[0]
 
     def encode_known(
         self, image: Image.Image, *, keep_rows: int | None = None, mask: Image.Image | None = None
@@ -289,8 +300,7 @@ class DallE:
 
     def encode_prompt(self, prompt: str) -> torch.Tensor:
         """Tokenize a prompt with its padding, [L], with a warning if it is cut."""
-        if not prompt.strip():
-            raise ValueError("the prompt is empty; describe an image, such as: an avocado armchair")
+        prompt = clean_prompt(prompt)
         length = self.transformer.config.text_len
         tokens = self.tokenizer.encode([prompt], length)[0]
         if (count := self.tokenizer.count(prompt)) > length - 1:
@@ -323,13 +333,12 @@ class DallE:
         self, prompt: str, candidates: list[Candidate], by: Rerank | None = None
     ) -> list[Candidate]:
         """Score candidates and sort them, best first; see `sample`."""
-        return ranked(self.reranker(by), prompt, candidates)
+        return ranked(self.reranker(by), clean_prompt(prompt), candidates)
 
     def with_probabilities(self, candidates: list[Candidate]) -> list[Candidate]:
         """Add CLIP's softmax over the scores of all these candidates; nothing without a CLIP."""
         return candidates if self.clip is None else ClipReranker(self.clip).finish(candidates)
 
-    @torch.inference_mode()
     def bits(self, prompt: str, codes: Tensor, batch_size: int = 8) -> tuple[float, Tensor]:
         """Return −log₂ p of `prompt` per token, and −log₂ p of each image under it per code.
 
@@ -341,7 +350,9 @@ class DallE:
         text = self.encode_prompt(prompt) if prompt else null_caption(self.transformer)[0]
         text, text_bits, code_bits = text.to(self.device), 0.0, []
         for part in codes.to(self.device).split(batch_size):
-            text_losses, image_losses = self.transformer.losses(text.expand(len(part), -1), part)
+            with inference(self.device):
+                losses = self.transformer.losses(text.expand(len(part), -1), part)
+            text_losses, image_losses = losses
             tokens = int((text < self.transformer.config.text_vocab).sum())
             counted = tokens + self.transformer.config.pad_targets
             text_bits = float(text_losses[0, :counted].sum()) / max(counted, 1) / math.log(2)

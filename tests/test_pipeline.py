@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from dalle1.sampling.batching import batched, max_batch
 from dalle1.sampling.decoding import UNKNOWN
 from dalle1.sampling.kv_cache import decode_memory
 from dalle1.text.bpe import Tokenizer
+from dalle1.text.known_words import Words
 from dvae import DVAE, DVAEConfig
 
 CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]
@@ -109,8 +112,102 @@ def test_images_depend_on_seed_and_number_alone(plain: DallE) -> None:
     assert same(plain.generate(PROMPT, num_images=2, num_candidates=2), every[:2])
     assert not same(plain.generate(PROMPT, num_images=5, num_candidates=5, seed=1), every)
     assert not same(plain.generate("a blue star", num_images=5, num_candidates=5), every)
-    coldest = plain.generate(PROMPT, num_images=2, num_candidates=2, temperature=0)
-    assert same(coldest[:1], coldest[1:])
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}])
+def test_candidates_that_would_be_alike_are_sampled_once(
+    plain: DallE, options: dict[str, int]
+) -> None:
+    with pytest.warns(UserWarning, match="all 4 candidates are alike; one is sampled"):
+        assert len(plain.candidates(PROMPT, num_candidates=4, **options)) == 1
+
+
+@pytest.mark.parametrize(
+    "state", ["autocast", "float64", "inference", "deterministic", "rng", "no grad"]
+)
+def test_a_seed_decides_alone_whatever_the_callers_state(ranked: DallE, state: str) -> None:
+    expected = ranked.candidates(PROMPT, num_candidates=3, seed=2, temperature=0.9)
+    contexts = {
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "inference": torch.inference_mode(),
+        "no grad": torch.no_grad(),
+    }
+    try:
+        if state == "float64":
+            torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(state == "deterministic")
+        torch.manual_seed(17)
+        before = torch.get_rng_state()
+        with contexts.get(state, nullcontext()):
+            found = ranked.candidates(PROMPT, num_candidates=3, seed=2, temperature=0.9)
+        assert torch.equal(torch.get_rng_state(), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+    assert same([c.image for c in found], [c.image for c in expected])
+    assert [c.score for c in found] == [c.score for c in expected]
+
+
+def test_what_the_model_returns_can_be_trained_on(ranked: DallE) -> None:
+    assert ranked.clip is not None
+    features = ranked.clip.embed_images([photo()]), ranked.clip.embed_text([PROMPT])
+    for feature in features:
+        torch.nn.Linear(16, 2)(feature).sum().backward()
+    text = ranked.encode_prompt(PROMPT)[None]
+    for codes in (ranked.encode(photo()), ranked.candidates(PROMPT, num_candidates=1)[0].codes):
+        ranked.transformer.losses(text, codes[None])[1].mean().backward()
+    ranked.transformer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}])
+def test_logits_that_are_no_numbers_end_at_the_first_step(
+    plain: DallE, options: dict[str, float]
+) -> None:
+    rows: list[int] = []
+    broken = copy.deepcopy(plain)
+    with torch.no_grad():
+        broken.transformer.image_head.weight[3] = math.nan
+    for model, more, remedy in (
+        (broken, {}, "an earlier checkpoint"),
+        (plain, {"guidance": 1e39}, r"guidance is 1e\+39, use a smaller one"),
+    ):
+        with pytest.raises(ValueError, match=f"logits are nan or infinite in float32.*{remedy}"):
+            model.candidates(
+                PROMPT,
+                num_candidates=1,
+                on_row=lambda codes, row: rows.append(row),
+                **options,
+                **more,
+            )
+    assert not rows
+
+
+def test_prompts_are_cleaned_as_captions_are(ranked: DallE) -> None:
+    expected = ranked.generate("a red & blue cube", num_images=1, num_candidates=1)
+    for prompt in ("\ufeffa red &amp; blue cube", " a  red & blue\tcube\n"):
+        assert same(ranked.generate(prompt, num_images=1, num_candidates=1), expected)
+    ranked.generate("a \ud83d cube", num_images=1, num_candidates=1)  # half of a character
+
+
+@pytest.mark.parametrize("prompt", ["🦊", "?!", "a fox"])
+def test_a_prompt_without_a_known_word_is_noted(prompt: str) -> None:
+    message = Words({"cube": 3, "a": 3}).unknown_words_message(prompt)
+    assert message == f"this model does not know {prompt.removeprefix('a ')!r}"
+
+
+def test_other_types_of_arguments_are_one_error(plain: DallE, tmp_path: Path) -> None:
+    for prompt in (["a", "b"], None, 3):
+        with pytest.raises(ValueError, match="expected one text; sample takes a list"):
+            plain.generate(prompt, num_images=1, num_candidates=1)
+    for prompt in ("", " ", "\u200b", "\ufeff"):
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            plain.candidates(prompt)
+    with pytest.raises(ValueError, match="image is a Tensor, expected a PIL image or a path"):
+        plain.encode(torch.zeros(3, 32, 32))
+    photo().save(tmp_path / "photo.png")
+    expected = plain.encode(photo())
+    for path in (tmp_path / "photo.png", str(tmp_path / "photo.png")):
+        assert torch.equal(plain.encode(path), expected)
 
 
 def test_every_sampled_code_is_counted(plain: DallE) -> None:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,11 @@ from tokenizers import processors
 from torch import Tensor, nn
 
 from dalle1.clip.arch import ClipArch
+from dalle1.clip.checks import UnfitClip, check_clip, check_files, lower_cases
 from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
+from dalle1.data.cleaning import SURROGATE
 from dalle1.data.images import to_rgb
-from dalle1.devices import autocast
+from dalle1.devices import inference
 from dalle1.storage import model_folder, refuse_pointer
 from dalle1.text.bpe import Tokenizer
 
@@ -92,6 +94,12 @@ class Clip:
         for file in folder.iterdir() if is_folder else ():
             if file.is_file():
                 refuse_pointer(file)
+        if not is_folder and "/" not in name:
+            raise ValueError(
+                f"no CLIP at {name}: the folder does not exist; on Hugging Face, names have a /"
+            )
+        if is_folder:
+            check_files(folder)
         failure: Exception | None = None
         for local_only in (True,) if is_folder else (True, False):
             try:
@@ -105,15 +113,11 @@ class Clip:
         clip = cls(*parts, precision)
         clip.model.eval().requires_grad_(False).to(device)
         try:
-            clip.tokenize(["a cube"])
-            prepared = tuple(clip.preprocess([Image.new("RGB", (8, 8))]).shape[-2:])
+            check_clip(clip, name)
+        except UnfitClip:
+            raise
         except Exception as error:  # wrong types in its JSON files fail in any way
             raise _cannot_load(name, error) from error
-        if prepared != (clip.image_size, clip.image_size):
-            raise ValueError(
-                f"the image processor of the CLIP in {name} returns {prepared} pixels, expected "
-                f"{clip.image_size} as its model; replace its preprocessor_config.json"
-            )
         return clip
 
     def save_pretrained(self, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -168,7 +172,9 @@ class Clip:
         """
         if isinstance(captions, str) or not captions:
             raise ValueError(f"captions is {captions!r}, expected a list of at least one string")
-        captions = list(captions)
+        captions = [SURROGATE.sub("\ufffd", caption) for caption in captions]
+        if lower_cases(self):
+            captions = [caption.lower() for caption in captions]
         whole = self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
         too_long = sum(len(ids) > self.text_len for ids in whole)
         if too_long:
@@ -191,6 +197,8 @@ class Clip:
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Resize, crop and normalize images for the model: `[N, 3, size, size]` on its device."""
+        if isinstance(images, (Image.Image, str, Path)):
+            raise ValueError(f"images is a {type(images).__name__}, expected a list of PIL images")
         if not images:
             raise ValueError("images is empty, expected a list of at least one image")
         pixels = self.processor(
@@ -208,38 +216,54 @@ class Clip:
         )
         return (images - mean) / std
 
-    @torch.inference_mode()
     def embed_text(self, captions: Sequence[str], batch_size: int = 256) -> Tensor:
         """Embed captions as unit vectors `[B, D]`, on the model's device."""
         inputs = {name: x.to(self.model.device) for name, x in self.tokenize(captions).items()}
         parts = zip(*(x.split(batch_size) for x in inputs.values()))
-        with autocast(self.model.device, self.precision):
-            features = [self.model.get_text_features(**dict(zip(inputs, x))) for x in parts]
-        return torch.cat([unit_features(part) for part in features])
+        tower = self.model.get_text_features
+        return finite(torch.cat([self._embed(tower, **dict(zip(inputs, x))) for x in parts]))
 
-    @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
         """Embed images as unit vectors `[N, D]`, on the model's device."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         starts = range(0, max(len(images), 1), batch_size)
         batches = (self.preprocess(images[start : start + batch_size]) for start in starts)
-        return torch.cat([self.embed_pixels(pixels) for pixels in batches])
+        return finite(torch.cat([self.embed_pixels(pixels) for pixels in batches]))
 
-    @torch.inference_mode()
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Embed the output of `preprocess` as unit vectors `[N, D]`."""
-        with autocast(self.model.device, self.precision):
-            features = self.model.get_image_features(pixel_values=pixels)
-        return unit_features(features)
+        """Embed the output of `preprocess` as unit vectors `[N, D]`; NaN where the model fails."""
+        return self._embed(self.model.get_image_features, pixel_values=pixels)
+
+    def _embed(self, tower: Callable[..., Any], **inputs: Tensor) -> Tensor:
+        """Compute unit features; in fp32 from then on, if they overflow otherwise."""
+        with inference(self.model.device, self.precision):
+            features = unit_features(tower(**inputs))
+        if self.precision == "fp32" or features.isfinite().all():
+            return features
+        warnings.warn(f"this CLIP overflows in {self.precision}; it computes in fp32", stacklevel=3)
+        self.precision = "fp32"
+        return self._embed(tower, **inputs)
 
     def score(self, caption: str, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
         """Compute the cosine similarities `[N]` of images with a caption, in [-1, 1]."""
-        return self.embed_images(images, batch_size) @ self.embed_text([caption])[0]
+        embeds, text = self.embed_images(images, batch_size), self.embed_text([caption])[0]
+        with inference(self.model.device):
+            return embeds @ text
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Compute the softmax of the `scores` [N] times the learned scale; they sum to 1."""
         return (self.model.logit_scale.detach().exp().item() * scores.float()).softmax(-1)
+
+
+def finite(features: Tensor) -> Tensor:
+    """Return features; ValueError where one is nan or infinite, as nothing is ranked by those."""
+    if not features.isfinite().all():
+        raise ValueError(
+            "the CLIP's features are nan or infinite in fp32; its weights are damaged, use another "
+            "CLIP or an earlier checkpoint"
+        )
+    return features
 
 
 def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, arch: ClipArch) -> Clip:

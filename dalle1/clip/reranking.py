@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dalle1.clip.loading import Clip
 from dalle1.console import notes, one_line_errors, parse
-from dalle1.data.cleaning import visible
+from dalle1.data.cleaning import clean_prompt, visible
 from dalle1.data.images import grid, read_image_file, save_png
 from dalle1.data.sources.base import image_paths
 from dalle1.devices import pick_device
@@ -69,7 +69,7 @@ def rank_files(
 
     An unreadable file is skipped, with a note on stderr. ValueError where all are unreadable.
     """
-    paths: list[Path] = []
+    prompt, paths = clean_prompt(prompt), list[Path]()
     similarities: list[Tensor] = []
     for start in range(0, len(files), batch_size):
         readable = dict(_readable_images(files[start : start + batch_size]))
@@ -123,7 +123,7 @@ def run(options: RankOptions) -> list[RankedFile]:
     best = [Path(entry.file) for entry in ranked[: options.num_images]]
     tiles = [thumbnail(image) for _, image in _readable_images(best)]
     save_png(grid(tiles, min(len(tiles), 4)), options.out / "grid.png")
-    write_atomic(options.out / "scores.json", json.dumps(report, indent=1) + "\n")
+    write_atomic(options.out / "scores.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     print("similarity probability image")
     for entry in ranked:
         print(f"{entry.similarity:10.4f} {entry.probability:11.4f} {entry.file}")

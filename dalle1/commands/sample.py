@@ -275,7 +275,7 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int]) ->
     root, count = options.out or DEFAULT_OUT, len(options.prompts)
     width, known = model.image_tokenizer.grid_size, encode_known(model, options)
     first_row = 0 if known is None else int((known < 0).nonzero()[0]) // width
-    each = len(range(options.num_candidates)[rank::world])
+    each = len(range(1 if is_deterministic(options) else options.num_candidates)[rank::world])
     preview = previews(model, root) if options.preview and rank == 0 else None
     taken: set[Path] = set()
     # The delay hides the bar where an option is rejected before the first row.
@@ -301,12 +301,31 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int]) ->
         for prompt, candidates in zip(options.prompts, sampled, strict=True):
             best = gathered(model, candidates, rank, world)
             if rank == 0:
-                settings = {name: getattr(options, name) for name in SETTINGS}
+                settings = settings_of(options, model)
                 is_named = options.out is not None and count == 1
                 folder = root if is_named else root / slug(prompt)
                 best = best[: options.num_images]
                 folder = write(folder, prompt, best, settings, is_named=is_named, taken=taken)
                 progress.write(f"{prompt!r}: {folder / GRID}", file=sys.stdout)
+
+
+def is_deterministic(options: argparse.Namespace) -> bool:
+    """Whether all candidates of a prompt are alike, so that only one is sampled."""
+    from dalle1.sampling.filters import Sampling
+
+    return Sampling(temperature=options.temperature, top_k=options.top_k).is_deterministic
+
+
+def settings_of(options: argparse.Namespace, model: DallE) -> dict[str, object]:
+    """Return the settings that images are stored with: what was used, not what was asked."""
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    has_clip = model.clip is not None
+    return settings | {
+        "num_candidates": 1 if is_deterministic(options) else options.num_candidates,
+        "precision": model.precision,
+        "rerank": options.rerank or ("clip" if has_clip else "none"),
+        "clip": options.clip or ("the model's own" if has_clip else "none"),
+    }
 
 
 def main(args: Sequence[str] | None = None) -> None:

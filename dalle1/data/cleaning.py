@@ -163,6 +163,20 @@ def visible(captions: Iterable[str]) -> list[str]:
     return [text for text in texts if not all(map(_is_invisible, text))]
 
 
+def clean_captions(captions: Iterable[str]) -> list[str]:
+    """Clean captions, and drop those that show nothing."""
+    return visible(map(clean, visible(captions)))
+
+
+def clean_prompt(prompt: str) -> str:
+    """Clean a prompt as captions are; ValueError where nothing is visible."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"the prompt is {prompt!r}, expected a text")
+    if not (cleaned := clean_captions([prompt])):
+        raise ValueError("the prompt is empty; describe an image, such as: an avocado armchair")
+    return cleaned[0]
+
+
 def _is_invisible(letter: str) -> bool:
     return letter in BLANK_LETTERS or unicodedata.category(letter) in BLANK_CATEGORIES
 
@@ -174,8 +188,7 @@ def sample_caption(
 
     Raises: BadSample where no caption qualifies.
     """
-    texts = visible(captions)
-    texts = visible(map(clean, texts)) if cleaning.clean_captions else texts
+    texts = clean_captions(captions) if cleaning.clean_captions else visible(captions)
     if not texts:
         raise BadSample("no caption", "there is no text in it", where)
     usable = [c for c in texts if cleaning.min_caption <= len(c) <= cleaning.max_caption]

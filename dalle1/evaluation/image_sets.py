@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dalle1.clip import Clip
 from dalle1.data import ReadOptions, open_indexed
-from dalle1.data.cleaning import NO_CLEANING
+from dalle1.data.cleaning import NO_CLEANING, captions_in, clean_captions
 from dalle1.data.images import open_image, read_image_file
 from dalle1.data.sources.base import image_paths
 from dalle1.data.sources.indexed import IndexedSource
@@ -92,7 +92,8 @@ def is_json(text: str) -> bool:
 
 def first_line(path: Path) -> str:
     """Return the first line of a text file; ValueError where it is missing or empty."""
-    lines = path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else []
+    content = path.read_bytes() if path.is_file() else b""
+    lines = clean_captions(captions_in(content, ".txt", str(path)))
     if not lines:
         raise ValueError(f"{path} is missing or empty, expected a line of text")
     return lines[0]

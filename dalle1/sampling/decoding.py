@@ -17,14 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dalle1.devices import cuda_graphed
+from dalle1.devices import cuda_graphed, inference
 from dalle1.model.transformer import Transformer
-from dalle1.sampling.filters import PAPER, Sampling, filter_logits
+from dalle1.sampling.filters import MIN_TEMPERATURE, PAPER, Sampling, filter_logits
 from dalle1.sampling.kv_cache import Caches
 from dalle1.sampling.packed_linear import packed
 
-MIN_TEMPERATURE = 1e-20
-"""Temperature below which the likeliest token is taken: float32 cannot divide by less."""
 UNKNOWN = -1
 """Value in known codes of a code that is to be sampled."""
 
@@ -35,7 +33,8 @@ def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Ten
     They depend on (seed, candidate) alone, so candidate 7 is the same image in any batch.
     """
     streams = [random.Random(f"{seed}/{c}") for c in candidates]
-    return torch.tensor([[s.random() for _ in range(length)] for s in streams])
+    numbers = [[s.random() for _ in range(length)] for s in streams]
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 def sample_token(logits: Tensor, uniforms: Tensor, sampling: Sampling = PAPER) -> Tensor:
@@ -79,6 +78,8 @@ class DecodeState:
     """[P, C, N]: known and sampled codes, UNKNOWN after `position`."""
     position: Tensor
     """[1]: index of the last code that was sampled."""
+    finite: Tensor
+    """[1], bool: whether the largest logit of every step was finite."""
 
 
 def prefill(
@@ -99,6 +100,7 @@ def prefill(
         known=known,
         codes=codes,
         position=position,
+        finite=torch.ones(1, dtype=torch.bool, device=text.device),
     )
     # The last of these codes is the one to sample; `embed` does not read it.
     first = known[: int(position) + 1].expand(len(text), -1)
@@ -127,6 +129,7 @@ def sample_next(state: DecodeState, states: Tensor) -> None:
     if sampling.guidance != 1:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + sampling.guidance * (conditional - unconditional)
+    state.finite.logical_and_(logits.amax().isfinite())
     logits = logits.expand(-1, candidates, -1)
     uniforms = state.uniforms.index_select(1, state.position)[:, 0].expand(prompts, -1)
     tokens = sample_token(logits.flatten(0, 1), uniforms.flatten(), sampling)
@@ -135,7 +138,6 @@ def sample_next(state: DecodeState, states: Tensor) -> None:
     state.codes.index_copy_(2, state.position, tokens)
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     text: Tensor,
@@ -161,7 +163,8 @@ def generate(
     unknown, grid = (known == UNKNOWN).nonzero(), (config.grid_size, config.grid_size)
     if not len(unknown):
         return known.repeat(len(text), len(uniforms), 1).unflatten(2, grid)
-    with torch.cuda.device(text.device) if text.is_cuda else nullcontext():
+    on_gpu = torch.cuda.device(text.device) if text.is_cuda else nullcontext()
+    with inference(text.device), on_gpu:
         state = prefill(model, text, uniforms, sampling, known)
         step: Callable[[], None] = partial(decode_one, state)
         if text.is_cuda:
@@ -170,9 +173,28 @@ def generate(
         for position in range(first, config.image_len):
             if position > first:
                 step()
+            if position == first or (position + 1) % config.grid_size == 0:
+                check_finite(state)
             if on_row and (position + 1) % config.grid_size == 0:
                 on_row(state.codes, (position + 1) // config.grid_size)
     return state.codes.unflatten(2, grid)
+
+
+def check_finite(state: DecodeState) -> None:
+    """Raise a ValueError where logits were nan or infinite; a GPU waits for this answer."""
+    if state.finite:
+        return
+    dtype, guidance = state.model.text_embedding.weight.dtype, state.sampling.guidance
+    if dtype != torch.float32:
+        remedy = "use --precision fp32"
+    elif guidance != 1:
+        remedy = f"guidance is {guidance:g}, use a smaller one"
+    else:
+        remedy = "the weights are damaged or their training diverged, use an earlier checkpoint"
+    name = str(dtype).removeprefix("torch.")
+    raise ValueError(
+        f"the model's logits are nan or infinite in {name}, expected numbers; {remedy}"
+    )
 
 
 def check_shapes(model: Transformer, text: Tensor, uniforms: Tensor) -> None:
@@ -205,7 +227,7 @@ def null_caption(model: Transformer, device: str | torch.device = "cpu") -> Tens
     return torch.arange(config.text_len, device=device)[None] + config.text_vocab
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def complete_text(
     model: Transformer, text: Tensor, uniforms: Tensor, sampling: Sampling = PAPER
 ) -> Tensor:

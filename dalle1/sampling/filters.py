@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MIN_TEMPERATURE = 1e-20
+"""Temperature below which the likeliest token is taken: float32 cannot divide by less."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -42,6 +45,11 @@ class Sampling:
                 )
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance is {self.guidance}, expected at least 0 (1: none)")
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether all candidates of a prompt are alike."""
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
 
 PAPER = Sampling()

@@ -65,7 +65,8 @@ class Words:
 
     def unknown_words_message(self, prompt: str) -> str | None:
         """Return a message on the unknown words of a prompt; None if all are known."""
-        unknown = [word for word in dict.fromkeys(words_of(prompt)) if word not in self.counts]
+        words = dict.fromkeys(words_of(prompt))
+        unknown = [word for word in words if word not in self.counts] if words else [prompt]
         if not unknown or not self.counts:
             return None
         names = [f"{word!r}{self._suggestion(word)}" for word in unknown[:_MAX_REPORTED]]

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -196,6 +197,69 @@ def test_one_tower_alone_is_named(family: str, clip: Clip, tmp_path: Path) -> No
         config = getattr(hf, f"{family}Config").from_pretrained(whole)
         getattr(config, f"{part}_config").save_pretrained(path)
         assert f"and no {missing} tower" in one_line(path)
+
+
+def copied(folder: Path, path: Path, *removed: str) -> Path:
+    shutil.copytree(folder, path)
+    for name in removed:
+        (path / name).unlink()
+    return path
+
+
+def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
+    both = ("tokenizer.json", "tokenizer_config.json")
+    message = one_line(copied(folder, tmp_path / "a", *both))
+    assert "has no tokenizer.json" in message
+    message = one_line(copied(folder, tmp_path / "b", *both, "preprocessor_config.json"))
+    assert "has no tokenizer.json and no preprocessor_config.json" in message
+    (copied(folder, tmp_path / "c", "tokenizer.json") / "spiece.model").touch()
+    assert "pip install sentencepiece" in one_line(tmp_path / "c")
+    assert "the folder does not exist" in one_line("nowhere")
+
+
+def test_a_tokenizer_that_encodes_all_captions_alike_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = copied(folder, tmp_path / "a")
+    words = tokenizers.models.WordLevel({"?": 0}, unk_token="?")
+    tokenizers.Tokenizer(words).save(str(path / "tokenizer.json"))
+    assert "encodes different captions alike" in one_line(path)
+
+
+def test_a_processor_that_does_not_crop_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = copied(folder, tmp_path / "a")
+    settings = json.loads((path / "preprocessor_config.json").read_text())
+    settings["do_center_crop"] = False
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert "turns 40 × 3 pixels into" in one_line(path)
+
+
+def test_a_clip_that_overflows_computes_in_fp32(clip: Clip) -> None:
+    large = copy.deepcopy(clip)
+    with torch.no_grad():
+        large.model.vision_model.embeddings.patch_embedding.weight.mul_(1e6)
+    expected = large.score("a red cube", noise_images())
+    large.precision = "fp16"
+    with pytest.warns(UserWarning, match="this CLIP overflows in fp16; it computes in fp32"):
+        found = large.score("a red cube", noise_images())
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
+    with torch.no_grad():
+        large.model.visual_projection.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="features are nan or infinite in fp32"):
+        large.score("a red cube", noise_images())
+
+
+def test_siglip_2_reads_lower_case(clip: Clip, tmp_path: Path) -> None:
+    path = write_folder(tmp_path / "siglip", "Siglip", clip)
+    bpe = json.loads((path / "tokenizer.json").read_text())
+    bpe["normalizer"] = None
+    (path / "tokenizer.json").write_text(json.dumps(bpe))
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    for lower in (False, True):
+        (path / "tokenizer_config.json").write_text(json.dumps(config | {"do_lower_case": lower}))
+        loaded = Clip.from_pretrained(path)
+        upper, plain = (loaded.tokenize([x])["input_ids"] for x in ("A Red Cube", "a red cube"))
+        assert torch.equal(upper, plain) == lower
 
 
 def damage(folder: Path, how: str) -> None:
