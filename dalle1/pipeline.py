@@ -180,16 +180,11 @@ class DallE:
         check_counts(prompts, num_candidates, batch_size, share)
         options, reranker = Sampling(**sampling), self.reranker(rerank)
         prompts = [clean_prompt(prompt) for prompt in prompts]
-        if options.is_deterministic and num_candidates > 1:
-            warnings.warn(
-                f"all {num_candidates} candidates are alike; one is sampled", stacklevel=2
-            )
-            num_candidates = 1
         known = check_known(known_codes, self.transformer)
         guided, image_len = options.guidance != 1, self.transformer.config.image_len
         fits = max_batch(self.transformer, batch_size, guided=guided, processes=share[1])
         text = self._encode_prompts(prompts)
-        indices = range(num_candidates)[share[0] :: share[1]]
+        indices = range(options.distinct(num_candidates))[share[0] :: share[1]]
 
         def sample_codes(rows: range, columns: range) -> Tensor:
             uniforms = candidate_uniforms(seed, columns, image_len)

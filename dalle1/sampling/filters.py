@@ -6,6 +6,7 @@ B rows, V tokens.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,13 @@ class Sampling:
     def is_deterministic(self) -> bool:
         """Whether all candidates of a prompt are alike."""
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
+
+    def distinct(self, candidates: int) -> int:
+        """Return how many of the candidates differ, with a warning where that is one."""
+        if not self.is_deterministic or candidates == 1:
+            return candidates
+        warnings.warn(f"all {candidates} candidates are alike; one is sampled", stacklevel=3)
+        return 1
 
 
 PAPER = Sampling()
