@@ -48,7 +48,7 @@ class UnfitClip(ValueError):
 
 def check_clip(clip: Any, name: str) -> None:
     """Raise a ValueError unless captions get different tokens, and images the model's size."""
-    rows = [clip.tokenize([caption])["input_ids"][0].tolist() for caption in CAPTIONS]
+    rows = [clip.tokenize([caption], warn=False)["input_ids"][0].tolist() for caption in CAPTIONS]
     if len(set(map(tuple, rows))) < len(rows):
         raise UnfitClip(
             f"the tokenizer of the CLIP in {name} encodes different captions alike; copy the "

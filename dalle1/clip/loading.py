@@ -164,11 +164,11 @@ class Clip:
 
         return arch_of(self.model)
 
-    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+    def tokenize(self, captions: Sequence[str], warn: bool = True) -> dict[str, Tensor]:
         """Return the inputs of `get_text_features` for captions, on the CPU.
 
         They are padded to the longest (SigLIP: to `text_len`). Captions that exceed the model's
-        limit are truncated, with a warning.
+        limit are truncated, with a warning if `warn` is set.
         """
         if isinstance(captions, str) or not captions:
             raise ValueError(f"captions is {captions!r}, expected a list of at least one string")
@@ -177,7 +177,7 @@ class Clip:
             captions = [caption.lower() for caption in captions]
         whole = self.tokenizer(captions, truncation=False, verbose=False)["input_ids"]
         too_long = sum(len(ids) > self.text_len for ids in whole)
-        if too_long:
+        if too_long and warn:
             warnings.warn(
                 f"{too_long} of {len(captions)} captions have more than the {self.text_len} tokens "
                 "that this CLIP reads; they are truncated",

@@ -208,10 +208,10 @@ def test_wilson_interval_by_hand() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["toybox", "--num-prompts", "0", "--best-of", "1"], "num_prompts is (0,), expected"),
+        (["toybox", "--num-prompts", "0", "--best-of", "1"], "--num-prompts is (0,), expected"),
         (["toybox", "--num-prompts", "5"], "expected one number of prompts for each"),
         (["toybox", "--classifier", "nowhere.safetensors"], "no ToyboxClassifier in ."),
-        (["toybox", "--classifier-images", "1"], "classifier_images is 1, expected at least 2"),
+        (["toybox", "--classifier-images", "1"], "--classifier-images is 1, expected at least 2"),
         (["samples", "--images", "x", "--limit", "1"], "limit is 1, expected at least 2"),
     ],
 )

@@ -169,8 +169,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--loss", "triplet"], "triplet"),
-        (["--encode-at-once", "0"], "encode_at_once is 0"),
-        (["--validation-pairs", "0"], "validation_pairs is 0"),
+        (["--encode-at-once", "0"], "--encode-at-once is 0"),
+        (["--validation-pairs", "0"], "--validation-pairs is 0"),
         (["--hard-negatives", "no-such-file"], "no file no-such-file; expected a text file"),
         (["--init", "nobody/no-such-clip"], "nobody/no-such-clip"),
         (["--model.patch-size", "None"], "four numbers and none for the modified ResNet"),
