@@ -346,8 +346,9 @@ class DallE:
         text, text_bits, code_bits = text.to(self.device), 0.0, []
         for part in codes.to(self.device).split(batch_size):
             with inference(self.device):
-                losses = self.transformer.losses(text.expand(len(part), -1), part)
-            text_losses, image_losses = losses
+                text_losses, image_losses = self.transformer.losses(
+                    text.expand(len(part), -1), part
+                )
             tokens = int((text < self.transformer.config.text_vocab).sum())
             counted = tokens + self.transformer.config.pad_targets
             text_bits = float(text_losses[0, :counted].sum()) / max(counted, 1) / math.log(2)
@@ -370,18 +371,27 @@ class DallE:
             raise ValueError(f"count is {count}, expected at least 1")
         text = self.encode_prompt(beginning)
         uniforms = candidate_uniforms(seed, range(count), len(text))
-        return self.tokenizer.decode(
-            complete_text(self.transformer, text, uniforms, Sampling(**sampling))
-        )
+        with inference(self.device):
+            tokens = complete_text(self.transformer, text, uniforms, Sampling(**sampling))
+        return self.tokenizer.decode(tokens)
 
     def generate(
-        self, prompt: str, *, num_images: int = 4, num_candidates: int = 16, **options: Any
+        self,
+        prompt: str,
+        *,
+        num_images: int | None = None,
+        num_candidates: int | None = None,
+        **options: Any,
     ) -> list[Image.Image]:
         """Sample `num_candidates` images and return the best `num_images`, best first.
 
         Args:
+            num_images: by default 4, or all of fewer candidates.
+            num_candidates: by default 16, or num_images if that is more.
             options: `seed`, `temperature`, `top_k` …; see `sample`.
         """
+        num_candidates = max(16, num_images or 0) if num_candidates is None else num_candidates
+        num_images = max(1, min(4, num_candidates)) if num_images is None else num_images
         if not 1 <= num_images <= num_candidates:
             raise ValueError(
                 f"num_images is {num_images}, expected 1 to num_candidates, {num_candidates}"

@@ -518,3 +518,10 @@ def test_impossible_settings_are_refused(
 def test_no_candidates_are_refused(plain: DallE) -> None:
     with pytest.raises(ValueError, match="num_candidates is 0"):
         plain.candidates(PROMPT, num_candidates=0)
+
+
+def test_a_default_number_gives_way_to_the_other(plain: DallE) -> None:
+    assert len(plain.generate("a red cube", num_candidates=1)) == 1
+    assert len(plain.generate("a red cube", num_images=2, num_candidates=3)) == 2
+    with pytest.raises(ValueError, match="num_images is 3, expected 1 to num_candidates, 2"):
+        plain.generate("a red cube", num_images=3, num_candidates=2)

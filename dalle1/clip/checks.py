@@ -47,7 +47,7 @@ class UnfitClip(ValueError):
 
 
 def check_clip(clip: Any, name: str) -> None:
-    """Raise a ValueError unless captions get different tokens, and images the model's size."""
+    """Raise a ValueError unless captions get different tokens, and images are scored."""
     rows = [clip.tokenize([caption], warn=False)["input_ids"][0].tolist() for caption in CAPTIONS]
     if len(set(map(tuple, rows))) < len(rows):
         raise UnfitClip(
@@ -76,6 +76,8 @@ def check_clip(clip: Any, name: str) -> None:
                 f"into {found[1]} × {found[0]}, expected {size[0]} × {size[1]} as its model; "
                 "replace its preprocessor_config.json"
             )
+    clip.embed_pixels(clip.preprocess([Image.new("RGB", size)]))  # a damaged config fails here
+    clip.embed_text(["a"])
 
 
 def lower_cases(clip: Any) -> bool:

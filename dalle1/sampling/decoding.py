@@ -182,9 +182,13 @@ def generate(
 
 def check_finite(state: DecodeState) -> None:
     """Raise a ValueError where logits were nan or infinite; a GPU waits for this answer."""
-    if state.finite:
-        return
-    dtype, guidance = state.model.text_embedding.weight.dtype, state.sampling.guidance
+    if not state.finite:
+        raise not_finite(state.model, state.sampling.guidance)
+
+
+def not_finite(model: Transformer, guidance: float) -> ValueError:
+    """Return the error of logits that are nan or infinite."""
+    dtype = model.text_embedding.weight.dtype
     if dtype != torch.float32:
         remedy = "use --precision fp32"
     elif guidance != 1:
@@ -192,7 +196,7 @@ def check_finite(state: DecodeState) -> None:
     else:
         remedy = "the weights are damaged or their training diverged, use an earlier checkpoint"
     name = str(dtype).removeprefix("torch.")
-    raise ValueError(
+    return ValueError(
         f"the model's logits are nan or infinite in {name}, expected numbers; {remedy}"
     )
 
@@ -255,6 +259,8 @@ def complete_text(
         # Captions are short: recomputing all positions for each token needs no cache.
         states = model.run(model.embed_text(text)[:, : position + 1], [attend] * config.depth)
         logits = model.text_head(states[:, -1]).float()
+        if not logits.isfinite().all():
+            raise not_finite(model, sampling.guidance)
         allowed = torch.zeros_like(logits[0], dtype=torch.bool)
         allowed[: config.text_vocab] = True
         allowed[padding[position]] = config.pad_targets  # otherwise it was never learned
