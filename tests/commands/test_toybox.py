@@ -97,7 +97,10 @@ def test_ctrl_c_prints_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--size", "3"], "got size 3"),
         (["--num-scenes", "0"], "got --num-scenes 0"),
         (["--num-scenes", "1", "--shard-size", "0"], "got --shard-size 0"),
-        (["--num-scenes", "1", "--out", "{file}/below"], "below: not a directory; check"),
+        (
+            ["--num-scenes", "1", "--out", "{file}/below"],
+            "below (Not a directory); use another --out",
+        ),
     ],
 )
 def test_errors_are_one_line(

@@ -19,6 +19,7 @@ from dalle1 import DallE
 from dalle1.clip import ClipArch, new_clip
 from dalle1.commands import evaluate, sample
 from dalle1.data import encoded as codes
+from dalle1.devices import PRECISIONS, pick_precision
 from dalle1.model.transformer import Transformer
 from dalle1.tasks import clip as train_clip
 from dalle1.tasks import dvae as train_dvae
@@ -170,9 +171,11 @@ def test_a_transformer_continues_from_smaller_images(
 def test_images_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> None:
     run_sample(runs, tmp_path, PROMPT, "--seed", "7", "--temperature", "0.9", "--top-k", "8")
     assert {p.name for p in tmp_path.iterdir()} == {"grid.png", "00.png", "01.png", "scores.json"}
+    dtype = pick_precision("auto", torch.device("cpu"))
+    automatic = next(name for name in PRECISIONS if PRECISIONS[name] == dtype)
     settings = {
         "model": str(runs / "model"),
-        "clip": None,
+        "clip": "none",
         "num_candidates": 3,
         "num_images": 2,
         "seed": 7,
@@ -181,8 +184,8 @@ def test_images_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> None:
         "top_p": 1.0,
         "typical": 1.0,
         "guidance": 1.0,
-        "rerank": None,
-        "precision": "auto",
+        "rerank": "none",
+        "precision": automatic,
         "image": None,
         "keep_rows": None,
         "mask": None,
@@ -269,11 +272,11 @@ def refused(
     [
         (["--num-images", "9"], "--num-images is 9, expected 1 to --num-candidates, 3"),
         (["--num-images", "0"], "--num-images is 0"),
-        (["--batch-size", "0"], "batch_size is 0"),
+        (["--batch-size", "0"], "--batch-size is 0"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--temperature", "nan"], "temperature is nan"),
-        (["--top-p", "2"], "top_p is 2"),
-        (["--top-k", "-2"], "top_k is -2"),
+        (["--top-p", "2"], "--top-p is 2"),
+        (["--top-k", "-2"], "--top-k is -2"),
         (["--model", "nowhere"], "no model at nowhere"),
         (["--clip", "PROJECT"], "error: "),
         (["--device", "quantum"], "device 'quantum' is not available"),

@@ -99,7 +99,7 @@ def test_one_batch_is_coarsened_in_every_way(monkeypatch: pytest.MonkeyPatch) ->
     ("flags", "message"),
     [
         (["--data", "folder"], "data is 'folder', expected toybox"),
-        (["--num-scenes", "0"], "num_scenes is 0, expected at least 1"),
+        (["--num-scenes", "0"], "--num-scenes is 0, expected at least 1"),
     ],
 )
 def test_mistakes_are_one_line(
