@@ -74,7 +74,7 @@ class TransformerTrainConfig(TrainConfig):
     """Image side in pixels, a multiple of 8. None: that of the image tokenizer."""
     init: Path | None = None
     """Folder of a model of the same architecture to fine-tune; its vocabulary is kept. With rotary
-    positions, it may have been trained on smaller images."""
+    positions, its images may be of another size, and its captions longer."""
     vocab_captions: int = 20_000
     """Number of captions that the BPE is learned from, the first of the data."""
     bpe_dropout: float = 0.1
@@ -274,8 +274,8 @@ class TransformerTask(Task[Transformer]):
     def initial(self) -> Transformer:
         """Return a new transformer, after checking that the one of --init has its architecture.
 
-        With rotary positions, no parameter depends on the image size: the grid may grow, and the
-        angles are then interpolated.
+        With rotary positions, no parameter depends on the image size: the grid may change, and the
+        angles are then interpolated. Of the text positions, only padding tokens depend.
         """
         sizes = {
             **asdict(self.config.model),
@@ -290,6 +290,7 @@ class TransformerTask(Task[Transformer]):
                 base_grid = before.rotary_grid or before.grid_size
                 wanted = replace(wanted, rotary_grid=base_grid)
                 before = replace(before, rotary_grid=base_grid, grid_size=wanted.grid_size)
+                before = replace(before, text_len=min(before.text_len, wanted.text_len))
             found, named = asdict(before), asdict(wanted)
             if other := [f"{k} is {found[k]}, not {v}" for k, v in named.items() if found[k] != v]:
                 raise ValueError(
@@ -306,6 +307,14 @@ class TransformerTask(Task[Transformer]):
                 )
         with partitioned(self.config):
             return Transformer(wanted)
+
+    def initial_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Cut the padding tokens of text positions that the model does not have."""
+        config = self.model.config
+        tokens = config.text_vocab + config.text_len
+        if name == "text_embedding.weight":
+            return torch.cat([tensor[:tokens], tensor[-1:]])  # the last is the start token
+        return tensor[:tokens] if name.startswith("text_head.") else tensor
 
     def vocabulary(self) -> Tokenizer:
         """Learn the BPE from the data; a resumed training keeps its own."""

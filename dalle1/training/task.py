@@ -60,6 +60,10 @@ class Task(Protocol[Model]):
         loss has to detach the parameters that it is not meant to train.
         """
 
+    def initial_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        """Adapt a parameter in `initial_weights` to the model; by default it stays as it is."""
+        return tensor
+
     def validate(self, model: Model) -> Iterator[tuple[str, float]]:
         """Yield names and values for the log.
 

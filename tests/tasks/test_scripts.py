@@ -154,6 +154,19 @@ def test_a_transformer_continues_from_smaller_images(
     for a, b in zip(loaded.parameters(), grown.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
+    short = [*train, *still, "--init", str(half), "--model.text-len", "6"]
+    train_transformer.main([*short, "--out", str(tmp_path / "short")])
+    cut = Transformer.load(tmp_path / "short").state_dict()
+    tokens = loaded.config.text_vocab + 6
+    for name, tensor in loaded.state_dict().items():
+        if name == "text_embedding.weight":
+            tensor = torch.cat([tensor[:tokens], tensor[-1:]])
+        elif name.startswith("text_head."):
+            tensor = tensor[:tokens]
+        torch.testing.assert_close(cut[name], tensor)
+    longer = [*train, "--init", str(tmp_path / "short"), "--out", str(tmp_path / "long")]
+    assert "text_len is 6, not" in refused(train_transformer.main, longer, capsys)
+
     other = DVAE.load(runs / "dvae")
     with torch.no_grad():
         next(other.parameters()).add_(1)

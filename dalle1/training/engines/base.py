@@ -89,6 +89,7 @@ class Engine(ABC, Generic[Model]):
 
     def __init__(self, task: Task[Model], config: TrainConfig) -> None:
         self.model = model = task.model
+        self.initial_tensor = task.initial_tensor
         self.config = config
         self.device = next(model.parameters()).device
         self.buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
@@ -236,11 +237,12 @@ class Engine(ABC, Generic[Model]):
 
     @torch.no_grad()
     def load_initial(self, path: Path) -> None:
-        """Start from the parameters in a model's own file, of the same sizes."""
+        """Start from the parameters in a model's own file, as the task adapts them."""
         with safe_open(path, "pt") as file:
             keys = {upgrade_key(key): key for key in file.keys()}  # noqa: SIM118
             for shard in self.shards():
                 whole = file.get_tensor(keys[shard.name])
+                whole = self.initial_tensor(shard.name, whole)
                 for kind in ("weights", "ema"):
                     if kind in shard.tensors:
                         shard.tensors[kind].copy_(self._part(whole, shard))
