@@ -165,7 +165,7 @@ def test_a_transformer_continues_from_smaller_images(
             tensor = tensor[:tokens]
         torch.testing.assert_close(cut[name], tensor)
     longer = [*train, "--init", str(tmp_path / "short"), "--out", str(tmp_path / "long")]
-    assert "text_len is 6, not" in refused(train_transformer.main, longer, capsys)
+    assert "--model.text-len is 6, not" in refused(train_transformer.main, longer, capsys)
 
     other = DVAE.load(runs / "dvae")
     with torch.no_grad():
