@@ -6,6 +6,8 @@ at once, without torch. The scripts at the top of the repository run the same fu
 
 from __future__ import annotations
 
+import atexit
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -45,6 +47,7 @@ SUBCOMMANDS = {
 
 def run(name: str, args: Sequence[str] | None = None) -> None:
     """Run one subcommand; `args` defaults to the process's command line."""
+    atexit.register(_ignore_signals)
     try:
         prepare_process()
         with one_line_errors(), notes():
@@ -54,6 +57,12 @@ def run(name: str, args: Sequence[str] | None = None) -> None:
             _end_process(stop.code or 0)
         raise
     _end_process(0)
+
+
+def _ignore_signals() -> None:
+    """Let a signal that comes after the work is done leave the exit code as it is."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_process(code: int) -> None:

@@ -130,6 +130,20 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
+def test_a_signal_after_the_work_is_done_changes_nothing() -> None:
+    program = (
+        "import atexit, os, signal, sys, types\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)  # the last to run\n"
+        "from dalle1 import cli\n"
+        "sys.modules['done'] = types.SimpleNamespace(main=lambda args: None)\n"
+        "cli.SUBCOMMANDS['done'] = ('done', '')\n"
+        "cli.main(['done'])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize("name", cli.SUBCOMMANDS)
 def test_every_subcommand_is_a_function_with_help(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,7 @@ from dalle1.data import ReadOptions, first_captions, first_examples, merge_state
 from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.examples import iter_batches
 from dalle1.data.loader import LoaderConfig
-from dalle1.data.skipped import ShardLosses, ShardRead, SkipStats
+from dalle1.data.skipped import ShardLosses, ShardRead, SkippedSample, SkipStats
 from dalle1.data.sources import streaming_loader, streaming_shards
 from dalle1.data.sources.streaming_loader import read_endless, shards_of_reader, split_readers
 from dalle1.data.sources.streaming_shards import StreamingSample, StreamingShards, open_shard
@@ -234,6 +234,23 @@ def test_missing_shards_end_a_training(tmp_path: Path) -> None:
     source = open_source(f"pipe:cat {tmp_path}/{{0..2}}.tar 2>/dev/null")
     with pytest.raises(ValueError, match=r"no usable sample in 3 shards, .*exit code 1"):
         next(batches(source, number, batch_size=1))
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_command_that_fails_after_its_output_has_ended(
+    shards: Path, tmp_path: Path, written: int
+) -> None:
+    # A shell that closes its output some time before it ends.
+    shell = f"cat {shards}/0000{{0..1}}.tar; exec >&-; sleep 0.2; exit 3"
+    if not written:
+        shell = f"exec >&- ; sleep 0.2; exit 3; cat {shards}/{{0..1}}.tar"
+    found = list(open_source(f"pipe:{shell}", split="encode").once())
+    damage = [sample for sample in found if isinstance(sample, SkippedSample)]
+    assert [sample.cause for sample in damage] == 2 * [
+        "shard cut short" if written else "unreadable shard"
+    ]
+    assert all("exit code 3" in f"{sample}" for sample in damage)
+    assert bool(len(found) - len(damage)) == bool(written)
 
 
 def test_a_training_stops_if_many_shards_are_missing(shards: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import chain
@@ -175,8 +175,6 @@ class StreamingShards:
                     wanted = self.images or split_name(member.name)[1] not in IMAGE_SUFFIXES
                     content = tar.extractfile(member) if wanted else None
                     yield member.name, content.read() if content else b""
-                while stream.read(1 << 16):  # a command whose output nobody reads would fail
-                    pass
         except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             failed = re.search(r": exit (\d+) \(read\)", f"{error}")  # of webdataset's pipe
             damage.append(f"its command ended with exit code {failed[1]}" if failed else f"{error}")
@@ -208,13 +206,22 @@ class StreamingShards:
 def open_shard(url: str) -> Iterator[IO[bytes]]:
     """Open a shard by webdataset's openers: a path, pipe:COMMAND, http(s)://, s3://, gs://, hf://.
 
-    Raises: OSError where it cannot be opened, or, when it is read, where its command fails.
+    Raises: OSError where it cannot be opened, or, at the end of its output, where its command
+        failed: that explains what is wrong with the output.
     """
     from webdataset.gopen import gopen
 
     stream = gopen(f"pipe:aws s3 cp {url} -" if url.startswith("s3://") else url, "rb")
     try:
         yield stream
-    finally:
-        with suppress(OSError):  # of a command that was not read to its end
+        while stream.read(1 << 16):  # a command whose output nobody reads would fail
+            pass
+    except BaseException as error:
+        at_end = isinstance(error, tarfile.TarError | EOFError) and not stream.read(1)
+        try:
             stream.close()
+        except OSError:
+            if at_end:  # else the command failed because its output was not read
+                raise
+        raise
+    stream.close()
