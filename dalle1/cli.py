@@ -32,7 +32,7 @@ SUBCOMMANDS = {
     "encode": ("dalle1.data.encoded", "Encode a dataset's images as codes, before stage 2"),
     "evaluate": (
         "dalle1.commands.evaluate",
-        "Evaluate samples, a CLIP or a dVAE: toybox, samples, clip, dvae",
+        "Evaluate samples, a CLIP, a dVAE or bits: toybox, samples, clip, dvae, bits",
     ),
     "rank": ("dalle1.clip.reranking", "Sort image files by how well they fit a prompt"),
     "filter": ("dalle1.clip.filtering", "Keep the pairs of a dataset whose caption fits the image"),

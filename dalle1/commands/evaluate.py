@@ -1,13 +1,15 @@
-"""Evaluate a model's samples, a CLIP or a dVAE.
+"""Evaluate a model's samples, its bits per token, a CLIP or a dVAE.
 
     dalle1 evaluate toybox --best-of 1 16 64 --num-prompts 200 50 12 --out runs/evaluation
     dalle1 evaluate samples --images outputs/a-red-star --reference toybox:1000
     dalle1 evaluate clip --clip runs/clip --data toybox
     dalle1 evaluate dvae --model runs/dvae --data toybox --images 1000
+    dalle1 evaluate bits --model bundled --data toybox
 
 `toybox` measures how often samples show what their prompts ask for. `samples` compares any images
-with their prompts and with real images. `clip` measures a CLIP, `dvae` an image tokenizer. Each
-prints a table and writes its scores to a JSON file.
+with their prompts and with real images. `clip` measures a CLIP, `dvae` an image tokenizer, `bits`
+how many bits a model needs per text token and per code. Each prints a table and writes its scores
+to a JSON file.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from dalle1.console import command_line, notes, one_line_errors, parse
+from dalle1.evaluation.bits import BitsOptions, evaluate_bits
 from dalle1.evaluation.clip import ClipOptions, evaluate_clip
 from dalle1.evaluation.reconstruction import DVAEOptions, evaluate_dvae
 from dalle1.evaluation.report import Scores, format_table, write_report
@@ -41,6 +44,7 @@ EVALUATORS = {
     "samples": Evaluator(SamplesOptions, evaluate_samples),
     "clip": Evaluator(ClipOptions, evaluate_clip),
     "dvae": Evaluator(DVAEOptions, evaluate_dvae),
+    "bits": Evaluator(BitsOptions, evaluate_bits),
 }
 
 

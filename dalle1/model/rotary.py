@@ -35,15 +35,18 @@ class Rotary(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the angle in radians of each pair of channels at positions [n]: [n, d/2]."""
-        channels = torch.arange(self.pairs, device=positions.device)
+        channels = torch.arange(self.pairs, dtype=dtype, device=positions.device)
         frequencies = 10_000 ** (-channels / self.pairs)
-        axes = (axis.index_select(0, positions) for axis in (self.rows, self.columns))
+        axes = (axis.index_select(0, positions).to(dtype) for axis in (self.rows, self.columns))
         return torch.cat([axis[:, None] / self.unit * frequencies for axis in axes], dim=-1)
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate queries or keys [B, H, n, d] by angles [n, d/2], or all by the same [1, d/2]."""
-    (a, b), cos, sin = x.float().chunk(2, dim=-1), angles.cos(), angles.sin()
+    """Rotate queries or keys [B, H, n, d] by angles [n, d/2], or all by the same [1, d/2].
+
+    Angles are in fp32, or in fp64 for a model in fp64.
+    """
+    (a, b), cos, sin = x.to(angles.dtype).chunk(2, dim=-1), angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -280,7 +280,8 @@ class Transformer(nn.Module):
         if self.rotary is not None:
             n = x.shape[1]
             angles = self.rotary(
-                torch.arange(n, device=x.device) if positions is None else positions
+                torch.arange(n, device=x.device) if positions is None else positions,
+                torch.promote_types(x.dtype, torch.float32),
             )
         for i, layer in enumerate(self.layers):
             x = layer(x, attends[i] if attends else self.masks[self.kinds[i]], angles)

@@ -1,0 +1,79 @@
+"""Bits per token: against the pipeline's own, by hand, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import CAPTIONS, tiny_model, write_images
+
+from dalle1.commands.evaluate import main
+from dalle1.evaluation.bits import Pairs, bits_scores, is_counted
+from dalle1.pipeline import DallE
+
+
+@pytest.fixture(scope="module")
+def model() -> DallE:
+    return tiny_model()
+
+
+def pairs_of(model: DallE, count: int) -> Pairs:
+    codes = torch.randint(16, (count, 4, 4), generator=torch.Generator().manual_seed(1))
+    return Pairs(model.tokenizer.encode(CAPTIONS[:count], 8), codes)
+
+
+def test_scores_are_those_of_the_pipeline_whatever_the_batch(model: DallE) -> None:
+    held = pairs_of(model, 5)
+    scores = dict(bits_scores(model.transformer, held, 2))
+    assert scores == pytest.approx(dict(bits_scores(model.transformer, held, 5)), rel=1e-5)
+    single = [model.bits(c, held.codes[i : i + 1]) for i, c in enumerate(CAPTIONS[:5])]
+    code_bits = [float(bits) for _, bits in single]
+    lengths = is_counted(model.transformer.config, held.text).sum(1).tolist()
+    text_bits = [bits * n for (bits, _), n in zip(single, lengths)]
+    assert scores["bits per code"] == pytest.approx(sum(code_bits) / 5, rel=1e-5)
+    assert scores["bits per image"] == pytest.approx(16 * sum(code_bits) / 5, rel=1e-5)
+    assert scores["bits per caption"] == pytest.approx(sum(text_bits) / 5, rel=1e-5)
+    assert scores["bits per text token"] == pytest.approx(sum(text_bits) / sum(lengths), rel=1e-5)
+    without = [16 * float(model.bits("", held.codes[i : i + 1])[1]) for i in range(5)]
+    assert scores["bits per image, no caption"] == pytest.approx(sum(without) / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("pad_targets", [True, False])
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabularies(
+    pad_targets: bool,
+) -> None:
+    model = tiny_model(scale=0.0, pad_targets=pad_targets)
+    scores = dict(bits_scores(model.transformer, pairs_of(model, 3)))
+    assert scores["bits per code"] == pytest.approx(4)  # of 16 codes
+    assert scores["bits per code ±"] == pytest.approx(0, abs=1e-6)
+    assert scores["bits per text token"] == pytest.approx(math.log2(278))
+    tokens = [model.tokenizer.count(c) + pad_targets for c in CAPTIONS[:3]]
+    assert scores["tokens per caption"] == pytest.approx(sum(tokens) / 3)
+
+
+def test_the_command_measures_a_folder_of_images(model: DallE, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    write_images(tmp_path / "data")
+    data, folder, out = (str(tmp_path / name) for name in ("data", "model", "out"))
+    main(["bits", "--model", folder, "--data", data, "--device", "cpu", "--out", out])
+    report = json.loads((tmp_path / "out" / "bits.json").read_text())
+    assert report["settings"]["data"] == data
+    assert 0 < report["scores"]["bits per code"] < 32
+
+
+def test_nan_weights_are_refused() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.transformer.image_head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="logits are nan, expected numbers"):
+        dict(bits_scores(model.transformer, pairs_of(model, 2)))
+
+
+def test_images_below_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bits", "--images", "0"])
+    assert stop.value.code == 2
+    assert "--images is 0, expected at least 1" in capsys.readouterr().err
