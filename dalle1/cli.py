@@ -34,6 +34,8 @@ SUBCOMMANDS = {
         "dalle1.commands.evaluate",
         "Evaluate samples, a CLIP, a dVAE or bits: toybox, samples, clip, dvae, bits",
     ),
+    "compress": ("dalle1.commands.compress", "Compress images or captions with a model"),
+    "decompress": ("dalle1.commands.decompress", "Restore what compress wrote, bit for bit"),
     "rank": ("dalle1.clip.reranking", "Sort image files by how well they fit a prompt"),
     "filter": ("dalle1.clip.filtering", "Keep the pairs of a dataset whose caption fits the image"),
     "check": ("dalle1.data.check", "Check a dataset before a training reads it"),

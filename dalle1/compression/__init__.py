@@ -1,0 +1,1 @@
+"""Lossless compression of codes and captions with a model's own probabilities."""

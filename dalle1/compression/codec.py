@@ -1,0 +1,187 @@
+"""Captions and codes as messages: the transformer predicts each token, a coder writes it.
+
+B images, L text positions, N = W² codes, D width, V vocabulary.
+
+Encoder and decoder run the same function, one position after another for a whole batch: `code` of
+an encoder writes the token it gets, that of a decoder returns the one it reads. The transformer
+runs in fp64: other machines, batches and thread counts change its logits by about 1e-13, which the
+rounding of `frequencies` removes. Where it does not, a checksum reports it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle1.compression.container import CoderName, Message
+from dalle1.compression.frequencies import to_frequencies
+from dalle1.compression.huffman import HuffmanDecoder, HuffmanEncoder
+from dalle1.compression.range_coder import RangeDecoder, RangeEncoder
+from dalle1.devices import inference
+from dalle1.model.transformer import Transformer
+from dalle1.sampling.decoding import null_caption
+from dalle1.sampling.kv_cache import Caches
+
+ENCODERS: dict[CoderName, type[RangeEncoder] | type[HuffmanEncoder]] = {
+    "range": RangeEncoder,
+    "huffman": HuffmanEncoder,
+}
+DECODERS: dict[CoderName, type[RangeDecoder] | type[HuffmanDecoder]] = {
+    "range": RangeDecoder,
+    "huffman": HuffmanDecoder,
+}
+OnPosition = Callable[[], None]
+
+
+class Coder(Protocol):
+    """Transfers one token after another between a batch and its message."""
+
+    def code(self, frequencies: np.ndarray, token: int) -> int:
+        """Write `token` and return it, or read one and return that."""
+
+
+class Codec:
+    """Compresses batches of captions, of images, or of both, with a transformer in fp64."""
+
+    def __init__(self, model: Transformer, on_position: OnPosition | None = None) -> None:
+        """Copy a model, in fp64.
+
+        Args:
+            on_position: called after each position of a batch.
+
+        Raises: ValueError on a device without fp64.
+        """
+        device = model.image_head.weight.device
+        if device.type == "mps":
+            raise ValueError("device is mps, which has no fp64; use --device cpu")
+        self.model = copy.deepcopy(model).double()
+        self.device, self.on_position = device, on_position or (lambda: None)
+        self.ideal_bits = 0.0
+        """Sum of −log₂ p of all tokens so far, by the model's own probabilities."""
+
+    def encode(
+        self, text: Tensor, codes: Tensor | None, coder: CoderName = "range", captions: bool = True
+    ) -> Message:
+        """Compress a batch.
+
+        Args:
+            text: [B, L], captions with their padding, or empty ones.
+            codes: [B, W, W]; None for captions alone.
+            captions: whether the captions are part of the message; otherwise they are empty.
+        """
+        encoder = ENCODERS[coder]()
+        text = text.clone()
+        if captions:
+            self._code_captions(encoder, text)
+        flat = None if codes is None else codes.flatten(1).clone()
+        if flat is not None:
+            self._code_codes(encoder, text, flat)
+        return Message(encoder.finish(), checksum(text, flat))
+
+    def decode(
+        self, message: Message, size: int, coder: CoderName, *, images: bool, captions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the text [B, L] and the codes [B, W, W] of a batch of `size`.
+
+        Args:
+            images: whether the message holds codes.
+            captions: whether the message holds captions.
+
+        Raises: ValueError where the tokens are not those that were encoded.
+        """
+        config = self.model.config
+        decoder = DECODERS[coder](message.content)
+        text = null_caption(self.model).repeat(size, 1)
+        if captions:
+            self._code_captions(decoder, text)
+        codes = torch.zeros(size, config.image_len, dtype=torch.long) if images else None
+        if codes is not None:
+            self._code_codes(decoder, text, codes)
+        if checksum(text, codes) != message.checksum:
+            raise ValueError("the probabilities differ from those that it was written with")
+        grid = (config.grid_size, config.grid_size)
+        return text, None if codes is None else codes.unflatten(1, grid)
+
+    def _code_captions(self, coder: Coder, text: Tensor) -> None:
+        """Transfer captions: text [B, L] is read, or written where the coder decodes.
+
+        Token text_vocab stands for the end of a caption; the last position is always padding.
+        """
+        vocab = self.model.config.text_vocab
+        padding = null_caption(self.model)[0]
+        ended = torch.zeros(len(text), dtype=torch.bool)
+        for position, logits in enumerate(self._text_logits(text)):
+            choices = torch.cat([logits[:, :vocab], logits[:, vocab + position, None]], dim=1)
+            tokens = text[:, position].clamp_max(vocab)
+            self._code_tokens(coder, choices, tokens, ~ended)
+            ended |= tokens == vocab
+            text[:, position] = torch.where(ended, padding[position], tokens)
+            self.on_position()
+            if ended.all():
+                break
+
+    def _code_codes(self, coder: Coder, text: Tensor, codes: Tensor) -> None:
+        """Transfer codes [B, N] after their captions [B, L]."""
+        every = torch.ones(len(text), dtype=torch.bool)
+        for position, logits in enumerate(self._code_logits(text, codes)):
+            tokens = codes[:, position].clone()
+            self._code_tokens(coder, logits, tokens, every)
+            codes[:, position] = tokens
+            self.on_position()
+
+    def _code_tokens(self, coder: Coder, logits: Tensor, tokens: Tensor, active: Tensor) -> None:
+        """Transfer the active ones of tokens [B] with logits [B, V]; tokens are updated."""
+        rows = active.nonzero()[:, 0]
+        if not len(rows):
+            return
+        chosen = logits[rows.to(logits.device)]
+        for row, frequencies in zip(rows.tolist(), to_frequencies(chosen), strict=True):
+            tokens[row] = coder.code(frequencies, int(tokens[row]))
+        losses = F.cross_entropy(chosen, tokens[rows].to(chosen.device), reduction="sum")
+        self.ideal_bits += float(losses) / math.log(2)
+
+    def _text_logits(self, text: Tensor) -> Iterator[Tensor]:
+        """Yield text logits [B, V] of one position after another; text is read as it is filled."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        model = self.model
+        for position in range(model.config.text_len - 1):
+            # Captions are short: recomputing all positions for each token needs no cache.
+            with inference(self.device):
+                x = model.embed_text(text.to(self.device))[:, : position + 1]
+                states = model.run(x, [attend] * model.config.depth)
+                logits = model.text_head(states[:, -1])
+            yield logits
+
+    def _code_logits(self, text: Tensor, codes: Tensor) -> Iterator[Tensor]:
+        """Yield image logits [B, V] of one position after another; codes are read as filled."""
+        model, device = self.model, self.device
+        text, caches = text.to(device), Caches(model, len(text), 1)
+        for index in range(model.config.image_len):
+            with inference(device):
+                if index == 0:
+                    x = model.embed(text, codes[:, :1].to(device))
+                    states = model.run(x, caches.prefill)[:, -1:]
+                else:
+                    position = torch.tensor([index], device=device)
+                    caches.seek(position)
+                    x = model.embed_codes(codes[:, index - 1, None].to(device), position)
+                    states = model.run(x, caches.step, model.config.text_len + position)
+                logits = model.image_head(states)[:, 0]
+            yield logits
+
+
+def checksum(text: Tensor, codes: Tensor | None) -> int:
+    """Return the CRC-32 of a batch's tokens."""
+    tokens = text if codes is None else torch.cat([text, codes], dim=1)
+    return zlib.crc32(tokens.numpy().astype("<u4").tobytes())
