@@ -23,6 +23,10 @@ from dalle1.console import (
 SUBCOMMANDS = {
     "sample": ("dalle1.commands.sample", "Sample images for a prompt, the best first"),
     "train dvae": ("dalle1.tasks.dvae", "Train stage 1: images to codes and back"),
+    "train vqvae": (
+        "dalle1.tasks.vqvae",
+        "Train the other stage 1: a VQ-VAE, or a VQGAN",
+    ),
     "train transformer": ("dalle1.tasks.transformer", "Train stage 2: codes from a caption"),
     "train clip": ("dalle1.tasks.clip", "Train a CLIP that reranks samples"),
     "train classifier": (

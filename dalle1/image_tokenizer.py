@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from dalle1.storage import model_folder, read_kind
+from dalle1.vqgan.model import FILE_NAME as IMAGE_TOKENIZER_FILE
+from dalle1.vqgan.model import VQGAN
 from dvae.model import DVAE, FILE_NAME
-
-IMAGE_TOKENIZER_FILE = "image_tokenizer.safetensors"
-"""Model file of an image tokenizer that is not a dVAE."""
 
 
 class ImageTokenizer(Protocol):
@@ -59,7 +58,7 @@ class ImageTokenizerClass(Protocol):
         """Load the file that `save` wrote; see `load_image_tokenizer`."""
 
 
-IMAGE_TOKENIZERS: dict[str, ImageTokenizerClass] = {"dvae": DVAE}
+IMAGE_TOKENIZERS: dict[str, ImageTokenizerClass] = {"dvae": DVAE, "vqgan": VQGAN}
 """Kind, as in a model file's metadata → class."""
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     ["dalle1.config", "dalle1.tyro_errors", "dalle1.storage", "dalle1.console"],
     ["dalle1.devices", "dalle1.locking"],
-    ["dvae.*"],
+    ["dvae.*", "dalle1.vqgan.*"],
     ["dalle1.image_tokenizer"],
     ["dalle1.toybox.*", "dalle1.text.*", "dalle1.model.*"],
     ["dalle1.clip.*", "dalle1.data.*", "dalle1.importers.*"],

@@ -1,4 +1,4 @@
-"""How well a dVAE reconstructs images: PSNR, likelihood, and how it uses its codebook."""
+"""How well an image tokenizer reconstructs images: PSNR, likelihood, use of its codebook."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dalle1.data import Example, ReadOptions, Sample, first_examples, open_sourc
 from dalle1.data.images import centre_square, grid, save_png, to_float, to_pil, to_tensor
 from dalle1.devices import autocast, pick_device
 from dalle1.evaluation.report import Scores
+from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from dvae.gumbel import gumbel_softmax
 from dvae.losses import dvae_loss, kl_to_uniform, psnr
 from dvae.model import DVAE, reconstruction
@@ -26,10 +27,10 @@ SHOWN = 16  # images in reconstructions.png
 
 @dataclass(frozen=True, kw_only=True)
 class DVAEOptions:
-    """Measure a dVAE on validation images, and save some reconstructions."""
+    """Measure a dVAE or VQGAN on validation images, and save some reconstructions."""
 
     model: Path
-    """Folder of the dVAE."""
+    """Folder of the image tokenizer."""
     data: str = "toybox"
     """Dataset, as in training."""
     images: int = 1000
@@ -51,17 +52,20 @@ class DVAEOptions:
 
 
 def evaluate_dvae(options: DVAEOptions) -> Scores:
-    """Yield the metrics of a dVAE, and write reconstructions.png."""
+    """Yield the metrics of an image tokenizer, and write reconstructions.png."""
     device = pick_device(options.device)
-    model = DVAE.load(options.model, device)
-    size = model.config.image_size
+    model = load_image_tokenizer(options.model, device)
+    size = model.image_size
     prepare = partial(_prepare, size, options.allow_upscale)
     source = open_source(options.data, "validation", ReadOptions(size=size, captions=False))
     images = to_float(first_examples(source, prepare, options.images)["images"]).to(device)
     yield "images", len(images)
     yield "codebook size", model.codebook_size
     with autocast(device, options.precision):
-        yield from reconstruction_metrics(model, images, options.temperature)
+        if isinstance(model, DVAE):
+            yield from reconstruction_metrics(model, images, options.temperature)
+        else:
+            yield from tokenizer_metrics(model, images)
         shown = images[:SHOWN]
         reconstructions = model.decode(model.encode(shown))
     rows = to_pil(torch.cat([shown, reconstructions]))
@@ -109,6 +113,27 @@ def reconstruction_metrics(
     for key, total in sums.items():
         yield key, total / len(images)
     yield "kl_bits", sums["kl_nats"] / len(images) / math.log(2)
+    yield from _usage_metrics(usage)
+
+
+@torch.no_grad()
+def tokenizer_metrics(model: ImageTokenizer, images: Tensor, batch_size: int = 32) -> Scores:
+    """Yield the metrics of any image tokenizer on `images`, [N, 3, H, W] in [0, 1].
+
+    They are: PSNR in dB, the number of codes in use, and the perplexity of the codes.
+    """
+    usage = torch.zeros(model.codebook_size, device=images.device)
+    total = 0.0
+    for batch in images.split(batch_size):
+        codes = model.encode(batch)
+        usage += codes.flatten().bincount(minlength=model.codebook_size)
+        total += float(psnr(batch, model.decode(codes)).sum())
+    yield "psnr_hard", total / len(images)
+    yield from _usage_metrics(usage)
+
+
+def _usage_metrics(usage: Tensor) -> Scores:
+    """Yield the number of codes in use and their perplexity, from how often each occurs."""
     yield "codes_used", float((usage > 0).sum())
     shares = usage / usage.sum()
     entropy = -(shares * shares.clamp_min(1e-12).log()).sum()

@@ -1,0 +1,270 @@
+"""Train a VQ-VAE or VQGAN, the other image tokenizer: images to codes and back.
+
+    dalle1 train vqvae small --data toybox --out runs/vqvae
+
+writes runs/vqvae/latest/image_tokenizer.safetensors, a log and reconstructions. The same command
+resumes after an interruption.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dalle1.console import one_line_errors, parse_preset
+from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
+from dalle1.data.images import (
+    Augmentation,
+    augmented,
+    centre_square,
+    grid,
+    to_float,
+    to_pil,
+    to_tensor,
+)
+from dalle1.devices import autocast
+from dalle1.evaluation.reconstruction import tokenizer_metrics
+from dalle1.training import distributed
+from dalle1.training.config import TrainConfig, resolve_precision
+from dalle1.training.interrupts import graceful_run
+from dalle1.training.loop import fit, train_loader
+from dalle1.training.task import Loss, Task
+from dalle1.vqgan import VQGAN, VQGANConfig
+from dalle1.vqgan.codebook import CodebookAverage
+from dalle1.vqgan.losses import (
+    DiscriminatorLoss,
+    PatchDiscriminator,
+    PixelLoss,
+    VQLoss,
+    adaptive_weight,
+    commitment_loss,
+    hinge_loss,
+    reconstruction_error,
+)
+from dalle1.vqgan.quantizers import NearestQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAETrainConfig(TrainConfig):
+    """Settings of a VQ-VAE's training (van den Oord et al. 2017; VQGAN: Esser et al. 2021)."""
+
+    model: VQGANConfig = field(default_factory=VQGANConfig)
+    """Architecture of the image tokenizer."""
+    init: Path | None = None
+    """Folder of a VQGAN of the same architecture to fine-tune."""
+    crop_size: int = 256
+    """Side of the random training crops in pixels, a multiple of the pixels per code."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Random crops of the training images."""
+    pixel_loss: PixelLoss = "l1"
+    """Distance of a reconstruction from its image: mean absolute or mean squared error."""
+    commitment_weight: float = 0.25
+    """Weight of the commitment loss, which keeps features near their codes. Paper: 0.25."""
+    codebook_decay: float = 0.99
+    """Decay of the moving averages that are the codes."""
+    restart_below: float = 0.03
+    """Usage, as a share of the mean over codes, below which a code restarts at a random feature."""
+    adversarial_weight: float = 0.0
+    """Weight of the adversarial loss of a VQGAN, beside the paper's adaptive weight. 0 trains a
+    VQ-VAE. VQGAN: 0.8."""
+    adversarial_start: int = 0
+    """Update from which the adversarial loss counts; the discriminator trains from the start."""
+    discriminator_width: int = 64
+    """Channels of the discriminator's first layer."""
+    validation_images: int = 64
+    """Number of validation images, which are not trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = self.model.downsampling
+        if self.crop_size % factor or not factor <= self.crop_size <= self.model.image_size:
+            raise ValueError(
+                f"crop_size is {self.crop_size}, expected a multiple of {factor} up to "
+                f"model.image_size, {self.model.image_size}"
+            )
+        if self.model.quantizer == "gumbel":
+            raise ValueError(
+                "model.quantizer is gumbel, which is for imported models; use nearest, or train a "
+                "dVAE: dalle1 train dvae"
+            )
+        for name in ("validation_images", "discriminator_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name in ("commitment_weight", "adversarial_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("codebook_decay", "restart_below"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1)")
+        if self.uses_deepspeed:
+            raise ValueError("train vqvae needs unsharded codes; remove --zero and --deepspeed")
+
+
+# VQGAN's f16 model of 16,384 codes, without the perceptual loss.
+_vqgan = VQVAETrainConfig(
+    out=Path("runs/vqgan"),
+    steps=1_000_000,
+    batch_size=24,
+    learning_rate=1e-4,
+    final_learning_rate=1e-5,
+    adversarial_weight=0.8,
+    adversarial_start=50_000,
+    weight_decay=0.0,
+    beta2=0.9,
+)
+
+_small = replace(
+    _vqgan,
+    out=Path("runs/vqvae"),
+    model=VQGANConfig(
+        image_size=128,
+        width=32,
+        multipliers=(1, 1, 2, 2),
+        blocks=1,
+        attention=(),
+        latent_width=64,
+        code_width=64,
+        codebook_size=512,
+    ),
+    crop_size=64,
+    augmentation=Augmentation(resize=(2.0, 2.0)),
+    adversarial_weight=0.0,
+    adversarial_start=0,
+    pixel_loss="mse",
+    steps=3_000,
+    batch_size=32,
+    learning_rate=1e-3,
+    final_learning_rate=5e-5,
+    beta2=0.99,
+    validation_images=1_000,
+    validate_every=1_500,
+)
+
+VQVAE_PRESETS: dict[str, VQVAETrainConfig] = {"small": _small, "vqgan": _vqgan}
+
+
+def crop(config: VQVAETrainConfig, sample: Sample, rng: random.Random) -> Example:
+    """Prepare one example: a random crop, [3, size, size]."""
+    image = augmented(
+        sample.image(), config.crop_size, rng, config.augmentation, config.allow_upscale
+    )
+    return {"images": to_tensor(image)}
+
+
+def centred(config: VQVAETrainConfig, sample: Sample, _: random.Random) -> Example:
+    """Prepare one example to validate on: the centre of an image, [3, size, size]."""
+    size = config.model.image_size
+    return {"images": to_tensor(centre_square(sample.image(), size, config.allow_upscale))}
+
+
+class VQVAETraining(nn.Module):
+    """The image tokenizer, and what only its training needs."""
+
+    def __init__(self, tokenizer: VQGAN, config: VQVAETrainConfig) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        size, width = tokenizer.config.codebook_size, tokenizer.config.code_width
+        self.average = CodebookAverage(size, width, config.codebook_decay, config.restart_below)
+        if config.adversarial_weight:
+            self.discriminator = PatchDiscriminator(config.discriminator_width)
+
+    def update_codes(self, features: Tensor, codes: Tensor, rng: torch.Generator) -> Tensor:
+        """Update the codebook by the features of a batch; return the number of restarts."""
+        assert isinstance(self.tokenizer.quantize, NearestQuantizer)  # the config refuses others
+        codebook = self.tokenizer.quantize.embedding.weight
+        return self.average.update(codebook, features, codes, rng)
+
+
+class VQVAETask(Task[VQVAETraining]):
+    """Trains a VQ-VAE or a VQGAN."""
+
+    def __init__(self, config: VQVAETrainConfig) -> None:
+        self.device = distributed.init(config.device)
+        self.config = config = resolve_precision(config, self.device)
+        torch.manual_seed(config.seed)
+        self.model = VQVAETraining(self.initial(), config).to(self.device).train()
+        size = config.model.image_size
+        options = ReadOptions(size=size, seed=config.seed, captions=False, cleaning=config)
+        source = open_source(config.data, "train", options)
+        self.loader = train_loader(source, partial(crop, config), config)
+        held = open_source(config.data, "validation", options)
+        first = partial(first_examples, held, partial(centred, config), config.validation_images)
+        self.held = to_float(distributed.broadcast_from_main(first)["images"]).to(self.device)
+
+    def initial(self) -> VQGAN:
+        """Return a new VQGAN, or load the one of --init."""
+        config = self.config
+        if config.init is None:
+            return VQGAN(config.model)
+        model = VQGAN.load(config.init)
+        loaded, wanted = asdict(model.config), asdict(config.model)
+        if loaded != wanted:
+            changed = (k for k in loaded if loaded[k] != wanted[k])
+            flags = " ".join(f"--model.{k.replace('_', '-')} {loaded[k]}" for k in changed)
+            raise ValueError(f"the VQGAN in {config.init} has another architecture; add {flags}")
+        return model
+
+    def losses(
+        self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
+    ) -> Sequence[Loss]:
+        config, tokenizer = self.config, self.model.tokenizer
+        images = to_float(batch["images"])
+        features = tokenizer.features(images)
+        quantized, codes = tokenizer.quantize(features)
+        reconstructed = tokenizer.reconstruct(quantized)
+        pixels = reconstruction_error(images, reconstructed, config.pixel_loss)
+        commitment = commitment_loss(features, quantized)
+        total = pixels + config.commitment_weight * commitment
+        restarts = self.model.update_codes(features.detach(), codes, rng)
+        parts = VQLoss(
+            total=total, reconstruction=pixels, commitment=commitment, restarts=restarts.float()
+        )
+        if not config.adversarial_weight:
+            return [parts]
+        fooled, judged = self.adversarial(images, reconstructed)
+        if step >= config.adversarial_start:
+            weight = adaptive_weight(pixels, fooled, tokenizer.decoder.conv_out.weight)
+            parts = replace(parts, total=total + config.adversarial_weight * weight * fooled)
+        return [parts, judged]
+
+    def adversarial(
+        self, images: Tensor, reconstructed: Tensor
+    ) -> tuple[Tensor, DiscriminatorLoss]:
+        """Return the generator's adversarial loss, and the discriminator's own loss."""
+        discriminator = self.model.discriminator
+        frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
+        fooled = -functional_call(discriminator, frozen, (reconstructed,)).float().mean()
+        real, fake = discriminator(images), discriminator(reconstructed.detach())
+        return fooled, DiscriminatorLoss(total=hinge_loss(real.float(), fake.float()))
+
+    def validate(self, model: VQVAETraining) -> Iterator[tuple[str, float]]:
+        with autocast(self.device, self.config.precision):
+            numbers = list(tokenizer_metrics(model.tokenizer, self.held))
+        yield from numbers
+
+    def sample(self, model: VQVAETraining, path: Path) -> None:
+        """Write 16 images above their reconstructions."""
+        images, tokenizer = self.held[:16], model.tokenizer
+        with autocast(self.device, self.config.precision):
+            both = to_pil(torch.cat([images, tokenizer.decode(tokenizer.encode(images))]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(both, len(images)).save(path)
+
+    def save(self, model: VQVAETraining, folder: Path) -> None:
+        model.tokenizer.save(folder)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse_preset(VQVAE_PRESETS, args, __doc__.splitlines()[0])
+        with graceful_run(config):
+            fit(VQVAETask(config), config)
+        if distributed.is_main():
+            print(f"The image tokenizer is in {config.out}")
