@@ -61,6 +61,7 @@ clean: ## Remove .venv, caches and builds; trained models in runs/ stay
 
 .venv/dev.stamp: .venv/runtime.stamp
 	$(PY) -m pip install -e '.[dev]' -c constraints.txt
-	@# --no-deps: they require torchvision, which the tests never import.
-	$(PY) -m pip install --no-deps DALL-E open_clip_torch -c constraints.txt
+	@# --no-deps: they require torchvision and old packages, which the tests never import.
+	$(PY) -m pip install --no-deps DALL-E open_clip_torch taming-transformers-rom1504 rudalle \
+		PyWavelets -c constraints.txt
 	@touch $@

@@ -45,6 +45,10 @@ SUBCOMMANDS = {
     "check": ("dalle1.data.check", "Check a dataset before a training reads it"),
     "plan": ("dalle1.planner", "Plan a training: memory, time and flags for your GPUs"),
     "import openai-dvae": ("dalle1.importers.openai_dvae", "Convert the dVAE that OpenAI released"),
+    "import vqgan": (
+        "dalle1.importers.vqgan",
+        "Convert a VQGAN of taming-transformers, ru-dalle or LlamaGen",
+    ),
     "export": ("dalle1.export", "Join a trained transformer and a CLIP in one model folder"),
     "toybox": ("dalle1.commands.toybox", "Render the Toybox dataset and write it as shards"),
 }

@@ -3,9 +3,8 @@
     dalle1 import openai-dvae encoder.pkl decoder.pkl --out runs/openai-dvae
 
 `encoder.pkl` and `decoder.pkl` (https://cdn.openai.com/dall-e/) are pickles of whole modules of the
-`dall_e` package. Unpickling one as it is would import and call whatever it names. Here torch's
-weights-only unpickler reads them, which builds tensors and plain containers; the few classes below
-become empty objects that hold attributes, and any other name is rejected.
+`dall_e` package. Unpickling one as it is would import and call whatever it names; see
+`dalle1.importers.checkpoint`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse
-from dalle1.storage import checkpoints, refuse_pointer
+from dalle1.importers.checkpoint import Stub, unpickle
+from dalle1.storage import checkpoints
 from dvae import DVAE, DVAEConfig
 
 CLASSES = (
@@ -49,35 +48,13 @@ _NAMES = (  # theirs → ours
 )
 
 
-class _Stub:
-    """A stand-in for any of `CLASSES`, with its attributes and no behaviour."""
-
-
 def read_module(path: str | Path) -> dict[str, Tensor]:
     """Read the parameters of a pickled module of `dall_e`, under the names of `DVAE`.
 
     Raises: ValueError where the file is no such pickle, or names a class not in `CLASSES`.
     """
-    refuse_pointer(Path(path))
-    with Path(path).open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    if not zipped:  # torch reads other formats, too, by less careful ways
-        raise ValueError(
-            f"{path} is no file that torch 1.6 or later has written; expected encoder.pkl or "
-            "decoder.pkl as released"
-        )
-    allowed: list[Any] = [(_Stub, name) for name in CLASSES] + [set]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            module = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may fail in any way
-        named = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
-        why = f"it names {named[1]}" if named else " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path} is not one of OpenAI's dVAE pickles, and nothing in it was run: {why}. "
-            "Expected encoder.pkl or decoder.pkl as released"
-        ) from error
-    if not isinstance(module, _Stub):
+    module = unpickle(path, CLASSES)
+    if not isinstance(module, Stub):
         raise ValueError(
             f"{path} holds a {type(module).__name__}, expected a pickled module of dall_e"
         )
@@ -89,7 +66,7 @@ def _parameters(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         if isinstance(tensor, Tensor):
             yield prefix + name, tensor
     for name, child in vars(module).get("_modules", {}).items():
-        if isinstance(child, _Stub):
+        if isinstance(child, Stub):
             yield from _parameters(child, f"{prefix}{name}.")
 
 

@@ -1,0 +1,161 @@
+"""Convert a VQGAN of taming-transformers, latent diffusion, ru-dalle or LlamaGen.
+
+    dalle1 import vqgan last.ckpt --out runs/vqgan
+
+All sizes are read from the shapes of the parameters; no YAML file is needed. Known are the VQGANs
+with nearest codes, with Gumbel codes, ru-dalle's whose decoder ends in an inverse wavelet
+transform, and LlamaGen's with codes of length 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from einops import rearrange
+from torch import Tensor
+
+from dalle1.console import one_line_errors, parse
+from dalle1.importers.checkpoint import numbers_after, read_state_dict, without_prefix
+from dalle1.vqgan import VQGAN, VQGANConfig
+
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+
+# An inverse Haar transform: ½ of the sums over LL, LH, HL, HH for each pixel of a 2×2 block.
+HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
+
+
+def load_vqgan(path: str | Path, image_size: int | None = None) -> tuple[VQGAN, list[str]]:
+    """Load a foreign VQGAN; return it, and the names in the file that it has no use for.
+
+    Args:
+        image_size: side of its images in pixels; None: 256, or 512 for a decoder with wavelets.
+
+    Raises: ValueError where the file holds no such model, or lacks some of its parameters.
+    """
+    tensors = read_state_dict(path, keys=("state_dict", "model"))
+    return build_vqgan(tensors, path, image_size)
+
+
+def build_vqgan(
+    tensors: Mapping[str, Tensor], path: str | Path, image_size: int | None = None
+) -> tuple[VQGAN, list[str]]:
+    """Build a VQGAN from foreign tensors; see `load_vqgan`. `path` is for error messages."""
+    named = _of_llamagen(without_prefix(tensors, "encoder.conv_in.weight", path))
+    named = _without_wavelets(named)
+    used = {k: t.float() for k, t in named.items() if k.startswith(PARTS)}
+    normalized = used.pop("quantize.codebook_used", None) is not None
+    try:
+        config = read_sizes(used, normalized, image_size)
+        model = VQGAN(config)
+        model.load_state_dict(used, strict=True)
+    except (KeyError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not match a VQGAN ({reason})") from error
+    return model.eval(), sorted(set(named) - set(used))
+
+
+def read_sizes(
+    tensors: Mapping[str, Tensor], normalized: bool, image_size: int | None
+) -> VQGANConfig:
+    """Return the config that the shapes of the parameters determine."""
+    width = tensors["encoder.conv_in.weight"].shape[0]
+    levels = list(numbers_after("encoder.down.", tensors))
+    first = [tensors[f"encoder.down.{i}.block.0.conv1.weight"] for i in levels]
+    gumbel = "quantize.proj.weight" in tensors
+    codes = tensors["quantize.embed.weight" if gumbel else "quantize.embedding.weight"]
+    shuffle = 2 if tensors["decoder.conv_out.weight"].shape[0] == 12 else 1
+    return VQGANConfig(
+        image_size=image_size or 256 * shuffle,
+        width=width,
+        multipliers=tuple(weight.shape[0] // width for weight in first),
+        blocks=len(list(numbers_after("encoder.down.0.block.", tensors))),
+        attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in tensors),
+        latent_width=tensors["encoder.conv_out.weight"].shape[0],
+        code_width=codes.shape[1],
+        codebook_size=codes.shape[0],
+        quantizer="gumbel" if gumbel else "normalized" if normalized else "nearest",
+        pixel_shuffle=shuffle,
+    )
+
+
+def _without_wavelets(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fold the inverse wavelet transform after ru-dalle's decoder into its last convolution."""
+    if "decoder.decoder.conv_out.weight" not in tensors:
+        return dict(tensors)
+    renamed = {
+        re.sub(r"^decoder\.(decoder\.|post_quant_conv\.)", _unnested, name): tensor
+        for name, tensor in tensors.items()
+        if not name.startswith("decoder.idwt.")
+    }
+    for kind in ("weight", "bias"):
+        name = f"decoder.conv_out.{kind}"
+        low, high = renamed[name][:3], renamed[name][3:]  # LL; LH, HL and HH of each colour
+        bands = torch.cat(
+            [rearrange(low, "c ... -> c 1 ..."), rearrange(high, "(c s) ... -> c s ...", c=3)], 1
+        )
+        pixels = torch.einsum("ps,cs...->cp...", HAAR.to(bands.dtype), bands)
+        renamed[name] = rearrange(pixels, "c p ... -> (c p) ...")  # as pixel_shuffle reads them
+    return renamed
+
+
+def _unnested(match: re.Match[str]) -> str:
+    return "decoder." if match[1] == "decoder." else match[1]
+
+
+_LLAMAGEN = (  # theirs → taming's
+    (r"^encoder\.conv_blocks\.(\d+)\.res\.", r"encoder.down.\1.block."),
+    (r"^encoder\.conv_blocks\.(\d+)\.", r"encoder.down.\1."),
+    (r"\.mid\.0\.", ".mid.block_1."),
+    (r"\.mid\.1\.", ".mid.attn_1."),
+    (r"\.mid\.2\.", ".mid.block_2."),
+)
+
+
+def _of_llamagen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename LlamaGen's parameters, whose decoder counts levels from the lowest resolution."""
+    levels = len(list(numbers_after("decoder.conv_blocks.", tensors)))
+    if not levels:
+        return dict(tensors)
+
+    def renamed(name: str) -> str:
+        for theirs, ours in _LLAMAGEN:
+            name = re.sub(theirs, ours, name)
+        if match := re.match(r"decoder\.conv_blocks\.(\d+)\.(res\.)?(.*)", name):
+            block = "block." if match[2] else ""
+            name = f"decoder.up.{levels - 1 - int(match[1])}.{block}{match[3]}"
+        return name
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Options of `dalle1 import vqgan`."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """The published file: last.ckpt, *.ckpt, *.pt or *.safetensors."""
+    out: Path
+    """Folder to write image_tokenizer.safetensors to."""
+    image_size: int | None = None
+    """Side of its images in pixels. None: 256, or 512 where the decoder has wavelets."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse(ImportConfig, args, __doc__.splitlines()[0])
+        if (config.out / "latest").exists():
+            raise ValueError(f"{config.out} holds a training; use another --out")
+        model, unused = load_vqgan(config.checkpoint, config.image_size)
+        if unused:
+            shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+            print(f"{len(unused)} tensors of the file are not part of the model: {shown}")
+        c = model.config
+        print(
+            f"The image tokenizer is {model.save(config.out)}: {c.codebook_size} codes, "
+            f"{c.downsampling}×{c.downsampling} pixels each"
+        )
