@@ -67,7 +67,7 @@ def dalle_pytorch_model(config: TransformerConfig) -> tuple[ModuleType, nn.Modul
         text_seq_len=config.text_len,
         depth=config.depth,
         heads=config.heads,
-        dim_head=config.head_width,
+        dim_head=config.head_size,
         attn_types=("axial_row", "axial_col", "axial_row", "axial_row"),
     )
     return package.dalle_pytorch, model

@@ -161,14 +161,16 @@ class Attend(Protocol):
 class Attention(nn.Module):
     """Multi-head attention; the caller passes what masks it."""
 
-    def __init__(self, width: int, heads: int, depth: int, qk_norm: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, head_size: int, depth: int, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.query_norm, self.key_norm = (
-            nn.RMSNorm(width // heads) if qk_norm else None for _ in range(2)
+            nn.RMSNorm(head_size) if qk_norm else None for _ in range(2)
         )
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width, scale=1 / math.sqrt(2 * depth))
+        self.qkv = Linear(width, 3 * heads * head_size)
+        self.out = Linear(heads * head_size, width, scale=1 / math.sqrt(2 * depth))
 
     def forward(self, x: Tensor, attend: Attend, angles: Tensor | None = None) -> Tensor:
         """Attend: x [B, n, D] → [B, n, D].

@@ -11,9 +11,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-MaskKind = Literal["full", "row", "column", "conv"]
-CONV_REACH = 5
-"""Reach of an 11 × 11 kernel: five rows back, five columns to each side."""
+MaskKind = Literal["full", "row", "column", "conv", "conv-9", "conv-7", "line"]
+CONV_REACH: dict[MaskKind, int] = {"conv": 5, "conv-9": 4, "conv-7": 3}
+"""Reach of a kernel: 11 × 11 reaches five rows back, five columns to each side. Paper: 11 × 11.
+RuDOLPH also has 9 × 9 and 7 × 7."""
 
 
 def distance(length: int) -> Tensor:
@@ -39,7 +40,13 @@ def column(grid_size: int) -> Tensor:
     return (distances >= 0) & (distances % grid_size == 0)
 
 
-def conv(grid_size: int, reach: int = CONV_REACH, wrap: bool = True) -> Tensor:
+def line(grid_size: int) -> Tensor:
+    """See what is left of oneself in one's own row. Paper: none; DALLE-pytorch's row mask."""
+    rows = torch.arange(grid_size**2) // grid_size
+    return (distance(grid_size**2) >= 0) & (rows[:, None] == rows[None, :])
+
+
+def conv(grid_size: int, reach: int = CONV_REACH["conv"], wrap: bool = True) -> Tensor:
     """See a kernel of 2·reach + 1 columns over one's own and the `reach` rows above, up to oneself.
 
     Args:
@@ -64,9 +71,9 @@ def image_mask(kind: MaskKind, grid_size: int, conv_wrap: bool = True) -> Tensor
         raise ValueError(f"mask is {kind!r}, expected one of {', '.join(get_args(MaskKind))}")
     if kind == "full":
         return full(grid_size**2)
-    if kind == "conv":
-        return conv(grid_size, wrap=conv_wrap)
-    return {"row": row, "column": column}[kind](grid_size)
+    if kind in CONV_REACH:
+        return conv(grid_size, CONV_REACH[kind], conv_wrap)
+    return {"row": row, "column": column, "line": line}[kind](grid_size)
 
 
 def joint_mask(kind: MaskKind, text_len: int, grid_size: int, conv_wrap: bool = True) -> Tensor:

@@ -36,7 +36,8 @@ class SparseLayout:
     @property
     def back(self) -> int:
         """Number of earlier blocks that a block attends to."""
-        reach = {"row": 1, "column": 0, "conv": CONV_REACH + self.conv_wrap}
+        reach = {"row": 1, "column": 0, "line": 0}
+        reach |= {kind: rows + self.conv_wrap for kind, rows in CONV_REACH.items()}
         return min(reach.get(self.kind, self.grid_size - 1), self.grid_size - 1)
 
     def to_blocks(self, x: Tensor) -> Tensor:

@@ -15,124 +15,32 @@ Parameters start as the table in `dalle1.model.layers` lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle1.model.arch import TransformerArch, TransformerConfig
 from dalle1.model.attention import Attend, Attention, MaskedAttention
 from dalle1.model.layers import Embedding, Linear
-from dalle1.model.masks import MaskKind, layer_masks
 from dalle1.model.rotary import Rotary
 from dalle1.model.state_keys import upgrade_state_dict
 from dalle1.storage import load_config, load_weights, model_folder, save_weights
 
+__all__ = ["Transformer", "TransformerArch", "TransformerConfig", "TransformerLoss"]
+
 FILE_NAME = "transformer.safetensors"
-MAX_LENGTH = 20_000
-"""Limit on T; the paper's is 1,280."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerArch:
-    """Architecture of a transformer. The defaults are the paper's 12 billion parameters."""
-
-    text_vocab: int = 16_384
-    """Number of BPE tokens without padding; fewer if the captions are too few to learn so many."""
-    text_len: int = 256
-    """L: text positions. A caption has at most L − 1 tokens."""
-    width: int = 3968
-    """D: channels of the residual stream."""
-    depth: int = 64
-    """Number of layers, each an attention and an MLP."""
-    heads: int = 62
-    """Attention heads; the width is a multiple of them."""
-
-    # What the paper leaves open.
-    image_start: Literal["token", "text"] = "token"
-    """Input of the first image state: its own start token, or the last text token."""
-    pad_targets: bool = True
-    """Whether padding counts in the text loss; if not, only the caption's tokens do."""
-    shared_softmax: bool = False
-    """Whether each softmax covers both vocabularies, not only the state's own."""
-    conv_wrap: bool = True
-    """Whether the kernel of the convolutional mask wraps around the edges of the image."""
-
-    # What came later. Paper: the first of each.
-    attention: Literal["sparse", "full"] = "sparse"
-    """Attention masks: the paper's row, column and conv, or full causal attention in all layers."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """Position encoding: learned embeddings, or rotary by text position, row and column."""
-    norm: Literal["layer", "rms"] = "layer"
-    """Normalization: LayerNorm, or RMSNorm."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """MLP: four times as wide with GELU, or 8/3 times with SwiGLU; both have as many parameters."""
-    qk_norm: bool = False
-    """Whether the queries and keys of each head are normalized."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            kind = get_type_hints(type(self))[field.name]
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            if choices and getattr(self, field.name) not in choices:
-                value = getattr(self, field.name)
-                raise ValueError(f"{field.name} is {value!r}, expected {' or '.join(choices)}")
-            if field.type == "int" and getattr(self, field.name) < 1:
-                value = getattr(self, field.name)
-                raise ValueError(f"{field.name} is {value}, expected at least 1")
-        if self.text_len < 2:
-            raise ValueError(f"text_len is {self.text_len}, expected at least 2")
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}, expected a multiple of heads, {self.heads}")
-        if self.positions == "rotary" and self.head_width % 4:
-            raise ValueError(
-                f"heads are {self.head_width} wide, expected a multiple of 4 for rotary positions"
-            )
-
-    @property
-    def head_width(self) -> int:
-        """Channels of a head."""
-        return self.width // self.heads
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig(TransformerArch):
-    """Architecture of a transformer, with the sizes that the image tokenizer sets."""
-
-    codebook_size: int = 8192
-    """V: number of codes of the image tokenizer."""
-    grid_size: int = 32
-    """W: codes along each side of an image."""
-    rotary_grid: int | None = None
-    """W of the smaller images that the model was trained on first, whose rotary positions are
-    interpolated; None without such a training."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.length > MAX_LENGTH:
-            raise ValueError(
-                f"text_len and grid_size make {self.length} positions, expected at most "
-                f"{MAX_LENGTH}: each mask has an entry for each pair"
-            )
-
-    @property
-    def image_len(self) -> int:
-        """N: codes of an image."""
-        return self.grid_size**2
-
-    @property
-    def length(self) -> int:
-        """T: positions of the stream."""
-        return self.text_len + self.image_len
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerLoss:
-    """What `Transformer.loss` reangles; scalar tensors."""
+    """What `Transformer.loss` returns; scalar tensors."""
 
     total: Tensor
     """Weighted sum to minimize: text/8 + 7·image/8."""
@@ -142,14 +50,29 @@ class TransformerLoss:
     """Cross-entropy in nats per code."""
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """Compute x·σ(1.702x), the GELU of Sparse Transformers."""
+    return F.silu(1.702 * x) * (1 / 1.702)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": quick_gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+    "gelu-erf": F.gelu,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+}
+
+
 class MLP(nn.Module):
-    """Four times as wide inside, with the GELU of Sparse Transformers: x·σ(1.702x)."""
+    """Four times as wide inside, with one of `ACTIVATIONS`; see `TransformerArch`."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gated = config.mlp == "swiglu"
+        self.gated = config.mlp in ("swiglu", "geglu")
+        self.activation = ACTIVATIONS[config.mlp]
         d, hidden = config.width, 4 * config.width
-        if self.gated:
+        if config.mlp == "swiglu":
             hidden = 8 * math.ceil(config.width / 3)
         self.up = Linear(d, 2 * hidden if self.gated else hidden)
         self.down = Linear(hidden, d, scale=1 / math.sqrt(2 * config.depth))
@@ -158,8 +81,8 @@ class MLP(nn.Module):
         x = self.up(x)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * x)
-        return self.down(F.silu(1.702 * x) * (1 / 1.702))
+            return self.down(self.activation(gate) * x)
+        return self.down(self.activation(x))
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
@@ -167,15 +90,22 @@ def _norm(config: TransformerConfig) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """A resblock: x + branch(norm(x))."""
+    """A resblock: x + branch(norm(x)), or x + norm(branch(norm(x))) in a sandwich."""
 
-    def __init__(self, norm: nn.Module, branch: nn.Module) -> None:
+    def __init__(
+        self, norm: nn.Module, branch: nn.Module, out_norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.norm, self.branch = norm, branch
+        self.norm, self.branch, self.out_norm = norm, branch, out_norm
+
+    def update(self, x: Tensor, *args: Any) -> Tensor:
+        """Compute what is added to x: [B, n, D] → [B, n, D]; `args` go to the branch."""
+        y = self.branch(self.norm(x), *args)
+        return y if self.out_norm is None else self.out_norm(y)
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """Compute the sum: x [B, n, D] → [B, n, D]; `args` go to the branch."""
-        return x + self.branch(self.norm(x), *args)
+        return x + self.update(x, *args)
 
 
 class Layer(nn.Module):
@@ -183,11 +113,13 @@ class Layer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        d, heads = config.width, config.heads
-        self.attention = Residual(
-            _norm(config), Attention(d, heads, config.depth, qk_norm=config.qk_norm)
-        )
-        self.mlp = Residual(_norm(config), MLP(config))
+        sizes = config.width, config.heads, config.head_size, config.depth
+
+        def residual(branch: nn.Module) -> Residual:
+            return Residual(_norm(config), branch, _norm(config) if config.sandwich else None)
+
+        self.attention = residual(Attention(*sizes, qk_norm=config.qk_norm))
+        self.mlp = residual(MLP(config))
 
     def forward(self, x: Tensor, attend: Attend, angles: Tensor | None = None) -> Tensor:
         return self.mlp(self.attention(x, attend, angles))
@@ -200,32 +132,34 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         d = config.width
-        learned = config.positions == "learned"
+        learned, rotary = config.positions == "learned", config.positions == "rotary"
         self.text_tokens = config.text_vocab + config.text_len
         # The last row of each table is the start token.
         self.text_embedding = Embedding(self.text_tokens + 1, d)
         self.image_embedding = Embedding(config.codebook_size + 1, d)
-        self.text_position = Embedding(config.text_len, d, summed=2) if learned else None
+        self.text_position = None if rotary else Embedding(config.text_len, d, summed=2)
         self.row = Embedding(config.grid_size, d, summed=3) if learned else None
         self.column = Embedding(config.grid_size, d, summed=3) if learned else None
-        sizes = config.text_len, config.grid_size, config.head_width
-        self.rotary = None if learned else Rotary(*sizes, config.rotary_grid)
+        flat = config.positions == "flat"
+        self.image_position = Embedding(config.image_len, d, summed=2) if flat else None
+        sizes = config.text_len, config.grid_size, config.head_size
+        self.rotary = Rotary(*sizes, config.rotary_grid) if rotary else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = _norm(config)
+        self.head_norm = _norm(config) if config.head_norm else None
         self.text_head = Linear(d, self.text_tokens, scale=0.0)
         self.image_head = Linear(d, config.codebook_size, scale=0.0)
-        sparse = config.attention == "sparse"
-        self.kinds: list[MaskKind] = (
-            layer_masks(config.depth) if sparse else ["full"] * config.depth
-        )
+        self.kinds = config.mask_kinds
         shape = config.text_len, config.grid_size, config.conv_wrap
         self.masks = nn.ModuleDict({k: MaskedAttention(k, *shape) for k in sorted(set(self.kinds))})
         self.register_load_state_dict_pre_hook(upgrade_state_dict)
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """Embed the start token and all but the last of text [B, L] → [B, L, D]."""
-        start = text.new_full((len(text), 1), self.text_tokens)
-        x = self.text_embedding(torch.cat([start, text[:, :-1]], dim=1))
+        """Embed the inputs of the text states: text [B, L] → [B, L, D]."""
+        if self.config.image_start != "none":
+            start = text.new_full((len(text), 1), self.text_tokens)
+            text = torch.cat([start, text[:, :-1]], dim=1)
+        x = self.text_embedding(text)
         if self.text_position is None:
             return x
         # Called instead of reading its weight: ZeRO gathers the weight when the module is called.
@@ -250,19 +184,24 @@ class Transformer(nn.Module):
     def embed(self, text: Tensor, codes: Tensor) -> Tensor:
         """Embed all states of text [B, L], and those of the codes [B, n] that they predict.
 
-        Returns: [B, L + n, D]; the last of the codes is not read.
+        Returns: [B, L + n, D], or one state less without start tokens, where the last of the text
+            predicts the first code. The last of the codes is not read.
         """
         parts = [self.embed_text(text)]
-        if codes.shape[1]:
+        if self.config.image_start == "none":
+            parts.append(self.embed_codes(codes[:, :-1]))
+        elif codes.shape[1]:
             positions = torch.arange(1, codes.shape[1], device=codes.device)
             parts += [self.embed_start(text), self.embed_codes(codes[:, :-1], positions)]
         return torch.cat(parts, dim=1)
 
     def _add_positions(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        if self.row is None or self.column is None:
-            return x
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
+        if self.image_position is not None:
+            return x + self.image_position(positions)
+        if self.row is None or self.column is None:
+            return x
         rows = positions.div(self.config.grid_size, rounding_mode="floor")
         return x + self.row(rows) + self.column(positions % self.config.grid_size)
 
@@ -285,24 +224,31 @@ class Transformer(nn.Module):
             )
         for i, layer in enumerate(self.layers):
             x = layer(x, attends[i] if attends else self.masks[self.kinds[i]], angles)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.head_norm is None else self.head_norm(x)
 
     def states(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the last states of whole streams: [B, L, D] of the text, [B, N, D] of the image.
+
+        Without start tokens, no state predicts the first text token: the text has L − 1 states.
 
         Args:
             text: [B, L], ids in [0, text_vocab + L).
             codes: [B, N] or [B, W, W], in raster order.
         """
         self._check(text, codes)
-        x = self.run(self.embed(text, codes.flatten(1)))
-        text_states, image_states = x.split([self.config.text_len, self.config.image_len], dim=1)
-        return text_states, image_states
+        length, codes = self.config.text_len, codes.flatten(1)
+        if self.config.image_start == "none":  # masks are of whole streams: embed the last code too
+            x = self.run(self.embed(text, F.pad(codes, (0, 1))))
+            return x[:, : length - 1], x[:, length - 1 : -1]
+        x = self.run(self.embed(text, codes))
+        return x[:, :length], x[:, length:]
 
     def forward(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Score every token of whole streams; see `states`.
 
-        Returns: text logits [B, L, text_vocab + L] and image logits [B, N, V].
+        Returns: text logits [B, L, text_vocab + L], L − 1 of them without start tokens; and image
+            logits [B, N, V].
         """
         text_states, image_states = self.states(text, codes)
         return self.text_head(text_states), self.image_head(image_states)
@@ -331,8 +277,9 @@ class Transformer(nn.Module):
             )
 
     def losses(self, text: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return −ln p of every token: [B, L] of the text, [B, N] of the image."""
+        """Return −ln p of all predicted tokens: [B, L] of the text, [B, N] of the image."""
         text_states, image_states = self.states(text, codes)
+        text = text[:, -text_states.shape[1] :]
         return (
             self._losses(self.text_head, self.image_head, text_states, text),
             self._losses(self.image_head, self.text_head, image_states, codes.flatten(1)),
@@ -344,7 +291,7 @@ class Transformer(nn.Module):
         if self.config.pad_targets:
             text_loss = text_losses.mean()
         else:
-            real = text < self.config.text_vocab
+            real = text[:, -text_losses.shape[1] :] < self.config.text_vocab
             text_loss = (text_losses * real).sum() / real.sum().clamp_min(1)
         image_loss = image_losses.mean()
         total = text_weight * text_loss + (1 - text_weight) * image_loss

@@ -112,11 +112,13 @@ def decode_one(state: DecodeState) -> None:
     """Read the codes sampled last, and sample the next of every candidate."""
     model, position = state.model, state.position
     last = state.codes.index_select(2, position)[:, :, 0]
+    # The state that reads this code is the code's own without start tokens, else the next one's.
+    reads = position + (model.config.image_start != "none")
     position.add_(1)
-    state.caches.seek(position)
+    state.caches.seek(reads)
     guided = state.sampling.guidance != 1
-    x = model.embed_codes(last.repeat(2, 1) if guided else last, position)
-    sample_next(state, model.run(x, state.caches.step, model.config.text_len + position))
+    x = model.embed_codes(last.repeat(2, 1) if guided else last, reads)
+    sample_next(state, model.run(x, state.caches.step, model.config.text_len + reads))
 
 
 def sample_next(state: DecodeState, states: Tensor) -> None:
@@ -257,7 +259,8 @@ def complete_text(
     ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
     for position in range(start, config.text_len - 1):  # the last is always padding
         # Captions are short: recomputing all positions for each token needs no cache.
-        states = model.run(model.embed_text(text)[:, : position + 1], [attend] * config.depth)
+        read = position + (config.image_start != "none")
+        states = model.run(model.embed_text(text)[:, :read], [attend] * config.depth)
         logits = model.text_head(states[:, -1]).float()
         if not logits.isfinite().all():
             raise not_finite(model, sampling.guidance)

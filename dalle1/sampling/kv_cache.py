@@ -128,7 +128,7 @@ class Caches:
             kind: SlotLayout(kind, config.grid_size, config.conv_wrap, like)
             for kind in set(self.kinds)
         }
-        sizes = prompts, config.heads, candidates, config.head_width
+        sizes = prompts, config.heads, candidates, config.head_size
         self.layers = [
             Cache(cast(MaskedAttention, model.masks[kind]), self.layouts[kind], sizes, like)
             for kind in self.kinds

@@ -15,17 +15,14 @@ class TrainedResidual(Residual):
     """A resblock that shares the modules of another, checkpointed or with a gradient scale."""
 
     def __init__(self, inner: Residual, *, checkpointing: bool, scale: Tensor | None) -> None:
-        super().__init__(inner.norm, inner.branch)
+        super().__init__(inner.norm, inner.branch, inner.out_norm)
         self.checkpointing, self.scale = checkpointing, scale
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        def branch(h: Tensor) -> Tensor:
-            return self.branch(self.norm(h), *args)
-
         def run(h: Tensor) -> Tensor:
             if self.scale is None:
-                return branch(h)
-            return scale_gradient(branch(unscale_gradient(h, self.scale)), self.scale)
+                return self.update(h, *args)
+            return scale_gradient(self.update(unscale_gradient(h, self.scale), *args), self.scale)
 
         if self.checkpointing and x.requires_grad:
             return x + checkpoint(run, x, use_reentrant=False)
@@ -50,7 +47,7 @@ def prepare(
 
     def wrapped(residual: Residual, number: int) -> Residual:
         if not checkpointing and scaler is None:
-            return Residual(residual.norm, residual.branch)
+            return Residual(residual.norm, residual.branch, residual.out_norm)
         scale = None if scaler is None else scaler.scales[number]
         return TrainedResidual(residual, checkpointing=checkpointing, scale=scale)
 

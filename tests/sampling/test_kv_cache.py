@@ -103,6 +103,9 @@ def test_steps_have_the_scores_of_the_whole_stream(kind: MaskKind | None, primed
         {"image_start": "text"},
         {"attention": "full"},
         {"norm": "rms", "mlp": "swiglu", "qk_norm": True},
+        {"image_start": "none"},
+        {"image_start": "none", "positions": "flat", "sandwich": True, "head_norm": True},
+        {"head_width": 12, "mlp": "geglu"},
     ],
     ids=str,
 )
@@ -114,7 +117,7 @@ def test_steps_have_the_scores_of_the_whole_stream_with_every_option(
     caches = Caches(model, 2, 3)
     model.run(model.embed(text, codes[:, 0, :1]), caches.prefill)
     for position in range(1, model.config.image_len):
-        here = torch.tensor([position])
+        here = torch.tensor([position - (model.config.image_start == "none")])
         caches.seek(here)
         states = model.run(
             model.embed_codes(codes[:, :, position - 1], here), caches.step, L + here
