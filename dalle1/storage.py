@@ -6,13 +6,11 @@ as JSON, and the `kind` of an image tokenizer (see `dalle1.image_tokenizer`).
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +19,19 @@ from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dalle1.config import check_types
+from dalle1.tensor_files import (
+    MAX_SHARD_BYTES,
+    index_of,
+    index_text,
+    read_tensors,
+    shards_of,
+    split_into_shards,
+    tensor_files,
+    write_tensors,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
@@ -164,9 +171,16 @@ def write_manifest(checkpoint: Path, step: int) -> None:
 
 
 def save_weights(
-    model: nn.Module, path: Path, dtype: torch.dtype | None = None, kind: str | None = None
+    model: nn.Module,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    kind: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write `model` and `model.config`, a dataclass, to `path`, atomically.
+    """Write `model` and `model.config`, a dataclass, to `path`, in the memory of one tensor more.
+
+    A file is written atomically. A larger model is split (see `dalle1.tensor_files`); its index is
+    written last, and what an earlier model left of its files is removed.
 
     Args:
         dtype: what floating-point parameters are rounded to; None keeps their own.
@@ -175,12 +189,24 @@ def save_weights(
     metadata = {"config": json.dumps(asdict(model.config))}  # type: ignore[call-overload]
     if kind is not None:
         metadata["kind"] = kind
-    tensors = {
-        name: t.to(dtype if dtype and t.is_floating_point() else t.dtype).contiguous()
-        for name, t in model.state_dict().items()
+    state = model.state_dict()
+    shapes = {
+        name: (dtype if dtype and t.is_floating_point() else t.dtype, t.shape)
+        for name, t in state.items()
     }
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata)
+    files = split_into_shards(path, shapes, max_shard_bytes)
+    before = {*shards_of(path), path, index_of(path)}
+    if len(files) > 1:  # a mixture of old and new shards is no model
+        index_of(path).unlink(missing_ok=True)
+    for file, names in files.items():
+        with atomic_path(file) as partial:
+            part = {name: shapes[name] for name in names}
+            write_tensors(partial, part, (state[name] for name in names), metadata)
+    if len(files) > 1:
+        write_atomic(index_of(path), index_text(files, shapes))
+        before.remove(index_of(path))
+    for file in before - files.keys():
+        file.unlink(missing_ok=True)
     return path
 
 
@@ -195,10 +221,15 @@ def read_kind(path: Path) -> str | None:
 
 def load_config(model_class: type[Any], config_class: type[Config], path: Path) -> Config:
     """Load the config that `save_weights` wrote; ValueError for a missing or damaged file."""
-    with _one_error(path, model_class.__name__), safe_open(path, "pt") as file:
-        config = config_class(**json.loads((file.metadata() or {})["config"]))
+    with _one_error(path, model_class.__name__) as files:
+        size, tensors, metadata = 0, 0, {}
+        for path in files:
+            with safe_open(path, "pt") as file:
+                size, tensors = size + path.stat().st_size, tensors + len(file.keys())
+                metadata = file.metadata() or {}
+        config = config_class(**json.loads(metadata["config"]))
         check_types(config)
-        _refuse_impossible_sizes(config, path.stat().st_size, len(file.keys()))
+        _refuse_impossible_sizes(config, size, tensors)
         return config
 
 
@@ -235,13 +266,14 @@ def load_weights(
     Raises: ValueError where the file is missing, damaged or of another model.
     """
     config = load_config(model_class, config_class, path)
-    with _one_error(path, model_class.__name__):
+    with _one_error(path, model_class.__name__) as files:
         with torch.device("meta"):
             model = model_class(config)
         empty = model.state_dict()
         tensors = {
             name: _with_format_of(empty.get(name, tensor), tensor.to(device))
-            for name, tensor in read_tensors(path, dtype)
+            for file in files
+            for name, tensor in read_tensors(file, dtype)
         }
         model.load_state_dict(tensors, strict=True, assign=True)
     return model.to(device).eval()
@@ -255,74 +287,22 @@ def _with_format_of(empty: Tensor, tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_error(path: Path, what: str) -> Iterator[None]:
-    """Turn any error that a missing, damaged or foreign file causes into a one-line ValueError."""
+def _one_error(path: Path, what: str) -> Iterator[list[Path]]:
+    """Yield the files of a model; what is missing, damaged or foreign causes a ValueError."""
     if not path.parent.exists():
         raise ValueError(f"no {what} in {path.parent}: the folder does not exist; check its path")
-    if not path.is_file():
+    files = tensor_files(path)
+    if not files[0].is_file():
         raise ValueError(f"no {what} in {path.parent}: expected the file {path.name} there")
-    refuse_pointer(path)
+    for file in files:
+        refuse_pointer(file)
     try:
-        yield
+        yield files
     except OSError:
         raise
     except Exception as error:  # damage can fail in any way
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or holds no {what} ({reason})") from error
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Names of dtypes in a safetensors file."""
-
-BLOCK = 1 << 22
-"""Numbers converted at a time."""
-
-
-def read_tensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield a safetensors file's names and tensors, one after another.
-
-    `safe_open` maps the file, and mapped pages count as memory: copying 240 MiB of tensors out of
-    one open file peaked at 483 MiB, reading them like this at 242 MiB.
-
-    Args:
-        dtype: what floating-point tensors are converted to; None keeps their own.
-    """
-    with safe_open(path, "pt"):
-        pass  # it checks that everything is there and fits, and explains what does not
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        base = file.tell()
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            stored = DTYPES[entry["dtype"]]
-            wanted = dtype if dtype is not None and stored.is_floating_point else stored
-            tensor = torch.empty(entry["shape"], dtype=wanted)
-            file.seek(base + entry["data_offsets"][0])
-            for block in tensor.view(-1).split(BLOCK):
-                raw = block if wanted == stored else torch.empty(len(block), dtype=stored)
-                file.readinto(memoryview(raw.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-                if raw is not block:
-                    block.copy_(raw)
-            yield name, tensor
-
-
-def quick_digest(path: Path) -> str:
-    """Return a hash of a file's size and of its first and last MiB, to recognise a model file."""
-    size, part = path.stat().st_size, 1 << 20
-    with path.open("rb") as file:
-        found = hashlib.sha256(f"{size}".encode() + file.read(part))
-        file.seek(max(0, size - part))
-        found.update(file.read(part))
-    return found.hexdigest()[:16]
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -333,34 +313,3 @@ def same_tensors(one: Path, other: Path) -> bool:
             found.append(dict(read_tensors(path, torch.float16)))
     first, second = found
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def write_tensors(
-    path: Path,
-    shapes: Mapping[str, tuple[torch.dtype, Iterable[int]]],
-    tensors: Iterable[Tensor],
-) -> None:
-    """Write a safetensors file from tensors that are never in memory all at once.
-
-    `save_file` needs all of them. A checkpoint of ZeRO's shards is several times the model, and the
-    main process gathers one parameter of it at a time.
-
-    Args:
-        shapes: name → dtype and shape, in the order of `tensors`.
-        tensors: on any device, of any dtype that converts to the file's.
-    """
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {}
-    end = 0
-    for name, (dtype, shape) in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": names[dtype], "shape": [*shape], "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # aligns the tensors
-    with path.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for tensor, (name, (dtype, shape)) in zip(tensors, shapes.items(), strict=True):
-            if tensor.shape != torch.Size(shape):
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
-            flat = tensor.detach().to("cpu", dtype).contiguous().flatten()
-            file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]

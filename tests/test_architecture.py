@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Lowest first. A module imports from its own layer and from those below; "x.*" is x and all in it.
 LAYERS = [
-    ["dalle1.config", "dalle1.tyro_errors", "dalle1.storage", "dalle1.console"],
+    [
+        *("dalle1.config", "dalle1.tyro_errors", "dalle1.tensor_files"),
+        *("dalle1.storage", "dalle1.console"),
+    ],
     ["dalle1.devices", "dalle1.locking"],
     ["dvae.*", "dalle1.vqgan.*"],
     ["dalle1.image_tokenizer"],

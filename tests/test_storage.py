@@ -16,15 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.storage import (
-    atomic_path,
-    claim,
-    read_tensors,
-    same_tensors,
-    save_weights,
-    write_atomic,
-    write_tensors,
-)
+from dalle1.storage import atomic_path, claim, same_tensors, save_weights, write_atomic
+from dalle1.tensor_files import quick_digest, read_tensors, write_tensors
 from dvae import DVAE, DVAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,3 +143,40 @@ def test_loading_takes_little_more_than_the_weights(stored: str) -> None:
         [*command, "--stored", stored], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert float(run.stdout.split()[-1]) < 1.1, run.stdout
+
+
+def test_a_large_model_is_split_as_on_hugging_face(tmp_path: Path) -> None:
+    model, _ = tiny_models()
+    whole = model.save(tmp_path)
+    digest = quick_digest(whole)
+    save_weights(model, whole, max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "transformer.safetensors.index.json").read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert len(names) > 2
+    assert names[0] == f"transformer-00001-of-{len(names):05}.safetensors"
+    assert index["metadata"]["total_size"] == sum(
+        t.numel() * t.element_size() for t in model.state_dict().values()
+    )
+    assert index["weight_map"].keys() == model.state_dict().keys()
+    assert not whole.exists()  # it would hold another model than the shards
+    assert quick_digest(whole) != digest
+    loaded = Transformer.load(tmp_path)
+    assert Transformer.config_of(tmp_path) == model.config
+    assert all(torch.equal(t, loaded.state_dict()[k]) for k, t in model.state_dict().items())
+
+    save_weights(model, whole, max_shard_bytes=10_000)  # more and other shards
+    assert names[0] not in {path.name for path in tmp_path.iterdir()}
+    shard = next(tmp_path.glob("transformer-*-of-*"))
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"index.json lists {shard.name}, which .* not hold; copy"):
+        Transformer.load(tmp_path)
+    shard.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="is damaged, or holds no Transformer"):
+        Transformer.load(tmp_path)
+    (tmp_path / "transformer.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"index.json is damaged, expected the index"):
+        Transformer.config_of(tmp_path)
+
+    model.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer.safetensors"]

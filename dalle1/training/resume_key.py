@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle1.data.sources.base import Source
-from dalle1.storage import quick_digest
+from dalle1.tensor_files import index_of, quick_digest
 from dalle1.training.config import TrainConfig
 
 MAY_CHANGE = {
@@ -54,7 +54,7 @@ def contents_of(data: Source, **files: Path | None) -> dict[str, Contents]:
     """Return what identifies the data and model files, wherever they are, by setting."""
     found: dict[str, Contents] = {"data": {"samples": data.size, "digest": data.digest()}}
     for name, file in files.items():
-        if file is not None and file.is_file():
+        if file is not None and (file.is_file() or index_of(file).is_file()):
             found[name] = {"digest": quick_digest(file)}
     return found
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dalle1.devices import autocast
 from dalle1.model.state_keys import upgrade_key
-from dalle1.storage import write_tensors
+from dalle1.tensor_files import open_tensors, write_tensors
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig
 from dalle1.training.optimizers import full_shape
@@ -238,16 +238,15 @@ class Engine(ABC, Generic[Model]):
     @torch.no_grad()
     def load_initial(self, path: Path) -> None:
         """Start from the parameters in a model's own file, as the task adapts them."""
-        with safe_open(path, "pt") as file:
-            keys = {upgrade_key(key): key for key in file.keys()}  # noqa: SIM118
+        with open_tensors(path) as stored:
+            read = {upgrade_key(name): read_tensor for name, read_tensor in stored.items()}
             for shard in self.shards():
-                whole = file.get_tensor(keys[shard.name])
-                whole = self.initial_tensor(shard.name, whole)
+                whole = self.initial_tensor(shard.name, read[shard.name]())
                 for kind in ("weights", "ema"):
                     if kind in shard.tensors:
                         shard.tensors[kind].copy_(self._part(whole, shard))
             for name, buffer in self.buffers.items():
-                buffer.copy_(file.get_tensor(name))
+                buffer.copy_(stored[name]())
         self.refresh()
 
     def _part(self, whole: Tensor, shard: ParamShard) -> Tensor:
