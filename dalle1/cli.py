@@ -49,7 +49,7 @@ SUBCOMMANDS = {
         "dalle1.importers.vqgan",
         "Convert a VQGAN of taming-transformers, ru-dalle or LlamaGen",
     ),
-    "export": ("dalle1.export", "Join a trained transformer and a CLIP in one model folder"),
+    "export": ("dalle1.export", "Join a transformer and a CLIP in one model folder, or publish it"),
     "toybox": ("dalle1.commands.toybox", "Render the Toybox dataset and write it as shards"),
 }
 """Name → (module, what it does)."""

@@ -1,43 +1,66 @@
-"""Join a trained transformer and a CLIP in one model folder, for `dalle1 sample --model`.
+"""Join a trained transformer and a CLIP in one model folder, or publish them on Hugging Face.
 
-dalle1 export --model runs/transformer --clip runs/clip --out my-model
+dalle1 export --model runs/transformer --clip runs/clip --out my-model --push-to-hub user/my-model
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from dalle1.console import one_line_errors, parse
+from dalle1.devices import PRECISIONS
+from dalle1.hub import check_repo_name
 from dalle1.locking import folder_lock
 from dalle1.pipeline import DallE
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Options of `dalle1 export`."""
 
-    model: Path
-    """Folder of the trained transformer."""
-    clip: Path
-    """Folder of the CLIP that reranks samples."""
-    out: Path
-    """Output folder."""
+    model: str
+    """Folder of the trained transformer, or the name of a model on Hugging Face."""
+    clip: Path | None = None
+    """Folder of the CLIP that reranks samples; by default, the model's own, if any."""
+    out: Path | None = None
+    """Output folder; it may be omitted with --push-to-hub."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Data type of the saved parameters."""
+    push_to_hub: str | None = None
+    """Repository on Hugging Face (user/name) to upload the model to; it is created if needed."""
+    private: bool = False
+    """Create that repository as a private one."""
+    license: str | None = None
+    """License of the parameters, for the model card: an identifier of Hugging Face, such as mit. By
+    default, that of the model, if it is known."""
+
+    def __post_init__(self) -> None:
+        if self.out is None and self.push_to_hub is None:
+            raise ValueError("expected --out FOLDER, --push-to-hub user/name, or both")
+        if self.push_to_hub is None and self.private:
+            raise ValueError("--private needs --push-to-hub user/name")
+        if self.push_to_hub is not None:
+            check_repo_name(self.push_to_hub)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ExportConfig, args, __doc__.splitlines()[0])
-        model = DallE.from_pretrained(config.model, clip=config.clip, device="cpu")
-        with folder_lock(config.out):
-            model.save_pretrained(config.out, DTYPES[config.dtype])
-        size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())
-        print(f"The model is in {config.out}: {size / 1e6:.1f} MB")
+        dtype = PRECISIONS[config.dtype]
+        model = DallE.from_pretrained(
+            config.model, clip=config.clip, device="cpu", precision=config.dtype
+        )
+        if config.license is not None:
+            model.info = replace(model.info, license=config.license)
+        if config.out is not None:
+            with folder_lock(config.out):
+                model.save_pretrained(config.out, dtype)
+            size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())
+            print(f"The model is in {config.out}: {size / 1e6:.1f} MB")
+        if config.push_to_hub is not None:
+            url = model.push_to_hub(config.push_to_hub, dtype=dtype, private=config.private or None)
+            print(f"The model is at {url}; sample with: dalle1 sample PROMPT --model "
+                f"{config.push_to_hub}")  # fmt: skip

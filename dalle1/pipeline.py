@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -17,17 +17,18 @@ from dalle1.clip import Clip
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import (
     centre_square,
-    mask_to_sample,
+    codes_to_sample,
     read_image_file,
     to_float,
     to_pil,
     to_rgb,
     to_tensor,
-    upright,
 )
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
+from dalle1.hub import find_model, upload
 from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from dalle1.model.transformer import Transformer
+from dalle1.model_card import ModelInfo, model_card
 from dalle1.sampling.batching import batched, check_counts, max_batch
 from dalle1.sampling.decoding import (
     UNKNOWN,
@@ -45,7 +46,6 @@ from dalle1.sampling.reranking import (
     Reranker,
     ranked,
 )
-from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled" / "toybox"
@@ -64,9 +64,10 @@ class DallE:
         transformer: Transformer,
         tokenizer: Tokenizer,
         clip: Clip | None = None,
+        info: ModelInfo | None = None,
     ) -> None:
         self.image_tokenizer, self.transformer = image_tokenizer, transformer
-        self.tokenizer, self.clip = tokenizer, clip
+        self.tokenizer, self.clip, self.info = tokenizer, clip, info or ModelInfo()
         config = transformer.config
         codes, grid = image_tokenizer.codebook_size, image_tokenizer.grid_size
         if (codes, grid) != (config.codebook_size, config.grid_size):
@@ -101,10 +102,11 @@ class DallE:
         device: str = "auto",
         precision: str = "fp32",
     ) -> DallE:
-        """Load a folder that `save_pretrained` or train_transformer.py wrote.
+        """Load a model that `save_pretrained`, `push_to_hub` or a training wrote.
 
         Args:
-            directory: None or "bundled" is the model that ships with the project.
+            directory: folder, or name on Hugging Face (user/name); a folder takes precedence. None
+                or "bundled" is the model that ships with the project.
             clip: folder or Hugging Face name of a CLIP; "none" for no reranking; None is the
                 CLIP in the model's folder, if any.
             device: auto is cuda, else mps, else cpu.
@@ -115,9 +117,7 @@ class DallE:
         """
         if directory is None or directory == "bundled":
             directory = BUNDLED
-        folder = model_folder(directory)
-        if not folder.is_dir():
-            raise ValueError(f"no model at {directory}: the folder does not exist")
+        folder = find_model(directory)
         if clip is None and (folder / CLIP_NAME).is_dir():
             clip = folder / CLIP_NAME
         on = pick_device(device)
@@ -128,9 +128,10 @@ class DallE:
             clip_model = Clip.from_pretrained(clip, on, named)
         return cls(
             load_image_tokenizer(folder, on),
-            Transformer.load(folder, on).to(dtype),
+            Transformer.load(folder, on, dtype),
             Tokenizer.load(folder / VOCABULARY_NAME),
             clip_model,
+            ModelInfo.load(folder),
         )
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -139,8 +140,23 @@ class DallE:
         self.image_tokenizer.save(folder, dtype)
         self.transformer.save(folder, dtype)
         self.tokenizer.save(folder / VOCABULARY_NAME)
+        self.info.save(folder)
         if self.clip is not None:
             self.clip.save_pretrained(folder / CLIP_NAME, dtype)
+
+    def push_to_hub(
+        self, repo: str, *, dtype: torch.dtype | None = None, private: bool | None = None
+    ) -> str:
+        """Upload all parts and a model card to user/name on Hugging Face; return the address.
+
+        Args:
+            dtype: data type of the uploaded parameters; None keeps their own.
+            private: see `dalle1.hub.upload`.
+        """
+        card = model_card(repo, self.info, self.image_tokenizer.image_size, bool(self.clip))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype)
+            return upload(Path(folder), repo, card, private)
 
     def candidates(self, prompt: str, **options: Any) -> list[Candidate]:
         """Sample images for one prompt, best first; the options are those of `sample`."""
@@ -253,8 +269,7 @@ class DallE:
         Args:
             keep_rows: number of rows of codes to keep, from the top (paper, figure 2c: 15 of 32).
             mask: an image of the same size instead, white where new codes are sampled, or
-                transparent there; see `mask_to_sample`. A code is sampled as soon as any of its
-                pixels is marked.
+                transparent there; see `codes_to_sample`.
         """
         if (keep_rows is None) == (mask is None):
             raise ValueError("expected either keep_rows or mask, to choose what to keep")
@@ -265,23 +280,7 @@ class DallE:
             codes[keep_rows:] = UNKNOWN
             return codes.flatten()
         assert mask is not None
-        marked, (image_width, height) = mask_to_sample(mask), upright(image).size
-        if marked.shape != (height, image_width):
-            raise ValueError(
-                f"the mask has {marked.shape[1]} × {marked.shape[0]} pixels, the image "
-                f"{image_width} × {height}; expected the same"
-            )
-        side = min(image_width, height)
-        left, top = (image_width - side) // 2, (height - side) // 2
-        square = marked[top : top + side, left : left + side].float()
-        unknown = F.adaptive_max_pool2d(square[None], width)[0] > 0
-        if not unknown.any():
-            raise ValueError(
-                "the mask is all black, or marks nothing in the central square; paint the parts to "
-                "sample white"
-            )
-        if unknown.all():
-            warnings.warn("the mask marks all of the image: nothing of it is kept", stacklevel=2)
+        unknown = codes_to_sample(mask, image, width)
         return codes.masked_fill(unknown.to(codes.device), UNKNOWN).flatten()
 
     def _encode_prompts(self, prompts: Sequence[str]) -> Tensor:

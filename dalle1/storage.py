@@ -162,6 +162,12 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the number of updates of a checkpoint; None for another folder."""
+    step = _manifest(folder).get("step")
+    return step if isinstance(step, int) else None
+
+
 def write_manifest(checkpoint: Path, step: int) -> None:
     """List the files of a checkpoint, so that a copy in which some are missing is recognised."""
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
@@ -222,7 +228,8 @@ def read_kind(path: Path) -> str | None:
 def load_config(model_class: type[Any], config_class: type[Config], path: Path) -> Config:
     """Load the config that `save_weights` wrote; ValueError for a missing or damaged file."""
     with _one_error(path, model_class.__name__) as files:
-        size, tensors, metadata = 0, 0, {}
+        size, tensors = 0, 0
+        metadata: dict[str, str] = {}
         for path in files:
             with safe_open(path, "pt") as file:
                 size, tensors = size + path.stat().st_size, tensors + len(file.keys())

@@ -24,7 +24,7 @@ LAYERS = [
         *("dalle1.config", "dalle1.tyro_errors", "dalle1.tensor_files"),
         *("dalle1.storage", "dalle1.console"),
     ],
-    ["dalle1.devices", "dalle1.locking"],
+    ["dalle1.devices", "dalle1.hub", "dalle1.locking", "dalle1.model_card"],
     ["dvae.*", "dalle1.vqgan.*"],
     ["dalle1.image_tokenizer"],
     ["dalle1.toybox.*", "dalle1.text.*", "dalle1.model.*"],

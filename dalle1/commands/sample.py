@@ -123,7 +123,11 @@ def add_other_flags(add: Callable[..., Any]) -> None:
         help="output folder; by default, a folder in outputs/ named after the prompt; "
         "FOLDER-2 where it holds files of yours, or FOLDER is named after two prompts",
     )
-    add("--model", default="bundled", help="folder of a trained model, or bundled")
+    add(
+        "--model",
+        default="bundled",
+        help="folder of a trained model, its name on Hugging Face (user/name), or bundled",
+    )
     add("--clip", help="CLIP that reranks: a folder, a Hugging Face name, or none; "
         "by default, the model's own")  # fmt: skip
     add("--device", default="auto", help="device; auto: cuda, else mps, else cpu")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -220,6 +221,31 @@ def mask_to_sample(mask: Image.Image) -> Tensor:
                 return torch.from_numpy(clear)
         mask = _flatten(mask, "black")
     return to_float(to_tensor(to_rgb(mask))).mean(0) >= 0.5
+
+
+def codes_to_sample(mask: Image.Image, image: Image.Image, grid_size: int) -> Tensor:
+    """Return the codes of the central square that a mask marks: [W, W], bool.
+
+    A code is marked as soon as any of its pixels is; see `mask_to_sample`.
+    """
+    marked, (image_width, height) = mask_to_sample(mask), upright(image).size
+    if marked.shape != (height, image_width):
+        raise ValueError(
+            f"the mask has {marked.shape[1]} × {marked.shape[0]} pixels, the image "
+            f"{image_width} × {height}; expected the same"
+        )
+    side = min(image_width, height)
+    left, top = (image_width - side) // 2, (height - side) // 2
+    square = marked[top : top + side, left : left + side].float()
+    unknown = F.adaptive_max_pool2d(square[None], grid_size)[0] > 0
+    if not unknown.any():
+        raise ValueError(
+            "the mask is all black, or marks nothing in the central square; paint the parts to "
+            "sample white"
+        )
+    if unknown.all():
+        warnings.warn("the mask marks all of the image: nothing of it is kept", stacklevel=3)
+    return unknown
 
 
 def to_tensor(image: Image.Image) -> Tensor:

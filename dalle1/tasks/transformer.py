@@ -48,6 +48,7 @@ from dalle1.model.transformer import (
     TransformerConfig,
     TransformerLoss,
 )
+from dalle1.model_card import ModelInfo
 from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.storage import model_folder, same_tensors
 from dalle1.text.bpe import Tokenizer
@@ -240,6 +241,8 @@ class TransformerTask(Task[Transformer]):
         self.device = distributed.init(config.device)
         self.config = config = resolve_precision(config, self.device)
         self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)
+        before = ModelInfo.load(model_folder(config.init)) if config.init else ModelInfo()
+        self.info = before.fine_tuned(config.data, config.batch_size)
         self.source, encoded = self.open("train")
         self.tokenizer = self.vocabulary()
         size, text_len = self.dvae.image_size, config.model.text_len
@@ -384,7 +387,7 @@ class TransformerTask(Task[Transformer]):
         save_png(grid([c.image for row in rows for c in row], 8), path)
 
     def save(self, model: Transformer, folder: Path) -> None:
-        DallE(self.dvae, model, self.tokenizer).save_pretrained(folder)
+        DallE(self.dvae, model, self.tokenizer, info=self.info).save_pretrained(folder)
 
 
 def main(args: Sequence[str] | None = None) -> None:
