@@ -36,7 +36,7 @@ SUBCOMMANDS = {
     "encode": ("dalle1.data.encoded", "Encode a dataset's images as codes, before stage 2"),
     "evaluate": (
         "dalle1.commands.evaluate",
-        "Evaluate samples, a CLIP, a dVAE or bits: toybox, samples, clip, dvae, bits",
+        "Evaluate samples, a CLIP, a dVAE or bits: toybox, samples, clip, dvae, bits, baselines",
     ),
     "compress": ("dalle1.commands.compress", "Compress images or captions with a model"),
     "decompress": ("dalle1.commands.decompress", "Restore what compress wrote, bit for bit"),

@@ -5,10 +5,12 @@
     dalle1 evaluate clip --clip runs/clip --data toybox
     dalle1 evaluate dvae --model runs/dvae --data toybox --images 1000
     dalle1 evaluate bits --model bundled --data toybox
+    dalle1 evaluate baselines --model bundled --data runs/codes --lstm-steps 1000
 
 `toybox` measures how often samples show what their prompts ask for. `samples` compares any images
 with their prompts and with real images. `clip` measures a CLIP, `dvae` an image tokenizer, `bits`
-how many bits a model needs per text token and per code. Each prints a table and writes its scores
+how many bits a model needs per text token and per code, `baselines` how many n-grams and an LSTM
+need. Each prints a table and writes its scores
 to a JSON file.
 """
 
@@ -20,6 +22,11 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from dalle1.baselines.comparison import (
+    BaselinesOptions,
+    evaluate_baselines,
+    format_baselines_table,
+)
 from dalle1.console import command_line, notes, one_line_errors, parse
 from dalle1.evaluation.bits import BitsOptions, evaluate_bits
 from dalle1.evaluation.clip import ClipOptions, evaluate_clip
@@ -45,6 +52,7 @@ EVALUATORS = {
     "clip": Evaluator(ClipOptions, evaluate_clip),
     "dvae": Evaluator(DVAEOptions, evaluate_dvae),
     "bits": Evaluator(BitsOptions, evaluate_bits),
+    "baselines": Evaluator(BaselinesOptions, evaluate_baselines, format_baselines_table),
 }
 
 

@@ -79,11 +79,8 @@ class Codec:
         """
         encoder = ENCODERS[coder]()
         text = text.clone()
-        if captions:
-            self._code_captions(encoder, text)
         flat = None if codes is None else codes.flatten(1).clone()
-        if flat is not None:
-            self._code_codes(encoder, text, flat)
+        self.transfer(encoder, text, flat, captions=captions)
         return Message(encoder.finish(), checksum(text, flat))
 
     def decode(
@@ -100,15 +97,21 @@ class Codec:
         config = self.model.config
         decoder = DECODERS[coder](message.content)
         text = null_caption(self.model).repeat(size, 1)
-        if captions:
-            self._code_captions(decoder, text)
         codes = torch.zeros(size, config.image_len, dtype=torch.long) if images else None
-        if codes is not None:
-            self._code_codes(decoder, text, codes)
+        self.transfer(decoder, text, codes, captions=captions)
         if checksum(text, codes) != message.checksum:
             raise ValueError("the probabilities differ from those that it was written with")
         grid = (config.grid_size, config.grid_size)
         return text, None if codes is None else codes.unflatten(1, grid)
+
+    def transfer(
+        self, coder: Coder, text: Tensor, codes: Tensor | None, *, captions: bool = True
+    ) -> None:
+        """Write text [B, L] and codes [B, N] by an encoder, or fill them by a decoder."""
+        if captions:
+            self._code_captions(coder, text)
+        if codes is not None:
+            self._code_codes(coder, text, codes)
 
     def _code_captions(self, coder: Coder, text: Tensor) -> None:
         """Transfer captions: text [B, L] is read, or written where the coder decodes.

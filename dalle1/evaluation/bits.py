@@ -78,11 +78,8 @@ def evaluate_bits(options: BitsOptions) -> Scores:
         options.model, clip="none", device=options.device, precision=options.precision
     )
     folder = BUNDLED if options.model == "bundled" else Path(options.model)
-    config = model.transformer.config
-    tokenizers = model.tokenizer, model.image_tokenizer
-    held = read_pairs(
-        *tokenizers, folder, options.data, config.text_len, options.images, options.allow_upscale
-    )
+    count, upscale = options.images, options.allow_upscale
+    held = read_pairs(model, folder, options.data, count, allow_upscale=upscale)
     yield from bits_scores(model.transformer, held, options.batch_size)
 
 
@@ -134,27 +131,27 @@ def null_caption_like(config: TransformerConfig, text: Tensor) -> Tensor:
 
 
 def read_pairs(
-    tokenizer: Tokenizer,
-    image_tokenizer: ImageTokenizer,
+    model: DallE,
     folder: Path,
     data: str,
-    text_len: int,
     count: int,
-    allow_upscale: bool = False,
+    *,
     split: str = "validation",
+    allow_upscale: bool = False,
 ) -> Pairs:
     """Return the first `count` pairs of a split of `data`, or as many as there are.
 
     Args:
-        folder: the folder that `image_tokenizer` was loaded from, to recognise its codes.
+        folder: the folder of the model, to recognise the codes of its image tokenizer.
 
     Raises: ValueError where the data has no pairs, or holds codes of another image tokenizer.
     """
+    image_tokenizer, text_len = model.image_tokenizer, model.transformer.config.text_len
     size = image_tokenizer.image_size
     source: Source | None = open_codes(data, split, folder, image_tokenizer)
     if source is None:
         source = open_source(data, split, ReadOptions(size=size))
-    prepare = partial(_prepare, tokenizer, text_len, size, allow_upscale)
+    prepare = partial(_prepare, model.tokenizer, text_len, size, allow_upscale)
     examples = first_examples(source, prepare, count)
     if "codes" in examples:
         return Pairs(examples["text"], examples["codes"])
