@@ -115,7 +115,8 @@ def test_an_lstm_learns_that_codes_follow_captions() -> None:
     train_lstm(lstm, pairs, 50, 8, 2e-2, losses.append)
     assert losses[-1] < 0.4 < 1 < losses[0]
     scores = dict(bits_scores(lstm, pairs))
-    assert scores["bits per code"] < 1 < scores["bits per image, no caption"] / 16
+    assert scores["bits per code"] < 0.8
+    assert scores["bits per image"] < scores["bits per image, no caption"]
     sampled = lstm.sample(text[:6], seed=0)
     assert (sampled == codes[:6]).float().mean() > 0.8
 
