@@ -19,7 +19,7 @@ LOST = ("shard cut short", "unreadable shard")
 DAMAGE = (
     *("empty file", "not an image", "damaged image", "too many pixels", "no image"),
     *("no caption", "caption not UTF-8", "damaged captions", "unreadable file"),
-    *("not a plain file", "repeated key", "members apart"),
+    *("not a plain file", "repeated key"),
     *LOST,
 )
 """Causes that show damaged data; too much of it stops a training."""
@@ -28,7 +28,8 @@ RULES = ("too small", "too elongated", "caption too short", "caption too long")
 """Causes that follow from the settings of a training; they never stop it."""
 
 IGNORED = (
-    *("hidden file", "other file", "further image", "output folder"),
+    *("hidden file", "other file", "further image", "output folder", "members apart"),
+    *("data after the end",),
     *("caption without an image", "image not in the list"),
 )
 """Causes of files that are not samples: counted and named, but never damage."""

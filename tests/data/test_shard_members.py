@@ -18,7 +18,7 @@ from tars import Member, write_tar
 
 from dalle1.data import ReadOptions, open_source
 from dalle1.data.cleaning import CleaningConfig
-from dalle1.data.skipped import BadSample, SkippedSample
+from dalle1.data.skipped import IGNORED, BadSample, SkippedSample
 from dalle1.data.sources.shard_members import MAX_FURTHER, group_samples
 
 RNG = random.Random(0)
@@ -107,7 +107,7 @@ def test_further_files_of_a_sample_are_no_samples(tmp_path: Path) -> None:
         ("0.edited.png", png(10)),
         ("0.edited.txt", b"10"),
         ("0.png", png(0)),
-        ("0.seg.json", b'{"classes": 3}'),
+        ("0.seg.cls", b"3"),
         ("0.seg.png", png(90)),
         ("0.txt", b"0"),
         ("0.webp", png(90)),
@@ -115,7 +115,7 @@ def test_further_files_of_a_sample_are_no_samples(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", members)
     for captions in (True, False):
         found, causes = both(shard, captions)
-        assert [image for image, _ in found] == [0, 10]
+        assert sorted(image for image, _ in found) == [0, 10]
         assert causes == ["3 further image"]
     # As a folder's order may be, where local reading finds them all the same.
     apart = write_tar(tmp_path / "b.tar", [members[i] for i in (5, 3, 0, 6)] + pairs(1, 2))
@@ -140,9 +140,13 @@ def test_no_caption_changes_its_image(tmp_path: Path) -> None:
     assert both(mixed) == (expected(0, 8), ["1 no image"] * 8)
     image, text = pairs(0, 1)
     # Which caption is that of which image cannot be known.
-    for members in ([image, image, text], [image, text, text], [image, image, text, text]):
+    for members, lost in (
+        ([image, image, text], 2),
+        ([image, text, text], 1),
+        ([image, image, text, text], 2),
+    ):
         shard = write_tar(tmp_path / "a.tar", [*members, *pairs(1, 2)])
-        assert both(shard) == (expected(1, 2), ["1 repeated key"])
+        assert both(shard) == (expected(1, 2), [f"{lost} repeated key"])
     in_turn = write_tar(tmp_path / "b.tar", [image, text, image, text])
     assert both(in_turn) == ([(0, "0"), (0, "0")], [])
     twice = write_tar(tmp_path / "c.tar", [image, image])
@@ -156,7 +160,11 @@ def test_members_apart_are_joined_locally_and_named_in_streams(tmp_path: Path) -
     found, skipped = read(f"pipe:cat {shard}")
     assert not found
     assert [sample.cause for sample in skipped] == ["no caption"] * 8 + ["members apart"]
-    assert skipped[0].why == "there is no .txt or .json next to its .png"
+    assert skipped[0].why == (
+        "there is no .txt or .json next to its .png; if the shard holds it elsewhere, sort the "
+        "shard with tar --sort=name"
+    )
+    assert skipped[-1].cause in IGNORED  # it is counted as "no caption"
     assert skipped[-1].count == 8
     assert "sort the shard with tar --sort=name, or read it as a local file" in skipped[-1].why
 
@@ -304,8 +312,58 @@ def test_any_shard_is_read_alike(tmp_path: Path, in_order: bool) -> None:
                 assert pairs == same, seed
             if captions and in_order:
                 assert all(f"{image}" == caption for image, caption in [*pairs, *same]), seed
-    assert apart > 5
+    assert apart > 2
     assert apart < 60 or not in_order
+
+
+def jsons(first: int, end: int, key: str) -> list[Member]:
+    return [
+        (
+            name.replace(".txt", ".json"),
+            b'{"caption": "%s"}' % content if ".txt" in name else content,
+        )
+        for name, content in pairs(first, end, key)
+    ]
+
+
+@pytest.mark.parametrize("count", [3, MAX_FURTHER, MAX_FURTHER + 1])
+def test_a_file_of_an_album_takes_no_pairs_in(tmp_path: Path, count: int) -> None:
+    named, good = jsons(0, count, "h.{:04}"), pairs(count, count + 1, "z")
+    for before, after in (([("h.json", b'{"album": "Rome"}')], []), ([], [("h.txt", b"album")])):
+        shard = write_tar(tmp_path / "a.tar", [*before, *named, *after, *good])
+        assert both(shard) == (expected(0, count + 1), ["1 no image"])
+        images = [m for m in (*before, *named, *after) if not m[0].endswith("0.json")]
+        images = [m for m in images if m[0].count(".") == 1 or m[0].endswith("png")]
+        shard = write_tar(tmp_path / "a.tar", [*images, *good])
+        assert both(shard, captions=False)[0] == [(i, "") for i in range(count + 1)]
+    main = jsons(count, count + 1, "h")
+    for members in ([*named, *main], [*main, *named], sorted([*named, *main])):
+        shard = write_tar(tmp_path / "a.tar", members)
+        found, causes = both(shard)
+        assert (sorted(found), causes) == (expected(0, count + 1), [])
+
+
+def test_numbered_images_are_samples_of_their_own(tmp_path: Path) -> None:
+    shard = write_tar(
+        tmp_path / "a.tar", [(f"a{x}.png", png(i)) for i, x in enumerate((".1", ".2", ""))]
+    )
+    assert both(shard, captions=False) == ([(0, ""), (1, ""), (2, "")], [])
+
+
+def test_a_first_name_may_begin_as_a_compressed_file_does(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", [("BZh1.png", png(0)), ("BZh1.txt", b"0")])
+    assert both(shard) == (expected(0, 1), [])
+
+
+def test_a_lost_header_is_no_end(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "a.tar", pairs(0, 6))
+    whole = bytearray(shard.read_bytes())
+    at = span_of(shard, "00002", ".png")[0] - 512
+    whole[at : at + 512] = bytes(512)
+    shard.write_bytes(whole)
+    assert both(shard) == (expected(0, 2), ["1 shard cut short"])
+    shard.write_bytes(write_tar(shard, pairs(0, 6)).read_bytes() + b"x" * 10240)
+    assert both(shard) == (expected(0, 6), ["1 data after the end"])
 
 
 def test_names_alone_decide() -> None:
@@ -314,9 +372,11 @@ def test_names_alone_decide() -> None:
 
     many = [f"a.{i}.png" for i in range(MAX_FURTHER)]
     assert [key for key, _ in keys(many)] == [name.removesuffix(".png") for name in many]
-    (one,) = keys(["a.txt", *many[1:]])
-    assert (one[0], len(one[1])) == ("a", MAX_FURTHER)
-    assert len(keys(["a.txt", *many])) == MAX_FURTHER + 1
+    assert len(keys(["a.png", *many])) == MAX_FURTHER + 1
+    words = [f"a.x{i}.png" for i in range(MAX_FURTHER + 1)]
+    (one,) = keys([*words[1:], "a.png"])
+    assert (one[0], len(one[1])) == ("a", MAX_FURTHER + 1)
+    assert len(keys([*words, "a.png"])) == MAX_FURTHER + 2
     assert keys(["a", "a.tar.gz", ".a/b", "c."]) == [
         *(("a", [""]), ("a.tar", [".gz"]), (".a/b", [""]), ("c", ["."])),
     ]

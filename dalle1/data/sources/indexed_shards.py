@@ -33,13 +33,19 @@ from dalle1.data.sources.shard_members import (
     note_further_images,
     printable,
     read_members,
+    skipped_sample,
     unreadable,
 )
 
 Span = tuple[int, int]
 """Offset and size in bytes of a file within a shard."""
 
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 """First bytes of a compressed file → the command that decompresses it."""
 
 
@@ -91,8 +97,7 @@ class IndexedShards(IndexedSource):
         for sample, is_last in mark_last(index.samples):
             if lacking := missing_files(sample, self.options.captions):
                 if not (index.damage and is_last):
-                    where = f"{printable(sample.key)} in {shard}"
-                    self.skipped.append(SkippedSample.because(lacking, where))
+                    self.skipped.append(skipped_sample(sample, lacking, str(shard)))
                 continue
             note_further_images(sample, index.asides)
             kept += 1
@@ -173,19 +178,25 @@ def _spans(
     shard: Path, index: ShardIndex, damage: list[Exception]
 ) -> Iterator[tuple[str, Span | Unreadable]]:
     """Yield name and span of each member; note what is found besides."""
+    begin, count = b"", 0
     try:
         with shard.open("rb") as file:
             index.stamp = stamp_of(file)
-            if packed := COMPRESSED.get(file.read(2)):
-                raise tarfile.ReadError(f"it is compressed; use --data 'pipe:{packed} -dc {shard}'")
+            begin = file.read(8)
             file.seek(0)
             # "r:", as in a compressed one, offsets would mean nothing.
             for member, _ in read_members(file, "r:", index.asides):
+                count += 1
                 if member.offset_data + member.size <= index.stamp[0]:
                     span = member.offset_data, member.size
                     yield member.name, unreadable(member) or span
     except (tarfile.TarError, OSError) as error:
-        damage.append(error)
+        packed = [name for magic, name in COMPRESSED.items() if begin.startswith(magic)]
+        if packed and not count:
+            why = f"it is compressed; use --data 'pipe:{packed[0]} -dc {shard}'"
+            damage.append(tarfile.ReadError(why))
+        else:
+            damage.append(error)
 
 
 def index_files(shards: Sequence[Path], suffixes: Sequence[str]) -> np.ndarray:

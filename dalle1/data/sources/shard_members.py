@@ -2,18 +2,21 @@
 
 It follows from the members' names and their order alone:
 
-- A key ends at the last dot of a name. `KEY.seg.png` beside `KEY.jpg` is a further file of KEY,
-  as in WebDataset, unless `KEY.seg.txt` makes it a pair of its own.
+- A key ends at the last dot of a name. `KEY.seg.png` is a further file of KEY, as in WebDataset,
+  where KEY itself has an image. Pairs (`KEY.seg.png`, `KEY.seg.txt`) and numbered images
+  (`KEY.1.png`) are samples of their own.
 - Members of one key in a row are one sample; or several, where all their suffixes repeat in turn.
 - Hidden files are skipped. Links, devices and sparse files cannot be read.
 """
 
 from __future__ import annotations
 
+import re
 import tarfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from itertools import groupby
 from typing import IO, Any, Generic, TypeVar
 
 from dalle1.data.cleaning import CAPTIONS, IMAGE_SUFFIXES
@@ -21,7 +24,7 @@ from dalle1.data.skipped import BadSample, SkippedSample
 from dalle1.data.sources.base import is_hidden
 
 MAX_FURTHER = 100
-"""Further names that a sample may have: as many are held in memory to find out."""
+"""Further names that a sample may have, as many as are held in memory: with more it has none."""
 
 Content = TypeVar("Content")
 Item = TypeVar("Item")
@@ -55,14 +58,17 @@ class ShardSample(Generic[Content]):
         suffixes = (*self.files, *self.unreadable, *self.repeated)
         return {"image" if suffix in IMAGE_SUFFIXES else suffix for suffix in suffixes}
 
-    def owner(self, mains: Collection[str]) -> str:
-        """Return which key among `mains` it has further files of; its own key, if of none."""
-        base = base_key(self.key)
-        return base if base in mains and not {"image", ".txt"} <= self.kinds() else self.key
+    def is_main(self) -> bool:
+        """Return whether further files may be of this sample."""
+        return "image" in self.kinds()
+
+    def is_further(self) -> bool:
+        """Return whether its files are of the sample of its base, where that has an image."""
+        return _is_further(self.key, [*self.files, *self.unreadable, *self.repeated])
 
 
 class Asides:
-    """Counts what is noted once per shard: files that are no samples, and members apart."""
+    """Counts what is noted once per shard; lost samples are counted where they are met."""
 
     REASONS: Mapping[str, tuple[str, str]] = {
         "hidden file": ("hidden file", "the first is {}"),
@@ -72,6 +78,7 @@ class Asides:
             "the members of {} and others are not next to each other; sort the shard with tar "
             "--sort=name, or read it as a local file",
         ),
+        "data after the end": ("block", "what follows the end mark is no tar header{}"),
     }
 
     def __init__(self) -> None:
@@ -104,7 +111,7 @@ def read_members(
 
     Raises: tarfile.TarError where the shard ends before its end mark.
     """
-    how: Any = {"mode": mode, "tarinfo": _header(), "ignore_zeros": True, "bufsize": 1 << 18}
+    how: Any = {"mode": mode, "tarinfo": _header(asides), "ignore_zeros": True, "bufsize": 1 << 18}
     with tarfile.open(fileobj=file, **how) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it would keep them all
@@ -116,28 +123,30 @@ def read_members(
                 yield member, tar
 
 
-def _header() -> type[tarfile.TarInfo]:
+def _header(asides: Asides) -> type[tarfile.TarInfo]:
     """Return a reader of headers for one archive.
 
     An invalid header is an error, where `tarfile` would take it for the end, unless it follows the
-    end mark.
+    end mark, which is two empty blocks; one alone may be a header that was lost.
     """
 
     class Header(tarfile.TarInfo):
-        ended = False
+        empty = 0
 
         @classmethod
         def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
             try:
                 found = super().frombuf(buf, encoding, errors)
             except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # an empty block
-                cls.ended = True
+                cls.empty += 1
                 raise
             except tarfile.HeaderError as error:
-                if cls.ended:
-                    raise tarfile.EmptyHeaderError("end") from error  # type: ignore[attr-defined]
-                raise tarfile.ReadError(f"{error}, and no end mark") from error
-            cls.ended = False
+                if cls.empty < 2:
+                    raise tarfile.ReadError(f"{error}, and no end mark") from error
+                if len(buf) == tarfile.BLOCKSIZE:
+                    asides.add("data after the end", "")
+                raise tarfile.EmptyHeaderError("end") from error  # type: ignore[attr-defined]
+            cls.empty = 0
             return found
 
     return Header
@@ -181,24 +190,43 @@ def _group_block(
     base: str, files: Iterable[tuple[str, Content | Unreadable]]
 ) -> Iterator[ShardSample[Content]]:
     """Yield the samples of members in a row whose names agree up to the first dot."""
-    runs = _runs(files)
-    first = [*islice(runs, MAX_FURTHER + 1)]
-    further = len(first) in range(2, MAX_FURTHER + 1)
-    if not (further and any(key == base and _has_main(members) for key, members in first)):
-        for key, members in chain(first, runs):
-            yield from _split_repeats(key, members)
-        return
-    main: Run[Content] = (base, [])
-    pairs: list[Run[Content]] = []
-    for key, members in first:
-        suffixes = {suffix for suffix, _ in members}
-        if key != base and ".txt" in suffixes and suffixes & {*IMAGE_SUFFIXES}:
-            pairs.append((key, members))
+    held: list[Run[Content]] = []  # of the base, and further files
+    count = 0
+    for key, members in _runs(files):
+        further = key != base and _is_further(key, [suffix for suffix, _ in members])
+        count += further
+        if count > MAX_FURTHER:
+            for other in (run for run in held if run[0] != base):
+                yield from _split_repeats(*other)
+            held = [run for run in held if run[0] == base]
+        if key == base or (further and count <= MAX_FURTHER):
+            held.append((key, members))
         else:
-            middle = key[len(base) :].lower()
-            main[1].extend((middle + suffix, content) for suffix, content in members)
-    for key, members in (main, *pairs):
+            yield from _split_repeats(key, members)
+    has_image = any(
+        suffix in IMAGE_SUFFIXES for key, members in held if key == base for suffix, _ in members
+    )
+    main: list[tuple[str, Content | Unreadable]] = []
+    others: list[Run[Content]] = []
+    for key, members in held:
+        middle = key[len(base) :].lower()
+        if has_image or not middle:
+            main += [(middle + suffix, content) for suffix, content in members]
+        else:
+            others.append((key, members))
+    for key, members in ((base, main), *others):
         yield from _split_repeats(key, members)
+
+
+def _is_further(key: str, suffixes: Iterable[str]) -> bool:
+    """Return whether members of a key are further files of its base, where that has an image.
+
+    An image with a caption is a pair. A numbered image is one of a series, as `cat.1.png` is.
+    """
+    middle = key[len(base_key(key)) :]
+    kinds = {"image" if suffix in IMAGE_SUFFIXES else suffix for suffix in suffixes}
+    own = "image" in kinds and (re.search(r"\.\d", middle) or not kinds.isdisjoint(CAPTIONS))
+    return bool(middle) and not own
 
 
 def _runs(files: Iterable[tuple[str, Content | Unreadable]]) -> Iterator[Run[Content]]:
@@ -207,14 +235,12 @@ def _runs(files: Iterable[tuple[str, Content | Unreadable]]) -> Iterator[Run[Con
         yield key, [(suffix, content) for _, suffix, content in members]
 
 
-def _has_main(members: Sequence[tuple[str, Any]]) -> bool:
-    return any(suffix in CAPTIONS or suffix in IMAGE_SUFFIXES for suffix, _ in members)
-
-
 def _split_repeats(
     key: str, members: Sequence[tuple[str, Content | Unreadable]]
 ) -> Iterator[ShardSample[Content]]:
     """Yield one sample, or several where all suffixes repeat in turn: `.jpg .txt .jpg .txt`."""
+    if not members:
+        return
     suffixes = [suffix for suffix, _ in members]
     size = next((i for i, x in enumerate(suffixes) if i and x == suffixes[0]), len(suffixes))
     parts = [dict(members[begin : begin + size]) for begin in range(0, len(members), size)]
@@ -237,7 +263,6 @@ def join_apart(samples: Sequence[ShardSample[Content]]) -> list[ShardSample[Cont
     parts: dict[str, list[ShardSample[Content]]] = {}
     for sample in samples:
         parts.setdefault(sample.key, []).append(sample)
-    mains = {key: found[0] for key, found in parts.items() if any(map(_is_main, found))}
     for found in parts.values():
         kinds = [kind for part in found for kind in part.kinds()]
         if len(kinds) == len({*kinds}) and not any(part.repeated for part in found):
@@ -247,20 +272,21 @@ def join_apart(samples: Sequence[ShardSample[Content]]) -> list[ShardSample[Cont
             del found[1:]
     kept = {id(part) for found in parts.values() for part in found}
     joined = [sample for sample in samples if id(sample) in kept]
-    return [sample for sample in joined if not _merge_further(sample, mains)]
+    mains = {sample.key: sample for sample in reversed(joined) if sample.is_main()}
+    counts = Counter(base_key(sample.key) for sample in joined if sample.is_further())
+    return [sample for sample in joined if not _merge_further(sample, mains, counts)]
 
 
-def _is_main(sample: ShardSample[Any]) -> bool:
-    return not sample.kinds().isdisjoint({"image", *CAPTIONS})
-
-
-def _merge_further(sample: ShardSample[Any], mains: Mapping[str, ShardSample[Any]]) -> bool:
+def _merge_further(
+    sample: ShardSample[Any], mains: Mapping[str, ShardSample[Any]], counts: Mapping[str, int]
+) -> bool:
     """Add further files to the sample that they are of; return whether there is one."""
-    owner = sample.owner(mains)
-    middle = sample.key[len(owner) :].lower()
-    if middle:
-        mains[owner].files.update((middle + suffix, x) for suffix, x in sample.files.items())
-    return bool(middle)
+    base = base_key(sample.key)
+    if not (sample.is_further() and base in mains and counts[base] <= MAX_FURTHER):
+        return False
+    middle = sample.key[len(base) :].lower()
+    mains[base].files.update((middle + suffix, x) for suffix, x in sample.files.items())
+    return True
 
 
 class SeenKeys:
@@ -269,20 +295,27 @@ class SeenKeys:
     def __init__(self) -> None:
         self.kinds: dict[str, frozenset[str]] = {}
         self.mains: set[str] = set()
-        self.bases: set[str] = set()
+        self.further: Counter[str] = Counter()  # by base
 
     def is_apart(self, sample: ShardSample[Any]) -> bool:
         """Return whether other members of a sample came earlier; remember this one."""
         key, kinds = sample.key, sample.kinds()
-        if sample.owner(self.mains) != key:
-            return True
         before = self.kinds.get(key)
         self.kinds[key] = frozenset(kinds | (before or set()))
-        if _is_main(sample):
+        if sample.is_main():
             self.mains.add(key)
-        if sample.owner([base_key(key)]) != key:
-            self.bases.add(base_key(key))
-        return key in self.bases or (before is not None and not before & kinds)
+        if sample.is_further():
+            self.further[base_key(key)] += 1
+        apart = before is not None and not before & kinds
+        return apart or self.is_further(sample) or (key in self.mains and self._owns(key))
+
+    def is_further(self, sample: ShardSample[Any]) -> bool:
+        """Return whether it is of a sample that came earlier."""
+        base = base_key(sample.key)
+        return sample.is_further() and base in self.mains and self._owns(base)
+
+    def _owns(self, base: str) -> bool:
+        return 0 < self.further[base] <= MAX_FURTHER
 
 
 def mark_last(samples: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
@@ -311,6 +344,15 @@ def missing_files(sample: ShardSample[Any], captions: bool) -> BadSample | None:
     if has_image:
         return BadSample("no caption", f"there is no .txt or .json next to its {present}")
     return BadSample("no image", f"there is no image next to its {present}")
+
+
+def skipped_sample(
+    sample: ShardSample[Any], lacking: BadSample, shard: str, advice: str = ""
+) -> SkippedSample:
+    """Return what is recorded of an incomplete sample; each of its images counts as lost."""
+    lost = max(1, sum(suffix in IMAGE_SUFFIXES for suffix in sample.repeated))
+    why = lacking.why + advice * (lacking.cause in ("no image", "no caption"))
+    return SkippedSample(lacking.cause, f"{printable(sample.key)} in {shard}", why, lost)
 
 
 def _listed(suffixes: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dalle1.data.cleaning import IMAGE_SUFFIXES, captions_among, read_image, sample_caption
 from dalle1.data.loader import LoaderConfig, Prepare
-from dalle1.data.skipped import LOST, BadSample, ShardRead, SkippedSample
+from dalle1.data.skipped import LOST, ShardRead, SkippedSample
 from dalle1.data.sources.base import ReadOptions, names_digest
 from dalle1.data.sources.shard_members import (
     Asides,
@@ -31,6 +31,7 @@ from dalle1.data.sources.shard_members import (
     note_further_images,
     printable,
     read_members,
+    skipped_sample,
     split_name,
     unreadable,
 )
@@ -38,6 +39,9 @@ from dalle1.data.sources.streaming_loader import StreamingLoader
 
 SCHEMES = ("pipe", "http", "https", "s3", "gs", "hf", "file")
 """What webdataset opens; s3 by the `aws` command."""
+
+APART = "; if the shard holds it elsewhere, sort the shard with tar --sort=name"
+"""What to do where a part of a sample is missing."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class StreamingShards:
             if number < first or (key and last and self._is_others(number)):
                 continue
             if lacking:
-                yield number, SkippedSample.because(lacking, f"{key} in {url}" if key else url)
+                yield number, lacking
             else:
                 yield number, StreamingSample(files, f"{key} in {url}", number, self.options)
         if end >= first:
@@ -143,7 +147,7 @@ class StreamingShards:
 
     def _samples(
         self, url: str, asides: Asides
-    ) -> Iterator[tuple[str, Mapping[str, bytes], BadSample | None]]:
+    ) -> Iterator[tuple[str, Mapping[str, bytes], SkippedSample | None]]:
         """Yield key, files and what they lack; at the end, what cut the shard short, if it was."""
         damage, seen, key = list[str](), SeenKeys(), ""
         for sample, is_last in mark_last(group_samples(self._members(url, asides, damage))):
@@ -155,12 +159,12 @@ class StreamingShards:
                 continue
             if seen.is_apart(sample):
                 asides.add("members apart", key)
-                if lacking or sample.owner(seen.mains) != sample.key:
+                if lacking or seen.is_further(sample):
                     continue
-            yield key, sample.files, lacking
+            yield key, sample.files, lacking and skipped_sample(sample, lacking, url, APART)
         if damage:
             cause = "shard cut short" if key else "unreadable shard"
-            yield "", {}, BadSample(cause, damage[0])
+            yield "", {}, SkippedSample(cause, url, damage[0])
 
     def _members(
         self, url: str, asides: Asides, damage: list[str]
