@@ -161,7 +161,8 @@ class StreamingShards:
                 asides.add("members apart", key)
                 if lacking or seen.is_further(sample):
                     continue
-            yield key, sample.files, lacking and skipped_sample(sample, lacking, url, APART)
+            record = skipped_sample(sample, lacking, url, APART) if lacking else None
+            yield key, sample.files, record
         if damage:
             cause = "shard cut short" if key else "unreadable shard"
             yield "", {}, SkippedSample(cause, url, damage[0])
