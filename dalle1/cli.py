@@ -42,6 +42,7 @@ SUBCOMMANDS = {
     "decompress": ("dalle1.commands.decompress", "Restore what compress wrote, bit for bit"),
     "rank": ("dalle1.clip.reranking", "Sort image files by how well they fit a prompt"),
     "filter": ("dalle1.clip.filtering", "Keep the pairs of a dataset whose caption fits the image"),
+    "fit-scaling": ("dalle1.commands.fit_scaling", "Fit scaling laws to trainings of many sizes"),
     "check": ("dalle1.data.check", "Check a dataset before a training reads it"),
     "plan": ("dalle1.planner", "Plan a training: memory, time and flags for your GPUs"),
     "import openai-dvae": ("dalle1.importers.openai_dvae", "Convert the dVAE that OpenAI released"),

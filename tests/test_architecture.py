@@ -42,7 +42,7 @@ LAYERS = [
     ["dalle1.training.loop"],
     ["dalle1.pipeline"],
     ["dalle1", "dalle1.evaluation.*", "dalle1.outputs"],
-    ["dalle1.compression.*", "dalle1.baselines.*"],
+    ["dalle1.compression.*", "dalle1.baselines.*", "dalle1.scaling.*"],
     ["dalle1.tasks.*"],
     ["dalle1.export", "dalle1.planner"],
     ["dalle1.commands.*"],

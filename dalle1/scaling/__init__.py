@@ -1,0 +1,1 @@
+"""Scaling laws: how the loss falls with compute, parameters and data."""

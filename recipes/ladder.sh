@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Train transformers of many sizes and lengths on Toybox codes of 16 x 16, and fit scaling laws.
+#
+#     recipes/ladder.sh
+#     OUT=runs/small-ladder SIZES="64:2:2 96:3:3" STEPS="150 300 600" recipes/ladder.sh
+#
+# Stop it with Ctrl-C; the same command resumes, and finished runs return at once. The largest run
+# comes last: OUT/prediction holds what the others predict for it, written before it is trained.
+set -euo pipefail
+
+OUT=${OUT:-runs/ladder}                      # folder of all runs
+DVAE=${DVAE:-dalle1/bundled/toybox}          # image tokenizer
+CODES=${CODES:-$OUT/codes}                   # codes; encoded from DATA where they are missing
+DATA=${DATA:-toybox:20000}                   # scenes to encode
+PYTHON=${PYTHON:-python}                     # the Python that dalle1 is installed for
+# WIDTH:DEPTH:HEADS: 0.1M, 0.3M, 1M, 3M and 10M parameters without embeddings.
+SIZES=${SIZES:-64:2:2 96:3:3 144:4:4 224:5:4 320:8:5}
+STEPS=${STEPS:-250 500 1000 2000}            # updates of 16 pairs, each a run of its own
+eval "flags=(${FLAGS:-})"                    # more flags of every training, quoted as in a shell
+
+dalle1=("$PYTHON" -m dalle1)
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+
+# Run one command. A training that was stopped exits with 0, so its output is read.
+stage() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" | tee -i "$output"
+    if grep -q "^Stopped" "$output"; then
+        echo "Stopped in $name; the same command resumes" >&2
+        exit 130
+    fi
+}
+
+train() { # WIDTH DEPTH HEADS STEPS
+    stage "width-$1-steps-$4" "${dalle1[@]}" train transformer toy-128 --dvae "$DVAE" \
+        --data "$CODES" --image-size 128 --model.width "$1" --model.depth "$2" \
+        --model.heads "$3" --steps "$4" --warmup-steps $(($4 / 10)) --final-learning-rate 2e-5 \
+        --validate-every "$4" --ema-decay 0 --prompts "a red star" \
+        --out "$OUT/width-$1-steps-$4" ${flags[@]+"${flags[@]}"}
+}
+
+stage codes "${dalle1[@]}" encode --dvae "$DVAE" --data "$DATA" --image-size 128 --out "$CODES"
+read -ra sizes <<< "$SIZES"
+read -ra steps <<< "$STEPS"
+last_size=${sizes[${#sizes[@]} - 1]}
+last_steps=${steps[${#steps[@]} - 1]}
+smaller=()
+for count in "${steps[@]}"; do
+    for size in "${sizes[@]}"; do
+        IFS=: read -r width depth heads <<< "$size"
+        if [ "$size:$count" != "$last_size:$last_steps" ]; then
+            train "$width" "$depth" "$heads" "$count"
+            smaller+=("$OUT/width-$width-steps-$count")
+        fi
+    done
+done
+IFS=: read -r width depth heads <<< "$last_size"
+if [ ! -d "$OUT/prediction" ]; then
+    stage prediction "${dalle1[@]}" fit-scaling "${smaller[@]}" --hold-out 0 \
+        --predict $((12 * width * width * depth)) $((last_steps * 16 * 256)) \
+        --out "$OUT/prediction"
+fi
+train "$width" "$depth" "$heads" "$last_steps"
+stage scaling "${dalle1[@]}" fit-scaling "${smaller[@]}" "$OUT/width-$width-steps-$last_steps" \
+    --out "$OUT/scaling"
