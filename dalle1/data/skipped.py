@@ -73,6 +73,15 @@ class SkippedSample:
         return f"{self.where} ({self.cause}: {self.why})"
 
 
+def first_skipped(skipped: Iterable[SkippedSample]) -> str:
+    """Return the end of an error where nothing is usable: the first that was skipped.
+
+    A damaged sample is named rather than a file that is none.
+    """
+    found = sorted(skipped, key=lambda sample: sample.cause in IGNORED)
+    return f"; the first skipped is {found[0]}" if found else ""
+
+
 class SkippedFiles:
     """Counts files that are passed over for one reason, and keeps the first names."""
 

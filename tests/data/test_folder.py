@@ -220,20 +220,63 @@ def test_unquoted_separators_are_joined_and_reported(tmp_path: Path) -> None:
         '0.jpg,"a 5 inch disc\n1.jpg,one\n2.jpg,two\n',
         '0.jpg,"a 5 inch disc\n1.jpg,"one"\n2.jpg,two\n',
         '0.jpg,"a 5 inch disc\n1.jpg,6 inch"\n2.jpg,two\n',
+        '0.jpg,"A man\n1.jpg,a dog, brown\n2.jpg,a pipe, of 5"\n3.jpg,x\n',
     ],
 )
 def test_a_quote_that_takes_in_rows_is_an_error(tmp_path: Path, rows: str) -> None:
     with pytest.raises(ValueError, match=r"captions\.csv:2: a quote is opened"):
         listed(tmp_path, f"file,caption\n{rows}")
+    swapped = 'caption,n,file\n"A man,1,0.jpg\na dog, brown,2,1.jpg\na 5",3,2.jpg\n'
+    with pytest.raises(ValueError, match=r"captions\.csv:2: a quote is opened"):
+        listed(tmp_path, swapped)
     source = listed(tmp_path, 'file,caption\n0.jpg,"two\nlines, and 1"\n')
     assert pairs(source) == {"0.jpg": {"two lines, and 1"}}
+
+
+def test_blanks_behind_a_quote(tmp_path: Path) -> None:
+    rows = (
+        '0.jpg,"A man, in red" \n"1.jpg" ,"A ""big"" , dog"\t\n2.jpg,"two\nlines" \r\n3.jpg,"x" \n'
+    )
+    found = {"A man, in red", 'A "big" , dog', "two lines", "x"}
+    source = listed(tmp_path, f"file,caption\n{rows}")
+    assert pairs(source) == {f"{i}.jpg": {text} for i, text in enumerate(sorted(found))}
+    assert not (source.notes or source.skipped)
+
+
+def test_no_image_has_the_captions_of_another(tmp_path: Path) -> None:
+    source = listed(tmp_path, "file,caption\n0.jpg,dog\n0.JPG,cat\n1.jpg,bird\n2.JPG,x\n2.Jpg,y\n")
+    assert pairs(source) == {"0.jpg": {"dog"}, "1.jpg": {"bird"}}
+    assert causes(source) == {"no image": 3, "image not in the list": 2}
+    rows = "".join(f"train/{i}.jpg,{i}\n" for i in range(5))
+    source = listed(tmp_path, f"file,caption\n{rows}")
+    assert pairs(source) == {f"{i}.jpg": {f"{i}"} for i in range(4)}
+    assert causes(source) == {"no image": 1}
+    with pytest.raises(ValueError, match=r"names 'train/0\.jpg', but the file does not"):
+        listed(tmp_path, f"file,caption\n{rows}" + "".join(f"x/{i}9.jpg,x\n" for i in range(5)))
+
+
+def test_a_list_names_images_in_any_way(tmp_path: Path) -> None:
+    long = "w " * 70_000
+    content = f"file,caption,n\n0.jpg,a, b,1\n1.jpg\n2.jpg,{long},3\nx/../3.jpg,c,4\n"
+    write(tmp_path, x___README__md="x")
+    source = listed(tmp_path, content)
+    assert pairs(source) == {"3.jpg": {"c"}}
+    assert causes(source) == {"damaged captions": 2, "caption too long": 1, "other file": 1}
+    write(
+        tmp_path, meta___metadata__csv="file_name,text\n../images/a.jpg,dog\n", images___a__jpg=None
+    )
+    (tmp_path / "captions.csv").unlink()
+    source = Folder(tmp_path)
+    assert pairs(source) == {"images/a.jpg": {"dog"}}
+    assert causes(source)["image not in the list"] == 4
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", r"has the columns none; expected file and caption"),
-        ("file,caption\n", r"no pairs in .* by captions.csv"),
+        ("file,caption\n", r"no pairs in .* by captions.csv, which has no rows"),
+        ("file,caption\nfoo/x.jpg,x\n", r"the first skipped is .*no image: .*csv:2 names 'foo/x"),
         ("0.jpg,a\n", r"has the columns '0.jpg', 'a'; expected file and caption"),
         ("file,caption,caption\n0.jpg,a,b", r"the column 'caption' is there twice"),
         ("file,caption\nhttps://a/none.jpg,a", r"names a URL, expected a file"),

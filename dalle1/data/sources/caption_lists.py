@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,7 +132,7 @@ def _csv_rows(path: Path, file: IO[str], report: Report) -> Rows:
         except StopIteration:
             break
         except csv.Error as error:
-            fields = table.literal(lines.row, number, error)
+            fields = table.repaired(lines.row, number, error)
         if isinstance(fields, BadSample):
             yield f"{path}:{number}", fields
         elif any(field.strip() for field in fields):
@@ -144,22 +145,40 @@ class _Table:
 
     def __init__(self, path: Path, sep: str, width: int, columns: tuple[int, int]) -> None:
         self.path, self.sep, self.width, self.columns = path, sep, width, columns
+        end = re.escape(sep)
+        quoted = rf'((?:^|{end})[ \t]*)("(?:[^"]|"")*")[ \t]+(?={end}|[\r\n]|$)'
+        self.blanks = re.compile(quoted)
+        """Quoted fields with blanks behind the quote."""
         self.repairs: dict[str, tuple[int, int, str]] = {}  # count, first line, first caption
 
     def checked(self, fields: list[str], row: list[str], number: int) -> list[str] | BadSample:
         """Return the fields of a row. ValueError where a caption takes in other rows."""
         for i, line in enumerate(row[1:], 1):
             parts = line.split(self.sep)
-            name = parts[self.columns[0]] if len(parts) == self.width else ""
-            if name.strip().strip('"').lower().endswith(IMAGE_SUFFIXES):
+            if len(parts) >= self.width and self._name(parts):
                 raise ValueError(
                     f"{self.path}:{number}: a quote is opened that takes in line {number + i}, "
                     f"{line[:60]!r}; close it, or double a quote that belongs to the caption"
                 )
         return self._fitted(fields, row, number)
 
-    def literal(self, row: list[str], number: int, error: csv.Error) -> list[str] | BadSample:
-        """Return the fields of a row whose quotes are wrong, as they are written."""
+    def repaired(self, row: list[str], number: int, error: csv.Error) -> list[str] | BadSample:
+        """Return the fields of a row whose quotes are wrong: followed by blanks, or stray."""
+        limit = csv.field_size_limit()
+        if len(row) == 1 and len(row[0]) > limit:
+            why = f"more than {limit:,} characters"
+            return BadSample("caption too long", why, self._name(row[0].split(self.sep)))
+        fixed = io.StringIO(self.blanks.sub(r"\1\2", "".join(row)), newline="")
+        try:
+            reader = csv.reader(fixed, delimiter=self.sep, skipinitialspace=True, strict=True)
+            fields = [*reader]
+        except csv.Error:
+            fields = []
+        if len(fields) == 1 and len(fields[0]) == self.width:
+            return self.checked(fields[0], row, number)
+        return self._literal(row, number, error)
+
+    def _literal(self, row: list[str], number: int, error: csv.Error) -> list[str] | BadSample:
         if len(row) > 1:
             raise ValueError(
                 f"{self.path}:{number}: a quote is opened in {row[0][:60]!r} and not closed by "
@@ -167,7 +186,8 @@ class _Table:
             )
         fields = [field.strip() for field in row[0].rstrip("\r\n").split(self.sep)]
         if len(fields) != self.width:
-            return BadSample("damaged captions", f"its quotes cannot be read: {error}")
+            why = f"its quotes cannot be read: {error}"
+            return BadSample("damaged captions", why, self._name(fields))
         self._count("stray quotes were read as they are", number, fields)
         return fields
 
@@ -182,8 +202,16 @@ class _Table:
         if fields and (len(fields) > width or len(fields) <= max(self.columns)):
             why = f"it has {len(fields)} fields, expected {width}"
             more = f"; put a caption that holds {sep!r} in quotes" if len(fields) > width else ""
-            return BadSample("damaged captions", why + more)
+            return BadSample("damaged captions", why + more, self._name(fields))
         return fields
+
+    def _name(self, fields: list[str]) -> str:
+        """Return the file that a row of too few or too many fields names, if that is clear."""
+        column, caption = self.columns
+        # Separators without quotes are in the caption: the file is counted from the other end.
+        found = fields[column if column < caption else column - self.width :][:1]
+        name = found[0].strip().strip('"') if found else ""
+        return name if name.lower().endswith(IMAGE_SUFFIXES) else ""
 
     def _count(self, what: str, number: int, fields: list[str]) -> None:
         count, line, text = self.repairs.get(what, (0, number, fields[self.columns[1]]))
@@ -282,7 +310,7 @@ def as_row(name: object, text: object) -> Row | BadSample:
     except ValueError as error:
         return BadSample("damaged captions", f"{error}", name)
     if _holds_bytes([name, *captions]):
-        return BadSample("caption not UTF-8", "it holds bytes that are not UTF-8")
+        return BadSample("caption not UTF-8", "it holds bytes that are not UTF-8", name)
     return name, captions
 
 

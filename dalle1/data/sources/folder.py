@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 
 from dalle1.data.cleaning import captions_among, read_image, sample_caption
-from dalle1.data.skipped import BadSample, SkippedFiles, SkippedSample
+from dalle1.data.skipped import BadSample, SkippedFiles, SkippedSample, first_skipped
 from dalle1.data.sources.base import ReadOptions, is_hidden, names_digest, split_indices
 from dalle1.data.sources.caption_lists import read_list
 from dalle1.data.sources.file_tree import LISTS, OTHER_LISTS, FileTree
@@ -42,6 +43,7 @@ class Folder(IndexedSource):
     ) -> None:
         self.path, self.options = path, options or ReadOptions()
         self.notes: list[str] = []
+        self.rows = 0  # of lists
         self.listed: PackedGroups | None = None
         tree = FileTree(path)
         self.names, self.kinds, self.endings = tree.images, tree.kinds, tree.endings
@@ -66,10 +68,11 @@ class Folder(IndexedSource):
         self.indices = split_indices(range(len(self.names)), split)
 
     def _why_empty(self, lists: Sequence[str], images: int) -> str:
-        first = f"; the first skipped is {self.skipped[0]}" if self.skipped else ""
+        first = first_skipped(self.skipped)
         if not self.options.captions:
             return f"no images in {self.path}; expected .jpg, .png, .webp or .gif files{first}"
         if lists:
+            first = first if self.rows else ", which has no rows; expected a file and a caption"
             return f"no pairs in {self.path} by {', '.join(lists[:3])}{first}"
         return (
             f"no pairs in {self.path}: {images} images, all without a caption; expected {EXPECTED}"
@@ -92,14 +95,15 @@ class Folder(IndexedSource):
     def _read_lists(self, lists: Sequence[str], tree: FileTree) -> None:
         self.names, self.listed = PackedStrings(), PackedGroups()
         numbers: dict[str, int] = {}
+        damaged = set[str]()  # images that rows name which cannot be used
         hidden = SkippedFiles("hidden file", f"hidden in {self.path}, though a list names it")
         for name in lists:
-            self._read_list(name, tree, numbers, hidden)
+            self._read_list(name, tree, numbers, hidden, damaged)
         self.listed.close(len(numbers))
         unlisted = SkippedFiles("image not in the list", f"{', '.join(lists[:3])} does not name it")
         beside = SkippedFiles("other file", f"its captions are read from {lists[0]}")
         for image, kind in zip(tree.images, tree.kinds, strict=True):
-            if image not in numbers:
+            if image not in numbers and image not in damaged:
                 unlisted.add(image)
             if kind:
                 beside.add(os.path.splitext(image)[0] + tree.endings[kind][0])
@@ -109,15 +113,17 @@ class Folder(IndexedSource):
             self.notes.append(f"{len(lists)} lists are read: {', '.join(lists[:3])}{more}")
 
     def _read_list(
-        self, name: str, tree: FileTree, numbers: dict[str, int], hidden: SkippedFiles
+        self,
+        name: str,
+        tree: FileTree,
+        numbers: dict[str, int],
+        hidden: SkippedFiles,
+        damaged: set[str],
     ) -> None:
         path, folder = self.path / name, name[: name.rfind("/") + 1]
 
         def add(file: str, captions: Sequence[str]) -> None:
-            if not os.path.isabs(file):
-                file = folder + file
-            elif Path(file).is_relative_to(self.path.absolute()):
-                file = str(Path(file).relative_to(self.path.absolute()))
+            file = self._inside(folder, file)
             if is_hidden(file if not os.path.isabs(file) else os.path.basename(file)):
                 hidden.add(file)
                 return
@@ -130,28 +136,45 @@ class Folder(IndexedSource):
         missing: list[tuple[str, str, list[str]]] = []
         found_any = False
         for where, row in read_list(path, self.notes.append):
+            self.rows += 1
             if isinstance(row, BadSample):
-                self.skipped.append(SkippedSample.because(row, where))
+                self.skipped.append(SkippedSample(row.cause, where, row.why))
+                damaged.add(self._inside(folder, row.where.strip().replace("\\", "/")))
             elif (file := find_exactly(path.parent, row[0])) is not None:
                 found_any = True
                 add(file, row[1])
             else:
                 missing.append((where, *row))
         if missing:
-            self._add_missing(path, folder, tree, missing, not found_any, add)
+            inside = (x for x in tree.images if x.startswith(folder) and x not in numbers)
+            images = [x[len(folder) :] for x in inside]
+            self._add_missing(path, images, missing, not found_any, add)
+
+    def _inside(self, folder: str, file: str) -> str:
+        """Return a file's name relative to the data's folder, the same by whatever way."""
+        if os.path.isabs(file):
+            absolute = self.path.absolute()
+            return os.path.relpath(file, absolute) if Path(file).is_relative_to(absolute) else file
+        plain = os.path.normpath(folder + file)
+        with suppress(OSError, ValueError):  # behind a linked folder, `..` leads elsewhere
+            if os.path.samefile(self.path / plain, self.path / (folder + file)):
+                return plain
+        return folder + file
 
     def _add_missing(
         self,
         path: Path,
-        folder: str,
-        tree: FileTree,
+        images: Sequence[str],
         missing: Sequence[tuple[str, str, list[str]]],
         any_folder: bool,
         add: Callable[[str, Sequence[str]], None],
     ) -> None:
-        """Add rows whose file does not exist as it is named, where it is clear which is meant."""
-        inside = (x[len(folder) :] for x in tree.images if x.startswith(folder))
-        found, _ = find_by_end([name for _, name, _ in missing], inside, any_folder)
+        """Add rows whose file does not exist as it is named, where it is clear which is meant.
+
+        Args:
+            images: those of the list's folder that no row names exactly.
+        """
+        found, _ = find_by_end([name for _, name, _ in missing], images, any_folder)
         for where, name, captions in missing:
             if name in found:
                 add(found[name], captions)

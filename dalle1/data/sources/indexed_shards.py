@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from dalle1.data.cleaning import CAPTIONS, captions_among, read_image, sample_caption
-from dalle1.data.skipped import IGNORED, BadSample, ShardLosses, ShardRead, SkippedSample
+from dalle1.data.skipped import BadSample, ShardLosses, ShardRead, SkippedSample, first_skipped
 from dalle1.data.sources.base import ReadOptions, names_digest, split_indices
 from dalle1.data.sources.indexed import IndexedSource
 from dalle1.data.sources.shard_members import (
@@ -77,11 +77,9 @@ class IndexedShards(IndexedSource):
             for row in self._index(number, shard):
                 numbers.extend(row)
         if not numbers:
-            found = sorted(self.skipped, key=lambda sample: sample.cause in IGNORED)
-            first = f"; the first skipped is {found[0]}" if found else ""
             raise ValueError(
                 f"no usable samples in {len(shards)} shards, {shards[0]} the first: expected an "
-                f"image and a .txt or .json under the same name{first}"
+                f"image and a .txt or .json under the same name{first_skipped(self.skipped)}"
             )
         losses = ShardLosses(self.options.cleaning.max_bad_fraction)
         losses.add(sorted(self.shards_read, key=lambda shard: not shard.complete), len(shards))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
@@ -23,11 +24,13 @@ def find_by_end(
 ) -> tuple[dict[str, str], int]:
     """Find images that do not exist as they are named: in other letter case, or another folder.
 
+    Every name must stand for one image, and each for its own: no image gets another's captions.
+
     Args:
         names: what a list names.
-        images: all images of the list's folder.
+        images: the images of the list's folder that it does not name exactly.
         any_folder: whether the folders may differ: leading ones of a name are dropped, and those
-            of an image ignored, if then every name stands for one image, and each for its own.
+            of an image ignored, where at least half of the names are found in that way.
 
     Returns: name → image, and how many leading folders were dropped.
     """
@@ -36,24 +39,21 @@ def find_by_end(
     depth = max(map(len, parts.values()), default=0) if any_folder else 1
     for dropped in range(depth):
         ends = {name: "/".join(found[dropped:]) for name, found in parts.items()}
-        matches: dict[str, str | None] = dict.fromkeys(ends.values())
-        matches.pop("", None)
-        several = set[str]()
+        matches: dict[str, list[str]] = {end: [] for end in ends.values() if end}
         for image in images:
             found = _fold(image).split("/")
             for begin in range(len(found) if any_folder else 1):
-                end = "/".join(found[begin:])
-                if end in matches:
-                    several.update([end] if matches[end] is not None else [])
-                    matches[end] = image
+                if (end := "/".join(found[begin:])) in matches:
+                    matches[end].append(image)
+        wanted = Counter(ends.values())
+        unclear = any(images and len(images) + wanted[end] > 2 for end, images in matches.items())
         found_images = {
-            name: image
+            name: matches[end][0]
             for name, end in ends.items()
-            for image in [matches.get(end)]
-            if image is not None and end not in several
+            if len(matches.get(end, ())) == wanted[end] == 1
         }
-        distinct = len(set(found_images.values())) == len(found_images)
-        if not any_folder or (len(found_images) == len(parts) and distinct):
+        enough = 2 * len(found_images) >= len(parts) and not unclear
+        if not any_folder or enough:
             return found_images, dropped
     return {}, 0
 
