@@ -76,7 +76,7 @@ class SkippedSample:
 def first_skipped(skipped: Iterable[SkippedSample]) -> str:
     """Return the end of an error where nothing is usable: the first that was skipped.
 
-    A damaged sample is named rather than a file that is none.
+    Damaged samples come before files that are no samples.
     """
     found = sorted(skipped, key=lambda sample: sample.cause in IGNORED)
     return f"; the first skipped is {found[0]}" if found else ""

@@ -8,6 +8,7 @@ import json
 import random
 import tarfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dalle1.data.sources.shard_members import MAX_FURTHER, group_samples
 RNG = random.Random(0)
 
 
+@lru_cache(maxsize=512)
 def png(number: int) -> bytes:
     """Return an image that shows a number."""
     buffer = io.BytesIO()
@@ -326,7 +328,7 @@ def jsons(first: int, end: int, key: str) -> list[Member]:
     ]
 
 
-@pytest.mark.parametrize("count", [3, MAX_FURTHER, MAX_FURTHER + 1])
+@pytest.mark.parametrize("count", [3, MAX_FURTHER + 1])
 def test_a_file_of_an_album_takes_no_pairs_in(tmp_path: Path, count: int) -> None:
     named, good = jsons(0, count, "h.{:04}"), pairs(count, count + 1, "z")
     for before, after in (([("h.json", b'{"album": "Rome"}')], []), ([], [("h.txt", b"album")])):
