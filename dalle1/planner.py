@@ -14,6 +14,7 @@ shards what is marked /N; --offload cpu moves the rows marked * to the machine's
 | AdamW's state *  | 8P | 8P/N    | 8P/N    | 8P/N    |
 | average *        | 4P | 4P/N    | 4P/N    | 4P/N    |
 
+With --lora or --train-only, gradients, AdamW's state and average have trained parameters alone.
 (Muon's state is half of AdamW's for the layers' matrices; it does not support ZeRO.)
 
 Buffers are the masks, DeepSpeed's gradient bucket (50 million numbers) and, with zero 3, the layers
@@ -27,25 +28,19 @@ zero 0 2·4P, zero 1 2wP, zero 2 (A + 1)wP, zero 3 3AwP, each times (N − 1)/N.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from dalle1.activation_memory import activations
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.devices import autocast
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
-from dalle1.training import resblocks
+from dalle1.training.fine_tuning import check_lora, count, freeze, training_flops
 from dalle1.training.optimizers import layer_matrices
 from dvae.model import DOWNSAMPLING
 
@@ -90,6 +85,10 @@ class Plan:
     """Device whose attention implementation is counted."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer whose state is counted."""
+    lora: int | None = None
+    """Rank of LoRA's updates, beside which all parameters are frozen."""
+    train_only: tuple[str, ...] = ()
+    """Patterns of the names of parameters to train; all others are frozen, except LoRA's."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "gpus", "gpu_memory", "micro_batch", "tflops"):
@@ -106,6 +105,9 @@ class Plan:
             raise ValueError("offload and weights bf16 need --zero 1, 2 or 3")
         if self.zero and self.optimizer == "muon":
             raise ValueError("zero needs --optimizer adamw: muon updates whole matrices")
+        check_lora(self.lora, None)
+        if self.zero and (self.lora is not None or self.train_only):
+            raise ValueError("--lora and --train-only need --zero 0; remove one of them")
 
     @property
     def accumulate(self) -> int:
@@ -135,19 +137,28 @@ class Memory:
 
 def count_parameters(config: TransformerConfig) -> int:
     """Count a transformer's parameters."""
-    return sum(p.numel() for p in _on_meta(config).parameters())
+    return count(_on_meta(config))
 
 
 @cache
-def _on_meta(config: TransformerConfig) -> Transformer:
+def _on_meta(
+    config: TransformerConfig, lora: int | None = None, train_only: tuple[str, ...] = ()
+) -> Transformer:
     with torch.device("meta"):
-        return Transformer(config)
+        model = Transformer(config)
+        freeze(model, lora, None, train_only)
+        return model
+
+
+def model_of(plan: Plan) -> Transformer:
+    """Return the plan's model on the meta device, with LoRA and frozen parameters."""
+    return _on_meta(plan.model, plan.lora, plan.train_only)
 
 
 def memory(plan: Plan) -> Memory:
     """Return the bytes on each GPU, by the table above."""
-    p, n = count_parameters(plan.model), plan.gpus
-    model = _on_meta(plan.model)
+    model, n = model_of(plan), plan.gpus
+    p, trained = count(model), count(model, trained=True)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     activation_bytes = activations(
         plan.model,
@@ -158,14 +169,16 @@ def memory(plan: Plan) -> Memory:
         plan.device,
         plan.zero < 3,
         fresh=plan.zero == 0 and plan.accumulate == 1,
+        lora=plan.lora,
+        train_only=plan.train_only,
     )
     if plan.zero == 0:
         halved = layer_matrices(model) if plan.optimizer == "muon" else []
         return Memory(
             parameters=4 * p,
-            gradients=4 * p,
-            optimizer=8 * p - 4 * sum(matrix.numel() for matrix in halved),
-            average=4 * p,
+            gradients=4 * trained,
+            optimizer=8 * trained - 4 * sum(matrix.numel() for matrix in halved),
+            average=4 * trained,
             activations=activation_bytes,
             buffers=buffers,
         )
@@ -196,110 +209,17 @@ def memory(plan: Plan) -> Memory:
     )
 
 
-@cache
-def activations(
-    config: TransformerConfig,
-    batch: int,
-    checkpointing: bool,
-    precision: str = "bf16",
-    weights: str = "fp32",
-    device: str = "cuda",
-    keep_casts: bool = True,
-    fresh: bool = False,
-) -> float:
-    """Return the peak bytes of a training step, without parameters and gradients.
-
-    Args:
-        fresh: gradients are allocated in the step, most of them when few activations are left.
-    """
-    args = batch, checkpointing, precision, weights, device, keep_casts, fresh
-    if config.depth <= 8:
-        return _peak(config, *args)
-    four, eight = (_peak(replace(config, depth=depth), *args) for depth in (4, 8))
-    return eight + (config.depth - 8) / 4 * (eight - four)
-
-
-def _peak(
-    config: TransformerConfig,
-    batch: int,
-    checkpointing: bool,
-    precision: str,
-    weights: str,
-    device: str,
-    keep_casts: bool,
-    fresh: bool,
-) -> float:
-    """Run a training step on fake tensors and return the peak of live bytes."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = Transformer(config)
-        if device == "cuda":
-            model.masks.update({kind: FusedAttention() for kind in model.masks})
-        if weights == "bf16":
-            for module in model.modules():
-                for name, p in module.named_parameters(recurse=False):
-                    setattr(module, name, nn.Parameter(p.detach().bfloat16()))
-        resblocks.prepare(model, checkpointing=checkpointing)
-        if not fresh:
-            for p in model.parameters():
-                p.register_post_accumulate_grad_hook(_drop_grad)
-        text = torch.zeros(batch, config.text_len, dtype=torch.long)
-        codes = torch.zeros(batch, config.image_len, dtype=torch.long)
-        with Alive() as alive:
-            with autocast(torch.device("cpu"), precision, keep_casts):
-                loss = model.loss(text, codes).total
-            loss.backward()
-        gradients = (p.grad for p in model.parameters() if p.grad is not None)
-        return alive.peak - sum(g.numel() * g.element_size() for g in gradients)
-
-
-class FusedAttention(nn.Module):
-    """SDPA, which keeps what FlexAttention keeps: q, k, v, output and sums."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-def _drop_grad(p: Tensor) -> None:
-    p.grad = None
-
-
-class Alive(TorchDispatchMode):
-    """Counts the live bytes of tensors that are created inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata in inputs or storage in self.known:
-                continue
-            self.known.add(storage)
-            size = storage.nbytes()
-            self.now += size
-            weakref.finalize(storage, self._freed, size)
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
 def seconds(plan: Plan) -> float:
     """Return the duration of the training; recomputed activations do not count as FLOPs."""
-    flops = 3 * _on_meta(plan.model).flops() * plan.batch_size * plan.steps
+    flops = training_flops(model_of(plan)) * plan.batch_size * plan.steps
     return flops / (plan.gpus * plan.tflops * 1e12 * plan.mfu)
+
+
+def duration(seconds: float) -> str:
+    """Format a duration in the largest unit of which it has at least one."""
+    units = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((name for name, size in units.items() if seconds >= size), "seconds")
+    return f"{seconds / units[unit]:.3g} {unit}"
 
 
 def network(plan: Plan) -> float:
@@ -307,14 +227,14 @@ def network(plan: Plan) -> float:
     w = 4 if plan.weights == "fp32" else 2
     parts = plan.accumulate
     factors = {0: 8, 1: 2 * w, 2: (parts + 1) * w, 3: 3 * parts * w}[plan.zero]
-    return factors * count_parameters(plan.model) * (plan.gpus - 1) / plan.gpus
+    return factors * count(model_of(plan), trained=True) * (plan.gpus - 1) / plan.gpus
 
 
 def smaller(plan: Plan) -> Plan | None:
     """Return the plan with the fewest changes that fits in memory; None if no plan does."""
     fits: list[Plan] = []
     stages: list[Literal[0, 1, 2, 3]] = [z for z in (0, 1, 2, 3) if z >= plan.zero]
-    stages = [0] if plan.optimizer == "muon" else stages
+    stages = [0] if plan.optimizer == "muon" or plan.lora or plan.train_only else stages
     micro = [plan.micro_batch >> i for i in range(plan.micro_batch.bit_length())]
     micro = [m for m in micro if plan.batch_size % (plan.gpus * m) == 0]
     options = product(
@@ -339,9 +259,11 @@ def smaller(plan: Plan) -> Plan | None:
 
 def report(plan: Plan) -> str:
     """Format memory, time and network traffic as text."""
-    need, p = memory(plan), count_parameters(plan.model)
+    need, model = memory(plan), model_of(plan)
+    p, trained = count(model), count(model, trained=True)
     gpus = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)}"
-    lines = [f"{p / 1e9:.3g} billion parameters on {gpus}. Memory per GPU:"]
+    part = f", of which {trained / 1e6:.3g} million are trained," if trained < p else ""
+    lines = [f"{p / 1e9:.3g} billion parameters{part} on {gpus}. Memory per GPU:"]
     for name, value in asdict(need).items():
         if name != "offloaded" or value:
             lines.append(f"  {name:<12}{value / GIB:9.2f} GiB")
@@ -358,10 +280,10 @@ def report(plan: Plan) -> str:
         lines.append(
             f"It does not fit. With {flags} it fits in {memory(other).total / GIB:.2f} GiB."
         )
-    flops = 3 * _on_meta(plan.model).flops()
+    flops = training_flops(model)
     lines += [
         f"{flops:.3g} FLOPs per pair, forward and backward.",
-        f"{seconds(plan) / 86400:.3g} days for {plan.steps:,} updates of {plan.batch_size:,}, at "
+        f"{duration(seconds(plan))} for {plan.steps:,} updates of {plan.batch_size:,}, at "
         f"{plan.mfu:.0%} of {plan.tflops:g} TFLOP/s.",
         f"{network(plan) / GIB:.3g} GiB sent by each GPU per update of {plan.accumulate} "
         "micro-batches.",

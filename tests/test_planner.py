@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle1 import planner as plan
+from dalle1 import activation_memory
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.planner import (
     GIB,
@@ -19,12 +19,14 @@ from dalle1.planner import (
     Plan,
     activations,
     count_parameters,
+    main,
     memory,
     network,
     report,
     seconds,
     smaller,
 )
+from dalle1.training.fine_tuning import count, freeze
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = TransformerConfig(
@@ -70,7 +72,7 @@ def test_activations_grow_with_depth_and_batch() -> None:
     assert activations(SIZE, 2, False) > 2 * activations(SIZE, 2, True)
     # What is computed of eight layers and of four holds for sixteen.
     deep = replace(SIZE, depth=16)
-    counted = plan._peak(deep, 2, True, "bf16", "fp32", "cuda", True, False)
+    counted = activation_memory._peak(deep, 2, True, "bf16", "fp32", "cuda", True, False)
     assert activations(deep, 2, True) == pytest.approx(counted, rel=1e-3)
 
 
@@ -136,3 +138,28 @@ def test_a_training_needs_the_planned_memory(how: list[str]) -> None:
     command += ["--precision", "fp32"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert float(printed.split()[-1]) == pytest.approx(1, abs=0.15), printed
+
+
+def test_a_lora_run_counts_the_state_of_what_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Transformer(SIZE)
+    freeze(model, 4, None, ("image_head",))
+    total, trained = count(model), count(model, trained=True)
+    assert P < total < 1.3 * P
+    assert trained == total - P + 32 * 32 + 32
+    single = replace(PLAN, gpus=1, batch_size=2, checkpointing=False)
+    plan = replace(single, lora=4, train_only=("image_head",))
+    need = memory(plan)
+    assert (need.parameters, need.gradients) == (4 * total, 4 * trained)
+    assert (need.optimizer, need.average) == (8 * trained, 4 * trained)
+    assert need.total < 0.7 * memory(single).total
+    assert 0.67 < seconds(plan) / seconds(single) < 1
+
+    flags = ["--lora", "8", "--steps", "10", "--batch-size", "1", "--device", "cpu"]
+    main(["1b", *flags, "--gpu-memory", "16"])
+    printed = capsys.readouterr().out
+    assert "1.32 billion parameters, of which 6.29 million are trained, on 1 GPU" in printed
+    assert "It fits." in printed
+    assert "seconds for 10 updates of 1" in printed
+    with pytest.raises(SystemExit):
+        main(["1b", *flags, "--zero", "2"])
+    assert "--lora and --train-only need --zero 0" in capsys.readouterr().err

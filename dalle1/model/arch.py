@@ -124,6 +124,11 @@ class TransformerConfig(TransformerArch):
             )
 
     @property
+    def arch(self) -> TransformerArch:
+        """The architecture without the sizes that the image tokenizer sets."""
+        return TransformerArch(**{f.name: getattr(self, f.name) for f in fields(TransformerArch)})
+
+    @property
     def image_len(self) -> int:
         """N: codes of an image."""
         return self.grid_size**2

@@ -12,7 +12,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from dalle1.data import (
 )
 from dalle1.data.encoded import open_codes
 from dalle1.data.images import (
-    FOR_TRANSFORMER,
     Augmentation,
     augmented,
     centre_square,
@@ -42,167 +41,27 @@ from dalle1.data.images import (
 )
 from dalle1.devices import autocast
 from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer
+from dalle1.model.lora import merged, plain_name
 from dalle1.model.transformer import (
     Transformer,
-    TransformerArch,
     TransformerConfig,
     TransformerLoss,
 )
 from dalle1.model_card import ModelInfo
 from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.storage import model_folder, same_tensors
+from dalle1.tasks.transformer_config import TRANSFORMER_PRESETS, TransformerTrainConfig
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.known_words import Words
 from dalle1.training import distributed, resblocks
 from dalle1.training.checkpoint import find_checkpoint
-from dalle1.training.config import TrainConfig, resolve_precision
+from dalle1.training.config import resolve_precision
 from dalle1.training.engines.deepspeed import partitioned
+from dalle1.training.fine_tuning import prepare_fine_tuning, training_flops
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit, train_loader
 from dalle1.training.resume_key import contents_of
 from dalle1.training.task import SampleCost, Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerTrainConfig(TrainConfig):
-    """Settings of a transformer's training (paper §2.2, B.2)."""
-
-    dvae: Path = Path("runs/dvae")
-    """Folder of the image tokenizer, whose codes are modelled."""
-    model: TransformerArch = field(default_factory=TransformerArch)
-    """Architecture of the transformer; image tokenizer and vocabulary set the rest."""
-    image_size: int | None = None
-    """Image side in pixels, a multiple of 8. None: that of the image tokenizer."""
-    init: Path | None = None
-    """Folder of a model of the same architecture to fine-tune; its vocabulary is kept. With rotary
-    positions, its images may be of another size, and its captions longer."""
-    vocab_captions: int = 20_000
-    """Number of captions that the BPE is learned from, the first of the data."""
-    bpe_dropout: float = 0.1
-    """BPE dropout: probability of skipping a merge, in training only."""
-    caption_dropout: float = 0.0
-    """Probability of replacing a caption by padding, which guidance needs. Paper: 0."""
-    augmentation: Augmentation = FOR_TRANSFORMER
-    """Random crops of the training images; data that is already encoded is not cropped."""
-    text_weight: float = 1 / 8
-    """Weight of the text loss; that of the image loss is 1 minus this."""
-    checkpointing: bool = False
-    """Activation checkpointing of each resblock: less memory for a third more computation."""
-    compile: bool = False
-    """Compile the layers with torch.compile: a slow start, then faster updates."""
-    prompts: tuple[str, ...] = (
-        "an avocado armchair",
-        "a zebra mug",
-        "a red star",
-        "a galaxy teapot",
-        "two gold bells",
-        "a blue house above a small pink fish",
-    )
-    """Prompts of the sample images at each validation."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.prompts:
-            raise ValueError("prompts is empty, expected at least one prompt to sample")
-        for name in ("bpe_dropout", "caption_dropout", "text_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
-
-    def memory_flags(self) -> list[str]:
-        return [*([] if self.checkpointing else ["--checkpointing"]), *super().memory_flags()]
-
-
-# Paper (B.2), but for the average, which it moves every 25 updates by 0.99 in a copy on the CPU.
-_transformer_12b = TransformerTrainConfig(
-    out=Path("runs/transformer"),
-    steps=430_000,
-    batch_size=1024,
-    learning_rate=4.5e-4,
-    schedule="plateau",
-    warmup_steps=5_000,
-    weight_decay=4.5e-2,
-    beta2=0.96,
-    variance_clip=5.0,
-    ema_decay=0.99,
-    ema_every=25,
-    checkpointing=True,
-)
-
-
-def _sized(width: int, depth: int, heads: int, **changes: Any) -> TransformerTrainConfig:
-    size = replace(_transformer_12b.model, width=width, depth=depth, heads=heads)
-    return replace(_transformer_12b, model=size, **changes)
-
-
-# One GPU: a cosine, smaller batches, and caption dropout for guidance.
-_ONE_GPU: dict[str, Any] = {
-    "schedule": "cosine",
-    "steps": 200_000,
-    "warmup_steps": 2_000,
-    "batch_size": 64,
-    "final_learning_rate": 1.4e-5,
-    "variance_clip": None,
-    "ema_decay": 0.999,
-    "ema_every": 1,
-    "caption_dropout": 0.1,
-    "checkpointing": False,
-}
-
-# The paper's 32 × 32 codes and its masks, for two CPU cores and a few hours: what makes small
-# budgets learn faster is in docs/experiments.md.
-_transformer_toy = TransformerTrainConfig(
-    out=Path("runs/transformer"),
-    model=TransformerArch(
-        text_vocab=1024,
-        text_len=64,
-        width=256,
-        depth=10,
-        heads=4,
-        positions="rotary",
-        mlp="swiglu",
-        qk_norm=True,
-    ),
-    steps=1_400,
-    batch_size=16,
-    optimizer="muon",
-    learning_rate=2e-3,
-    final_learning_rate=1e-5,
-    warmup_steps=100,
-    weight_decay=4.5e-2,
-    beta2=0.99,
-    ema_decay=0.998,
-    caption_dropout=0.1,
-    validate_every=1_000,
-    save_every=100,
-    prompts=(
-        "an avocado armchair",
-        "a teapot made of watermelon",
-        "a snail that looks like a zebra",
-        "a pixel art cat",
-        "a sketch of a strawberry lamp",
-        "three purple stars below a gold clock",
-    ),
-)
-
-TRANSFORMER_PRESETS: dict[str, TransformerTrainConfig] = {
-    "toy": _transformer_toy,
-    # Half the side, 16 × 16 codes: the caption is a larger part of what there is to learn, and an
-    # update takes a third of the time. `toy` then fine-tunes this model (--init).
-    "toy-128": replace(
-        _transformer_toy,
-        out=Path("runs/toy-128"),
-        image_size=128,
-        steps=5_000,
-        final_learning_rate=5e-4,
-        validate_every=500,
-    ),
-    "small": _sized(512, 8, 8, **_ONE_GPU),
-    "base": _sized(1024, 16, 16, **_ONE_GPU),
-    "1b": _sized(2048, 24, 32),
-    "2.8b": _sized(1920, 64, 30),
-    "5.6b": _sized(2688, 64, 42),
-    "12b": _transformer_12b,
-}
 
 
 @dataclass(frozen=True)
@@ -239,7 +98,10 @@ class TransformerTask(Task[Transformer]):
 
     def __init__(self, config: TransformerTrainConfig) -> None:
         self.device = distributed.init(config.device)
-        self.config = config = resolve_precision(config, self.device)
+        config = resolve_precision(config, self.device)
+        if config.lora is not None and config.init is not None:
+            config = replace(config, model=Transformer.config_of(config.init).arch)
+        self.config = config
         self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)
         before = ModelInfo.load(model_folder(config.init)) if config.init else ModelInfo()
         self.info = before.fine_tuned(config.data, config.batch_size)
@@ -260,11 +122,11 @@ class TransformerTask(Task[Transformer]):
         )
         self.loader = train_loader(self.source, prepare, config)
         torch.manual_seed(config.seed)
-        self.model = self.initial().to(self.device)
+        self.model = prepare_fine_tuning(self.initial(), config).to(self.device)
         self.initial_weights = config.init and Transformer.file_in(config.init)
         files = {"dvae": image_tokenizer_file(config.dvae), "init": self.initial_weights}
         self.contents = distributed.broadcast_from_main(partial(contents_of, self.source, **files))
-        self.cost = SampleCost(tokens=self.model.config.length, flops=3 * self.model.flops())
+        self.cost = SampleCost(tokens=self.model.config.length, flops=training_flops(self.model))
         self.scaler = resblocks.prepare(
             self.model,
             checkpointing=config.checkpointing,
@@ -310,6 +172,9 @@ class TransformerTask(Task[Transformer]):
                 )
         with partitioned(self.config):
             return Transformer(wanted)
+
+    def initial_name(self, name: str) -> str | None:
+        return plain_name(name)
 
     def initial_tensor(self, name: str, tensor: Tensor) -> Tensor:
         """Cut the padding tokens of text positions that the model does not have."""
@@ -387,7 +252,7 @@ class TransformerTask(Task[Transformer]):
         save_png(grid([c.image for row in rows for c in row], 8), path)
 
     def save(self, model: Transformer, folder: Path) -> None:
-        DallE(self.dvae, model, self.tokenizer, info=self.info).save_pretrained(folder)
+        DallE(self.dvae, merged(model), self.tokenizer, info=self.info).save_pretrained(folder)
 
 
 def main(args: Sequence[str] | None = None) -> None:

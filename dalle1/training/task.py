@@ -60,6 +60,13 @@ class Task(Protocol[Model]):
         loss has to detach the parameters that it is not meant to train.
         """
 
+    def initial_name(self, name: str) -> str | None:
+        """Return a parameter's name in `initial_weights`, by default its own; None for a new one.
+
+        A new parameter starts as the model initialized it.
+        """
+        return name
+
     def initial_tensor(self, name: str, tensor: Tensor) -> Tensor:
         """Adapt a parameter in `initial_weights` to the model; by default it stays as it is."""
         return tensor

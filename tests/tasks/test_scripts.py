@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load
 
 from dalle1 import DallE
 from dalle1.clip import ClipArch, new_clip
@@ -128,6 +130,32 @@ def test_a_transformer_trains_from_images(runs: Path, tmp_path: Path) -> None:
     train = ["toy", "--dvae", str(runs / "dvae"), "--data", "toybox:4", "--out", str(tmp_path)]
     train_transformer.main([*train, *TINY_TRANSFORMER, *RUN])
     assert (tmp_path / "latest" / "transformer.safetensors").is_file()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_lora_is_resumed_exactly_and_merged(runs: Path, tmp_path: Path, optimizer: str) -> None:
+    train = ["small", "--dvae", str(runs / "dvae"), *RUN, "--optimizer", optimizer]
+    train += ["--prompts", "a red star"]
+    train += ["--data", str(runs / "codes"), "--init", str(runs / "model"), "--lora", "2"]
+    train += ["--lora-alpha", "8", "--train-only", "image_head.bias", "--learning-rate"]
+    train += ["0.01", "--steps", "4", "--save-every", "2", "--validate-every", "4", "--keep", "2"]
+    train_transformer.main([*train, "--out", str(tmp_path)])
+    tensors = "step-4/training.safetensors"
+    expected = (tmp_path / tensors).read_bytes()
+    names = {name.partition("/")[::2] for name in load(expected)}
+    shutil.rmtree(tmp_path / "step-4")
+    train_transformer.main([*train, "--out", str(tmp_path)])
+    assert (tmp_path / tensors).read_bytes() == expected
+
+    before, after = (Transformer.load(x).state_dict() for x in (runs / "model", tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    linear = ("qkv.weight", "out.weight", "up.weight", "down.weight")
+    assert changed == {"image_head.bias"} | {x for x in before if x.endswith(linear)}
+    trained = {"image_head.bias"} | {name for kind, name in names if ".lora_" in name}
+    assert {name for kind, name in names if kind in ("average", "mean")} == trained
+    assert len(trained) == 1 + 2 * 4 * sum(x.endswith("qkv.weight") for x in before)
+    image = DallE.from_pretrained(tmp_path, device="cpu").generate(PROMPT, num_candidates=1)[0]
+    assert image.size == (64, 64)
 
 
 def test_a_transformer_continues_from_smaller_images(

@@ -89,7 +89,7 @@ class Engine(ABC, Generic[Model]):
 
     def __init__(self, task: Task[Model], config: TrainConfig) -> None:
         self.model = model = task.model
-        self.initial_tensor = task.initial_tensor
+        self.initial_name, self.initial_tensor = task.initial_name, task.initial_tensor
         self.config = config
         self.device = next(model.parameters()).device
         self.buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
@@ -241,7 +241,9 @@ class Engine(ABC, Generic[Model]):
         with open_tensors(path) as stored:
             read = {upgrade_key(name): read_tensor for name, read_tensor in stored.items()}
             for shard in self.shards():
-                whole = self.initial_tensor(shard.name, read[shard.name]())
+                if (name := self.initial_name(shard.name)) is None:
+                    continue
+                whole = self.initial_tensor(shard.name, read[name]())
                 for kind in ("weights", "ema"):
                     if kind in shard.tensors:
                         shard.tensors[kind].copy_(self._part(whole, shard))
