@@ -186,10 +186,7 @@ def memory(plan: Plan) -> Memory:
     aliased = plan.zero == 3 and w == 4  # the shards are the fp32 parameters themselves
     masters, stepping = (0.0, 0.0) if aliased else (4 * p / n, 4 * p / n)
     shards = {"optimizer": masters + 8 * p / n, "average": 4 * p / n}
-    if plan.zero == 3:
-        gathered = w * min(p, LIVE)
-    else:
-        gathered = 0
+    gathered = w * min(p, LIVE) if plan.zero == 3 else 0
     offloaded = plan.offload == "cpu"
     held = {
         "parameters": w * p / (n if plan.zero == 3 else 1),
