@@ -42,7 +42,9 @@ train() { # WIDTH DEPTH HEADS STEPS
         --out "$OUT/width-$1-steps-$4" ${flags[@]+"${flags[@]}"}
 }
 
-stage codes "${dalle1[@]}" encode --dvae "$DVAE" --data "$DATA" --image-size 128 --out "$CODES"
+if [ ! -f "$CODES/entries.npy" ]; then # the last file of an encoding
+    stage codes "${dalle1[@]}" encode --dvae "$DVAE" --data "$DATA" --image-size 128 --out "$CODES"
+fi
 read -ra sizes <<< "$SIZES"
 read -ra steps <<< "$STEPS"
 last_size=${sizes[${#sizes[@]} - 1]}

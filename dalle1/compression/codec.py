@@ -120,51 +120,44 @@ class Codec:
         """
         vocab = self.model.config.text_vocab
         padding = null_caption(self.model)[0]
-        ended = torch.zeros(len(text), dtype=torch.bool)
-        for position, logits in enumerate(self._text_logits(text)):
+        rows = torch.arange(len(text))
+        for position in range(text.shape[1] - 1):
+            logits = self._text_logits(text[rows, : position + 1])
             choices = torch.cat([logits[:, :vocab], logits[:, vocab + position, None]], dim=1)
-            tokens = text[:, position].clamp_max(vocab)
-            self._code_tokens(coder, choices, tokens, ~ended)
-            ended |= tokens == vocab
-            text[:, position] = torch.where(ended, padding[position], tokens)
+            tokens = self._code_tokens(coder, choices, text[rows, position].clamp_max(vocab))
+            text[rows, position] = torch.where(tokens == vocab, padding[position], tokens)
             self.on_position()
-            if ended.all():
+            rows = rows[tokens != vocab]
+            if not len(rows):
                 break
 
     def _code_codes(self, coder: Coder, text: Tensor, codes: Tensor) -> None:
         """Transfer codes [B, N] after their captions [B, L]."""
-        every = torch.ones(len(text), dtype=torch.bool)
         for position, logits in enumerate(self._code_logits(text, codes)):
-            tokens = codes[:, position].clone()
-            self._code_tokens(coder, logits, tokens, every)
-            codes[:, position] = tokens
+            codes[:, position] = self._code_tokens(coder, logits, codes[:, position])
             self.on_position()
 
-    def _code_tokens(self, coder: Coder, logits: Tensor, tokens: Tensor, active: Tensor) -> None:
-        """Transfer the active ones of tokens [B] with logits [B, V]; tokens are updated."""
-        rows = active.nonzero()[:, 0]
-        if not len(rows):
-            return
-        chosen = logits[rows.to(logits.device)]
-        for row, frequencies in zip(rows.tolist(), to_frequencies(chosen), strict=True):
-            tokens[row] = coder.code(frequencies, int(tokens[row]))
-        losses = F.cross_entropy(chosen, tokens[rows].to(chosen.device), reduction="sum")
+    def _code_tokens(self, coder: Coder, logits: Tensor, tokens: Tensor) -> Tensor:
+        """Transfer tokens [B] with logits [B, V], and return them."""
+        each = zip(to_frequencies(logits), tokens.tolist(), strict=True)
+        tokens = torch.tensor([coder.code(frequencies, token) for frequencies, token in each])
+        losses = F.cross_entropy(logits, tokens.to(logits.device), reduction="sum")
         self.ideal_bits += float(losses) / math.log(2)
+        return tokens
 
-    def _text_logits(self, text: Tensor) -> Iterator[Tensor]:
-        """Yield text logits [B, V] of one position after another; text is read as it is filled."""
+    def _text_logits(self, text: Tensor) -> Tensor:
+        """Return the text logits [B, V] of the last of text [B, n], which is not read."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+        # Captions are short: recomputing all positions for each token needs no cache.
         model = self.model
-        for position in range(model.config.text_len - 1):
-            # Captions are short: recomputing all positions for each token needs no cache.
-            with inference(self.device):
-                x = model.embed_text(text.to(self.device))[:, : position + 1]
-                states = model.run(x, [attend] * model.config.depth)
-                logits = model.text_head(states[:, -1])
-            yield logits
+        with inference(self.device):
+            states = model.run(
+                model.embed_text(text.to(self.device)), [attend] * model.config.depth
+            )
+            return model.text_head(states[:, -1])
 
     def _code_logits(self, text: Tensor, codes: Tensor) -> Iterator[Tensor]:
         """Yield image logits [B, V] of one position after another; codes are read as filled."""
