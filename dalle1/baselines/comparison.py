@@ -23,10 +23,10 @@ from dalle1.baselines.ngram import (
 )
 from dalle1.console import bar
 from dalle1.data.images import grid, save_png
-from dalle1.evaluation.bits import Pairs, bits_scores, is_counted, read_pairs
+from dalle1.evaluation.bits import Pairs, bits_scores, is_counted, read_pairs, tokenizer_folder
 from dalle1.evaluation.report import Scores
 from dalle1.model.transformer import TransformerConfig
-from dalle1.pipeline import BUNDLED, DallE
+from dalle1.pipeline import DallE
 
 COLUMNS = ("parameters", "bits per text token", "bits per code", "bits per code ±")
 
@@ -40,6 +40,9 @@ class BaselinesOptions:
     data: str = "toybox:2000"
     """Dataset, as in training: images, or codes of this model's image tokenizer. The baselines are
     fitted to its training split, and all are measured on its validation split."""
+    dvae: Path | None = None
+    """Folder of the image tokenizer that encoded the data. None: the model's own; a training saves
+    it as another file, so that codes are not recognised."""
     pairs: int = 40_000
     """Maximum number of training pairs."""
     images: int = 256
@@ -72,8 +75,8 @@ class BaselinesOptions:
 
 def evaluate_baselines(options: BaselinesOptions) -> Scores:
     """Yield MODEL/SCORE of every model, and write samples.png."""
-    folder = BUNDLED if options.model == "bundled" else Path(options.model)
-    model = DallE.from_pretrained(folder, clip="none", device="cpu")
+    model = DallE.from_pretrained(options.model, clip="none", device="cpu")
+    folder = tokenizer_folder(options.model, options.dvae)
     known = read_pairs(model, folder, options.data, options.pairs, split="train")
     held = read_pairs(model, folder, options.data, options.images)
     comparison = Comparison(options=options, model=model, known=known, held=held)

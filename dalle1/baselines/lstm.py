@@ -109,4 +109,4 @@ def train_lstm(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        on_step(float(image_losses.mean()))
+        on_step(float(image_losses.detach().mean()))

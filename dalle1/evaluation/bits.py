@@ -22,9 +22,10 @@ from dalle1.data.encoded import CodeSample, open_codes
 from dalle1.data.images import centre_square, to_float, to_tensor
 from dalle1.devices import inference
 from dalle1.evaluation.report import Scores
-from dalle1.image_tokenizer import ImageTokenizer
+from dalle1.image_tokenizer import ImageTokenizer, image_tokenizer_file
 from dalle1.model.transformer import TransformerConfig
 from dalle1.pipeline import BUNDLED, DallE
+from dalle1.storage import same_tensors
 from dalle1.text.bpe import Tokenizer
 
 
@@ -37,6 +38,9 @@ class BitsOptions:
     data: str = "toybox"
     """Dataset, as in training: images, or codes of this model's image tokenizer. Its validation
     split is measured."""
+    dvae: Path | None = None
+    """Folder of the image tokenizer that encoded the data. None: the model's own; a training saves
+    it as another file, so that codes are not recognised."""
     images: int = 256
     """Maximum number of pairs."""
     batch_size: int = 8
@@ -77,7 +81,7 @@ def evaluate_bits(options: BitsOptions) -> Scores:
     model = DallE.from_pretrained(
         options.model, clip="none", device=options.device, precision=options.precision
     )
-    folder = BUNDLED if options.model == "bundled" else Path(options.model)
+    folder = tokenizer_folder(options.model, options.dvae)
     count, upscale = options.images, options.allow_upscale
     held = read_pairs(model, folder, options.data, count, allow_upscale=upscale)
     yield from bits_scores(model.transformer, held, options.batch_size)
@@ -130,6 +134,22 @@ def null_caption_like(config: TransformerConfig, text: Tensor) -> Tensor:
     return (torch.arange(text.shape[1]) + config.text_vocab).expand_as(text)
 
 
+def tokenizer_folder(model: str, dvae: Path | None) -> Path:
+    """Return the folder of the image tokenizer that encoded the data: `dvae`, or the model's.
+
+    Raises: ValueError where `dvae` is another image tokenizer than the model's.
+    """
+    own = BUNDLED if model == "bundled" else Path(model)
+    if dvae is None:
+        return own
+    if not same_tensors(image_tokenizer_file(own), image_tokenizer_file(dvae)):
+        raise ValueError(
+            f"dvae is {dvae}, another image tokenizer than that in {own}; use the one that the "
+            "model was trained with"
+        )
+    return dvae
+
+
 def read_pairs(
     model: DallE,
     folder: Path,
@@ -142,7 +162,7 @@ def read_pairs(
     """Return the first `count` pairs of a split of `data`, or as many as there are.
 
     Args:
-        folder: the folder of the model, to recognise the codes of its image tokenizer.
+        folder: the folder of its image tokenizer, to recognise codes; see `tokenizer_folder`.
 
     Raises: ValueError where the data has no pairs, or holds codes of another image tokenizer.
     """

@@ -11,8 +11,10 @@ import torch
 from tiny_model import CAPTIONS, tiny_model, write_images
 
 from dalle1.commands.evaluate import main
+from dalle1.data import encoded
 from dalle1.evaluation.bits import Pairs, bits_scores, is_counted
-from dalle1.pipeline import DallE
+from dalle1.image_tokenizer import load_image_tokenizer
+from dalle1.pipeline import BUNDLED, DallE
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,29 @@ def test_the_command_measures_a_folder_of_images(model: DallE, tmp_path: Path) -
     report = json.loads((tmp_path / "out" / "bits.json").read_text())
     assert report["settings"]["data"] == data
     assert 0 < report["scores"]["bits per code"] < 32
+
+
+def test_codes_are_recognised_by_the_image_tokenizer_that_encoded_them(
+    model: DallE, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model folder may hold the same image tokenizer in other bytes."""
+    write_images(tmp_path / "data", 3)
+    model.image_tokenizer.save(tmp_path / "dvae", torch.float16)
+    dvae, codes = str(tmp_path / "dvae"), str(tmp_path / "codes")
+    data = ["--data", str(tmp_path / "data"), "--num-workers", "0", "--device", "cpu"]
+    encoded.main(["--dvae", dvae, *data, "--out", codes])
+    loaded = DallE(load_image_tokenizer(dvae), model.transformer, model.tokenizer)
+    loaded.save_pretrained(tmp_path / "model")
+    words = ["bits", "--model", str(tmp_path / "model"), "--data", codes, "--device", "cpu"]
+    words += ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "are of another dVAE than" in capsys.readouterr().err
+    main([*words, "--dvae", dvae])
+    assert "bits per code" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*words, "--dvae", str(BUNDLED)])
+    assert "another image tokenizer than that in" in capsys.readouterr().err
 
 
 def test_nan_weights_are_refused() -> None:
