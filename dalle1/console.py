@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
@@ -202,7 +203,7 @@ def parse(kind: Any, args: Sequence[str] | None, about: str, **options: Any) -> 
     name_flags(flags, words)
     try:
         with one_line_tyro_errors(words, [flag for _, flag in flags]), redirect_stderr(frame):
-            return tyro.cli(kind, args=words, description=about, **options)
+            parsed = tyro.cli(kind, args=words, description=about, **options)
     except SystemExit as stop:
         cause: BaseException | None = stop
         while cause is not None and not _from_post_init(cause):
@@ -211,6 +212,8 @@ def parse(kind: Any, args: Sequence[str] | None, about: str, **options: Any) -> 
             raise cause from None
         sys.stderr.write(frame.getvalue())
         raise
+    expand_home_in(parsed)
+    return parsed
 
 
 def name_flags(flags: Iterable[tuple[str, str]], words: Sequence[str]) -> None:
@@ -240,9 +243,7 @@ def _flags_of(kind: Any, prefix: str = "--") -> Iterator[tuple[str, str]]:
 
 
 def command_line(args: Sequence[str] | None) -> list[str]:
-    """Return the words of a command line, with today's flags and `~/` as the home folder.
-
-    Shells expand `~/` at the start of a word, and not in `--out=~/runs`.
+    """Return the words of a command line, with today's flags.
 
     Args:
         args: the command line; None reads the process's.
@@ -253,16 +254,27 @@ def command_line(args: Sequence[str] | None) -> list[str]:
         if flag.replace("_", "-") == "--local-rank":  # of the deepspeed launcher; so is LOCAL_RANK
             continue
         flag = RENAMED_FLAGS.get(flag.replace("_", "-"), flag)
-        words.append(flag + equals + ",".join(map(_expand_home, value.split(","))))
+        words.append(flag + equals + value)
     return words
 
 
-def _expand_home(path: str) -> str:
-    weight, colons, path = path.rpartition("::")  # of a mixture of datasets: 2::~/a
+def expand_home_in(options: Any) -> None:
+    """Expand `~/` in all options but prompts; shells do not do it in `--out=~/runs`."""
+    for name, value in vars(options).items():
+        if is_dataclass(value):
+            expand_home_in(value)
+        elif isinstance(value, tuple) and all(isinstance(item, Path) for item in value):
+            object.__setattr__(options, name, tuple(Path(expand_home(str(x))) for x in value))
+        elif isinstance(value, Path | str) and name != "prompt":
+            object.__setattr__(options, name, type(value)(expand_home(str(value))))
+
+
+def expand_home(path: str) -> str:
+    """Return a path with `~/` as the home folder; ValueError where that is unknown."""
     expanded = os.path.expanduser(path) if re.match(r"~[\w.-]*(/|$)", path) else path
     if expanded == path and re.match("~(/|$)", path):
         raise ValueError(f"{path} is in the home folder, which is unknown; set HOME")
-    return weight + colons + expanded
+    return expanded
 
 
 def _from_post_init(error: BaseException) -> bool:

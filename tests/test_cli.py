@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from dalle1 import cli
-from dalle1.console import RENAMED_FLAGS, command_line, one_line_errors
+from dalle1.clip.reranking import RankOptions
+from dalle1.console import RENAMED_FLAGS, command_line, expand_home, one_line_errors, parse
+from dalle1.data.spec import split_names
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,15 +108,21 @@ def test_flags_of_earlier_versions_and_launchers_are_read(monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", "/home/me")
     words = ["--local_rank=3", "--local-rank=3", "a", "--pictures=2", "--crops_per_picture", "4"]
     assert command_line(words) == ["a", "--images=2", "--crops-per-image", "4"]
-    paths = ["~", "~/a", "--out=~/a", "2::~/a,~/b", "$HOME/a", "a~", "~ 3 apples", "x/~/a"]
-    expected = ["/home/me", "/home/me/a", "--out=/home/me/a", "2::/home/me/a,/home/me/b"]
-    assert command_line(paths) == [*expected, *paths[4:]]
+    prompts = ["~", "~/a", "a cat,~", "--prompt=~/a"]
+    assert command_line(prompts) == prompts
+    words = ["a cat,~", "~/a.png", "x/~/a", "--out=~/out", "--clip", "~/clip"]
+    options = parse(RankOptions, words, "")
+    assert (options.prompt, options.clip) == ("a cat,~", "/home/me/clip")
+    assert options.files == (Path("/home/me/a.png"), Path("x/~/a"))
+    assert options.out == Path("/home/me/out")
+    assert parse(RankOptions, ["~", "a"], "").prompt == "~"
+    assert split_names("~/a::2,~/b::1") == (["/home/me/a", "/home/me/b"], [2.0, 1.0])
 
 
 def test_an_unknown_home_folder_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(ValueError, match=r"~/a is in the home folder, which is unknown; set HOME"):
-        command_line(["--out=~/a"])
+        expand_home("~/a")
 
 
 def test_help_shows_the_names_of_today(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,7 @@ def test_flags_and_files_expand_the_home_folder(
     options = sample.parse(["--prompts-file=~/prompts.txt", "--out=~/out", "--model", "~/model"])
     assert (options.out, options.model) == (tmp_path / "out", str(tmp_path / "model"))
     assert options.prompts == ["a \ufffd cat"]
+    assert sample.parse(["~", "a cat,~"]).prompts == ["~", "a cat,~"]
 
 
 def test_a_preview_shows_the_rows_as_they_come(

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dalle1.console import bar, command_line, name_flags, one_line_errors
+from dalle1.console import bar, command_line, expand_home_in, name_flags, one_line_errors
 from dalle1.outputs import GRID, check_writable, preview_path, slug, write
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     # Prompts may follow flags; what follows `--` is a prompt whatever it begins with.
     parse = parser.parse_args if "--" in words else parser.parse_intermixed_args
     options = parse(words)
+    expand_home_in(options)
     name_flags([(name, f"--{name.replace('_', '-')}") for name in vars(options)], words)
     if options.num_candidates is None:
         options.num_candidates = max(16, options.num_images or 0)

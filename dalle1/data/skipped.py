@@ -28,7 +28,7 @@ RULES = ("too small", "too elongated", "caption too short", "caption too long")
 """Causes that follow from the settings of a training; they never stop it."""
 
 IGNORED = (
-    *("hidden file", "other file", "further image", "output folder", "members apart"),
+    *("hidden file", "other file", "further image", "output file", "members apart"),
     *("data after the end",),
     *("caption without an image", "image not in the list"),
 )
@@ -186,7 +186,8 @@ class SkipStats:
         if skipped:
             causes = "; ".join(f"{n:,} × {self.describe(x)}" for x, n in self.counts.most_common())
             rest = f"; see {self.file}" if self.file else ""
-            self.report(f"{usable:,} samples; skipped: {causes}{rest}")
+            counted = f"{usable:,} samples; " if usable else ""  # those of a stream are unknown
+            self.report(f"{counted}skipped: {causes}{rest}")
         self._check(usable + _samples(skipped), _damaged(skipped))
 
     def add(

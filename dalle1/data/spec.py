@@ -10,9 +10,11 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from dalle1.console import expand_home
 from dalle1.data.cleaning import IMAGE_SUFFIXES
-from dalle1.data.skipped import SkippedSample
+from dalle1.data.skipped import SkippedFiles, SkippedSample
 from dalle1.data.sources.base import ReadOptions, Source, is_hidden
+from dalle1.data.sources.file_tree import LISTS, OTHER_LISTS
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed import IndexedSource
 from dalle1.data.sources.indexed_shards import IndexedShards
@@ -49,7 +51,9 @@ def open_source(data: str, split: str = "train", options: ReadOptions | None = N
                 "of a command or URL, put quotes around it or write its comma as %2C"
             )
     groups = shards if weights else [[url for group in shards for url in group]]
-    return StreamingShards(groups, weights, split, options)
+    source = StreamingShards(groups, weights, split, options)
+    source.skipped = [sample for name in names for sample in _beside_shards(name)]
+    return source
 
 
 def open_indexed(
@@ -143,18 +147,31 @@ def expand(pattern: str) -> list[str]:
     return paths
 
 
-def _beside_shards(folder: str) -> Iterator[SkippedSample]:
-    """Yield what a folder of shards holds besides, that may have been meant as data."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    hidden = [name for name in names if is_hidden(name) and name.lower().endswith(".tar")]
-    images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-    for found, cause, named, why in (
-        (hidden, "hidden file", "hidden shard", "the first is"),
-        (images, "other file", "image", "beside shards, images are not read; the first is"),
-    ):
-        if found:
-            where = f"{len(found)} {named}{'s' * (len(found) > 1)} in {folder}"
-            yield SkippedSample(cause, where, f"{why} {found[0]}", len(found))
+def _beside_shards(name: str) -> Iterator[SkippedSample]:
+    """Yield what a folder of shards holds besides, however deep, that may be meant as data."""
+    if is_remote(name) or not os.path.isdir(name):
+        return
+    hidden = SkippedFiles("hidden file", f"hidden shards in {name}")
+    packed = SkippedFiles("other file", f"in {name}, compressed; decompress what is a shard")
+    others = SkippedFiles("other file", f"in {name}, beside shards, and not read")
+    for folder, folders, files in os.walk(name):
+        folders.sort()
+        for file in files:
+            relative = Path(folder, file).relative_to(name).as_posix()
+            lower = file.lower()
+            if lower.endswith(".tar") and is_hidden(relative):
+                hidden.add(relative)
+            elif is_hidden(relative):
+                continue
+            elif lower.endswith((*COMPRESSED_NAMES,)):
+                packed.add(relative)
+            elif (
+                lower.endswith(IMAGE_SUFFIXES)
+                or lower in LISTS + OTHER_LISTS
+                or (lower.endswith(".tar") and "/" in relative)
+            ):
+                others.add(relative)
+    yield from (entry for found in (hidden, packed, others) for entry in found.entries())
 
 
 def is_remote(name: str) -> bool:
@@ -185,7 +202,7 @@ def split_names(data: str) -> tuple[list[str], list[float] | None]:
         name, weight = word, None
         if found := re.fullmatch(r"(.*)::([^:/'\"]*)", word, re.DOTALL):
             name, weight = found.groups()
-        names.append(name)
+        names.append(expand_home(name))
         weights.append(weight)
     if all(weight is None for weight in weights):
         return names, None

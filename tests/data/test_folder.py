@@ -13,6 +13,7 @@ from PIL import Image
 
 from dalle1.data import ReadOptions
 from dalle1.data.cleaning import IMAGE_SUFFIXES, NO_CLEANING, read_image
+from dalle1.data.images import save_png
 from dalle1.data.skipped import SkippedSample, SkipStats
 from dalle1.data.sources.base import is_hidden
 from dalle1.data.sources.folder import Folder
@@ -136,19 +137,38 @@ def test_odd_files_are_named(tmp_path: Path) -> None:
         *("a.jpg", "gone.jpg", "b.jpg")
     ]
     assert causes(source) == {"other file": 2, "no caption": 1}
+    whys = {sample.where: sample.why for sample in source.skipped}
+    assert "linked folders: not followed" in whys["link"]
     with pytest.raises(ValueError, match="No such file"):
         source.image(1)
 
 
-def test_output_folders_are_passed_over(tmp_path: Path) -> None:
-    write(tmp_path, a__jpg=None, a__txt="a", run___log__jsonl="{}", run___samples___b__jpg=None)
-    write(tmp_path, check___contact__png=None, check___check__json="{}")
+def test_output_files_are_passed_over_at_every_level(tmp_path: Path) -> None:
+    for folder in ("", "sub/"):
+        for name, texts in {
+            "check/contact.png": {},
+            "preview.png": {"settings": "preview"},
+            "out/00.png": {"settings": "{}"},
+            "out/grid.png": {"settings": "{}"},
+            "ranked/grid.png": {},
+            "samples/step-10.png": {},
+        }.items():
+            save_png(Image.new("RGB", (8, 8)), tmp_path / folder / name, texts)
+        for name, content in {
+            "check/check.json": "{}",
+            "out/scores.json": '[{"file": "00.png", "score": 1}]',
+            "ranked/scores.json": '{"prompt": "x", "images": []}',
+            "log.jsonl": "{}",
+            "step-10/state.pt": "",
+        }.items():
+            (tmp_path / folder / name).parent.mkdir(exist_ok=True)
+            (tmp_path / folder / name).write_text(content)
+        own = ("a", "samples/b", "out/c", "preview", "step-1/d")
+        write(tmp_path / folder, **{f"{x.replace('/', '___')}__jpg": None for x in own})
     source = Folder(tmp_path, options=ReadOptions(captions=False))
-    assert (len(source), causes(source)) == (1, {"output folder": 2})
-    write(tmp_path, log__jsonl="{}", samples___b__jpg=None)
-    source = Folder(tmp_path, options=ReadOptions(captions=False))
-    assert [os.path.basename(source.name(i)) for i in range(len(source))] == ["a.jpg"]
-    assert causes(source)["output folder"] == 3
+    found = {os.path.relpath(source.name(i), tmp_path) for i in range(len(source))}
+    assert found == {f"{folder}{x}.jpg" for folder in ("", "sub/") for x in own}
+    assert causes(source) == {"output file": 2 * 11}
 
 
 # Lists

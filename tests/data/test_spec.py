@@ -19,10 +19,11 @@ from reading import batches
 from torch import Tensor
 
 from dalle1.commands.toybox import main as write_toybox
-from dalle1.data import ReadOptions, first_captions, open_source
+from dalle1.data import ReadOptions, first_captions, open_source, spec
 from dalle1.data.check import main as check
 from dalle1.data.images import to_rgb
-from dalle1.data.skipped import BadSample
+from dalle1.data.loader import LoaderConfig
+from dalle1.data.skipped import BadSample, SkipStats
 from dalle1.data.sources.base import ENDLESS
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed_shards import IndexedShards
@@ -264,16 +265,26 @@ def test_backslashes_are_no_escapes() -> None:
     ]
 
 
-def test_what_is_beside_shards_is_named(tmp_path: Path) -> None:
-    for name in ("a.tar", "._a.tar", "._b.tar"):
+def test_what_is_beside_shards_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.tar", "._a.tar", "._b.tar", "more/c.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         tar(tmp_path / name, {"a.png": png(RED), "a.txt": b"red"})
-    (tmp_path / "0.JPG").write_bytes(png(RED))
-    source = open_source(str(tmp_path))
-    assert len(source) == 1
-    assert [str(sample) for sample in source.skipped] == [
-        f"2 hidden shards in {tmp_path} (hidden file: the first is ._a.tar)",
-        f"1 image in {tmp_path} (other file: beside shards, images are not read; the first is "
-        "0.JPG)",
+    for name in ("0.JPG", "captions.csv", "1.tar.gz", "a_stats.json", "more/1.png"):
+        (tmp_path / name).write_bytes(b"")
+    found = [
+        f"._a.tar, ._b.tar (hidden file: hidden shards in {tmp_path})",
+        f"1.tar.gz (other file: in {tmp_path}, compressed; decompress what is a shard)",
+        f"0.JPG, captions.csv, more/1.png, … (other file: in {tmp_path}, beside shards, and not "
+        "read)",
+    ]
+    assert [str(sample) for sample in open_source(str(tmp_path)).skipped] == found
+    monkeypatch.setattr(spec, "INDEXED_BYTES", 10)
+    source, lines = open_source(str(tmp_path)), list[str]()
+    assert [str(sample) for sample in source.skipped] == found
+    config = LoaderConfig(batch_size=1, stats=SkipStats(1.0, report=lines.append))
+    next(source.loader(lambda sample, rng: {"x": 1}, config).batches(0))
+    assert [line.partition(" (")[0] for line in lines] == [
+        *("Skipping ._a.tar, ._b.tar", "Skipping 1.tar.gz")
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from array import array
@@ -9,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dalle1.data.cleaning import CAPTIONS, IMAGE_SUFFIXES
+from dalle1.data.images import open_image
 from dalle1.data.skipped import SkippedFiles, SkippedSample
 from dalle1.data.sources.base import is_hidden
 from dalle1.data.sources.packed import PackedStrings
@@ -40,7 +42,8 @@ class FileTree:
         self.lists: list[str] = []
         self.unreadable: list[SkippedSample] = []
         self.hidden = SkippedFiles("hidden file", f"hidden in {root}, or an operating system's")
-        self.runs = SkippedFiles("output folder", f"in {root}, written by a command of dalle1")
+        self.outputs = SkippedFiles("output file", f"in {root}, written by a command of dalle1")
+        self.links = SkippedFiles("other file", f"in {root}, linked folders: not followed")
         self.others = SkippedFiles("other file", f"in {root}, not an image that Pillow reads")
         self.lonely = SkippedFiles("caption without an image", f"in {root}, beside no image")
         self._scan("")
@@ -52,19 +55,16 @@ class FileTree:
     @property
     def skipped_images(self) -> list[SkippedSample]:
         """What is skipped where captions are not wanted."""
-        files = (self.hidden, self.runs, self.others)
+        files = (self.hidden, self.outputs, self.links, self.others)
         return [*self.unreadable, *(x for found in files for x in found.entries())]
 
     def _scan(self, folder: str) -> None:
         """Add what is in a folder and below; `folder` is "" or ends with a slash."""
         files, folders = self._entries(folder)
-        if outputs := _outputs(files, folders):
-            if folder:
-                self.runs.add(folder)
-                return
-            for name in sorted(outputs):
-                self.runs.add(name)
-            files, folders = [x for x in files if x not in outputs], folders - outputs
+        outputs = _outputs(self.root / folder, files, folders)
+        for name in sorted(outputs):
+            self.outputs.add(folder + name)
+        files, folders = [x for x in files if x not in outputs], folders - outputs
         images = [name for name in files if _suffix(name) in IMAGE_SUFFIXES]
         texts = {name for name in files if _suffix(name) in CAPTIONS}
         for name in sorted(set(files).difference(images)):
@@ -98,11 +98,11 @@ class FileTree:
                         self.hidden.add(folder + entry.name)
                     elif entry.is_dir(follow_symlinks=False):
                         folders.add(entry.name)
-                    elif entry.is_symlink() and not os.path.isdir(entry):
-                        files.append(entry.name)  # a broken one fails when it is read
-                    elif entry.is_file(follow_symlinks=False):
-                        files.append(entry.name)
-                    else:  # a link to a folder, a pipe
+                    elif entry.is_symlink() and os.path.isdir(entry):
+                        self.links.add(folder + entry.name)
+                    elif entry.is_symlink() or entry.is_file(follow_symlinks=False):
+                        files.append(entry.name)  # a broken link fails when it is read
+                    else:  # a pipe
                         self.others.add(folder + entry.name)
         except OSError as error:
             where = str(self.root / folder)
@@ -145,9 +145,37 @@ def _has_stem(name: str, images: Collection[str]) -> bool:
     return any(os.path.splitext(image)[0] == stem for image in images)
 
 
-def _outputs(files: Collection[str], folders: set[str]) -> set[str]:
-    """Return what holds images in the output folder of a training or a check; else nothing."""
-    checked = {"contact.png", "check.json"}
-    found = checked if checked.issubset(files) else set[str]()
-    steps = {name for name in folders if name == "samples" or re.fullmatch(r"step-\d+", name)}
-    return found | steps if "log.jsonl" in files else found
+def _outputs(path: Path, files: Collection[str], folders: set[str]) -> set[str]:
+    """Return which files and folders in a folder a command of dalle1 wrote, by its other files."""
+    found = {name for name in files if name.startswith("preview") and _has_settings(path / name)}
+    if {"contact.png", "check.json"}.issubset(files):  # check
+        found |= {"contact.png", "check.json"}
+    if {"grid.png", "scores.json"}.issubset(files):  # sample, rank
+        found |= _scored(path / "scores.json", files)
+    if "log.jsonl" in files:  # a training
+        steps = {name for name in folders if re.fullmatch(r"step-\d+", name)}
+        found |= {"log.jsonl"} | {name for name in steps if (path / name / "state.pt").exists()}
+    if path.name == "samples" and (path.parent / "log.jsonl").exists():
+        found |= {name for name in files if re.fullmatch(r"step-\d+\.png", name)}
+    return found
+
+
+def _has_settings(image: Path) -> bool:
+    """Whether an image holds the settings that `dalle1 sample` writes into its images."""
+    try:
+        return "settings" in open_image(image.read_bytes(), str(image)).info
+    except (OSError, ValueError):
+        return False
+
+
+def _scored(scores: Path, files: Collection[str]) -> set[str]:
+    """Return a scores.json, its grid, and the samples that it names; nothing of another program."""
+    try:
+        found = json.loads(scores.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    is_ranking = isinstance(found, dict) and {"prompt", "images"} <= found.keys()
+    entries = found if isinstance(found, list) else []
+    named = {f"{entry.get('file')}" for entry in entries if isinstance(entry, dict)}
+    samples = {x for x in named.intersection(files) if re.fullmatch(r"\d{2,}\.png", x)}
+    return {"grid.png", scores.name, *samples} if is_ranking or samples else set()

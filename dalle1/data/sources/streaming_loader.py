@@ -48,6 +48,7 @@ class Shards(Protocol):
     groups: Sequence[Sequence[str]]
     weights: Sequence[float]
     options: ReadOptions
+    skipped: Sequence[SkippedSample]
 
     def read_shard(self, url: str, first: int = 0) -> Iterator[tuple[int, Found]]:
         """Yield number and content of one shard, from number `first` on."""
@@ -75,6 +76,8 @@ class StreamingLoader:
         Raises: ValueError as `read_endless` and `SkipStats` do.
         """
         config = self.config
+        if config.rank == 0:
+            config.stats.add(0, self.source.skipped)
         readers = split_readers(self.source, config, self.state)
         self.state = {"readers": readers.count, "cursors": readers.cursors}
         stream = run_workers(
