@@ -36,7 +36,6 @@ from dalle1.sampling.decoding import (
     check_known,
     complete_text,
     generate,
-    null_caption,
 )
 from dalle1.sampling.filters import Sampling
 from dalle1.sampling.reranking import (
@@ -199,7 +198,7 @@ class DallE:
         known = check_known(known_codes, self.transformer)
         guided, image_len = options.guidance != 1, self.transformer.config.image_len
         fits = max_batch(self.transformer, batch_size, guided=guided, processes=share[1])
-        text = self._encode_prompts(prompts)
+        text, empty = self._encode_prompts(prompts), self.empty_caption()
         indices = range(options.distinct(num_candidates))[share[0] :: share[1]]
 
         def sample_codes(rows: range, columns: range) -> Tensor:
@@ -207,7 +206,13 @@ class DallE:
             each = on_row and (lambda codes, count: on_row(codes.flatten(0, 1), count))
             part = text[rows.start : rows.stop]
             return generate(
-                self.transformer, part, uniforms, options, known_codes=known, on_row=each
+                self.transformer,
+                part,
+                uniforms,
+                options,
+                known_codes=known,
+                empty=empty,
+                on_row=each,
             )
 
         if not indices:
@@ -292,16 +297,20 @@ class DallE:
                 warnings.warn(message, stacklevel=3)
         return torch.stack([self.encode_prompt(prompt) for prompt in prompts])
 
-    def encode_prompt(self, prompt: str) -> torch.Tensor:
-        """Tokenize a prompt with its padding, [L], with a warning if it is cut."""
+    def empty_caption(self) -> Tensor:
+        """Return the tokens of a caption without text, [1, L]."""
+        return self.tokenizer.encode([""], self.transformer.config.text_len)
+
+    def encode_prompt(self, prompt: str, *, ends: bool = True) -> torch.Tensor:
+        """Tokenize a prompt, or the beginning of one (not `ends`): [L]; warn if it is cut."""
         prompt = clean_prompt(prompt)
         length = self.transformer.config.text_len
-        tokens = self.tokenizer.encode([prompt], length)[0]
-        if (count := self.tokenizer.count(prompt)) > length - 1:
+        tokens = self.tokenizer.encode([prompt], length, ends=ends)[0]
+        limit = self.tokenizer.format.limit(length)
+        if (count := self.tokenizer.count(prompt)) > limit:
             kept = self.tokenizer.decode(tokens[None])[0]
             warnings.warn(
-                f"the prompt has {count} tokens, expected at most {length - 1}; it is cut to: "
-                f"{kept}",
+                f"the prompt has {count} tokens, expected at most {limit}; it is cut to: {kept}",
                 stacklevel=2,
             )
         return tokens.to(self.device)
@@ -341,7 +350,7 @@ class DallE:
 
         Returns: bits per text token, its end counted and its padding not; bits per code, [B].
         """
-        text = self.encode_prompt(prompt) if prompt else null_caption(self.transformer)[0]
+        text = self.encode_prompt(prompt) if prompt else self.empty_caption()[0]
         text, text_bits, code_bits = text.to(self.device), 0.0, []
         for part in codes.to(self.device).split(batch_size):
             with inference(self.device):
@@ -350,6 +359,7 @@ class DallE:
                 )
             tokens = int((text < self.transformer.config.text_vocab).sum())
             counted = tokens + self.transformer.config.pad_targets
+            counted -= len(text) - text_losses.shape[1]  # without start tokens, the first is free
             text_bits = float(text_losses[0, :counted].sum()) / max(counted, 1) / math.log(2)
             code_bits.append(image_losses.mean(1) / math.log(2))
         return text_bits, torch.cat(code_bits)
@@ -368,7 +378,7 @@ class DallE:
         """Sample `count` continuations of the beginning of a caption."""
         if count < 1:
             raise ValueError(f"count is {count}, expected at least 1")
-        text = self.encode_prompt(beginning)
+        text = self.encode_prompt(beginning, ends=False)
         uniforms = candidate_uniforms(seed, range(count), len(text))
         with inference(self.device):
             tokens = complete_text(self.transformer, text, uniforms, Sampling(**sampling))

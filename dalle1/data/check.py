@@ -158,7 +158,8 @@ def _report(found: Findings, stats: SkipStats, config: CheckConfig) -> dict[str,
         else:
             tokenizer = Tokenizer.train(found.captions[:20_000], 16_384)
         lengths = [tokenizer.count(caption) for caption in found.captions]
-        cut = sum(length >= config.text_len for length in lengths)
+        limit = tokenizer.format.limit(config.text_len)
+        cut = sum(length > limit for length in lengths)
         report["tokens"] = _spread(lengths)
         report["cut"] = cut / pairs
         report["different_captions"] = len(set(found.captions))

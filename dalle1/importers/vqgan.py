@@ -20,17 +20,21 @@ from einops import rearrange
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse
-from dalle1.importers.checkpoint import numbers_after, read_state_dict, without_prefix
+from dalle1.importers.checkpoint import numbers_after, read_state_dict
+from dalle1.importers.state_dict import Foreign
+from dalle1.storage import checkpoints
 from dalle1.vqgan import VQGAN, VQGANConfig
 
+MARKER = "encoder.conv_in.weight"
+"""A tensor that every VQGAN has."""
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 
 # An inverse Haar transform: ½ of the sums over LL, LH, HL, HH for each pixel of a 2×2 block.
 HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
 
 
-def load_vqgan(path: str | Path, image_size: int | None = None) -> tuple[VQGAN, list[str]]:
-    """Load a foreign VQGAN; return it, and the names in the file that it has no use for.
+def load_vqgan(path: str | Path, image_size: int | None = None) -> VQGAN:
+    """Load a foreign VQGAN; warn of tensors in the file that are no part of one.
 
     Args:
         image_size: side of its images in pixels; None: 256, or 512 for a decoder with wavelets.
@@ -38,15 +42,12 @@ def load_vqgan(path: str | Path, image_size: int | None = None) -> tuple[VQGAN, 
     Raises: ValueError where the file holds no such model, or lacks some of its parameters.
     """
     tensors = read_state_dict(path, keys=("state_dict", "model"))
-    return build_vqgan(tensors, path, image_size)
+    return build_vqgan(Foreign(tensors, MARKER, path), image_size)
 
 
-def build_vqgan(
-    tensors: Mapping[str, Tensor], path: str | Path, image_size: int | None = None
-) -> tuple[VQGAN, list[str]]:
-    """Build a VQGAN from foreign tensors; see `load_vqgan`. `path` is for error messages."""
-    named = _of_llamagen(without_prefix(tensors, "encoder.conv_in.weight", path))
-    named = _without_wavelets(named)
+def build_vqgan(tensors: Foreign, image_size: int | None = None) -> VQGAN:
+    """Build a VQGAN from foreign tensors; see `load_vqgan`."""
+    named = _without_wavelets(_of_llamagen(tensors.tensors))
     used = {k: t.float() for k, t in named.items() if k.startswith(PARTS)}
     normalized = used.pop("quantize.codebook_used", None) is not None
     try:
@@ -55,8 +56,10 @@ def build_vqgan(
         model.load_state_dict(used, strict=True)
     except (KeyError, RuntimeError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not match a VQGAN ({reason})") from error
-    return model.eval(), sorted(set(named) - set(used))
+        raise ValueError(f"{tensors.path} does not match a VQGAN ({reason})") from error
+    tensors.unread = set(named) - set(used)
+    tensors.warn_of_unread("loss.", "quantize.codebook_used")  # the losses of its training
+    return model.eval()
 
 
 def read_sizes(
@@ -148,12 +151,9 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        if (config.out / "latest").exists():
+        if checkpoints(config.out):
             raise ValueError(f"{config.out} holds a training; use another --out")
-        model, unused = load_vqgan(config.checkpoint, config.image_size)
-        if unused:
-            shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
-            print(f"{len(unused)} tensors of the file are not part of the model: {shown}")
+        model = load_vqgan(config.checkpoint, config.image_size)
         c = model.config
         print(
             f"The image tokenizer is {model.save(config.out)}: {c.codebook_size} codes, "

@@ -83,15 +83,25 @@ class DecodeState:
 
 
 def prefill(
-    model: Transformer, text: Tensor, uniforms: Tensor, sampling: Sampling, known: Tensor
+    model: Transformer,
+    text: Tensor,
+    uniforms: Tensor,
+    sampling: Sampling,
+    known: Tensor,
+    empty: Tensor | None = None,
 ) -> DecodeState:
-    """Read captions [P, L] and the codes before the first unknown one, and sample that one."""
+    """Read captions [P, L] and the codes before the first unknown one, and sample that one.
+
+    Args:
+        empty: the empty caption, [1, L], for guidance; None is padding at every position.
+    """
     prompts, candidates = len(text), len(uniforms)
     model = packed(model, prompts * candidates)
     codes = known.repeat(prompts, candidates, 1)
     position = (known == UNKNOWN).nonzero()[:1, 0]
     if sampling.guidance != 1:
-        text = torch.cat([text, null_caption(model, text.device).expand_as(text)])
+        empty = null_caption(model) if empty is None else empty
+        text = torch.cat([text, empty.to(text.device).expand_as(text)])
     state = DecodeState(
         model=model,
         caches=Caches(model, len(text), candidates),
@@ -147,6 +157,7 @@ def generate(
     sampling: Sampling = PAPER,
     *,
     known_codes: Tensor | None = None,
+    empty: Tensor | None = None,
     on_row: Callable[[Tensor, int], None] | None = None,
 ) -> Tensor:
     """Sample codes for captions.
@@ -155,6 +166,7 @@ def generate(
         text: [P, L], captions with their padding.
         uniforms: [C, N]: the random number of each candidate at each code.
         known_codes: [N], codes to keep, and UNKNOWN where they are sampled; None samples all.
+        empty: the empty caption, [1, L], for guidance; None is padding at every position.
         on_row: called after each row of codes, with the codes [P, C, N] and the number of rows.
 
     Returns: [P, C, W, W].
@@ -167,7 +179,7 @@ def generate(
         return known.repeat(len(text), len(uniforms), 1).unflatten(2, grid)
     on_gpu = torch.cuda.device(text.device) if text.is_cuda else nullcontext()
     with inference(text.device), on_gpu:
-        state = prefill(model, text, uniforms, sampling, known)
+        state = prefill(model, text, uniforms, sampling, known, empty)
         step: Callable[[], None] = partial(decode_one, state)
         if text.is_cuda:
             step = cuda_graphed(step)
@@ -255,7 +267,8 @@ def complete_text(
 
     config = model.config
     text, padding = text.repeat(len(uniforms), 1), null_caption(model, text.device)[0]
-    start = int((text[0] < config.text_vocab).sum())
+    tokens = (text[0] < config.text_vocab).nonzero()
+    start = int(tokens[-1]) + 1 if len(tokens) else 0
     ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
     for position in range(start, config.text_len - 1):  # the last is always padding
         # Captions are short: recomputing all positions for each token needs no cache.

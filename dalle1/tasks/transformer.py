@@ -196,8 +196,9 @@ class TransformerTask(Task[Transformer]):
             tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
             if tokenizer.words is not None:  # words of the fine-tuning data are known, too
                 tokenizer.words = tokenizer.words.merged(Words.of(captions))
-        if distributed.is_main():  # one position is that of the start of text
-            warn_of_cut_captions(captions, self.config.model.text_len - 1, tokenizer.count)
+        if distributed.is_main():
+            limit = tokenizer.format.limit(self.config.model.text_len)
+            warn_of_cut_captions(captions, limit, tokenizer.count)
         return tokenizer
 
     def open(self, split: str) -> tuple[Source, bool]:

@@ -1,0 +1,19 @@
+"""Convert RuDOLPH's models (350M, 1.3B, 2.7B), to sample images of captions.
+
+    dalle1 import rudolph pytorch_model.bin vqgan.gumbelf8-sber.model.ckpt bpe.model --out DIR
+
+See `dalle1.importers.rudalle`. The text after the image, which RuDOLPH can read and write too, is
+not converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dalle1.console import one_line_errors, parse
+from dalle1.importers.rudalle import ImportConfig, convert
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        convert(parse(ImportConfig, args, __doc__.splitlines()[0]))

@@ -1,0 +1,160 @@
+"""Foreign transformers: scores, codes and images equal those of the originals' own classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_models import SIDE, mindalle_folder, rudalle_files, rudolph_files
+from torch import Tensor
+
+from dalle1 import DallE
+from dalle1.commands import sample
+from dalle1.importers import mindalle, rudalle, rudolph
+from dalle1.model.transformer import Transformer
+from dalle1.sampling.decoding import candidate_uniforms, generate
+from dalle1.sampling.filters import Sampling
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def stream(model: Transformer) -> tuple[Tensor, Tensor]:
+    """Return two captions with padding, [2, L], and codes [2, N]."""
+    config = model.config
+    text = torch.randint(4, config.text_vocab, (2, config.text_len))
+    pads = torch.arange(config.text_len) + config.text_vocab
+    text = torch.where(torch.arange(config.text_len) < torch.tensor([[3], [5]]), text, pads)
+    return text, torch.randint(0, config.codebook_size, (2, config.image_len))
+
+
+def without_pads(text: Tensor, model: Transformer) -> Tensor:
+    """Return captions with zeros as their padding, as the originals take them."""
+    return text.where(text < model.config.text_vocab, 0)
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+
+
+def greedy(model: Transformer, logits: Any, text: Tensor) -> Tensor:
+    """Sample codes [B, N] with the original's logits of text and codes, without a cache."""
+    codes = text.new_zeros(len(text), 0)
+    for _ in range(model.config.image_len):
+        codes = torch.cat([codes, logits(text, codes)[:, -1:].argmax(-1)], 1)
+    return codes
+
+
+def check_decoding(model: Transformer, logits: Any, text: Tensor) -> None:
+    """Check that our cached sampling chooses the codes of the original without a cache."""
+    uniforms = candidate_uniforms(0, range(1), model.config.image_len)
+    ours = generate(model, text, uniforms, GREEDY)
+    assert torch.equal(ours.flatten(1), greedy(model, logits, text))
+
+
+def sampled(folder: Path, out: Path, capsys: pytest.CaptureFixture[str], prompt: str) -> None:
+    """Sample two images through the command."""
+    options = ["--model", str(folder), "--device", "cpu", "--num-candidates", "2", "--seed", "3"]
+    sample.main([prompt, *options, "--out", str(out)])
+    assert len(json.loads((out / "scores.json").read_text())) == 2
+    capsys.readouterr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["rudalle", "rudolph"])
+def test_rudalle_and_rudolph(
+    tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, original, vqgan = (rudalle_files if family == "rudalle" else rudolph_files)(tmp_path)
+    module = rudalle if family == "rudalle" else rudolph
+    module.main([*map(str, files), "--heads", "2", "--out", str(tmp_path / "model")])
+    printed = capsys.readouterr()
+    assert "Apache-2.0" in printed.out
+    assert "not part of the model" not in printed.err
+    pipeline = DallE.from_pretrained(tmp_path / "model", device="cpu")
+    model = pipeline.transformer
+    config = model.config
+    text, codes = stream(model)
+
+    def logits(text: Tensor, codes: Tensor) -> Tensor:
+        ids = torch.cat([without_pads(text, model), codes], 1)
+        found = original(ids, torch.ones(1, 1, config.length, config.length).tril())[0]
+        first = config.text_vocab + config.text_len
+        return found[:, config.text_len - 1 :, first : first + config.codebook_size]
+
+    whole = original(
+        torch.cat([without_pads(text, model), codes], 1),
+        torch.ones(1, 1, config.length, config.length).tril(),
+    )[0]
+    text_logits, image_logits = model(text, codes)
+    assert_near(image_logits, logits(text, codes)[:, :-1])
+    assert_near(text_logits, whole[:, : config.text_len - 1, : config.text_vocab + config.text_len])
+    check_decoding(model, logits, text)
+    grids = codes.view(2, SIDE, SIDE)
+    vectors = vqgan.quantize.embed(grids).permute(0, 3, 1, 2)
+    decoded = vqgan.decoder(vqgan.post_quant_conv(vectors))
+    ours = pipeline.image_tokenizer.decode(grids)
+    torch.testing.assert_close(ours, decoded.clamp(-1, 1) / 2 + 0.5, rtol=0, atol=2e-5)
+    begins = [2, 59] if family == "rudalle" else [2, 97 + 2]
+    assert pipeline.encode_prompt("рыжий кот")[:2].tolist() == begins
+    sampled(tmp_path / "model", tmp_path / "out", capsys, "рыжий кот")
+
+
+@torch.no_grad()
+def test_mindalle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, logits, vqgan = mindalle_folder(tmp_path)
+    mindalle.main([str(folder), "--heads", "2", "--out", str(tmp_path / "model")])
+    assert "CC BY-NC-SA 4.0" in capsys.readouterr().out
+    pipeline = DallE.from_pretrained(tmp_path / "model", device="cpu")
+    model = pipeline.transformer
+    config = model.config
+    text, codes = stream(model)
+    pad = mindalle.load_tokenizer(*(folder / name for name in mindalle.FILES[2:])).format.pad_id
+
+    def theirs(text: Tensor, codes: Tensor) -> Tensor:
+        text_ids = text.where(text < config.text_vocab, torch.tensor(pad))
+        return logits(text_ids, codes)[1]
+
+    text_logits, image_logits = model(text, codes)
+    assert_near(image_logits, theirs(text, codes)[:, :-1])
+    text_ids = text.where(text < config.text_vocab, torch.tensor(pad))
+    assert_near(text_logits[..., : config.text_vocab], logits(text_ids, codes)[0])
+    assert (text_logits.softmax(-1)[..., config.text_vocab :] == 0).all()
+    check_decoding(model, theirs, text)
+    images = torch.rand(1, 3, 4 * SIDE, 4 * SIDE)
+    found = vqgan.quantize(vqgan.quant_conv(vqgan.encoder(2 * images - 1)))[2][2]
+    assert torch.equal(pipeline.image_tokenizer.encode(images).flatten(), found.flatten())
+    sampled(tmp_path / "model", tmp_path / "out", capsys, "a red cat")
+
+
+def test_version_2_of_rudalle_is_refused(tmp_path: Path) -> None:
+    files, _, _ = rudalle_files(tmp_path, "v2")
+    with pytest.raises(ValueError, match=r"version 2 \(Malevich_v2, Emojich\)"):
+        rudalle.load_transformer(files[0], heads=2, codes=64)
+
+
+def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, _, _ = rudalle_files(tmp_path)
+    state = torch.load(files[0], weights_only=True)
+    with pytest.raises(ValueError, match="is 16 wide, expected one of 1024, 2048"):
+        rudalle.load_transformer(files[0], codes=64)
+    with pytest.raises(ValueError, match="has 0 tensors called tok_emb_txt"):
+        mindalle.load_transformer(files[0], 0)
+    torch.save({**state, "more": torch.zeros(1)}, files[0])
+    with pytest.warns(UserWarning, match="1 tensors of .* are not part of the model: more"):
+        rudalle.load_transformer(files[0], heads=2, codes=64)
+    del state["transformer.layers.1.mlp.dense_h_to_4h.bias"]
+    torch.save(state, files[0])
+    with pytest.raises(ValueError, match=r"has no tensor transformer\.layers\.1\.mlp\.dense_h_to"):
+        rudalle.load_transformer(files[0], heads=2, codes=64)
+    with pytest.raises(SystemExit):
+        mindalle.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "has no file stage2_last.ckpt; expected the published folder" in capsys.readouterr().err
