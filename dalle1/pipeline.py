@@ -195,25 +195,17 @@ class DallE:
         check_counts(prompts, num_candidates, batch_size, share)
         options, reranker = Sampling(**sampling), self.reranker(rerank)
         prompts = [clean_prompt(prompt) for prompt in prompts]
-        known = check_known(known_codes, self.transformer)
         guided, image_len = options.guidance != 1, self.transformer.config.image_len
         fits = max_batch(self.transformer, batch_size, guided=guided, processes=share[1])
-        text, empty = self._encode_prompts(prompts), self.empty_caption()
+        text, kept = self._encode_prompts(prompts), {"empty": self.empty_caption()}
+        kept["known_codes"] = check_known(known_codes, self.transformer)
         indices = range(options.distinct(num_candidates))[share[0] :: share[1]]
 
         def sample_codes(rows: range, columns: range) -> Tensor:
             uniforms = candidate_uniforms(seed, columns, image_len)
             each = on_row and (lambda codes, count: on_row(codes.flatten(0, 1), count))
             part = text[rows.start : rows.stop]
-            return generate(
-                self.transformer,
-                part,
-                uniforms,
-                options,
-                known_codes=known,
-                empty=empty,
-                on_row=each,
-            )
+            return generate(self.transformer, part, uniforms, options, **kept, on_row=each)
 
         if not indices:
             return ([] for _ in prompts)
@@ -303,17 +295,8 @@ class DallE:
 
     def encode_prompt(self, prompt: str, *, ends: bool = True) -> torch.Tensor:
         """Tokenize a prompt, or the beginning of one (not `ends`): [L]; warn if it is cut."""
-        prompt = clean_prompt(prompt)
         length = self.transformer.config.text_len
-        tokens = self.tokenizer.encode([prompt], length, ends=ends)[0]
-        limit = self.tokenizer.format.limit(length)
-        if (count := self.tokenizer.count(prompt)) > limit:
-            kept = self.tokenizer.decode(tokens[None])[0]
-            warnings.warn(
-                f"the prompt has {count} tokens, expected at most {limit}; it is cut to: {kept}",
-                stacklevel=2,
-            )
-        return tokens.to(self.device)
+        return self.tokenizer.encode_prompt(clean_prompt(prompt), length, ends).to(self.device)
 
     def reranker(self, rerank: Rerank | None = None) -> Reranker | None:
         """Return the reranker of that name; None for "none", and without a name and a CLIP.

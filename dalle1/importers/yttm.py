@@ -23,7 +23,7 @@ def read_yttm(path: str | Path) -> tokenizers.Tokenizer:
 
     A run of unknown characters is one unknown token.
 
-    Raises: ValueError where the file is none, or gives two tokens the same text.
+    Raises: ValueError where the file is another, or two tokens have the same text.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

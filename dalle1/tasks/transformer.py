@@ -162,9 +162,8 @@ class TransformerTask(Task[Transformer]):
                     f"the transformer in {self.config.init} differs: {'; '.join(other)}"
                 )
             folders = self.config.init, self.config.dvae
-            files = (image_tokenizer_file(folder) for folder in folders)
-            same = distributed.broadcast_from_main(partial(same_tensors, *files))
-            if distributed.is_main() and not same:
+            compare = partial(same_tensors, *map(image_tokenizer_file, folders))
+            if not distributed.broadcast_from_main(compare) and distributed.is_main():
                 warnings.warn(
                     f"{folders[0]} was trained on codes of another dVAE than {folders[1]}: the "
                     "meaning of the codes has to be learned again",
@@ -196,8 +195,8 @@ class TransformerTask(Task[Transformer]):
             tokenizer = Tokenizer.load(model_folder(self.config.init) / VOCABULARY_NAME)
             if tokenizer.words is not None:  # words of the fine-tuning data are known, too
                 tokenizer.words = tokenizer.words.merged(Words.of(captions))
+        limit = tokenizer.format.limit(self.config.model.text_len)
         if distributed.is_main():
-            limit = tokenizer.format.limit(self.config.model.text_len)
             warn_of_cut_captions(captions, limit, tokenizer.count)
         return tokenizer
 

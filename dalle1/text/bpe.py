@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby, pairwise
@@ -164,6 +165,17 @@ class Tokenizer:
             first = len(self.format.bos)
             kept = tokens[:, first:]
             tokens[:, first:] = torch.where(kept == self.format.pad_id, pads[first:], kept)
+        return tokens
+
+    def encode_prompt(self, prompt: str, text_len: int, ends: bool = True) -> Tensor:
+        """Encode one caption, [T], with a warning if it is cut; see `encode`."""
+        tokens, limit = self.encode([prompt], text_len, ends=ends)[0], self.format.limit(text_len)
+        if (count := self.count(prompt)) > limit:
+            kept = self.decode(tokens[None])[0]
+            warnings.warn(
+                f"the prompt has {count} tokens, expected at most {limit}; it is cut to: {kept}",
+                stacklevel=3,
+            )
         return tokens
 
     def decode(self, tokens: Tensor) -> list[str]:

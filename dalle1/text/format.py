@@ -57,7 +57,7 @@ class TextFormat:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> TextFormat:
-        """Read what `asdict` and JSON made of one; ValueError or TypeError where it is none."""
+        """Read what `asdict` and JSON made of one; ValueError or TypeError otherwise."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         check_types(found := cls(**values))
         return found
