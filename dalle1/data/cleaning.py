@@ -131,7 +131,7 @@ def captions_in(content: bytes, suffix: str, where: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise BadSample("caption not UTF-8", str(error), where) from error
     if suffix == ".txt":
-        return visible(text.splitlines())
+        return visible(re.split("\r\n|\r|\n", text))  # U+0085 or U+2028 ends no caption
     try:
         return visible(as_captions(json.loads(text)) if text.strip() else [])
     except (ValueError, RecursionError) as error:

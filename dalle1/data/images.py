@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from dalle1.data.image_metadata import without_metadata
 from dalle1.data.skipped import BadSample
 from dalle1.storage import atomic_path
 
@@ -27,10 +28,6 @@ MAX_PIXELS = 89_478_485
 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
 """First bytes of the commonest formats."""
-
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-"""Chunks of a PNG that pixels are made of; all others are metadata."""
 
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -87,21 +84,10 @@ def _open(content: bytes) -> Image.Image:
         return Image.open(io.BytesIO(content))
     except Image.DecompressionBombError:
         raise
-    except Exception:  # Pillow rejects a PNG for any damage to its metadata
-        if not content.startswith(PNG_START):
+    except Exception:  # Pillow rejects an image for some damage to its metadata
+        if (pixels := without_metadata(content)) == content:
             raise
-        return Image.open(io.BytesIO(_without_metadata(content)))
-
-
-def _without_metadata(png: bytes) -> bytes:
-    """Return a PNG with those of its chunks that pixels are made of."""
-    kept, start = [PNG_START], len(PNG_START)
-    while start < len(png):
-        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
-        if png[start + 4 : start + 8] in PNG_PIXELS:
-            kept.append(png[start:end])
-        start = end
-    return b"".join(kept)
+        return Image.open(io.BytesIO(pixels))
 
 
 def load_image_file(path: Path) -> Image.Image:
@@ -153,11 +139,15 @@ def to_rgb(image: Image.Image, where: str = "") -> Image.Image:
 
 def upright(image: Image.Image, where: str = "") -> Image.Image:
     """Decode an image and turn it by its EXIF orientation; with damaged EXIF it stays as it is."""
+    file = getattr(image, "fp", None)
     try:
         image.load()
     except Exception as error:  # a damaged file may fail in any way
         where = where or str(getattr(image, "filename", ""))
-        raise BadSample("damaged image", f"its image is damaged: {error}", where) from error
+        repaired = _load_pixels(file)
+        if repaired is None:
+            raise BadSample("damaged image", f"its image is damaged: {error}", where) from error
+        image = repaired
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # so may damaged metadata
@@ -167,6 +157,19 @@ def upright(image: Image.Image, where: str = "") -> Image.Image:
     image = image.transpose(TRANSPOSE[orientation])
     for name in ORIENTATION_SOURCES:
         image.info.pop(name, None)
+    return image
+
+
+def _load_pixels(file: object) -> Image.Image | None:
+    """Return a PNG or JPEG decoded without its metadata, which may be what is damaged, or None."""
+    content = file.getvalue() if isinstance(file, io.BytesIO) else b""
+    if (pixels := without_metadata(content)) == content:
+        return None
+    try:
+        image = Image.open(io.BytesIO(pixels))
+        image.load()
+    except Exception:  # the pixels are damaged
+        return None
     return image
 
 
@@ -189,11 +192,13 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
 def _to_grey(image: Image.Image) -> Image.Image:
     """Scale grey of more than 8 bits to 8.
 
-    The range of 16 bits is 0 to 65,535. Numbers of 32 bits, integer or float, do not tell theirs:
-    it is the least of 1, 255, 65,535 and 2³² − 1 that holds the largest of them.
+    The range of 16 bits is 0 to 65,535; Pillow scales a PGM of more than 8 bits to it. Numbers of
+    32 bits, integer or float, do not tell theirs: it is the least of 1, 255, 65,535 and 2³² − 1
+    that holds the largest of them.
     """
     values = np.nan_to_num(np.asarray(image, np.float32))
-    ranges = (65_535,) if ";16" in image.mode else (1, 255, 65_535)
+    is_16 = ";16" in image.mode or (image.format == "PPM" and image.mode == "I")
+    ranges = (65_535,) if is_16 else (1, 255, 65_535)
     top = next((top for top in ranges if values.max() <= top), 2**32 - 1)
     return Image.fromarray(np.rint(values / (top / 255)).clip(0, 255).astype(np.uint8))
 

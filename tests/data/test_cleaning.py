@@ -81,7 +81,7 @@ def test_a_list_of_captions_is_read_though_some_rows_are_bad(tmp_path: Path) -> 
         ("caption not UTF-8", "captions.csv:3"),
         ("no image", "captions.csv:5"),
         ("no image", "gone.png"),
-        ("image not in the list", "b.png"),
+        ("image not in the list", "c.png"),
     ]
     assert len(Folder(tmp_path, options=ReadOptions(captions=False))) == 3
     (tmp_path / "captions.csv").rename(tmp_path / "captions.jsonl")

@@ -171,6 +171,12 @@ def test_output_files_are_passed_over_at_every_level(tmp_path: Path) -> None:
     assert causes(source) == {"output file": 2 * 11}
 
 
+def test_only_line_ends_separate_captions(tmp_path: Path) -> None:
+    text = "a dog\u0085 runs\u2028off\x0b at\x0c dawn\r\na cat\n"
+    source = Folder(write(tmp_path, a__jpg=None, a__txt=text))
+    assert pairs(source) == {"a.jpg": {"a dog… runs off at dawn", "a cat"}}
+
+
 # Lists
 
 

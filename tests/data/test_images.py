@@ -47,8 +47,10 @@ def exif(*entries: bytes, values: bytes = b"") -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + values
 
 
-def with_chunk(png: bytes, kind: bytes, content: bytes, checksum: int | None = None) -> bytes:
-    start = png.index(b"IDAT") - 4
+def with_chunk(
+    png: bytes, kind: bytes, content: bytes, checksum: int | None = None, at: bytes = b"IDAT"
+) -> bytes:
+    start = png.index(at) - 4
     crc = zlib.crc32(kind + content) if checksum is None else checksum
     chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
     return png[:start] + chunk + png[start:]
@@ -90,6 +92,46 @@ def test_damaged_metadata_loses_no_image(content: bytes, size: tuple[int, int]) 
     assert image.size == size
     end = (0, 0) if size == (8, 16) else (15, 7)  # turned, red is at the right
     assert image.getpixel(end) == pytest.approx((255, 255, 255), abs=12)
+
+
+def as_jpeg(kind: int, content: bytes) -> bytes:
+    jpeg = encoded(top_red(), "JPEG", exif=exif(ORIENTATION_6, values=bytes(4)))
+    return jpeg[:2] + struct.pack(">BBH", 0xFF, 0xE0 + kind, len(content) + 2) + content + jpeg[2:]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            with_chunk(PNG, kind, content, at=at)
+            for kind, content in (
+                *((b"gAMA", b""), (b"cHRM", b"\0"), (b"pHYs", b"\0"), (b"acTL", b"\0")),
+                *((b"fcTL", b"\0"), (b"tRNS", b"\0"), (b"iTXt", b"x")),
+                (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**21))),
+            )
+            for at in (b"IDAT", b"IEND")
+        ),
+        *(
+            as_jpeg(kind, content)
+            for kind, content in (
+                *((2, b"ICC_PROFILE\0"), (14, b"Adobe"), (0, b"JFIF")),
+                (13, b"Photoshop 3.0\08BIM\x03\xed"),
+            )
+        ),
+    ],
+)
+def test_metadata_that_is_too_short_loses_no_image(content: bytes) -> None:
+    image = to_rgb(open_image(content, "x"))
+    assert sorted(image.size) == [8, 16]
+    end = (0, 0) if image.width == 8 else (15, 7)
+    assert image.size == ((16, 8) if content.startswith(b"\x89PNG") else (8, 16))
+    assert image.getpixel(end) == pytest.approx((255, 255, 255), abs=12)
+
+
+def test_a_pgm_of_16_bits_is_scaled_by_its_range() -> None:
+    for value, expected in ((100, 0), (257, 1), (30_000, 117)):
+        content = b"P5 8 8 65535\n" + value.to_bytes(2, "big") * 64
+        assert to_rgb(open_image(content, "x")).getpixel((0, 0)) == (expected,) * 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

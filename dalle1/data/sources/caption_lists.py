@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from dalle1.data.cleaning import IMAGE_SUFFIXES, as_captions
+from dalle1.data.cleaning import CAPTION_KEYS, IMAGE_SUFFIXES, as_captions
 from dalle1.data.skipped import BadSample
 
 FILE_KEYS = (
     *("file", "filename", "image", "path", "filepath", "imagefile", "imagepath", "imagename"),
     *("imagefilename", "img", "imgpath", "imgname"),
 )
-CAPTION_KEYS = (
-    *("caption", "captions", "text", "prompt", "description", "title", "comment", "sentence"),
-)
+TEXT_KEYS = (*CAPTION_KEYS, "description", "title", "comment", "sentence")
 """Columns that hold file and captions, the first that is there; without `_`, `-` and blanks."""
 DOCUMENTED = {"file", "file_name", "caption", "text"}
 SEPARATORS = ",;\t|"
@@ -69,7 +67,7 @@ def pick_columns(names: Sequence[str]) -> tuple[int, int] | None:
     """
     plain = [re.sub(r"[\s_\-\ufeff\u200b]", "", str(name)).lower() for name in names]
     picked = []
-    for keys in (FILE_KEYS, CAPTION_KEYS):
+    for keys in (FILE_KEYS, TEXT_KEYS):
         key = next((key for key in keys if key in plain), None)
         if key is None:
             return None
@@ -274,7 +272,7 @@ def _object_row(found: Any) -> Row | BadSample:
     plain = {re.sub(r"[\s_\-]", "", key).lower(): value for key, value in reversed(found.items())}
     name, text = (
         next((plain[key] for key in keys if plain.get(key)), None)
-        for keys in (FILE_KEYS, CAPTION_KEYS)
+        for keys in (FILE_KEYS, TEXT_KEYS)
     )
     if name is None:
         keys = ", ".join(repr(key[:40]) for key in [*found][:8]) or "none"
