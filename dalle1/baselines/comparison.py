@@ -16,6 +16,7 @@ from dalle1.baselines.ngram import (
     NEIGHBOURS,
     Contexts,
     NGram,
+    max_order,
     neighbour_contexts,
     preceding,
     raster_contexts,
@@ -77,13 +78,19 @@ def evaluate_baselines(options: BaselinesOptions) -> Scores:
     """Yield MODEL/SCORE of every model, and write samples.png."""
     model = DallE.from_pretrained(options.model, clip="none", device="cpu")
     folder = tokenizer_folder(options.model, options.dvae)
+    config = model.transformer.config
+    outside, most = (
+        config.codebook_size,
+        max_order(max(config.codebook_size, config.text_vocab + 1)),
+    )
+    if options.order > most:
+        raise ValueError(f"order is {options.order}, expected at most {most} for this vocabulary")
     known = read_pairs(model, folder, options.data, options.pairs, split="train")
     held = read_pairs(model, folder, options.data, options.images)
     comparison = Comparison(options=options, model=model, known=known, held=held)
-    outside = model.transformer.config.codebook_size
     for order in range(1, options.order + 1):
         yield from comparison.ngram(f"{order}-gram", order, raster_contexts(order - 1, outside))
-    for order in range(2, len(NEIGHBOURS) + 2):
+    for order in range(2, min(len(NEIGHBOURS) + 1, most) + 1):
         name = f"2-D, {order - 1} neighbour{'s' * (order > 2)}"
         yield from comparison.ngram(name, order, neighbour_contexts(order - 1, outside))
     if options.lstm_steps:

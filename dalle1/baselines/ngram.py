@@ -39,12 +39,13 @@ class NGram:
     def __init__(self, tokens: np.ndarray, contexts: np.ndarray, vocabulary: int) -> None:
         """Count tokens [M] after contexts [M, K].
 
-        Raises: ValueError where the vocabulary to the power of K + 1 exceeds 63 bits.
+        Raises: ValueError where K + 1 exceeds `max_order`.
         """
         self.vocabulary, self.radix = vocabulary, vocabulary + 1
         order = contexts.shape[1] + 1
-        if self.radix**order >= 1 << 63:
-            raise ValueError(f"order is {order}, expected fewer for {vocabulary} tokens")
+        if order > max_order(vocabulary):
+            most = max_order(vocabulary)
+            raise ValueError(f"order is {order}, expected at most {most} for {vocabulary} tokens")
         keys, counts = np.unique(self._keys(tokens, contexts), return_counts=True)
         levels = [self._level(keys, counts)]
         for length in range(order - 1, 0, -1):
@@ -90,6 +91,14 @@ class NGram:
         discount = once / (once + 2 * twice) if once and twice else 0.5
         totals = np.add.reduceat(counts, first)
         return Level(keys, counts, contexts, totals, types, discount)
+
+
+def max_order(vocabulary: int) -> int:
+    """Return the longest n-grams whose keys fit in 63 bits."""
+    order = 1
+    while (vocabulary + 1) ** (order + 1) < 1 << 63:
+        order += 1
+    return order
 
 
 def _find(sorted_keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from tiny_model import tiny_model, write_images
 from dalle1.baselines.lstm import LSTM, train_lstm
 from dalle1.baselines.ngram import (
     NGram,
+    max_order,
     neighbour_contexts,
     preceding,
     raster_contexts,
@@ -96,7 +97,8 @@ def test_two_dimensions_predict_vertical_stripes() -> None:
 
 
 def test_too_long_ngrams_are_refused() -> None:
-    with pytest.raises(ValueError, match="order is 6, expected fewer for 8192 tokens"):
+    assert [max_order(v) for v in (1, 512, 8192, 16_384)] == [62, 6, 4, 4]
+    with pytest.raises(ValueError, match="order is 6, expected at most 4 for 8192 tokens"):
         NGram(np.zeros(3), np.zeros((3, 5)), 8192)
 
 
@@ -152,6 +154,15 @@ def test_the_command_compares_all_models(
     assert 0 < scores["2-gram/bits per code"] < 6
     assert 0 < scores["2-gram/bits per text token"] < 12
     assert (tmp_path / "out" / "samples.png").is_file()
+
+
+def test_too_long_ngrams_are_refused_before_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["baselines", "--model", str(tmp_path), "--data", "nowhere", "--order", "9"])
+    assert "--order is 9, expected at most 7 for this vocabulary" in capsys.readouterr().err
 
 
 def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
