@@ -42,3 +42,21 @@ def _is_of(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is (type(None) if kind is None else kind)
+
+
+def image_counts(num_images: int | None, num_candidates: int | None) -> tuple[int, int]:
+    """Return the numbers of images to keep and to sample: 4 of 16 where neither is given.
+
+    Raises: ValueError unless 1 ≤ num_images ≤ num_candidates.
+    """
+    if num_candidates is None:
+        num_candidates = max(16, num_images or 0)
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates is {num_candidates}, expected at least 1")
+    if num_images is None:
+        num_images = min(4, num_candidates)
+    if not 1 <= num_images <= num_candidates:
+        raise ValueError(
+            f"num_images is {num_images}, expected 1 to num_candidates, {num_candidates}"
+        )
+    return num_images, num_candidates

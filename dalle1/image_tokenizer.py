@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle1.storage import model_folder, read_kind
 from dalle1.vqgan.model import FILE_NAME as IMAGE_TOKENIZER_FILE
@@ -91,4 +91,8 @@ def load_image_tokenizer(
     kind = read_kind(path) or "dvae"  # dVAEs of earlier versions have none
     if kind not in IMAGE_TOKENIZERS:
         raise ValueError(f"{path} is of kind {kind!r}, expected {' or '.join(IMAGE_TOKENIZERS)}")
-    return IMAGE_TOKENIZERS[kind].load(path, device, image_size)
+    tokenizer = IMAGE_TOKENIZERS[kind].load(path, device, image_size)
+    weights = tokenizer.parameters() if isinstance(tokenizer, nn.Module) else ()
+    if not all(weight.isfinite().all() for weight in weights):
+        raise ValueError(f"the weights in {path} are nan or infinite; use an earlier checkpoint")
+    return tokenizer

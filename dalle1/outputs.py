@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from dalle1.locking import folder_lock
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 SCORES = "scores.json"
 GRID = "grid.png"
+LOCK_NAME = "images.lock"
 MAX_LETTERS, MAX_BYTES = 80, 240
 """Limits of a folder's name before numbers are added; file systems take 255 bytes."""
 
@@ -130,11 +133,13 @@ def write(
     try:
         partial.mkdir(parents=True)
         _write_files(partial, prompt, kept, settings)
-        target = next(
-            target
-            for target in numbered(folder)
-            if target not in taken and _move(partial, target, None if is_named else prompt)
-        )
+        # Two runs of one prompt must not mix their images.
+        with folder_lock(partial.parent, LOCK_NAME, wait=True):
+            target = next(
+                target
+                for target in numbered(folder)
+                if target not in taken and _move(partial, target, None if is_named else prompt)
+            )
     except OSError as error:
         why = error.strerror or error
         raise ValueError(

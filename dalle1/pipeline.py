@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip
+from dalle1.config import image_counts
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import (
     centre_square,
@@ -382,11 +383,6 @@ class DallE:
             num_candidates: by default 16, or num_images if that is more.
             options: `seed`, `temperature`, `top_k` …; see `sample`.
         """
-        num_candidates = max(16, num_images or 0) if num_candidates is None else num_candidates
-        num_images = max(1, min(4, num_candidates)) if num_images is None else num_images
-        if not 1 <= num_images <= num_candidates:
-            raise ValueError(
-                f"num_images is {num_images}, expected 1 to num_candidates, {num_candidates}"
-            )
+        num_images, num_candidates = image_counts(num_images, num_candidates)
         best = self.candidates(prompt, num_candidates=num_candidates, **options)[:num_images]
         return [c.image for c in best]

@@ -148,9 +148,17 @@ def missing_from(checkpoint: Path, training: bool = False) -> str | None:
                     pass
         except (SafetensorError, OSError):
             return f"{path.relative_to(checkpoint)} is damaged"
-    if training and not zipfile.is_zipfile(checkpoint / "state.pt"):  # as torch.save writes it
+    if training and not _is_whole_zip(checkpoint / "state.pt"):  # as torch.save writes it
         return "state.pt is damaged"
     return None
+
+
+def _is_whole_zip(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # damaged bytes cause errors of any kind
+        return False
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:

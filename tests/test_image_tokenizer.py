@@ -25,6 +25,15 @@ from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    dvae = DVAE(DVAEConfig(image_size=16, codebook_size=8, width=4, code_width=4))
+    with torch.no_grad():
+        next(dvae.decoder.parameters()).view(-1)[0] = torch.nan
+    dvae.save(tmp_path)
+    with pytest.raises(ValueError, match=rf"weights in {tmp_path}/.* are nan or infinite; use an "):
+        load_image_tokenizer(tmp_path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GreyConfig:
     image_size: int = 16

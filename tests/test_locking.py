@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -87,23 +89,70 @@ def test_a_dead_process_is_noticed_without_its_start(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
-@pytest.mark.parametrize(("age", "taken"), [(10, False), (1000, True)])
-def test_a_lock_of_another_machine_holds_while_it_is_touched(
-    tmp_path: Path, content: str | None, age: float, taken: bool
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_running_process_that_the_system_hides_keeps_its_lock(
+    tmp_path: Path, other: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = locked_by(tmp_path, machine="elsewhere", host="node7")
-    if content is not None:  # a half-written one
-        lock.write_text(content)
-    now = lock.stat().st_mtime
-    os.utime(lock, (now - age, now - age))
-    if taken:
-        with folder_lock(tmp_path):
-            assert os.getpid() == json.loads(lock.read_text())["pid"]
-        return
-    who = "another command" if content is not None else r"process \d+ on node7, since 2"
-    with pytest.raises(ValueError, match=f"in use by {who}"), folder_lock(tmp_path):
+    locked_by(tmp_path, pid=other, started=locking._start_of(other))
+    monkeypatch.setattr(locking, "_start_of", lambda pid: None)
+    with pytest.raises(ValueError, match=f"in use by process {other} on "), folder_lock(tmp_path):
         pass
+
+
+def touch_soon(path: Path) -> Thread:
+    def touch() -> None:
+        time.sleep(0.05)
+        os.utime(path)
+
+    thread = Thread(target=touch)
+    thread.start()
+    return thread
+
+
+OF_ANOTHER = '{"pid": 1, "host": "node7", "machine": "elsewhere", "started": null}'
+
+
+@pytest.mark.parametrize(
+    ("content", "who"),
+    [
+        (None, r"process \d+ on node7, since 2"),
+        (OF_ANOTHER, "process 1 on node7, since an unknown time"),
+        ("", "another command"),
+        ("{", "another command"),
+        ("\xff\xfe", "another command"),
+    ],
+)
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_lock_of_another_machine_holds_while_it_is_touched(
+    tmp_path: Path, content: str | None, who: str, alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locking, "STALE_AFTER", 10 if alive else 0.1)
+    lock = locked_by(tmp_path, machine="elsewhere", host="node7")
+    if content is not None:
+        lock.write_bytes(content.encode("latin-1"))
+    noted = pytest.warns(UserWarning, match=rf"was in use by {who}.* waiting up to")
+    if alive:
+        thread = touch_soon(lock)
+        with noted, pytest.raises(ValueError, match=f"in use by {who}"), folder_lock(tmp_path):
+            pass
+        thread.join()
+        return
+    with noted, folder_lock(tmp_path):
+        assert os.getpid() == json.loads(lock.read_text())["pid"]
+
+
+def test_an_old_lock_of_another_machine_is_taken_at_once(tmp_path: Path) -> None:
+    lock = locked_by(tmp_path, machine="elsewhere")
+    os.utime(lock, (1e9, 1e9))
+    with folder_lock(tmp_path):
+        assert os.getpid() == json.loads(lock.read_text())["pid"]
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_held_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +160,24 @@ def test_a_held_lock_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with folder_lock(tmp_path):
         lock = tmp_path / LOCK_NAME
         os.utime(lock, (0, 0))
-        while lock.stat().st_mtime == 0:
-            pass
+        wait_until(lambda: lock.stat().st_mtime > 0)
+
+
+def test_a_lock_that_was_taken_over_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locking, "TOUCHED_EVERY", 0.01)
+    notes: list[str] = []
+    monkeypatch.setattr(locking.warnings, "warn", lambda text, **_: notes.append(text))
+    lock = tmp_path / LOCK_NAME
+    with folder_lock(tmp_path):
+        lock.write_text("another")
+        wait_until(lambda: bool(notes))
+        assert "another command took" in notes[0]
+        os.utime(lock, (0, 0))
+        time.sleep(0.05)
+        assert lock.stat().st_mtime == 0
+    assert lock.read_text() == "another"
 
 
 def test_a_folder_that_cannot_be_written_is_named(

@@ -198,6 +198,20 @@ def test_runs_at_the_same_time_lose_no_image(tmp_path: Path) -> None:
     assert all(scored_files(folder) == ["00.png", "01.png"] for folder in folders.values())
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_runs_of_one_prompt_do_not_mix_their_images(tmp_path: Path, is_named: bool) -> None:
+    def run(seed: int) -> Path:
+        return write(tmp_path / "x", "p", candidates(6, seed=seed), {}, is_named=is_named)
+
+    for _ in range(5):
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(run, range(4))) == {tmp_path / "x"}
+        by_image = {Image.open(path).getpixel((0, 0))[1] for path in tmp_path.glob("x/0*.png")}
+        assert by_image == {seed_in(tmp_path / "x")[1]}
+        assert names(tmp_path) == ["x"]
+        assert names(tmp_path / "x")[-1] == "scores.json"
+
+
 def test_what_cannot_be_written_to_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot write to .*file .*; use another --out"):

@@ -159,6 +159,12 @@ def test_what_the_model_returns_can_be_trained_on(ranked: DallE) -> None:
     ranked.transformer.zero_grad(set_to_none=True)
 
 
+def half(model: DallE) -> DallE:
+    model = copy.deepcopy(model)
+    model.transformer.bfloat16()
+    return model
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}])
 def test_logits_that_are_no_numbers_end_at_the_first_step(
     plain: DallE, options: dict[str, float]
@@ -170,8 +176,10 @@ def test_logits_that_are_no_numbers_end_at_the_first_step(
     for model, more, remedy in (
         (broken, {}, "an earlier checkpoint"),
         (plain, {"guidance": 1e39}, r"guidance is 1e\+39, use a smaller one"),
+        (half(broken), {}, "an earlier checkpoint"),
+        (half(plain), {"guidance": 1e39}, r"use a smaller one, or --precision fp32"),
     ):
-        with pytest.raises(ValueError, match=f"logits are nan or infinite in float32.*{remedy}"):
+        with pytest.raises(ValueError, match=f"logits are nan or infinite in .*loat.*{remedy}"):
             model.candidates(
                 PROMPT,
                 num_candidates=1,

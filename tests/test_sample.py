@@ -180,6 +180,7 @@ def test_a_preview_shows_the_rows_as_they_come(
         ("--guidance -1", "error: --guidance is -1"),
         ("--typical 0", "error: --typical is 0"),
         ("--top-k -1", "error: --top-k is -1"),
+        ("--num-candidates 0", "--num-candidates is 0, expected at least 1"),
         ("--num-images 0", "--num-images is 0, expected 1 to --num-candidates, 5"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag; see dalle1 sample --help"),
         ("--rerank clip", "this model has no CLIP to rerank with"),

@@ -76,7 +76,7 @@ def check_clip(clip: Any, name: str) -> None:
                 f"into {found[1]} × {found[0]}, expected {size[0]} × {size[1]} as its model; "
                 "replace its preprocessor_config.json"
             )
-    clip.embed_pixels(clip.preprocess([Image.new("RGB", size)]))  # a damaged config fails here
+    clip.embed_images([Image.new("RGB", size)])  # a damaged config, or nan in weights, fails here
     clip.embed_text(["a"])
 
 

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -358,9 +359,21 @@ def _is_hub_name(name: str) -> bool:
     return True
 
 
+_ONE_AT_A_TIME = RLock()
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hide the messages and progress bars of transformers and the hub, then restore them."""
+    """Hide the messages and progress bars of transformers and the hub, then restore them.
+
+    One thread at a time: while it loads, transformers replaces functions of torch. A second thread
+    would take the replacements for the originals, and leave them in torch for good.
+    """
+    with _ONE_AT_A_TIME:
+        yield from _quiet()
+
+
+def _quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]

@@ -16,8 +16,11 @@ to a JSON file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
@@ -30,10 +33,16 @@ from dalle1.baselines.comparison import (
 from dalle1.console import command_line, notes, one_line_errors, parse
 from dalle1.evaluation.bits import BitsOptions, evaluate_bits
 from dalle1.evaluation.clip import ClipOptions, evaluate_clip
-from dalle1.evaluation.reconstruction import DVAEOptions, evaluate_dvae
+from dalle1.evaluation.reconstruction import RECONSTRUCTIONS, DVAEOptions, evaluate_dvae
 from dalle1.evaluation.report import Scores, format_table, write_report
 from dalle1.evaluation.samples import SamplesOptions, evaluate_samples
-from dalle1.evaluation.toybox import ToyboxOptions, evaluate_toybox, format_toybox_table
+from dalle1.evaluation.toybox import (
+    HELD_OUT,
+    PROMPTS,
+    ToyboxOptions,
+    evaluate_toybox,
+    format_toybox_table,
+)
 from dalle1.outputs import check_writable
 
 
@@ -44,13 +53,15 @@ class Evaluator:
     options: type
     evaluate: Callable[[Any], Scores]
     format_table: Callable[[Mapping[str, float]], str] = format_table
+    writes: tuple[str, ...] = ()
+    """Files that it writes beside its report, NAME.json."""
 
 
 EVALUATORS = {
-    "toybox": Evaluator(ToyboxOptions, evaluate_toybox, format_toybox_table),
+    "toybox": Evaluator(ToyboxOptions, evaluate_toybox, format_toybox_table, (PROMPTS, HELD_OUT)),
     "samples": Evaluator(SamplesOptions, evaluate_samples),
     "clip": Evaluator(ClipOptions, evaluate_clip),
-    "dvae": Evaluator(DVAEOptions, evaluate_dvae),
+    "dvae": Evaluator(DVAEOptions, evaluate_dvae, writes=(RECONSTRUCTIONS,)),
     "bits": Evaluator(BitsOptions, evaluate_bits),
     "baselines": Evaluator(BaselinesOptions, evaluate_baselines, format_baselines_table),
 }
@@ -59,13 +70,27 @@ EVALUATORS = {
 def run(options: Any) -> dict[str, float]:
     """Run the evaluator of these options, print and write its scores, and return them."""
     name, evaluator = next((n, e) for n, e in EVALUATORS.items() if e.options is type(options))
-    check_writable(options.out)
-    scores = dict(evaluator.evaluate(options))
     path = options.out / f"{name}.json"
+    check_writable(options.out)
+    check_own(path, evaluator.writes)
+    scores = dict(evaluator.evaluate(options))
     write_report(path, options, scores)
     print(evaluator.format_table(scores))
     print(f"wrote {path}")
     return scores
+
+
+def check_own(report: Path, others: Sequence[str]) -> None:
+    """Raise ValueError where files to be written exist, and are not of an earlier evaluation."""
+    with suppress(OSError, ValueError):
+        content = json.loads(report.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and {"settings", "scores"} <= set(content):
+            return
+    for path in (report, *(report.parent / name for name in others)):
+        if path.exists():
+            raise ValueError(
+                f"{path} is not of an earlier evaluation, and is kept; use another --out"
+            )
 
 
 def main(args: Sequence[str] | None = None) -> None:

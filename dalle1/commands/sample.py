@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dalle1.config import image_counts
 from dalle1.console import bar, command_line, expand_home_in, name_flags, one_line_errors
 from dalle1.outputs import GRID, check_writable, preview_path, slug, write
 
@@ -149,15 +150,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     options = parse(words)
     expand_home_in(options)
     name_flags([(name, f"--{name.replace('_', '-')}") for name in vars(options)], words)
-    if options.num_candidates is None:
-        options.num_candidates = max(16, options.num_images or 0)
-    if options.num_images is None:
-        options.num_images = min(4, options.num_candidates)
-    if not 1 <= options.num_images <= options.num_candidates:
-        raise ValueError(
-            f"--num-images is {options.num_images}, expected 1 to --num-candidates, "
-            f"{options.num_candidates}"
-        )
+    counts = image_counts(options.num_images, options.num_candidates)
+    options.num_images, options.num_candidates = counts
     has_region = options.keep_rows is not None or options.mask is not None
     has_both = options.keep_rows is not None and options.mask is not None
     if has_both or has_region != (options.image is not None):
@@ -324,9 +318,10 @@ def is_deterministic(options: argparse.Namespace) -> bool:
 def settings_of(options: argparse.Namespace, model: DallE) -> dict[str, object]:
     """Return the settings that images are stored with: what was used, not what was asked."""
     settings = {name: getattr(options, name) for name in SETTINGS}
-    has_clip = model.clip is not None
+    has_clip, is_one = model.clip is not None, is_deterministic(options)
     return settings | {
-        "num_candidates": 1 if is_deterministic(options) else options.num_candidates,
+        "num_candidates": 1 if is_one else options.num_candidates,
+        "num_images": 1 if is_one else options.num_images,
         "precision": model.precision,
         "rerank": options.rerank or ("clip" if has_clip else "none"),
         "clip": options.clip or ("the model's own" if has_clip else "none"),

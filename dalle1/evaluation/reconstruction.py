@@ -22,7 +22,8 @@ from dvae.gumbel import gumbel_softmax
 from dvae.losses import dvae_loss, kl_to_uniform, psnr
 from dvae.model import DVAE, reconstruction
 
-SHOWN = 16  # images in reconstructions.png
+RECONSTRUCTIONS = "reconstructions.png"
+SHOWN = 16  # images in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def evaluate_dvae(options: DVAEOptions) -> Scores:
         shown = images[:SHOWN]
         reconstructions = model.decode(model.encode(shown))
     rows = to_pil(torch.cat([shown, reconstructions]))
-    save_png(grid(rows, SHOWN), options.out / "reconstructions.png")
+    save_png(grid(rows, SHOWN), options.out / RECONSTRUCTIONS)
 
 
 def _prepare(size: int, allow_upscale: bool, sample: Sample, _: random.Random) -> Example:

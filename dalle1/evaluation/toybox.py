@@ -28,6 +28,7 @@ from dalle1.pipeline import DallE
 from dalle1.sampling.filters import Sampling
 from dalle1.storage import write_atomic
 
+PROMPTS, HELD_OUT = "prompts.json", "heldout.png"
 MAX_SHOWN = 96  # images in heldout.png
 NUM_PROMPTS = "/prompts"
 """Suffix of the number of prompts that a share is computed from."""
@@ -79,10 +80,14 @@ class ToyboxOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptResult:
-    """Verdicts on all candidates of one prompt, by candidate index."""
+    """Verdicts on all candidates of one prompt, by candidate index.
+
+    Of candidates that are all alike, as at temperature 0, there is only the first.
+    """
 
     prompt: Prompt
     seed: int
+    num_candidates: int
     verdicts: list[Verdict]
     scores: list[float] | None
     """CLIP's score of each candidate; None without a CLIP."""
@@ -91,7 +96,7 @@ class PromptResult:
     def best(self, count: int) -> int:
         """Return the index of the best of the first `count` candidates; the first without CLIP."""
         scores = self.scores or [0.0] * len(self.verdicts)
-        return max(range(count), key=lambda index: (scores[index], -index))
+        return max(range(min(count, len(self.verdicts))), key=lambda index: (scores[index], -index))
 
     def compare_best(self, count: int) -> dict[str, bool | None]:
         """Return which aspects are correct in the best of the first `count` candidates."""
@@ -124,9 +129,9 @@ def evaluate_toybox(options: ToyboxOptions, model: DallE | None = None) -> Score
             for result in sample_and_classify(model, classifier, batch, sampling):
                 results.append(result)
                 progress.update(batch.num_candidates)
-    write_atomic(options.out / "prompts.json", json.dumps(list(map(details, results)), indent=1))
+    write_atomic(options.out / PROMPTS, json.dumps(list(map(details, results)), indent=1))
     tiles = [result_tile(result) for result in results if result.prompt.split == "heldout"]
-    save_png(grid(tiles[:MAX_SHOWN], min(8, len(tiles))), options.out / "heldout.png")
+    save_png(grid(tiles[:MAX_SHOWN], min(8, len(tiles))), options.out / HELD_OUT)
     if any(result.scores is None for result in results):
         print("note: the model has no CLIP, so best of N needs N = 1", file=sys.stderr)
     yield from toybox_shares(results, sorted(options.best_of))
@@ -148,6 +153,7 @@ def sample_and_classify(
         yield PromptResult(
             prompt=prompt,
             seed=batch.seed,
+            num_candidates=batch.num_candidates,
             verdicts=classifier.classify([candidate.image for candidate in candidates]),
             scores=scores or None,
             best_image=best_first[0].image,
@@ -165,9 +171,9 @@ def toybox_shares(results: Sequence[PromptResult], best_of: Sequence[int]) -> Sc
         for kind in ("all", *KINDS, "same"):
             of_kind = [r for r in of_split if kind in ("all", r.prompt.kind)]
             if kind == "same":
-                of_kind = [r for r in of_split if len(r.verdicts) >= max(best_of)]
+                of_kind = [r for r in of_split if r.num_candidates >= max(best_of)]
             for n in best_of:
-                group = [r for r in of_kind if len(r.verdicts) >= n and (n == 1 or r.scores)]
+                group = [r for r in of_kind if r.num_candidates >= n and (n == 1 or r.scores)]
                 compared = [result.compare_best(n) for result in group]
                 for aspect in ASPECTS:
                     correct = [bool(x[aspect]) for x in compared if x[aspect] is not None]

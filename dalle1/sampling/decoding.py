@@ -203,12 +203,15 @@ def check_finite(state: DecodeState) -> None:
 def not_finite(model: Transformer, guidance: float) -> ValueError:
     """Return the error of logits that are nan or infinite."""
     dtype = model.text_embedding.weight.dtype
-    if dtype != torch.float32:
-        remedy = "use --precision fp32"
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        remedy = "its weights are damaged or their training diverged, use an earlier checkpoint"
     elif guidance != 1:
         remedy = f"guidance is {guidance:g}, use a smaller one"
+        remedy += "" if dtype == torch.float32 else ", or --precision fp32"
+    elif dtype != torch.float32:
+        remedy = "use --precision fp32"
     else:
-        remedy = "the weights are damaged or their training diverged, use an earlier checkpoint"
+        remedy = "its training diverged, use an earlier checkpoint"
     name = str(dtype).removeprefix("torch.")
     return ValueError(
         f"the model's logits are nan or infinite in {name}, expected numbers; {remedy}"

@@ -206,7 +206,9 @@ class ClipTask(Task[nn.Module]):
         prepare = partial(example, config, self.clip.tokenizer, negatives)
         self.loader = train_loader(source, prepare, config)
         init = model_folder(config.init) / "model.safetensors" if config.init else None
-        self.contents = distributed.broadcast_from_main(partial(contents_of, source, init=init))
+        words = Path(config.hard_negatives) if config.hard_negatives else None
+        find = partial(contents_of, source, init=init, hard_negatives=words)
+        self.contents = distributed.broadcast_from_main(find)
         as_used = partial(held_example, config, self.clip)
         first = partial(first_examples, held, as_used, config.validation_pairs)
         pairs = distributed.broadcast_from_main(first)

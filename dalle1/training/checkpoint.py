@@ -109,8 +109,9 @@ def _save(
     _link_latest(out, folder)
     _flush(out)
     # Incomplete ones were not written by this run: something else removed files from them.
-    whole = [f for f in checkpoints(out) if missing_from(f, training=True) is None]
-    for old in whole[keep:]:
+    found = checkpoints(out)  # newest first; a newer one is damaged, and may still be repaired
+    earlier = found[found.index(folder) + 1 :]
+    for old in [f for f in earlier if missing_from(f, training=True) is None][keep - 1 :]:
         _retire(old)
     _remove_partial(out)
     return folder
@@ -138,9 +139,15 @@ def _set_aside(folder: Path) -> None:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk (fsync)."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot flush folders
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    if path.is_dir():  # Windows and some network drives cannot flush folders
+        with suppress(OSError):
+            _fsync(path, os.O_RDONLY)
+    else:
+        _fsync(path, os.O_RDWR)
+
+
+def _fsync(path: Path, mode: int) -> None:
+    handle = os.open(path, mode)
     try:
         os.fsync(handle)
     finally:
@@ -187,9 +194,8 @@ def find_checkpoint(out: Path) -> Checkpoint | None:
         if missing is None:
             try:
                 return Checkpoint(folder, _read_state(folder / STATE_NAME), skipped)
-            except Exception as error:  # damaged bytes cause errors of any kind
-                reason = " ".join(str(error).split())[:100] or type(error).__name__
-                missing = f"{STATE_NAME} is damaged: {reason}"
+            except Exception:  # damaged bytes cause errors of any kind
+                missing = f"{STATE_NAME} is damaged"
         skipped.append(f"{folder.name} ({missing})")
     if skipped:
         raise ValueError(

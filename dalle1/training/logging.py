@@ -216,7 +216,7 @@ def _cut_log(out: Path, start: int) -> None:
 def _step_of(line: bytes) -> float:
     """Return the step of a log line; infinity where a crash left the line incomplete."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
 

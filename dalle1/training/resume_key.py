@@ -20,7 +20,7 @@ MAY_CHANGE = {
 }
 """Settings that may change on resuming: none of them changes what was learned so far."""
 
-PATHS = ("data", "dvae", "init")
+PATHS = ("data", "dvae", "init", "hard_negatives")
 """Settings that are compared by what is found behind them."""
 
 Contents = Mapping[str, int | str | None]
@@ -80,7 +80,7 @@ def changed_settings(
         before, after = ((all_of or {}).get(name) for all_of in (stored_contents, contents))
         if name not in PATHS:
             same = then[name] == now[name]
-        elif before and after and (before == after or name == "dvae"):
+        elif before and after and (before == after or name not in ("data", "init")):
             same = before == after
         else:
             same = then[name] == now[name] or _same_path(then[name], now[name])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import random
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import dalle1.clip
 from dalle1.clip import Clip, ClipArch, new_clip, random_blur
@@ -247,6 +250,33 @@ def test_a_clip_that_overflows_computes_in_fp32(clip: Clip) -> None:
         large.model.visual_projection.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="features are nan or infinite in fp32"):
         large.score("a red cube", noise_images())
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_weights_that_are_no_numbers_are_found_by_loading(
+    clip: Clip, tmp_path: Path, tower: str
+) -> None:
+    broken = copy.deepcopy(clip)
+    with torch.no_grad():
+        next(getattr(broken.model, f"{tower}_model").parameters()).fill_(math.nan)
+    broken.save_pretrained(tmp_path / "nan")
+    assert "features are nan or infinite in fp32" in one_line(tmp_path / "nan")
+
+
+def test_threads_load_at_once_and_leave_torch_and_loggers_as_they_were(folder: Path) -> None:
+    from transformers import PreTrainedModel
+
+    def state() -> list[object]:
+        initializers = [getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_")]
+        levels = [logging.getLogger(name).level for name in ("transformers", "huggingface_hub")]
+        return [*initializers, torch.linspace, PreTrainedModel.tie_weights, *levels]
+
+    Clip.from_pretrained(folder)
+    before = state()
+    with ThreadPoolExecutor(4) as pool:
+        clips = list(pool.map(Clip.from_pretrained, [folder] * 8))
+    assert state() == before
+    assert len({float(c.embed_text(["a red cube"]).sum()) for c in clips}) == 1
 
 
 def test_siglip_2_reads_lower_case(clip: Clip, tmp_path: Path) -> None:

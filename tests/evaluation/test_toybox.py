@@ -42,8 +42,13 @@ def wrong(right: Verdict) -> Verdict:
 class FakeModel:
     """Shows what `answer(truth, index)` returns, as a verdict; ranks the last candidate first."""
 
-    def __init__(self, answer: Callable[[Verdict, int], Verdict], ranked: bool = True) -> None:
-        self.answer, self.ranked = answer, ranked
+    def __init__(
+        self,
+        answer: Callable[[Verdict, int], Verdict],
+        ranked: bool = True,
+        deterministic: bool = False,
+    ) -> None:
+        self.answer, self.ranked, self.deterministic = answer, ranked, deterministic
         self.asked: list[tuple[int, int]] = []  # prompts and candidates of each call
         self.image_tokenizer = SimpleNamespace(image_size=128)
         prompts = [p for split in SPLITS for p in choose_prompts(split, 40, 0)]
@@ -56,7 +61,7 @@ class FakeModel:
         self.sampling = sampling
         for prompt in prompts:
             candidates = []
-            for index in range(num_candidates):
+            for index in range(1 if self.deterministic else num_candidates):
                 image = Image.new("RGB", (16, 16))
                 image.info["shows"] = self.answer(self.truths[prompt], index)
                 score = float(index) if self.ranked else None
@@ -119,6 +124,15 @@ def test_the_best_candidate_is_the_one_that_clip_ranks_first(
         assert found == [0.0, 0.0, 1.0]
     assert [scores[f"train/all/best of {n}/all/prompts"] for n in (1, 2, 3)] == [10, 6, 4]
     assert [scores[f"train/same/best of {n}/all/prompts"] for n in (1, 2, 3)] == [4, 4, 4]
+
+
+def test_candidates_that_are_all_alike_count_for_every_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FakeModel(lambda right, index: right, deterministic=True)
+    scores = shares(run(model, tmp_path, monkeypatch, temperature=0))
+    expected = shares(run(FakeModel(lambda right, index: right), tmp_path, monkeypatch))
+    assert scores.keys() == expected.keys()
 
 
 def test_without_a_clip_only_the_first_candidate_counts(

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,9 +179,17 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def zero_part(path: Path) -> None:
+    """Leave what the power leaves of a file whose last pages were not yet written."""
+    content = bytearray(path.read_bytes())
+    content[64:-600] = bytes(len(content) - 664)
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
+        ("state.pt", zero_part, "state.pt is damaged"),
         ("state.pt", Path.unlink, "state.pt is missing"),
         ("state.pt", cut, r"state.pt has \d+ bytes, expected \d+"),
         ("state.pt", zero, "state.pt is damaged"),
@@ -228,6 +237,30 @@ def test_only_incomplete_checkpoints_are_an_error(run: Path) -> None:
         (run / f"step-{step}/state.pt").unlink()
     with pytest.raises(ValueError, match=r"no whole .*: step-6 \(state.pt is missing\), step-4"):
         find_checkpoint(run)
+
+
+def test_a_damaged_newer_checkpoint_costs_no_whole_one(run: Path) -> None:
+    zero_part(run / "step-6/state.pt")
+    assert find_checkpoint(run).state["step"] == 4
+    save_checkpoint(run, 5, {}, save_model, keep=1)
+    assert steps(run) == ["step-5", "step-6"]
+    assert find_checkpoint(run).state["step"] == 5
+    assert (run / "latest").resolve() == run / "step-5"
+
+
+def test_file_systems_that_cannot_flush_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    save_checkpoint(tmp_path, 1, {}, save_model)
+    assert find_checkpoint(tmp_path).state["step"] == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "refused"), NotImplementedError()])

@@ -371,6 +371,7 @@ def test_log_and_checkpoints_come_when_they_are_due(tmp_path: Path) -> None:
 
 def test_log_moves_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
     lines = ['{"step": 2, "total": 1.0}', '{"step": 4, "total": 0.5}', '{"step": 6, "to', "[1]"]
+    lines.append('{"step": "three"}')
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     with Progress(tmp_path, 2, 10, 4) as progress:
         progress.log(4, {"total": torch.tensor(1 / 3)})

@@ -25,6 +25,7 @@ from dalle1.training.resume_key import changed_data, changed_settings, contents_
 class InitConfig(TrainConfig):
     dvae: Path = Path("runs/dvae")
     init: Path | None = None
+    hard_negatives: str | None = None
 
 
 @pytest.fixture
@@ -105,6 +106,8 @@ A, B = {"samples": 4, "digest": "a"}, {"samples": 5, "digest": "b"}
         ("dvae", "moved", None, None, "dvae was x/data and is moved"),
         ("init", "x/data", A, B, None),  # only the first start reads it
         ("init", "moved", A, A, None),
+        ("hard_negatives", "moved", A, A, None),
+        ("hard_negatives", "x/data", A, B, "hard_negatives, x/data, is another file than before"),
         ("init", "moved", A, None, "init was x/data and is moved"),
     ],
 )
