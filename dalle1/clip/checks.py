@@ -76,7 +76,8 @@ def check_clip(clip: Any, name: str) -> None:
                 f"into {found[1]} × {found[0]}, expected {size[0]} × {size[1]} as its model; "
                 "replace its preprocessor_config.json"
             )
-    clip.embed_images([Image.new("RGB", size)])  # a damaged config, or nan in weights, fails here
+    gradient = Image.linear_gradient("L").convert("RGB")
+    clip.embed_images([gradient])  # a damaged config, or nan in weights, fails here
     clip.embed_text(["a"])
 
 
