@@ -3,6 +3,7 @@
     python benchmarks/memory.py training --batch-size 8   # beside what dalle1.planner says
     python benchmarks/memory.py checkpoint                # beyond what the training holds
     python benchmarks/memory.py loading                   # the peak, beside the weights
+    python benchmarks/memory.py sampling                  # the same, until an image is sampled
 
 On a GPU what torch allocates there counts, else what is resident of the process: with --device cpu,
 on Linux, what is freed goes back at once, so that the peak is that of the tensors.
@@ -14,7 +15,7 @@ import argparse
 import ctypes
 import gc
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from torch import Tensor
 from dalle1.devices import pick_device
 from dalle1.model.transformer import Transformer, TransformerConfig, TransformerLoss
 from dalle1.planner import Plan, memory
+from dalle1.sampling import packed_linear
+from dalle1.sampling.decoding import generate, null_caption
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 from dalle1.training import resblocks
 from dalle1.training.config import TrainConfig
@@ -131,21 +134,31 @@ def checkpoint(size: TransformerConfig, options: argparse.Namespace) -> str:
 
 
 def loading(size: TransformerConfig, options: argparse.Namespace) -> str:
-    """Report the peak memory of loading relative to the parameters."""
+    """Report the peak memory of loading, and of sampling an image, relative to the weights."""
+    if options.what == "sampling":
+        packed_linear.LARGE = 0  # as for a model of which two do not fit
+        size = replace(size, text_vocab=1024, text_len=64, codebook_size=1024)  # mostly layers
     with tempfile.TemporaryDirectory() as folder:
         Transformer(TINY).save(Path(folder) / "tiny")
-        Transformer.load(Path(folder) / "tiny")
+        sample_one(Transformer.load(Path(folder) / "tiny"))
         Transformer(size).save(folder, options.stored)
         peak = Peak(torch.device("cpu"))
         model = Transformer.load(folder, dtype=options.dtype)
+        if options.what == "sampling":
+            sample_one(model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ratio = peak.grown() / weights
     return f"weights {weights / MIB:.0f} MiB, peak {peak.grown() / MIB:.0f} MiB: {ratio:.3f}"
 
 
+def sample_one(model: Transformer) -> None:
+    """Sample the codes of one image."""
+    generate(model, null_caption(model), torch.zeros(1, model.config.image_len))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["training", "checkpoint", "loading"])
+    parser.add_argument("what", choices=["training", "checkpoint", "loading", "sampling"])
     parser.add_argument("--preset", default="toy", choices=TRANSFORMER_PRESETS)
     parser.add_argument("--grid-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -158,8 +171,13 @@ def main() -> None:
     options = parser.parse_args()
     size = TransformerConfig(**vars(TRANSFORMER_PRESETS[options.preset].model))
     size = replace(size, grid_size=options.grid_size)
-    what = {"training": training, "checkpoint": checkpoint, "loading": loading}[options.what]
-    print(what(size, options))
+    measures: dict[str, Callable[..., str]] = {
+        "training": training,
+        "checkpoint": checkpoint,
+        "loading": loading,
+        "sampling": loading,
+    }
+    print(measures[options.what](size, options))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -533,3 +534,26 @@ def test_a_default_number_gives_way_to_the_other(plain: DallE) -> None:
     assert len(plain.generate("a red cube", num_images=2, num_candidates=3)) == 2
     with pytest.raises(ValueError, match="num_images is 3, expected 1 to num_candidates, 2"):
         plain.generate("a red cube", num_images=3, num_candidates=2)
+
+
+def test_images_are_decoded_in_bf16_where_it_is_fast(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = DallE.from_pretrained(folder, device="cpu", precision="bf16", clip="none")
+    codes = torch.arange(64).view(4, 4, 4) % model.image_tokenizer.codebook_size
+    dtypes = []
+    original = model.image_tokenizer.decode
+
+    def decode(codes: torch.Tensor) -> torch.Tensor:
+        pixels = original(codes)
+        dtypes.append(torch.is_autocast_enabled("cpu"))
+        return pixels
+
+    monkeypatch.setattr(model.image_tokenizer, "decode", decode)
+    found = {}
+    for kind in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("dalle1.pipeline.pick_precision", lambda *_, kind=kind: kind)
+        found[kind] = [np.asarray(image, int) for image in model.decode(codes)]
+    assert dtypes == [False, True]
+    for exact, rounded in zip(*found.values(), strict=True):
+        assert np.abs(exact - rounded).max() <= 8

@@ -21,7 +21,7 @@ from dalle1.devices import cuda_graphed, inference
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.filters import MIN_TEMPERATURE, PAPER, Sampling, filter_logits
 from dalle1.sampling.kv_cache import Caches
-from dalle1.sampling.packed_linear import packed
+from dalle1.sampling.packed_linear import packed, restored
 
 UNKNOWN = -1
 """Value in known codes of a code that is to be sampled."""
@@ -178,7 +178,7 @@ def generate(
     if not len(unknown):
         return known.repeat(len(text), len(uniforms), 1).unflatten(2, grid)
     on_gpu = torch.cuda.device(text.device) if text.is_cuda else nullcontext()
-    with inference(text.device), on_gpu:
+    with inference(text.device), on_gpu, restored(model):
         state = prefill(model, text, uniforms, sampling, known, empty)
         step: Callable[[], None] = partial(decode_one, state)
         if text.is_cuda:

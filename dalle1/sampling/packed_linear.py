@@ -3,17 +3,32 @@
 The products of a decoding step have few rows. Reordering the weights for each would take half of
 its time in fp32 and a third in bf16; here they are reordered once. This is the only module that
 uses `torch.ops.mkldnn`, a private interface of torch.
+
+A large model would not fit twice: inside `restored`, each of its weights is freed as soon as it is
+packed, and unpacked at the end, to the same bits.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+
+LARGE = 1 << 30
+"""Bytes of linear layers from which on a model is not held twice."""
+_lock = RLock()
+_packed_from: ContextVar[list[tuple[Tensor, PackedLinear]] | None] = ContextVar(
+    "_packed_from", default=None
+)
+"""The freed weights inside `restored`, with the layers that hold them packed."""
 
 
 class PackedLinear(nn.Module):
@@ -50,9 +65,37 @@ def packed(model: Model, rows: int) -> Model:
     return _packed_copy(model, rows) if can_pack(parameter.device, parameter.dtype) else model
 
 
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Let `packed` free the weights of a large model, and restore them at the end.
+
+    Until then the model itself cannot compute: another thread that samples from a large model
+    waits here.
+    """
+    weights = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    if sum(w.numel() * w.element_size() for w in weights) < LARGE:
+        yield
+        return
+    with _lock:
+        freed: list[tuple[Tensor, PackedLinear]] = []
+        token = _packed_from.set(freed)
+        try:
+            yield
+        finally:
+            _packed_from.reset(token)
+            while freed:
+                weight, layer = freed.pop()
+                weight.data = layer.weight.to_dense()
+                del layer.weight, layer
+
+
 def _packed_copy(module: nn.Module, rows: int) -> Any:
     if isinstance(module, nn.Linear):
-        return PackedLinear(module, rows)
+        layer = PackedLinear(module, rows)
+        if (freed := _packed_from.get()) is not None:
+            freed.append((module.weight, layer))
+            module.weight.data = torch.empty(0, dtype=module.weight.dtype)
+        return layer
     shallow = copy.copy(module)
     shallow._modules = {name: m and _packed_copy(m, rows) for name, m in module._modules.items()}
     return shallow
