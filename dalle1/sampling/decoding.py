@@ -1,8 +1,11 @@
-"""Sample image codes: prefill → decode_one → generate.
+"""Sample image codes: prefill → decode_one or decode_window → generate.
 
-Each caption is read once; then one code after another is sampled for all of its candidates.
+Each caption is read once; then one code after another is sampled for all of its candidates. With
+few candidates, windows of codes are computed at once, which samples the same codes in fewer passes:
+see `decode_window`.
 
-P prompts, C candidates of each, L text positions, N = W² codes, D width, V codebook size.
+P prompts, C candidates of each, n codes of a window, L text positions, N = W² codes, D width,
+V codebook size.
 """
 
 from __future__ import annotations
@@ -20,11 +23,17 @@ from torch import Tensor
 from dalle1.devices import cuda_graphed, inference
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.filters import MIN_TEMPERATURE, PAPER, Sampling, filter_logits
+from dalle1.sampling.fused_step import fused
 from dalle1.sampling.kv_cache import Caches
 from dalle1.sampling.packed_linear import packed, restored
 
 UNKNOWN = -1
 """Value in known codes of a code that is to be sampled."""
+MAX_WINDOW, MIN_WINDOW = {"cpu": 8, "cuda": 32}, 4
+"""Codes of a window: more are right so rarely that they cost more than they gain."""
+ROWS_OF_A_PASS = {"cpu": 32, "cuda": 128}
+"""Rows of a pass, by device, up to which windows are faster; see docs/experiments.md."""
+OnRow = Callable[[Tensor, int], None]
 
 
 def candidate_uniforms(seed: int, candidates: Sequence[int], length: int) -> Tensor:
@@ -69,15 +78,19 @@ class DecodeState:
 
     model: Transformer
     caches: Caches
+    window: int
+    """n: codes of each candidate that a pass computes."""
     sampling: Sampling
     uniforms: Tensor
     """[C, N]: the random number of each candidate at each code."""
     known: Tensor
     """[N]: known codes, and UNKNOWN where they are sampled."""
     codes: Tensor
-    """[P, C, N]: known and sampled codes, UNKNOWN after `position`."""
+    """[P, C, N]: known and sampled codes, then UNKNOWN, or the guesses of a window."""
     position: Tensor
-    """[1]: index of the last code that was sampled."""
+    """[1]: index of the last code that was sampled, without windows."""
+    front: Tensor
+    """[P, C]: number of codes of each candidate that are known or sampled, with windows."""
     finite: Tensor
     """[1], bool: whether the largest logit of every step was finite."""
 
@@ -89,6 +102,7 @@ def prefill(
     sampling: Sampling,
     known: Tensor,
     empty: Tensor | None = None,
+    window: int = 1,
 ) -> DecodeState:
     """Read captions [P, L] and the codes before the first unknown one, and sample that one.
 
@@ -96,7 +110,7 @@ def prefill(
         empty: the empty caption, [1, L], for guidance; None is padding at every position.
     """
     prompts, candidates = len(text), len(uniforms)
-    model = packed(model, prompts * candidates)
+    model = packed(fused(model), prompts * candidates * window)
     codes = known.repeat(prompts, candidates, 1)
     position = (known == UNKNOWN).nonzero()[:1, 0]
     if sampling.guidance != 1:
@@ -104,12 +118,14 @@ def prefill(
         text = torch.cat([text, empty.to(text.device).expand_as(text)])
     state = DecodeState(
         model=model,
-        caches=Caches(model, len(text), candidates),
+        caches=Caches(model, len(text), candidates, window),
+        window=window,
         sampling=sampling,
         uniforms=uniforms.to(text.device),
         known=known,
         codes=codes,
         position=position,
+        front=(position + 1).repeat(prompts, candidates),
         finite=torch.ones(1, dtype=torch.bool, device=text.device),
     )
     # The last of these codes is the one to sample; `embed` does not read it.
@@ -136,18 +152,70 @@ def sample_next(state: DecodeState, states: Tensor) -> None:
 
     With guidance the states of the empty caption follow, and P counts both.
     """
-    (prompts, candidates, _), sampling = state.codes.shape, state.sampling
-    logits = state.model.image_head(states).float()
-    if sampling.guidance != 1:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + sampling.guidance * (conditional - unconditional)
-    state.finite.logical_and_(logits.amax().isfinite())
-    logits = logits.expand(-1, candidates, -1)
+    prompts, candidates, _ = state.codes.shape
+    logits = guided_logits(state, states).expand(-1, candidates, -1)
     uniforms = state.uniforms.index_select(1, state.position)[:, 0].expand(prompts, -1)
-    tokens = sample_token(logits.flatten(0, 1), uniforms.flatten(), sampling)
+    tokens = sample_token(logits.flatten(0, 1), uniforms.flatten(), state.sampling)
     known = state.known.index_select(0, state.position)
     tokens = torch.where(known == UNKNOWN, tokens, known).view(prompts, candidates, 1)
     state.codes.index_copy_(2, state.position, tokens)
+
+
+def guided_logits(state: DecodeState, states: Tensor) -> Tensor:
+    """Score states [P, n, D] in fp32, [P, n, V]; those of the empty caption follow, if guided."""
+    logits, guidance = state.model.image_head(states).float(), state.sampling.guidance
+    if guidance != 1:
+        conditional, unconditional = logits.chunk(2)
+        logits = unconditional + guidance * (conditional - unconditional)
+    state.finite.logical_and_(logits.amax().isfinite())
+    return logits
+
+
+def decode_window(state: DecodeState) -> None:
+    """Compute the next n codes of every candidate from guesses, and keep those that are right.
+
+    With its random numbers fixed, each code is a function of those before it. So a code that was
+    computed from right codes is right, and so is each after it, as long as the guesses that it read
+    were what came out: Jacobi iteration, whose fixed point is what `decode_one` samples (predictive
+    sampling, arXiv 2002.09928). At least one code is right. The others are the next pass's guesses;
+    a code without any is guessed to be the one above it, or in the first row the last one.
+    """
+    model, config, codes, width = state.model, state.model.config, state.codes, state.window
+    offsets = torch.arange(width, device=codes.device)
+    # A candidate that ends sooner computes its last code again.
+    positions = (state.front[..., None] + offsets).clamp_max(config.image_len - 1)  # [P, C, n]
+    above, last = positions - config.grid_size, state.front[..., None] - 1
+    guesses = codes.gather(2, positions)
+    new = codes.gather(2, torch.where(above >= 0, above, last))
+    guesses = torch.where(guesses == UNKNOWN, new, guesses)
+    codes.scatter_(2, positions, guesses)
+    inputs, reads = codes.gather(2, positions - 1), positions
+    if config.image_start == "none":
+        reads = reads - 1
+    if state.sampling.guidance != 1:
+        inputs, reads = inputs.repeat(2, 1, 1), reads.repeat(2, 1, 1)
+    state.caches.seek(reads)
+    inputs, reads = inputs.flatten(1), reads.flatten(1)
+    states = model.run(model.embed_codes(inputs, reads), state.caches.step, config.text_len + reads)
+    logits = guided_logits(state, states).flatten(0, 1)
+    uniforms = state.uniforms.expand(len(codes), -1, -1).gather(2, positions)
+    tokens = sample_token(logits, uniforms.flatten(), state.sampling).view(positions.shape)
+    known = state.known[positions]
+    tokens = torch.where(known == UNKNOWN, tokens, known)
+    codes.scatter_(2, positions, tokens)
+    matching = (tokens == guesses)[..., :-1].cumprod(-1).sum(-1)
+    state.front.add_(1 + matching).clamp_max_(config.image_len)
+
+
+def pick_window(model: Transformer, sequences: int) -> int:
+    """Return the codes of a window with which so many sequences are sampled fastest; 1 for none.
+
+    It depends on the device alone, not on a measured time: the same command repeats its rounding.
+    """
+    device = model.image_head.weight.device.type
+    most = min(MAX_WINDOW.get(device, 1), model.config.grid_size)
+    window = min(ROWS_OF_A_PASS.get(device, 0) // sequences, most)
+    return window if window >= MIN_WINDOW else 1
 
 
 def generate(
@@ -158,7 +226,8 @@ def generate(
     *,
     known_codes: Tensor | None = None,
     empty: Tensor | None = None,
-    on_row: Callable[[Tensor, int], None] | None = None,
+    on_row: OnRow | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Sample codes for captions.
 
@@ -168,6 +237,8 @@ def generate(
         known_codes: [N], codes to keep, and UNKNOWN where they are sampled; None samples all.
         empty: the empty caption, [1, L], for guidance; None is padding at every position.
         on_row: called after each row of codes, with the codes [P, C, N] and the number of rows.
+        window: codes of each candidate to compute at once, at most W; it changes the time, and
+            not the codes. None is the fastest.
 
     Returns: [P, C, W, W].
     """
@@ -177,21 +248,50 @@ def generate(
     unknown, grid = (known == UNKNOWN).nonzero(), (config.grid_size, config.grid_size)
     if not len(unknown):
         return known.repeat(len(text), len(uniforms), 1).unflatten(2, grid)
+    if window is None:
+        guided = 2 if sampling.guidance != 1 else 1
+        window = pick_window(model, guided * len(text) * len(uniforms))
     on_gpu = torch.cuda.device(text.device) if text.is_cuda else nullcontext()
     with inference(text.device), on_gpu, restored(model):
-        state = prefill(model, text, uniforms, sampling, known, empty)
-        step: Callable[[], None] = partial(decode_one, state)
-        if text.is_cuda:
-            step = cuda_graphed(step)
-        first = int(unknown[0])
-        for position in range(first, config.image_len):
-            if position > first:
-                step()
-            if position == first or (position + 1) % config.grid_size == 0:
-                check_finite(state)
-            if on_row and (position + 1) % config.grid_size == 0:
-                on_row(state.codes, (position + 1) // config.grid_size)
+        state = prefill(model, text, uniforms, sampling, known, empty, window)
+        decode = decode_steps if window == 1 else decode_windows
+        decode(state, int(unknown[0]), on_row)
     return state.codes.unflatten(2, grid)
+
+
+def decode_steps(state: DecodeState, first: int, on_row: OnRow | None) -> None:
+    """Sample the codes after the first unknown one, one position after another."""
+    config = state.model.config
+    step: Callable[[], None] = partial(decode_one, state)
+    if state.codes.is_cuda:
+        step = cuda_graphed(step)
+    for position in range(first, config.image_len):
+        if position > first:
+            step()
+        if position == first or (position + 1) % config.grid_size == 0:
+            check_finite(state)
+        if on_row and (position + 1) % config.grid_size == 0:
+            on_row(state.codes, (position + 1) // config.grid_size)
+
+
+def decode_windows(state: DecodeState, first: int, on_row: OnRow | None) -> None:
+    """Sample the codes after the first unknown one, each candidate at its own position."""
+    config, rows = state.model.config, first // state.model.config.grid_size
+    step: Callable[[], None] = partial(decode_window, state)
+    if state.codes.is_cuda:
+        step = cuda_graphed(step)
+    columns = torch.arange(config.image_len, device=state.codes.device)
+    check_finite(state)
+    while rows < config.grid_size:
+        done = int(state.front.min()) // config.grid_size
+        for row in range(rows + 1, done + 1):
+            check_finite(state)
+            if on_row:  # without the guesses
+                is_done = columns < row * config.grid_size
+                on_row(torch.where(is_done, state.codes, state.known), row)
+        rows = max(rows, done)
+        if rows < config.grid_size:
+            step()
 
 
 def check_finite(state: DecodeState) -> None:

@@ -23,28 +23,35 @@ from dalle1.model.transformer import Transformer
 
 
 class SlotView(NamedTuple):
-    """The slot of a code in a layer's cache, and the slots that it sees."""
+    """Slots of codes in a layer's cache, and the slots that they see.
+
+    One position that all candidates share, [1], or windows of n positions of each, [P, C, n].
+    """
 
     slot: Tensor
-    """[1]: the code's own slot."""
+    """[1] or [P, C, n]: the code's own slot."""
     group: Tensor
-    """[1]: the group whose slots it attends to."""
+    """[1] or [P, C, n]: the group whose slots it attends to."""
     hidden: Tensor
-    """[1, S]: 0 for a visible slot of the group, −∞ for a hidden one."""
+    """[1, S] or [P, C, n, S]: 0 for a visible slot of the group, −∞ for a hidden one."""
 
 
 class SlotLayout:
     """The slots of one kind of layer, read off its mask.
 
     A column layer keeps one group of W slots for each column. All others keep a ring of as many
-    slots as the mask reaches back: W + 1 for row, 5W + 6 for conv, N for full.
+    slots as the mask reaches back: W + 1 for row, 5W + 6 for conv, N for full. For windows of n
+    codes it has n − 1 more: no code of a window overwrites what an earlier one of it sees.
     """
 
-    def __init__(self, kind: MaskKind, grid_size: int, conv_wrap: bool, like: Tensor) -> None:
+    def __init__(
+        self, kind: MaskKind, grid_size: int, conv_wrap: bool, like: Tensor, window: int = 1
+    ) -> None:
         mask = image_mask(kind, grid_size, conv_wrap)
         positions = torch.arange(grid_size**2)
         reach = int((positions - mask.int().argmax(1)).max()) + 1
-        self.groups, self.size = (grid_size, grid_size) if kind == "column" else (1, reach)
+        ring = min(reach + window - 1, grid_size**2)
+        self.groups, self.size = (grid_size, grid_size) if kind == "column" else (1, ring)
         group, order = positions % self.groups, positions // self.groups
         # The code in each slot of the group, by its order there; negative: none yet.
         held = order[:, None] - (order[:, None] - torch.arange(self.size)) % self.size
@@ -54,10 +61,8 @@ class SlotLayout:
         self.hidden = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf).to(like)
 
     def at(self, position: Tensor) -> SlotView:
-        """Look up a position [1]."""
-        return SlotView(
-            *(x.index_select(0, position) for x in (self.slot, self.group, self.hidden))
-        )
+        """Look up a position [1], or those of windows [P, C, n]."""
+        return SlotView(self.slot[position], self.group[position], self.hidden[position])
 
 
 class Cache:
@@ -65,17 +70,27 @@ class Cache:
 
     view: SlotView
     """Slots of the next step."""
+    flat_slots: Tensor
+    flat_groups: Tensor
+    """[P·H·C·n]: slots and groups of the next windows, counted over all candidates and heads."""
 
     def __init__(
         self, mask: MaskedAttention, layout: SlotLayout, sizes: Sequence[int], like: Tensor
     ) -> None:
-        """Allocate for sizes (P, H, C, d), in the precision and on the device of `like`."""
+        """Allocate for sizes (P, H, C, n, d), in the precision and on the device of `like`."""
         self.mask, self.layout = mask, layout
-        prompts, heads, candidates, width = sizes
-        self.text = like.new_zeros(2, prompts, heads, mask.layout.text_len, width)
-        slots = layout.groups, layout.size
+        prompts, heads, candidates, window, width = sizes
+        length, slots = mask.layout.text_len, (layout.groups, layout.size)
+        self.text = like.new_zeros(2, prompts, heads, length, width)
         self.codes = like.new_zeros(2, prompts, heads, candidates, *slots, width)
-        self.scores = like.new_zeros(prompts, heads, candidates, mask.layout.text_len + layout.size)
+        rows = candidates * window
+        self.scores = like.new_zeros(prompts, heads, rows, length + layout.size)
+        self.window, self.scale = window, 1 / math.sqrt(width)
+        self.zero = like.new_zeros(())
+        # Views of these, made once: making one takes as long as a small operation.
+        self.text_keys, self.text_values = self.text.flatten(1, 2)
+        self.text_keys = self.text_keys.transpose(1, 2)
+        self.is_strided = like.device.type == "cpu" and like.dtype != torch.bfloat16
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Read captions, and codes that all candidates share: [P, H, n, d] each → [P, H, n, d]."""
@@ -89,22 +104,63 @@ class Cache:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Read one code of every candidate, at `view`: [P, H, C, d] each → [P, H, C, d]."""
-        slot, group, hidden = self.view
-        for codes, x in zip(self.codes, (k, v), strict=True):
-            write_slot(codes.flatten(3, 4), slot, x)
-        keys, values = (
-            self.codes.index_select(4, group).squeeze(4)
-            if self.layout.groups > 1
-            else self.codes.squeeze(4)
+        """Read codes of every candidate, at `view`: [P, H, C·n, d] each → [P, H, C·n, d]."""
+        q, hidden = q.contiguous(), self.view.hidden
+        is_window = hidden.ndim > 2
+        keys, values = self.read_window(k, v) if is_window else self.read_shared(k, v)
+        flat = q.flatten(0, 1)
+        # [P·H·C, n, d] against the slots of a candidate, or [P·H·C·n, 1, d] against a group's.
+        per_candidate = flat.view(len(keys), -1, q.shape[-1])
+        text_scores = _scaled_product(flat, self.text_keys, self.scale, self.zero)
+        code_scores = _scaled_product(
+            per_candidate, keys.transpose(1, 2), self.scale, self.zero if is_window else hidden
         )
-        (text_keys, text_values), length = self.text, self.text.shape[-2]
-        q = q * (1 / math.sqrt(q.shape[-1]))  # faster on a CPU than a division
-        text_scores, code_scores = self.scores.split([length, self.layout.size], dim=-1)
-        text_scores.copy_(q @ text_keys.transpose(-1, -2))
-        torch.add((q.unsqueeze(-2) @ keys.transpose(-1, -2)).squeeze(-2), hidden, out=code_scores)
-        text_scores, code_scores = self.scores.softmax(-1).split([length, self.layout.size], dim=-1)
-        return text_scores @ text_values + (code_scores.unsqueeze(-2) @ values).squeeze(-2)
+
+        code_scores = code_scores.view(*q.shape[:3], -1)
+        if is_window:
+            code_scores.add_(hidden.flatten(1, 2)[:, None])
+        torch.cat([text_scores.view(*q.shape[:3], -1), code_scores], dim=-1, out=self.scores)
+        of_text, of_codes = self.scores.softmax(-1).split(
+            [self.text.shape[-2], keys.shape[1]], dim=-1
+        )
+        out = torch.bmm(of_text.flatten(0, 1), self.text_values)
+        of_codes = of_codes.view(*per_candidate.shape[:2], -1)
+        out.view(per_candidate.shape).baddbmm_(of_codes, values)
+        return out.view(q.shape)
+
+    def read_shared(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write to one slot of all candidates; return the keys and values [P·H·C, S, d] it sees."""
+        for codes, x in zip(self.codes, (k, v), strict=True):
+            write_slot(codes.flatten(3, 4), self.view.slot, x)
+        if self.layout.groups == 1:
+            keys, values = self.codes.squeeze(4).flatten(1, 3)
+        elif self.is_strided:
+            keys, values = self.codes.select(4, int(self.view.group)).flatten(1, 3)
+        else:  # in bf16, oneDNN is nearly twice as slow on a strided view
+            keys, values = self.codes.index_select(4, self.view.group).squeeze(4).flatten(1, 3)
+        return keys, values
+
+    def read_window(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write to each candidate's own slots; return what is seen, [P·H·C, S, d].
+
+        For a column layer it is [P·H·C·n, S, d]: every code of a window sees another group.
+        """
+        for codes, x in zip(self.codes, (k, v), strict=True):
+            codes.view(-1, codes.shape[-1]).index_copy_(
+                0, self.flat_slots, x.reshape(-1, x.shape[-1])
+            )
+        if self.layout.groups == 1:
+            keys, values = self.codes.squeeze(4).flatten(1, 3)
+            return keys, values
+        keys, values = (
+            codes.flatten(0, 3).index_select(0, self.flat_groups) for codes in self.codes
+        )
+        return keys, values
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float, added: Tensor) -> Tensor:
+    """Compute a·b·scale + added in one operation, but not what is added where that is a scalar."""
+    return torch.baddbmm(added, a, b, beta=added.ndim > 0, alpha=scale)
 
 
 def write_slot(store: Tensor, slot: Tensor, x: Tensor) -> None:
@@ -121,26 +177,41 @@ def write_slot(store: Tensor, slot: Tensor, x: Tensor) -> None:
 class Caches:
     """The caches of all layers of a model, for P prompts with C candidates each."""
 
-    def __init__(self, model: Transformer, prompts: int, candidates: int) -> None:
+    def __init__(self, model: Transformer, prompts: int, candidates: int, window: int = 1) -> None:
+        """Allocate caches for steps of one code, or of windows of n consecutive ones."""
         config, like = model.config, model.text_embedding.weight
         self.kinds = model.kinds
         self.layouts = {
-            kind: SlotLayout(kind, config.grid_size, config.conv_wrap, like)
+            kind: SlotLayout(kind, config.grid_size, config.conv_wrap, like, window)
             for kind in set(self.kinds)
         }
-        sizes = prompts, config.heads, candidates, config.head_size
+        sizes = prompts, config.heads, candidates, window, config.head_size
         self.layers = [
             Cache(cast(MaskedAttention, model.masks[kind]), self.layouts[kind], sizes, like)
             for kind in self.kinds
         ]
         self.prefill = [layer.prefill for layer in self.layers]
         self.step = [layer.step for layer in self.layers]
+        # The number of each [prompt, head, candidate], to count slots and groups over all.
+        shape = prompts, config.heads, candidates
+        self.numbers = torch.arange(math.prod(shape), device=like.device).view(*shape, 1)
 
     def seek(self, position: Tensor) -> None:
-        """Set the position [1] of the codes that the next step reads."""
-        views = {kind: layout.at(position) for kind, layout in self.layouts.items()}
-        for kind, layer in zip(self.kinds, self.layers, strict=True):
-            layer.view = views[kind]
+        """Set the position [1] of the codes that the next step reads, or windows of them [P, C, n].
+
+        No window begins before the last one of its candidate did.
+        """
+        for kind, layout in self.layouts.items():
+            view = layout.at(position)
+            if position.ndim > 1:
+                slots = self.numbers * (layout.groups * layout.size) + view.slot[:, None]
+                groups = self.numbers * layout.groups + view.group[:, None]
+                flat = slots.flatten(), groups.flatten()
+            for of, layer in zip(self.kinds, self.layers, strict=True):
+                if of == kind:
+                    layer.view = view
+                    if position.ndim > 1:
+                        layer.flat_slots, layer.flat_groups = flat
 
 
 def decode_memory(model: Transformer) -> tuple[int, int]:

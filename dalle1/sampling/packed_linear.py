@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+SMALL = 1 << 19
+"""Weights of a layer that MKL multiplies faster than oneDNN, from 1 to 32 rows."""
 
 LARGE = 1 << 30
 """Bytes of linear layers from which on a model is not held twice."""
@@ -42,6 +44,19 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., d_in] → [..., d_out]."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class TransposedLinear(nn.Module):
+    """A small linear layer on a CPU, in fp32: oneDNN's overhead is larger than its gain there."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight.t().contiguous(), layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: [..., d_in] → [..., d_out]."""
+        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], -1)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -91,8 +106,12 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 def _packed_copy(module: nn.Module, rows: int) -> Any:
     if isinstance(module, nn.Linear):
+        freed = _packed_from.get()
+        is_fp32 = module.weight.dtype == torch.float32
+        if freed is None and is_fp32 and module.weight.numel() <= SMALL:
+            return TransposedLinear(module)
         layer = PackedLinear(module, rows)
-        if (freed := _packed_from.get()) is not None:
+        if freed is not None:
             freed.append((module.weight, layer))
             module.weight.data = torch.empty(0, dtype=module.weight.dtype)
         return layer

@@ -19,7 +19,7 @@ from dalle1.sampling.decoding import (
     sample_token,
 )
 from dalle1.sampling.filters import Sampling, filter_logits
-from dalle1.sampling.packed_linear import PackedLinear, packed
+from dalle1.sampling.packed_linear import PackedLinear, TransposedLinear, packed
 
 L, W, V = 5, 4, 11
 N = W**2
@@ -118,7 +118,14 @@ def test_packed_weights_have_the_same_scores_and_do_not_change_the_model(
     if not here:
         assert twin is model
         return
-    assert isinstance(twin.layers[0].mlp.branch.up, PackedLinear)
+    kind = TransposedLinear if dtype == torch.float32 else PackedLinear
+    assert isinstance(twin.layers[0].mlp.branch.up, kind)
+    if dtype == torch.float32:
+        large = torch.nn.Linear(2**10, 2**10)
+        packed_large = packed(torch.nn.Sequential(large), 3)[0]
+        assert isinstance(packed_large, PackedLinear)
+        y = torch.randn(3, 2**10, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(packed_large(y), large(y))
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     for layer, packed_layer in zip(model.layers, twin.layers, strict=True):
         torch.testing.assert_close(packed_layer.mlp(x), layer.mlp(x))
@@ -140,7 +147,7 @@ def test_guidance_changes_the_scores_at_every_step(monkeypatch: pytest.MonkeyPat
     model.image_head.register_forward_hook(lambda *a: seen.append(a[2]))
     generate(model, TEXT[:1], uniforms, Sampling(guidance=2.0), known_codes=plain.flatten())
     assert not seen  # nothing is free, nothing is computed
-    generate(model, TEXT[:1], uniforms, Sampling(guidance=2.0))
+    generate(model, TEXT[:1], uniforms, Sampling(guidance=2.0), window=1)
     assert len(seen) == N
     for both in seen:
         conditional, unconditional = both
