@@ -63,5 +63,6 @@ clean: ## Remove .venv, caches and builds; trained models in runs/ stay
 	$(PY) -m pip install -e '.[dev]' -c constraints.txt
 	@# --no-deps: they require torchvision and old packages, which the tests never import.
 	$(PY) -m pip install --no-deps DALL-E open_clip_torch taming-transformers-rom1504 rudalle \
-		rudolph PyWavelets -c constraints.txt
+		rudolph PyWavelets dalle-pytorch axial-positional-embedding \
+		rotary-embedding-torch -c constraints.txt
 	@touch $@

@@ -39,9 +39,10 @@ def dalle_pytorch() -> ModuleType:
     """Import DALLE-pytorch 1.6.6; its version is the last on PyPI."""
     for name, attributes in UNUSED.items():
         parts = name.split(".")
-        if importlib.util.find_spec(parts[0]) is None:
-            for i in range(1, len(parts)):
-                _stand_in(".".join(parts[:i]))
+        missing = importlib.util.find_spec(parts[0]) is None
+        for i in range(1, len(parts) if missing else 0):
+            _stand_in(".".join(parts[:i]))
+        if missing or len(parts) > 1:  # taming's own needs Lightning
             _stand_in(name, attributes)
     try:
         import dalle_pytorch

@@ -52,6 +52,10 @@ SUBCOMMANDS = {
     ),
     "import mindalle": ("dalle1.importers.mindalle", "Convert minDALL-E"),
     "import rudalle": ("dalle1.importers.rudalle", "Convert a ru-dalle: Malevich, Surrealist"),
+    "import dalle-pytorch": (
+        "dalle1.importers.dalle_pytorch",
+        "Convert a model that DALLE-pytorch trained",
+    ),
     "import rudolph": ("dalle1.importers.rudolph", "Convert a RuDOLPH"),
     "export": ("dalle1.export", "Join a transformer and a CLIP in one model folder, or publish it"),
     "toybox": ("dalle1.commands.toybox", "Render the Toybox dataset and write it as shards"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dalle1.storage import model_folder, read_kind
 from dalle1.vqgan.model import FILE_NAME as IMAGE_TOKENIZER_FILE
 from dalle1.vqgan.model import VQGAN
+from dalle1.vqgan.strided_dvae import StridedDVAE
 from dvae.model import DVAE, FILE_NAME
 
 
@@ -58,7 +59,11 @@ class ImageTokenizerClass(Protocol):
         """Load the file that `save` wrote; see `load_image_tokenizer`."""
 
 
-IMAGE_TOKENIZERS: dict[str, ImageTokenizerClass] = {"dvae": DVAE, "vqgan": VQGAN}
+IMAGE_TOKENIZERS: dict[str, ImageTokenizerClass] = {
+    "dvae": DVAE,
+    "vqgan": VQGAN,
+    "strided-dvae": StridedDVAE,
+}
 """Kind, as in a model file's metadata → class."""
 
 

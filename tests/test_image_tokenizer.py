@@ -155,7 +155,9 @@ def test_unknown_missing_and_damaged_tokenizers_are_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"no image tokenizer in .*dvae\.safetensors"):
         load_image_tokenizer(tmp_path)
     save_weights(tiny_dvae(), tmp_path / "dvae.safetensors", kind="other")
-    with pytest.raises(ValueError, match="is of kind 'other', expected dvae or vqgan or grey"):
+    with pytest.raises(
+        ValueError, match="is of kind 'other', expected dvae or vqgan or strided-dvae or grey"
+    ):
         load_image_tokenizer(tmp_path)
     image_tokenizer_file(tmp_path).write_bytes(b"not a model")
     with pytest.raises(ValueError, match="is damaged"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 import torch
 from tokenizers.implementations import CharBPETokenizer
 
+from benchmarks.peers import dalle_pytorch
+from dalle1.importers.clip_bpe import read_clip_bpe
+from dalle1.importers.dalle_pytorch import load_tokenizer as load_clip
 from dalle1.importers.mindalle import load_tokenizer as load_mindalle
 from dalle1.importers.rudalle import load_tokenizer as load_rudalle
 from dalle1.importers.yttm import read_yttm
@@ -107,6 +111,29 @@ def test_mindalle(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode(["A red cat"], 12)) == ["a red cat"]
     with pytest.raises(ValueError, match=r"no vocabulary .* expected those of minDALL-E"):
         load_mindalle(files[1], files[0])
+
+
+def test_the_bpe_of_clip() -> None:
+    spec = importlib.util.find_spec("dalle_pytorch")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the package dalle_pytorch; `make test` installs it")
+    path = Path(spec.submodule_search_locations[0]) / "data" / "bpe_simple_vocab_16e6.txt"
+    tokenizer = load_clip(path, 49_408)
+    dalle_pytorch()
+    original = importlib.import_module("dalle_pytorch.tokenizer").tokenizer
+    for text in (
+        "A photo of a CAT, it's 3 o'clock!",
+        "&amp;amp; café \u00a0 日本 \U0001f600",
+        "",
+        "it'ſ  wow!!! 12345",
+        "\x00 tab\t ﬁ",
+    ):
+        ids = [i or 49_408 + p + 1 for p, i in enumerate(original.encode(text)[:15])]
+        pads = list(range(49_408 + len(ids) + 1, 49_408 + 16))
+        assert tokenizer.encode([text], 16)[0].tolist() == [0, *ids, *pads]
+    assert tokenizer.decode(tokenizer.encode(["A café cat"], 16)) == ["a café cat"]
+    with pytest.raises(ValueError, match="holds no merges of CLIP"):
+        read_clip_bpe(Path(__file__))
 
 
 class NoDropout(random.Random):

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from foreign_models import SIDE, mindalle_folder, rudalle_files, rudolph_files
+from foreign_models import (
+    CODES,
+    IMPORTERS,
+    SIDE,
+    dalle_pytorch_file,
+    mindalle_folder,
+    rudalle_files,
+    rudolph_files,
+    tiny_vqgan,
+)
+from originals import import_original
+from tokenizers.implementations import CharBPETokenizer
 from torch import Tensor
 
 from dalle1 import DallE
 from dalle1.commands import sample
-from dalle1.importers import mindalle, rudalle, rudolph
+from dalle1.importers import dalle_pytorch, mindalle, rudalle, rudolph, vqgan
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.decoding import candidate_uniforms, generate
 from dalle1.sampling.filters import Sampling
@@ -40,9 +53,9 @@ def without_pads(text: Tensor, model: Transformer) -> Tensor:
     return text.where(text < model.config.text_vocab, 0)
 
 
-def assert_near(ours: Tensor, theirs: Tensor) -> None:
+def assert_near(ours: Tensor, theirs: Tensor, limit: float = 1e-5) -> None:
     assert ours.shape == theirs.shape
-    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < limit
 
 
 def greedy(model: Transformer, logits: Any, text: Tensor) -> Tensor:
@@ -73,7 +86,9 @@ def sampled(folder: Path, out: Path, capsys: pytest.CaptureFixture[str], prompt:
 def test_rudalle_and_rudolph(
     tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files, original, vqgan = (rudalle_files if family == "rudalle" else rudolph_files)(tmp_path)
+    files, original, image_model = (rudalle_files if family == "rudalle" else rudolph_files)(
+        tmp_path
+    )
     module = rudalle if family == "rudalle" else rudolph
     module.main([*map(str, files), "--heads", "2", "--out", str(tmp_path / "model")])
     printed = capsys.readouterr()
@@ -99,8 +114,8 @@ def test_rudalle_and_rudolph(
     assert_near(text_logits, whole[:, : config.text_len - 1, : config.text_vocab + config.text_len])
     check_decoding(model, logits, text)
     grids = codes.view(2, SIDE, SIDE)
-    vectors = vqgan.quantize.embed(grids).permute(0, 3, 1, 2)
-    decoded = vqgan.decoder(vqgan.post_quant_conv(vectors))
+    vectors = image_model.quantize.embed(grids).permute(0, 3, 1, 2)
+    decoded = image_model.decoder(image_model.post_quant_conv(vectors))
     ours = pipeline.image_tokenizer.decode(grids)
     torch.testing.assert_close(ours, decoded.clamp(-1, 1) / 2 + 0.5, rtol=0, atol=2e-5)
     begins = [2, 59] if family == "rudalle" else [2, 97 + 2]
@@ -110,7 +125,7 @@ def test_rudalle_and_rudolph(
 
 @torch.no_grad()
 def test_mindalle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, logits, vqgan = mindalle_folder(tmp_path)
+    folder, logits, image_model = mindalle_folder(tmp_path)
     mindalle.main([str(folder), "--heads", "2", "--out", str(tmp_path / "model")])
     assert "CC BY-NC-SA 4.0" in capsys.readouterr().out
     pipeline = DallE.from_pretrained(tmp_path / "model", device="cpu")
@@ -130,9 +145,68 @@ def test_mindalle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (text_logits.softmax(-1)[..., config.text_vocab :] == 0).all()
     check_decoding(model, theirs, text)
     images = torch.rand(1, 3, 4 * SIDE, 4 * SIDE)
-    found = vqgan.quantize(vqgan.quant_conv(vqgan.encoder(2 * images - 1)))[2][2]
+    found = image_model.quantize(image_model.quant_conv(image_model.encoder(2 * images - 1)))[2][2]
     assert torch.equal(pipeline.image_tokenizer.encode(images).flatten(), found.flatten())
     sampled(tmp_path / "model", tmp_path / "out", capsys, "a red cat")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes", [{}, {"sandwich_norm": True, "share_input_output_emb": True}, {"stable": True}]
+)
+def test_dalle_pytorch(
+    tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, original = dalle_pytorch_file(tmp_path, **changes)
+    vocabulary = tmp_path / "bpe.model"
+    vocabulary.write_text(
+        json.loads((IMPORTERS / "youtokentome.json").read_text(encoding="utf-8"))["model"],
+        encoding="utf-8",
+    )
+    dalle_pytorch.main([str(path), str(vocabulary), "--out", str(tmp_path / "model")])
+    assert "not part of the model" not in capsys.readouterr().err
+    pipeline = DallE.from_pretrained(tmp_path / "model", device="cpu")
+    model = pipeline.transformer
+    config = model.config
+    text, codes = stream(model)
+    text[:, 0] = 0  # the start of text
+
+    def logits(text: Tensor, codes: Tensor) -> Tensor:
+        found = original(without_pads(text, model)[:, 1:], codes)
+        return found[:, config.text_len - 1 :, 97 + 7 :]
+
+    text_logits, image_logits = model(text, codes)
+    limit = 1e-4 if changes.get("stable") else 1e-5  # it scales what LayerNorm adds its eps to
+    assert_near(image_logits, logits(text, codes), limit)
+    whole = original(without_pads(text, model)[:, 1:], codes)[:, : config.text_len - 1, : 97 + 7]
+    ours = torch.cat([text_logits[..., :97], text_logits[..., 98:]], -1)  # but for the start's pad
+    assert_near(ours, whole, limit)
+    check_decoding(model, logits, text)
+    grids = codes.view(2, SIDE, SIDE)
+    decoded = (original.vae.decode(codes) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(pipeline.image_tokenizer.decode(grids), decoded)
+    images = torch.rand(2, 3, 4 * SIDE, 4 * SIDE)
+    found = pipeline.image_tokenizer.encode(images).flatten(1)
+    assert torch.equal(found, original.vae.get_codebook_indices(images))
+    assert pipeline.encode_prompt("кот").tolist() == [0, 29, *range(97 + 2, 97 + 8)]
+    sampled(tmp_path / "model", tmp_path / "out", capsys, "рыжий кот")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reversible": True}, r"has reversible layers \(reversible\)"),
+        ({"rotary_emb": True, "dim_head": 12}, r"has rotary positions \(rotary_emb\)"),
+        ({"shift_tokens": True}, r"has shifted tokens \(shift_tokens\)"),
+        ({"attn_types": ("full", "conv_like")}, "has attention of type 'conv_like'"),
+    ],
+)
+def test_other_models_of_dalle_pytorch_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path, _ = dalle_pytorch_file(tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"{message}.*not supported"):
+        dalle_pytorch.read_checkpoint(path)
 
 
 def test_version_2_of_rudalle_is_refused(tmp_path: Path) -> None:
@@ -158,3 +232,53 @@ def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         mindalle.main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert "has no file stage2_last.ckpt; expected the published folder" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_the_vqgan_of_dalle_pytorch(tmp_path: Path) -> None:
+    path, _ = dalle_pytorch_file(tmp_path)
+    content = torch.load(path, weights_only=True)
+    quantize = import_original("taming.modules.vqvae.quantize")
+    image_model = tiny_vqgan(quantize.VectorQuantizer2(CODES, 16, beta=0.25))
+    weights = {k: t for k, t in content["weights"].items() if not k.startswith("vae.")}
+    weights |= {f"vae.model.{name}": tensor for name, tensor in image_model.state_dict().items()}
+    torch.save({**content, "weights": weights, "vae_params": None}, path)
+    params, tensors, vae_params = dalle_pytorch.read_checkpoint(path)
+    model = dalle_pytorch.load_image_tokenizer(
+        tensors, vae_params, dalle_pytorch.load_transformer(tensors, params)
+    )
+    images = torch.rand(1, 3, 4 * SIDE, 4 * SIDE)
+    codes = image_model.quantize(image_model.quant_conv(image_model.encoder(2 * images - 1)))[2][2]
+    assert torch.equal(model.encode(images).flatten(), codes.flatten())
+
+
+class Hostile:
+    """Pickled, it is a call of os.mkdir."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("module", [dalle_pytorch, mindalle, rudalle, rudolph, vqgan])
+def test_hostile_files_are_refused_and_not_run(
+    tmp_path: Path, module: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {"state_dict": {"a": torch.zeros(1)}, "hparams": {"x": Hostile(tmp_path / "run")}}
+    names = ("stage1_last.ckpt", "stage2_last.ckpt", "model.bin")
+    for name in names:
+        torch.save(content, tmp_path / name)
+    trained = CharBPETokenizer()
+    trained.train_from_iterator(["a cat"], 20, 1, special_tokens=["[PAD]", "[UNK]"])
+    (tmp_path / "tokenizer").mkdir()
+    trained.save_model(str(tmp_path / "tokenizer"), "bpe-16k")
+    file, out = str(tmp_path / "model.bin"), ["--out", str(tmp_path / "out")]
+    count = {mindalle: 0, vqgan: 1, dalle_pytorch: 2}.get(module, 3)
+    with pytest.raises(SystemExit) as stopped:
+        module.main([*([file] * count or [str(tmp_path)]), *out])
+    assert stopped.value.code == 2
+    assert re.search(r"nothing in it was run: it names (posix|nt)\.mkdir", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "out").exists()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from originals import import_original
 from tokenizers.implementations import CharBPETokenizer
 from torch import Tensor, nn
+
+from benchmarks.peers import dalle_pytorch
 
 SIDE = 8
 """Codes along each side of their images."""
@@ -104,6 +108,40 @@ def rudolph_files(folder: Path) -> tuple[list[Path], Any, Any]:
     checkpoint, vocabulary, vqgan = _gumbel_files(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     return [folder / "pytorch_model.bin", checkpoint, vocabulary], model, vqgan
+
+
+def dalle_pytorch_file(folder: Path, **changes: Any) -> tuple[Path, Any]:
+    """Write a model of DALLE-pytorch as its train_dalle.py does; return its file and the model."""
+    pytest.importorskip("axial_positional_embedding", reason="`make test` installs it")
+    pytest.importorskip("rotary_embedding_torch", reason="`make test` installs it")
+    if importlib.util.find_spec("dalle_pytorch") is None:
+        pytest.skip("needs the package dalle_pytorch; `make test` installs it")
+    package = dalle_pytorch()
+    vae_params = {
+        "image_size": 4 * SIDE,
+        "num_layers": 2,
+        "num_tokens": CODES,
+        "codebook_dim": 12,
+        "hidden_dim": 8,
+        "num_resnet_blocks": 1,
+    }
+    params: dict[str, Any] = {
+        "num_text_tokens": 97,
+        "text_seq_len": 7,
+        "dim": 16,
+        "depth": 4,
+        "heads": 3,
+        "dim_head": 4,
+        "reversible": False,
+        "shift_tokens": False,
+        "rotary_emb": False,
+        "attn_types": ("full", "axial_row", "axial_col"),
+    } | changes
+    model = randomized(package.DALLE(vae=package.DiscreteVAE(**vae_params), **params))
+    path = folder / "dalle.pt"
+    content = {"hparams": params, "vae_params": vae_params, "weights": model.state_dict()}
+    torch.save(content, path)
+    return path, model
 
 
 Logits = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -1,0 +1,272 @@
+"""Convert models that DALLE-pytorch trained, with their image tokenizer.
+
+    dalle1 import dalle-pytorch dalle.pt bpe_simple_vocab_16e6.txt --out runs/converted
+
+Its own dVAE and taming's VQGAN are converted with the transformer. Models with reversible layers,
+rotary positions, shifted tokens, and random or convolutional attention are refused. Source:
+lucidrains/DALLE-pytorch dalle_pytorch/{dalle_pytorch,transformer,attention}.py, version 1.6.6.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from dalle1.console import one_line_errors, parse
+from dalle1.image_tokenizer import ImageTokenizer
+from dalle1.importers.checkpoint import unpickle
+from dalle1.importers.clip_bpe import read_clip_bpe
+from dalle1.importers.command import ModelOptions, for_grid
+from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, rows
+from dalle1.importers.vqgan import MARKER, build_vqgan
+from dalle1.importers.yttm import read_yttm
+from dalle1.model.masks import MaskKind
+from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.text.bpe import Tokenizer
+from dalle1.text.format import TextFormat
+from dalle1.vqgan.strided_dvae import StridedDVAE, StridedDVAEConfig
+
+LICENCE = "unknown; that of whoever trained the model"
+KINDS_OF_ATTENTION: dict[str, MaskKind] = {
+    "full": "full",
+    "axial_row": "line",
+    "axial_col": "column",
+}
+REFUSED = {
+    "reversible": (False, "reversible layers"),
+    "rotary_emb": (True, "rotary positions"),
+    "shift_tokens": (True, "shifted tokens"),
+    "sparse_attn": (False, "random blocks of attention"),
+}
+"""Hyperparameter → (its default in the class, what it is)."""
+_NAMES = re.compile(
+    r"transformer\.layers\.(?:layers\.)?(\d+)\.([01])\.(?:.*\.)?"
+    r"(norm_out|norm|to_qkv|to_out\.0|net\.0|net\.3)\.(weight|bias)$"
+)
+_PARTS = {
+    ("0", "norm"): "attention.norm",
+    ("0", "norm_out"): "attention.out_norm",
+    ("0", "to_qkv"): "attention.branch.qkv",
+    ("0", "to_out.0"): "attention.branch.out",
+    ("1", "norm"): "mlp.norm",
+    ("1", "norm_out"): "mlp.out_norm",
+    ("1", "net.0"): "mlp.branch.up",
+    ("1", "net.3"): "mlp.branch.down",
+}
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Foreign, dict[str, Any] | None]:
+    """Return the hyperparameters of a checkpoint, its tensors, and those of its own dVAE.
+
+    Raises: ValueError where the file is another, or of a model that is not supported.
+    """
+    content = unpickle(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("hparams"), Mapping):
+        raise ValueError(f"{path} has no hparams, expected a dalle.pt of DALLE-pytorch")
+    if not isinstance(content.get("weights"), Mapping):
+        raise ValueError(f"{path} has no weights, expected a dalle.pt of DALLE-pytorch")
+    params = dict(content["hparams"])
+    tensors = {k: t for k, t in content["weights"].items() if isinstance(t, Tensor)}
+    for name, (default, what) in REFUSED.items():
+        value = params.get(name, default)
+        if any(value) if isinstance(value, (list, tuple)) else value:
+            raise ValueError(f"{path} has {what} ({name}), which is not supported")
+    for kind in _attention(params):
+        if kind not in KINDS_OF_ATTENTION:
+            raise ValueError(
+                f"{path} has attention of type {kind!r}, which is not supported; expected "
+                f"{', '.join(KINDS_OF_ATTENTION)}"
+            )
+    return params, Foreign(tensors, "to_logits.1.weight", path), content.get("vae_params")
+
+
+def _attention(params: Mapping[str, Any]) -> list[str]:
+    types = params.get("attn_types") or ("full",)
+    return [types] if isinstance(types, str) else list(types)
+
+
+def load_transformer(tensors: Foreign, params: Mapping[str, Any]) -> Transformer:
+    """Load the transformer; `params` are the hyperparameters of the file."""
+    try:
+        text_len, depth = params["text_seq_len"] + 1, params["depth"]
+        vocab, heads = params["num_text_tokens"], params.get("heads", 8)
+        width, head_width = params["dim"], params.get("dim_head", 64)
+    except KeyError as error:
+        raise ValueError(f"{tensors.path} has no hyperparameter {error}, expected one") from error
+    axes = [_axis(tensors, i) for i in (0, 1)]
+    config = TransformerConfig(
+        text_vocab=vocab,
+        text_len=text_len,
+        width=width,
+        depth=depth,
+        heads=heads,
+        head_width=head_width,
+        image_start="none",
+        masks=tuple(KINDS_OF_ATTENTION[k] for k in islice(cycle(_attention(params)), depth)),
+        sandwich=bool(params.get("sandwich_norm", False)),
+        mlp="geglu",
+        codebook_size=len(tensors["to_logits.1.weight"]) - vocab - text_len + 1,
+        grid_size=len(axes[0]),
+    )
+    state = _layers(tensors, config, params)
+    state |= {"row.weight": axes[0], "column.weight": axes[1]}
+    state |= {f"norm.{kind}": tensors[f"to_logits.0.{kind}"] for kind in KINDS}
+    state |= _vocabularies(tensors, config, bool(params.get("share_input_output_emb", False)))
+    return build_transformer(config, state, tensors.path)
+
+
+def _axis(tensors: Foreign, axis: int) -> Tensor:
+    """Return the embeddings of rows (0) or columns (1), [W, D], under either of their names."""
+    names = [f"image_pos_emb.weights{separator}{axis}" for separator in "._"]
+    table = tensors[names[1] if names[1] in tensors else names[0]]
+    return table.reshape(-1, table.shape[-1])
+
+
+def _vocabularies(tensors: Foreign, config: TransformerConfig, shared: bool) -> dict[str, Tensor]:
+    """Return tables and heads: a start token, which is also token 0, then the padding.
+
+    Their padding of a caption's position p is ours of position p + 1, since ours counts the start.
+    """
+    vocab, split = config.text_vocab, len(tensors["to_logits.1.weight"]) - config.codebook_size
+    head, bias = tensors["to_logits.1.weight"], tensors["to_logits.1.bias"]
+    text = head[:split] if shared else tensors["text_emb.weight"]
+    image = head[split:] if shared else tensors["image_emb.weight"]
+    never = bias.new_full((1,), -1e4)  # the start token as padding is not predicted
+
+    def with_start(table: Tensor, start: Tensor) -> Tensor:
+        return torch.cat([table[:vocab], start, table[vocab:]])
+
+    return {
+        "text_embedding.weight": rows(with_start(text, text[:1]), split + 2),
+        "image_embedding.weight": rows(image, config.codebook_size + 1),
+        "text_position.weight": tensors["text_pos_emb.weight"],
+        "text_head.weight": with_start(head[:split], torch.zeros_like(head[:1])),
+        "text_head.bias": with_start(bias[:split], never),
+        "image_head.weight": head[split:],
+        "image_head.bias": bias[split:],
+    }
+
+
+def _layers(
+    tensors: Foreign, config: TransformerConfig, params: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return the tensors of all layers; the scales of branches become part of their last layer."""
+    state: dict[str, Tensor] = {}
+    for name in list(tensors.tensors):
+        if match := _NAMES.search(name):
+            layer, branch, part, kind = match.groups()
+            state[f"layers.{layer}.{_PARTS[branch, part]}.{kind}"] = tensors[name]
+    for i in range(config.depth):
+        qkv = f"layers.{i}.attention.branch.qkv"
+        if f"{qkv}.weight" in state:
+            state[f"{qkv}.bias"] = state[f"{qkv}.weight"].new_zeros(len(state[f"{qkv}.weight"]))
+        for kind in KINDS:
+            up = f"layers.{i}.mlp.branch.up.{kind}"
+            if up in state:  # theirs has the gate second
+                state[up] = torch.cat(state[up].chunk(2)[::-1])
+        for branch, ours, last in (("0", "attention", "out"), ("1", "mlp", "down")):
+            scale = tensors[f"transformer.layers.layers.{i}.{branch}.scale"].flatten()
+            name = f"layers.{i}.{ours}." + ("out_norm" if config.sandwich else f"branch.{last}")
+            for kind in KINDS:
+                if f"{name}.{kind}" in state:
+                    value = state[f"{name}.{kind}"]
+                    state[f"{name}.{kind}"] = scale.view(-1, *[1] * (value.ndim - 1)) * value
+    return state
+
+
+def load_image_tokenizer(
+    tensors: Foreign, vae_params: Mapping[str, Any] | None, transformer: Transformer
+) -> ImageTokenizer:
+    """Load the image tokenizer of the same file: its own dVAE, or taming's VQGAN."""
+    found = {
+        name.removeprefix("vae."): tensor
+        for name, tensor in tensors.tensors.items()
+        if name.startswith("vae.")
+    }
+    tensors.unread -= {f"vae.{name}" for name in found}
+    if f"model.{MARKER}" in found:
+        return for_grid(build_vqgan(Foreign(found, MARKER, tensors.path)), transformer)
+    if "codebook.weight" not in found:
+        raise ValueError(
+            f"{tensors.path} has neither a dVAE of DALLE-pytorch nor a VQGAN of taming; import its "
+            "image tokenizer by openai-dvae or vqgan, and train a transformer on its codes"
+        )
+    params = dict(vae_params or {})
+    convolutions = [name for name in found if re.fullmatch(r"encoder\.\d+\.0\.weight", name)]
+    first = found.get("encoder.0.0.weight")
+    if first is None or first.ndim != 4 or first.shape[1] != 3:
+        raise ValueError(f"{tensors.path} has a dVAE of other than 3 channels; expected 3")
+    config = StridedDVAEConfig(
+        image_size=transformer.config.grid_size << len(convolutions),
+        width=len(first),
+        layers=len(convolutions),
+        blocks=sum(name.endswith("net.0.weight") for name in found if name.startswith("encoder.")),
+        codebook_size=found["codebook.weight"].shape[0],
+        code_width=found["codebook.weight"].shape[1],
+    )
+    if params.get("normalization", ()) is None:
+        raise ValueError(f"{tensors.path} has a dVAE without normalization; expected means of 0.5")
+    model = StridedDVAE(config)
+    try:
+        model.load_state_dict(found, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{tensors.path} does not match a dVAE ({reason})") from error
+    return model.eval()
+
+
+def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Load the vocabulary of a model: CLIP's merges, JSON of `tokenizers`, or of youtokentome."""
+    suffixes = path.suffixes
+    if path.suffix == ".json":
+        bpe = Tokenizer.load(path).bpe
+    else:
+        bpe = read_clip_bpe(path) if {".txt", ".gz"} & set(suffixes) else read_yttm(path)
+    if bpe.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"{path} has {bpe.get_vocab_size()} tokens, the transformer {vocab_size}; use the "
+            "vocabulary that it was trained with"
+        )
+    clip = bool({".txt", ".gz"} & set(suffixes))
+    return Tokenizer(
+        bpe,
+        format=TextFormat(
+            clean="clip" if clip else "none",
+            bos=(0,),
+            pad_id=0,
+            fills_all=True,
+            vocab_size=vocab_size,
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(ModelOptions):
+    """Options of `dalle1 import dalle-pytorch`."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """The file of a training, dalle.pt."""
+    vocabulary: tyro.conf.Positional[Path]
+    """Its vocabulary: bpe_simple_vocab_16e6.txt, a .json of tokenizers, or one of youtokentome."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse(ImportConfig, args, __doc__.splitlines()[0])
+        config.check()
+        params, tensors, vae_params = read_checkpoint(config.checkpoint)
+        if config.heads is not None:
+            params["heads"] = config.heads
+        transformer = load_transformer(tensors, params)
+        image_tokenizer = load_image_tokenizer(tensors, vae_params, transformer)
+        tensors.warn_of_unread()
+        tokenizer = load_tokenizer(config.vocabulary, params["num_text_tokens"])
+        config.write(image_tokenizer, transformer, tokenizer, LICENCE)
