@@ -6,6 +6,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -198,15 +199,16 @@ class DallE:
         prompts = [clean_prompt(prompt) for prompt in prompts]
         guided, image_len = options.guidance != 1, self.transformer.config.image_len
         fits = max_batch(self.transformer, batch_size, guided=guided, processes=share[1])
-        text, kept = self._encode_prompts(prompts), {"empty": self.empty_caption()}
-        kept["known_codes"] = check_known(known_codes, self.transformer)
+        text, empty = self._encode_prompts(prompts), self.empty_caption()
+        known = check_known(known_codes, self.transformer)
+        sample = partial(generate, self.transformer, known_codes=known, empty=empty)
         indices = range(options.distinct(num_candidates))[share[0] :: share[1]]
 
         def sample_codes(rows: range, columns: range) -> Tensor:
             uniforms = candidate_uniforms(seed, columns, image_len)
             each = on_row and (lambda codes, count: on_row(codes.flatten(0, 1), count))
             part = text[rows.start : rows.stop]
-            return generate(self.transformer, part, uniforms, options, **kept, on_row=each)
+            return sample(part, uniforms, options, on_row=each)
 
         if not indices:
             return ([] for _ in prompts)
