@@ -65,6 +65,8 @@ class CodecModel:
             text = null_caption(transformer).repeat(len(codes), 1)
             return Archive(text=text, codes=codes, has_captions=False)
         text = tokenizer.encode(captions, transformer.config.text_len)
+        padding = null_caption(transformer).expand_as(text)  # a caption is coded up to its first
+        text = padding.where((text >= transformer.config.text_vocab).cumsum(1) > 0, text)
         pairs = enumerate(zip(captions, tokenizer.decode(text), strict=True))
         changed = {str(i): caption for i, (caption, decoded) in pairs if decoded != caption}
         return Archive(text=text, codes=codes, verbatim=changed)

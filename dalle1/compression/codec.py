@@ -113,15 +113,21 @@ class Codec:
         if codes is not None:
             self._code_codes(coder, text, codes)
 
+    @property
+    def starts(self) -> bool:
+        """Whether streams have start tokens, so that states read the token before their own."""
+        return self.model.config.image_start != "none"
+
     def _code_captions(self, coder: Coder, text: Tensor) -> None:
         """Transfer captions: text [B, L] is read, or written where the coder decodes.
 
-        Token text_vocab stands for the end of a caption; the last position is always padding.
+        Token text_vocab stands for the end of a caption. The last position is always padding where
+        streams have start tokens.
         """
         vocab = self.model.config.text_vocab
         padding = null_caption(self.model)[0]
         rows = torch.arange(len(text))
-        for position in range(text.shape[1] - 1):
+        for position in range(text.shape[1] - self.starts):
             logits = self._text_logits(text[rows, : position + 1])
             choices = torch.cat([logits[:, :vocab], logits[:, vocab + position, None]], dim=1)
             tokens = self._code_tokens(coder, choices, text[rows, position].clamp_max(vocab))
@@ -154,10 +160,10 @@ class Codec:
         # Captions are short: recomputing all positions for each token needs no cache.
         model = self.model
         with inference(self.device):
-            states = model.run(
-                model.embed_text(text.to(self.device)), [attend] * model.config.depth
-            )
-            return model.text_head(states[:, -1])
+            x = model.embed_text(text.to(self.device))[:, : text.shape[1] - 1 + self.starts]
+            if not x.shape[1]:  # nothing predicts the first token: all are equally likely
+                return x.new_zeros(len(x), model.text_tokens)
+            return model.text_head(model.run(x, [attend] * model.config.depth)[:, -1])
 
     def _code_logits(self, text: Tensor, codes: Tensor) -> Iterator[Tensor]:
         """Yield image logits [B, V] of one position after another; codes are read as filled."""
@@ -169,7 +175,7 @@ class Codec:
                     x = model.embed(text, codes[:, :1].to(device))
                     states = model.run(x, caches.prefill)[:, -1:]
                 else:
-                    position = torch.tensor([index], device=device)
+                    position = torch.tensor([index - 1 + self.starts], device=device)
                     caches.seek(position)
                     x = model.embed_codes(codes[:, index - 1, None].to(device), position)
                     states = model.run(x, caches.step, model.config.text_len + position)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dalle1.data import Example, ReadOptions, Sample, Source, first_examples, open_source
@@ -109,6 +110,8 @@ def bits_scores(model: TokenModel, held: Pairs, batch_size: int = 8) -> Scores:
 def token_bits(model: TokenModel, held: Pairs, batch_size: int = 8) -> tuple[Tensor, Tensor]:
     """Return −log₂ p of every token, on the CPU in fp64: [B, L] of the text, [B, N] of the image.
 
+    A first text token that nothing predicts has 0.
+
     Raises: ValueError where a model's probabilities are nan.
     """
     device = _device_of(model)
@@ -118,15 +121,20 @@ def token_bits(model: TokenModel, held: Pairs, batch_size: int = 8) -> tuple[Ten
             losses = model.losses(text.to(device), codes.to(device))
         found.append((losses[0].double().cpu(), losses[1].double().cpu()))
     text_bits, code_bits = (torch.cat(parts) / math.log(2) for parts in zip(*found, strict=True))
+    text_bits = F.pad(text_bits, (held.text.shape[1] - text_bits.shape[1], 0))
     if code_bits.isnan().any():
         raise ValueError("the model's logits are nan, expected numbers; its weights are damaged")
     return text_bits, code_bits
 
 
 def is_counted(config: TransformerConfig, text: Tensor) -> Tensor:
-    """Return which positions of text [B, L] count: a caption's tokens, and its end if learned."""
+    """Return which positions of text [B, L] count: a caption's tokens, and its end if learned.
+
+    Without start tokens, nothing predicts the first.
+    """
     lengths = (text < config.text_vocab).sum(1, keepdim=True) + config.pad_targets
-    return torch.arange(text.shape[1]) < lengths
+    positions = torch.arange(text.shape[1])
+    return (positions >= (config.image_start == "none")) & (positions < lengths)
 
 
 def null_caption_like(config: TransformerConfig, text: Tensor) -> Tensor:

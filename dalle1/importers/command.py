@@ -9,11 +9,14 @@ from typing import Literal
 from dalle1.devices import PRECISIONS
 from dalle1.image_tokenizer import ImageTokenizer
 from dalle1.model.transformer import Transformer
+from dalle1.model_card import ModelInfo
 from dalle1.storage import checkpoints
 from dalle1.text.bpe import Tokenizer
 from dalle1.vqgan import VQGAN
 
 VOCABULARY_NAME = "vocab.json"
+NOTES: dict[str | None, str] = {"cc-by-nc-sa-4.0": ": no commercial use, share alike"}
+"""License → what it asks for."""
 
 
 def for_grid(vqgan: VQGAN, transformer: Transformer) -> VQGAN:
@@ -46,9 +49,9 @@ class ModelOptions:
         image_tokenizer: ImageTokenizer,
         transformer: Transformer,
         tokenizer: Tokenizer,
-        licence: str,
+        info: ModelInfo,
     ) -> None:
-        """Write a model folder, and print what it is and its licence."""
+        """Write a model folder, and print what it is and its license, if that is known."""
         config = transformer.config
         if image_tokenizer.codebook_size != config.codebook_size:
             raise ValueError(
@@ -64,10 +67,12 @@ class ModelOptions:
         image_tokenizer.save(self.out)
         transformer.save(self.out, dtype)
         tokenizer.save(self.out / VOCABULARY_NAME)
+        info.save(self.out)
         count = sum(parameter.numel() for parameter in transformer.parameters())
         print(
             f"The model is in {self.out}: {count / 1e6:,.0f} million parameters, "
             f"{config.text_len} text positions, {config.image_len} codes, images of "
             f"{image_tokenizer.image_size} × {image_tokenizer.image_size} pixels"
         )
-        print(f"Licence of the published weights: {licence}")
+        terms = info.license or "unknown, that of whoever trained the model"
+        print(f"License of the published weights: {terms}{NOTES.get(info.license, '')}")

@@ -25,10 +25,11 @@ from dalle1.importers.command import ModelOptions, for_grid
 from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, rows
 from dalle1.importers.vqgan import load_vqgan
 from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.model_card import ModelInfo
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.format import TextFormat
 
-LICENCE = "CC BY-NC-SA 4.0: no commercial use, share alike"
+INFO = ModelInfo(license="cc-by-nc-sa-4.0", source="https://github.com/kakaobrain/minDALL-E")
 FILES = (
     "stage2_last.ckpt",
     "stage1_last.ckpt",
@@ -158,4 +159,4 @@ def main(args: Sequence[str] | None = None) -> None:
         assert tokenizer.format.pad_id is not None
         transformer = load_transformer(transformer_file, tokenizer.format.pad_id, config.heads)
         vqgan = for_grid(load_vqgan(vqgan_file), transformer)
-        config.write(vqgan, transformer, tokenizer, LICENCE)
+        config.write(vqgan, transformer, tokenizer, INFO)

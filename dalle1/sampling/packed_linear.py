@@ -55,6 +55,8 @@ class TransposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., d_in] → [..., d_out]."""
+        if self.bias is None:  # as in LoRA
+            return x @ self.weight
         y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
         return y.view(*x.shape[:-1], -1)
 

@@ -99,7 +99,7 @@ class TransformerTask(Task[Transformer]):
     def __init__(self, config: TransformerTrainConfig) -> None:
         self.device = distributed.init(config.device)
         config = resolve_precision(config, self.device)
-        if config.lora is not None and config.init is not None:
+        if config.init is not None and (config.lora is not None or config.train_only):
             config = replace(config, model=Transformer.config_of(config.init).arch)
         self.config = config
         self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)

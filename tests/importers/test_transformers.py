@@ -92,7 +92,7 @@ def test_rudalle_and_rudolph(
     module = rudalle if family == "rudalle" else rudolph
     module.main([*map(str, files), "--heads", "2", "--out", str(tmp_path / "model")])
     printed = capsys.readouterr()
-    assert "Apache-2.0" in printed.out
+    assert "apache-2.0" in printed.out
     assert "not part of the model" not in printed.err
     pipeline = DallE.from_pretrained(tmp_path / "model", device="cpu")
     model = pipeline.transformer
@@ -127,7 +127,7 @@ def test_rudalle_and_rudolph(
 def test_mindalle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, logits, image_model = mindalle_folder(tmp_path)
     mindalle.main([str(folder), "--heads", "2", "--out", str(tmp_path / "model")])
-    assert "CC BY-NC-SA 4.0" in capsys.readouterr().out
+    assert "cc-by-nc-sa-4.0: no commercial use" in capsys.readouterr().out
     pipeline = DallE.from_pretrained(tmp_path / "model", device="cpu")
     model = pipeline.transformer
     config = model.config
