@@ -37,6 +37,7 @@ def _stand_in(name: str, attributes: tuple[str, ...] = ()) -> None:
 
 def dalle_pytorch() -> ModuleType:
     """Import DALLE-pytorch 1.6.6; its version is the last on PyPI."""
+    before = set(sys.modules)
     for name, attributes in UNUSED.items():
         parts = name.split(".")
         missing = importlib.util.find_spec(parts[0]) is None
@@ -48,6 +49,11 @@ def dalle_pytorch() -> ModuleType:
         import dalle_pytorch
     except ImportError as error:
         raise SystemExit(f"{error}: run `make bench-peers`, or leave the peers out") from error
+    finally:  # other packages look for them, too
+        for name in UNUSED:
+            for module in {name, name.partition(".")[0]} - before:
+                if getattr(sys.modules.get(module), "__path__", None) == []:
+                    del sys.modules[module]
     return dalle_pytorch
 
 

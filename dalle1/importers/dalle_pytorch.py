@@ -25,7 +25,7 @@ from dalle1.image_tokenizer import ImageTokenizer
 from dalle1.importers.checkpoint import unpickle
 from dalle1.importers.clip_bpe import read_clip_bpe
 from dalle1.importers.command import ModelOptions, for_grid
-from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, rows
+from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, one_error, rows
 from dalle1.importers.vqgan import MARKER, build_vqgan
 from dalle1.importers.yttm import read_yttm
 from dalle1.model.masks import MaskKind
@@ -90,25 +90,27 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Foreign, dict[str
 
 def _attention(params: Mapping[str, Any]) -> list[str]:
     types = params.get("attn_types") or ("full",)
-    return [types] if isinstance(types, str) else list(types)
+    return [str(kind) for kind in types] if isinstance(types, (list, tuple)) else [str(types)]
 
 
 def load_transformer(tensors: Foreign, params: Mapping[str, Any]) -> Transformer:
     """Load the transformer; `params` are the hyperparameters of the file."""
-    try:
-        text_len, depth = params["text_seq_len"] + 1, params["depth"]
-        vocab, heads = params["num_text_tokens"], params.get("heads", 8)
-        width, head_width = params["dim"], params.get("dim_head", 64)
-    except KeyError as error:
-        raise ValueError(f"{tensors.path} has no hyperparameter {error}, expected one") from error
+    numbers = {"heads": 8, "dim_head": 64, **params}
+    for name in ("text_seq_len", "depth", "num_text_tokens", "dim", "heads", "dim_head"):
+        if type(numbers.get(name)) is not int:
+            raise ValueError(
+                f"{tensors.path} has the hyperparameter {name} {numbers.get(name)!r}, expected a "
+                "number"
+            )
+    text_len, depth, vocab = numbers["text_seq_len"] + 1, params["depth"], params["num_text_tokens"]
     axes = [_axis(tensors, i) for i in (0, 1)]
     config = TransformerConfig(
         text_vocab=vocab,
         text_len=text_len,
-        width=width,
+        width=params["dim"],
         depth=depth,
-        heads=heads,
-        head_width=head_width,
+        heads=numbers["heads"],
+        head_width=numbers["dim_head"],
         image_start="none",
         masks=tuple(KINDS_OF_ATTENTION[k] for k in islice(cycle(_attention(params)), depth)),
         sandwich=bool(params.get("sandwich_norm", False)),
@@ -116,10 +118,11 @@ def load_transformer(tensors: Foreign, params: Mapping[str, Any]) -> Transformer
         codebook_size=len(tensors["to_logits.1.weight"]) - vocab - text_len + 1,
         grid_size=len(axes[0]),
     )
-    state = _layers(tensors, config, params)
-    state |= {"row.weight": axes[0], "column.weight": axes[1]}
-    state |= {f"norm.{kind}": tensors[f"to_logits.0.{kind}"] for kind in KINDS}
-    state |= _vocabularies(tensors, config, bool(params.get("share_input_output_emb", False)))
+    with one_error(tensors.path):
+        state = _layers(tensors, config)
+        state |= {"row.weight": axes[0], "column.weight": axes[1]}
+        state |= {f"norm.{kind}": tensors[f"to_logits.0.{kind}"] for kind in KINDS}
+        state |= _vocabularies(tensors, config, bool(params.get("share_input_output_emb", False)))
     return build_transformer(config, state, tensors.path)
 
 
@@ -155,9 +158,7 @@ def _vocabularies(tensors: Foreign, config: TransformerConfig, shared: bool) -> 
     }
 
 
-def _layers(
-    tensors: Foreign, config: TransformerConfig, params: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def _layers(tensors: Foreign, config: TransformerConfig) -> dict[str, Tensor]:
     """Return the tensors of all layers; the scales of branches become part of their last layer."""
     state: dict[str, Tensor] = {}
     for name in list(tensors.tensors):

@@ -22,7 +22,7 @@ from torch import Tensor
 from dalle1.console import one_line_errors, parse
 from dalle1.importers.checkpoint import read_state_dict
 from dalle1.importers.command import ModelOptions, for_grid
-from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, rows
+from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, one_error, rows
 from dalle1.importers.vqgan import load_vqgan
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.model_card import ModelInfo
@@ -62,8 +62,18 @@ def load_transformer(path: str | Path, pad: int, heads: int | None = None) -> Tr
     Raises: ValueError where the file holds no such model.
     """
     tensors = Foreign(read_state_dict(path), "tok_emb_txt.weight", path)
+    with one_error(path):
+        config = read_sizes(tensors, heads)
+        state = _renamed(tensors, config, pad)
+    model = build_transformer(config, state, path)
+    tensors.warn_of_unread()
+    return model
+
+
+def read_sizes(tensors: Foreign, heads: int | None) -> TransformerConfig:
+    """Return the config that shapes determine."""
     text, positions = tensors["tok_emb_txt.weight"], tensors["pos_emb_img.weight"]
-    config = TransformerConfig(
+    return TransformerConfig(
         text_vocab=len(text),
         text_len=len(tensors["pos_emb_txt.weight"]),
         width=text.shape[1],
@@ -77,9 +87,6 @@ def load_transformer(path: str | Path, pad: int, heads: int | None = None) -> Tr
         codebook_size=len(tensors["tok_emb_img.weight"]),
         grid_size=math.isqrt(len(positions)),
     )
-    model = build_transformer(config, _renamed(tensors, config, pad), path)
-    tensors.warn_of_unread()
-    return model
 
 
 def _renamed(tensors: Foreign, config: TransformerConfig, pad: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dalle1.console import one_line_errors, parse
 from dalle1.importers.checkpoint import read_state_dict
 from dalle1.importers.command import ModelOptions, for_grid
-from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, rows
+from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, one_error, rows
 from dalle1.importers.vqgan import load_vqgan
 from dalle1.importers.yttm import read_yttm
 from dalle1.model.masks import CONV_REACH, MaskKind, joint_mask, layer_masks
@@ -61,8 +61,10 @@ def load_transformer(path: str | Path, heads: int | None = None, codes: int = CO
     Raises: ValueError where the file holds no such model, or one of ru-dalle's version 2.
     """
     tensors = Foreign(read_state_dict(path), "text_embeddings.weight", path)
-    config = read_sizes(tensors, heads, codes)
-    model = build_transformer(config, _renamed(tensors, config), path)
+    with one_error(path):
+        config = read_sizes(tensors, heads, codes)
+        state = _renamed(tensors, config)
+    model = build_transformer(config, state, path)
     tensors.warn_of_unread("transformer.row_mask", "transformer.col_mask", "r_text_pos_embeddings")
     return model
 

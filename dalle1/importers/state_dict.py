@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -67,9 +68,16 @@ def build_transformer(
     """
     with torch.device("meta"):
         model = Transformer(config)
-    try:
+    with one_error(path):
         model.load_state_dict(dict(tensors), strict=True, assign=True)
-    except RuntimeError as error:
+    return model.eval()
+
+
+@contextmanager
+def one_error(path: str | Path) -> Iterator[None]:
+    """Turn the errors that tensors of another shape cause into a one-line ValueError."""
+    try:
+        yield
+    except (RuntimeError, IndexError, TypeError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not match the expected transformer ({reason})") from error
-    return model.eval()

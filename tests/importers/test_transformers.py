@@ -282,3 +282,32 @@ def test_hostile_files_are_refused_and_not_run(
     assert re.search(r"nothing in it was run: it names (posix|nt)\.mkdir", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": "4"}, "has the hyperparameter depth '4', expected a number"),
+        ({"depth": 9}, "has no tensor transformer.layers.layers.4.0.scale"),
+        ({"dim": 32}, "does not match the expected transformer"),
+        ({"attn_types": 5}, "has attention of type '5'"),
+    ],
+)
+def test_damaged_hyperparameters_are_named(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path, _ = dalle_pytorch_file(tmp_path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "hparams": {**content["hparams"], **changes}}, path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        params, tensors, _ = dalle_pytorch.read_checkpoint(path)
+        dalle_pytorch.load_transformer(tensors, params)
+
+
+def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    files, _, _ = rudalle_files(tmp_path)
+    state = torch.load(files[0], weights_only=True)
+    state["text_embeddings.weight"] = state["text_embeddings.weight"][0]
+    torch.save(state, files[0])
+    with pytest.raises(ValueError, match="does not match the expected transformer"):
+        rudalle.load_transformer(files[0], heads=2, codes=CODES)
