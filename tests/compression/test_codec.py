@@ -62,6 +62,7 @@ def test_codes_and_captions_return_bit_for_bit(
         {"positions": "rotary", "mlp": "swiglu", "qk_norm": True, "attention": "full"},
         {"pad_targets": False, "image_start": "text", "shared_softmax": True},
         {"depth": 4},  # row, column and conv masks
+        {"image_start": "none", "positions": "flat", "sandwich": True, "head_norm": True},
     ],
 )
 def test_every_architecture_returns(sizes: dict[str, object]) -> None:
@@ -71,13 +72,24 @@ def test_every_architecture_returns(sizes: dict[str, object]) -> None:
     again = decompress(other, header, messages)
     assert again.codes is not None
     assert torch.equal(again.codes, CODES)
+    assert torch.equal(again.text, archive.text)
 
 
-def test_the_ideal_size_is_what_evaluate_bits_measures(model: CodecModel) -> None:
+@pytest.mark.parametrize("image_start", ["token", "none"])
+def test_the_ideal_size_is_what_evaluate_bits_measures(image_start: str) -> None:
+    model = CodecModel(pipeline=tiny_model(image_start=image_start), digest="0123")
     archive = model.archive(CODES, None)
     *_, ideal = compress(model, archive)
-    _, code_bits = token_bits(model.pipeline.transformer, Pairs(archive.text, CODES))
+    transformer = model.pipeline.transformer
+    _, code_bits = token_bits(transformer, Pairs(archive.text, CODES))
     assert ideal == pytest.approx(float(code_bits.sum()), rel=1e-5)
+    captions = model.archive(None, CAPTIONS[:5])
+    *_, ideal = compress(model, captions)
+    text_bits, _ = token_bits(transformer, Pairs(captions.text, CODES))
+    counted = text_bits[is_counted(transformer.config, captions.text)]
+    first = 5 * math.log2(transformer.config.text_vocab + 1) * (image_start == "none")
+    # The codec skips the padding of other positions, which `token_bits` counts as possible.
+    assert first < ideal < float(counted.sum()) + first
 
 
 def test_captions_alone_return_even_those_that_the_vocabulary_changes(model: CodecModel) -> None:

@@ -19,6 +19,7 @@ from benchmarks.peers import dalle_pytorch
 SIDE = 8
 """Codes along each side of their images."""
 CODES = 64
+REASON = "needs what dalle_pytorch imports; `make test` installs it"
 IMPORTERS = Path(__file__).resolve().parents[1] / "importers"
 
 VQGAN_SIZES: dict[str, Any] = {
@@ -112,8 +113,8 @@ def rudolph_files(folder: Path) -> tuple[list[Path], Any, Any]:
 
 def dalle_pytorch_file(folder: Path, **changes: Any) -> tuple[Path, Any]:
     """Write a model of DALLE-pytorch as its train_dalle.py does; return its file and the model."""
-    pytest.importorskip("axial_positional_embedding", reason="`make test` installs it")
-    pytest.importorskip("rotary_embedding_torch", reason="`make test` installs it")
+    pytest.importorskip("axial_positional_embedding", reason=REASON)
+    pytest.importorskip("rotary_embedding_torch", reason=REASON)
     if importlib.util.find_spec("dalle_pytorch") is None:
         pytest.skip("needs the package dalle_pytorch; `make test` installs it")
     package = dalle_pytorch()
