@@ -82,7 +82,7 @@ def test_a_full_pipe_that_does_not_block_loses_nothing(monkeypatch: pytest.Monke
     let_no_print_fail()
     print("x" * 2**20, flush=True)
     os.close(write)
-    assert int(reader.communicate(timeout=60)[0]) == 2**20 + 1
+    assert int(reader.communicate(timeout=600)[0]) == 2**20 + 1
 
 
 def test_a_stream_that_is_closed_takes_messages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,4 +105,6 @@ def training_flops(model: Transformer) -> float:
     The gradients of inputs take as many as the forward pass; so do those of weights, if all are
     trained.
     """
-    return model.flops() * (2 + count(model, trained=True) / count(model))
+    total = count(model)  # 0 where ZeRO-3 holds the parameters: it freezes none
+    frozen = total - count(model, trained=True)
+    return model.flops() * (3 - frozen / max(total, 1))

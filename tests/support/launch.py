@@ -23,7 +23,7 @@ def free_port() -> int:
                 return port
 
 
-def in_two_processes(*arguments: object, timeout: float = 200) -> list[str]:
+def in_two_processes(*arguments: object, timeout: float = 1200) -> list[str]:
     """Run Python on CPU in two processes, and return what each of them printed."""
     port = str(free_port())
     path = {

@@ -461,7 +461,10 @@ def test_damaged_data_ends_a_training_and_its_workers(tmp_path: Path) -> None:
     flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--num-workers", "1"]
     flags += ["--validation-pairs", "1", "--model.image-size", "32"]
     done = subprocess.run(
-        [sys.executable, "train_clip.py", "toy", *flags], cwd=ROOT, timeout=120, capture_output=True
+        [sys.executable, "train_clip.py", "toy", *flags],
+        cwd=ROOT,
+        timeout=1200,
+        capture_output=True,
     )
     last = done.stderr.decode().splitlines()[-1]
     assert done.returncode == 2
