@@ -1,6 +1,6 @@
 """Train a dVAE and a VQ-VAE for the same number of updates, and compare them.
 
-    python benchmarks/tokenizers.py --data toybox --steps 400 --out runs/tokenizers
+    python benchmarks/image_tokenizers.py --data toybox --steps 400 --out runs/tokenizers
 
 For each it prints the seconds of the training, PSNR, codes in use and perplexity on validation
 images, and the bits per code of an n-gram over the codes to the left and above: how hard its codes
