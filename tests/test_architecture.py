@@ -30,6 +30,7 @@ LAYERS = [
     ["dalle1.toybox.*", "dalle1.text.*", "dalle1.model.*"],
     ["dalle1.clip.*", "dalle1.data.*", "dalle1.importers.*"],
     ["dalle1.sampling.*"],
+    ["dalle2", "dalle2.diffusion.*"],
     ["dalle1.training", "dalle1.training.checkpoint"],
     ["dalle1.training.schedules", "dalle1.training.scaling"],
     ["dalle1.training.config", "dalle1.training.distributed"],
@@ -55,7 +56,7 @@ LAYERS = [
 SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers
 
 DVAE_MAY_IMPORT = {"dvae", "torch", "einops", "numpy", "safetensors"} | sys.stdlib_module_names
-LAZY = {"deepspeed", "ftfy", "transformers", "webdataset", "gradio", "wandb"}
+LAZY = {"deepspeed", "diffusers", "ftfy", "transformers", "webdataset", "gradio", "wandb"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc"}
 NOT_SOURCE = {"runs", "outputs", "build", "dist", "wandb", "__pycache__"}
 MAX_FUNCTION_LINES = 50
@@ -86,7 +87,7 @@ def source_paths(root: Path) -> Iterator[Path]:
 
 def modules(root: Path) -> dict[str, Path]:
     """Return the packages' modules and the top-level scripts, by dotted name."""
-    paths = [*root.glob("*.py"), *root.glob("dvae/**/*.py"), *root.glob("dalle1/**/*.py")]
+    paths = [*root.glob("*.py"), *root.glob("dvae/**/*.py"), *root.glob("dalle[12]/**/*.py")]
     dotted = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in paths}
     return {name.removesuffix(".__init__"): path for path, name in sorted(dotted.items())}
 

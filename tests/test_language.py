@@ -210,7 +210,7 @@ def problems(root: Path, path: Path) -> list[str]:
 
 def source_files(root: Path) -> list[Path]:
     """Return the files whose words are checked."""
-    folders = ("dalle1", "dvae", "tests", "benchmarks", "docs", "recipes")
+    folders = ("dalle1", "dalle2", "dvae", "tests", "benchmarks", "docs", "recipes")
     found = [*root.glob("*.py"), *root.glob("*.md"), root / "Makefile", root / "pyproject.toml"]
     for folder in folders:
         found += [
