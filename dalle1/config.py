@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields
+from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+def read_optional(cls: type[Config], path: Path) -> Config:
+    """Read a config of all-optional fields from a JSON file; the defaults if it is missing.
+
+    Fields that are unknown, as of later versions, are ignored. Raises: ValueError where the file is
+    damaged.
+    """
+    if not path.is_file():
+        return cls()
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        config = cls(**{name: x for name, x in stored.items() if name in known})
+        check_types(config)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it to use the model without"
+        ) from error
+    return config
 
 
 def check_literals(config: Any) -> None:
@@ -44,13 +68,15 @@ def _is_of(value: Any, kind: Any) -> bool:
     return type(value) is (type(None) if kind is None else kind)
 
 
-def image_counts(num_images: int | None, num_candidates: int | None) -> tuple[int, int]:
-    """Return the numbers of images to keep and to sample: 4 of 16 where neither is given.
+def image_counts(
+    num_images: int | None, num_candidates: int | None, default: int = 16
+) -> tuple[int, int]:
+    """Return the numbers of images to keep and to sample: 4 of `default` where neither is given.
 
     Raises: ValueError unless 1 ≤ num_images ≤ num_candidates.
     """
     if num_candidates is None:
-        num_candidates = max(16, num_images or 0)
+        num_candidates = max(default, num_images or 0)
     if num_candidates < 1:
         raise ValueError(f"num_candidates is {num_candidates}, expected at least 1")
     if num_images is None:

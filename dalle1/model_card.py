@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dalle1.config import check_types
+from dalle1.config import read_optional
 from dalle1.storage import checkpoint_step, write_atomic
 
 INFO_NAME = "model_info.json"
@@ -31,17 +31,7 @@ class ModelInfo:
     @classmethod
     def load(cls, folder: Path) -> ModelInfo:
         """Read the information in a model folder; ValueError where its file is damaged."""
-        path, known = folder / INFO_NAME, {field.name for field in fields(cls)}
-        info = cls()
-        if path.is_file():
-            try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-                info = cls(**{name: x for name, x in stored.items() if name in known})
-                check_types(info)
-            except (ValueError, AttributeError) as error:
-                raise ValueError(
-                    f"{path} is damaged ({error}); remove it to use the model without"
-                ) from error
+        info = read_optional(cls, folder / INFO_NAME)
         return info if info.steps else replace(info, steps=checkpoint_step(folder))
 
     def fine_tuned(self, data: str, batch_size: int) -> ModelInfo:

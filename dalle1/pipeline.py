@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -40,6 +40,7 @@ from dalle1.sampling.decoding import (
     generate,
 )
 from dalle1.sampling.filters import Sampling
+from dalle1.sampling.generation import GenerationConfig, Rerank
 from dalle1.sampling.reranking import (
     Candidate,
     ClipReranker,
@@ -52,7 +53,6 @@ from dalle1.text.bpe import Tokenizer
 BUNDLED = Path(__file__).parent / "bundled" / "toybox"
 VOCABULARY_NAME = "vocab.json"
 CLIP_NAME = "clip"
-Rerank = Literal["clip", "likelihood", "none"]
 OnRow = Callable[[Tensor, int], None]
 
 
@@ -66,9 +66,11 @@ class DallE:
         tokenizer: Tokenizer,
         clip: Clip | None = None,
         info: ModelInfo | None = None,
+        generation: GenerationConfig | None = None,
     ) -> None:
         self.image_tokenizer, self.transformer = image_tokenizer, transformer
         self.tokenizer, self.clip, self.info = tokenizer, clip, info or ModelInfo()
+        self.generation = generation or GenerationConfig()
         config = transformer.config
         codes, grid = image_tokenizer.codebook_size, image_tokenizer.grid_size
         if (codes, grid) != (config.codebook_size, config.grid_size):
@@ -133,6 +135,7 @@ class DallE:
             Tokenizer.load(folder / VOCABULARY_NAME),
             clip_model,
             ModelInfo.load(folder),
+            GenerationConfig.load(folder),
         )
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -142,6 +145,7 @@ class DallE:
         self.transformer.save(folder, dtype)
         self.tokenizer.save(folder / VOCABULARY_NAME)
         self.info.save(folder)
+        self.generation.save(folder)
         if self.clip is not None:
             self.clip.save_pretrained(folder / CLIP_NAME, dtype)
 
@@ -169,7 +173,7 @@ class DallE:
         self,
         prompts: Sequence[str],
         *,
-        num_candidates: int = 16,
+        num_candidates: int | None = None,
         seed: int = 0,
         known_codes: Tensor | None = None,
         rerank: Rerank | None = None,
@@ -180,11 +184,12 @@ class DallE:
     ) -> Iterator[list[Candidate]]:
         """Sample images for each prompt; options are checked before this returns.
 
+        Options that are None or absent are those of `generation`, the model's own defaults.
+
         Args:
             num_candidates: images per prompt; candidate i depends on (seed, i) alone.
             known_codes: codes to keep, from `encode_known`.
-            rerank: order of the images: clip, likelihood, or none for the order of sampling. None
-                is clip if the model has one.
+            rerank: order of the images, see `reranker`.
             batch_size: candidates sampled at once; None is as many as fit in memory.
             share: (r, n) samples candidates r, r + n, r + 2n … only: the part of one of n
                 processes.
@@ -194,21 +199,21 @@ class DallE:
 
         Returns: an iterator over the prompts, which yields the candidates of each, best first.
         """
-        check_counts(prompts, num_candidates, batch_size, share)
-        options, reranker = Sampling(**sampling), self.reranker(rerank)
+        options = self.generation.updated(num_candidates=num_candidates, rerank=rerank, **sampling)
+        check_counts(prompts, batch_size, share)
+        reranker = self.reranker(options.rerank)
         prompts = [clean_prompt(prompt) for prompt in prompts]
         guided, image_len = options.guidance != 1, self.transformer.config.image_len
         fits = max_batch(self.transformer, batch_size, guided=guided, processes=share[1])
         text, empty = self._encode_prompts(prompts), self.empty_caption()
         known = check_known(known_codes, self.transformer)
         sample = partial(generate, self.transformer, known_codes=known, empty=empty)
-        indices = range(options.distinct(num_candidates))[share[0] :: share[1]]
+        indices = range(options.distinct(options.num_candidates))[share[0] :: share[1]]
 
         def sample_codes(rows: range, columns: range) -> Tensor:
             uniforms = candidate_uniforms(seed, columns, image_len)
             each = on_row and (lambda codes, count: on_row(codes.flatten(0, 1), count))
-            part = text[rows.start : rows.stop]
-            return sample(part, uniforms, options, on_row=each)
+            return sample(text[rows.start : rows.stop], uniforms, options, on_row=each)
 
         if not indices:
             return ([] for _ in prompts)
@@ -383,9 +388,11 @@ class DallE:
 
         Args:
             num_images: by default 4, or all of fewer candidates.
-            num_candidates: by default 16, or num_images if that is more.
+            num_candidates: by default the model's own number, or num_images if that is more.
             options: `seed`, `temperature`, `top_k` …; see `sample`.
         """
-        num_images, num_candidates = image_counts(num_images, num_candidates)
+        num_images, num_candidates = image_counts(
+            num_images, num_candidates, self.generation.num_candidates
+        )
         best = self.candidates(prompt, num_candidates=num_candidates, **options)[:num_images]
         return [c.image for c in best]

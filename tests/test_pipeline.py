@@ -20,6 +20,7 @@ from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling import batching
 from dalle1.sampling.batching import batched, max_batch
 from dalle1.sampling.decoding import UNKNOWN
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.sampling.kv_cache import decode_memory
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.known_words import Words
@@ -376,7 +377,9 @@ def test_likelihood_orders_by_what_the_caption_explains(plain: DallE) -> None:
 def test_missing_rerankers_are_refused(plain: DallE, ranked: DallE) -> None:
     with pytest.raises(ValueError, match="this model has no CLIP to rerank with"):
         plain.candidates(PROMPT, rerank="clip")
-    with pytest.raises(ValueError, match="rerank is 'taste', expected clip or likelihood or none"):
+    with pytest.raises(
+        ValueError, match="rerank is 'taste', expected clip or likelihood or none or none"
+    ):
         plain.candidates(PROMPT, rerank="taste")
     unranked = ranked.candidates(PROMPT, num_candidates=3, rerank="none")
     assert [(c.index, c.score) for c in unranked] == [(0, None), (1, None), (2, None)]
@@ -421,6 +424,20 @@ def test_saved_models_sample_the_same(ranked: DallE, plain: DallE, folder: Path)
     without = DallE.from_pretrained(folder, clip="none", device="cpu", precision="fp32")
     assert without.clip is None
     assert same(without.generate(PROMPT, **options), plain.generate(PROMPT, **options))
+
+
+def test_a_model_samples_by_its_own_defaults(plain: DallE, tmp_path: Path) -> None:
+    model = copy.copy(plain)
+    model.generation = GenerationConfig(temperature=0, num_candidates=3)
+    model.save_pretrained(tmp_path)
+    loaded = DallE.from_pretrained(tmp_path, device="cpu")
+    with pytest.warns(UserWarning, match="all 3 candidates are alike"):
+        assert len(loaded.candidates(PROMPT)) == 1
+    assert len(loaded.generate(PROMPT, temperature=1)) == 3
+    explicit = plain.candidates(PROMPT, num_candidates=2, temperature=0.5)
+    assert [c.codes.tolist() for c in explicit] == [
+        c.codes.tolist() for c in loaded.candidates(PROMPT, num_candidates=2, temperature=0.5)
+    ]
 
 
 def test_another_clip_can_be_chosen(plain: DallE, folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from dalle1 import DallE
 from dalle1.commands import sample
 from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
 
@@ -87,6 +89,29 @@ def test_each_flag_changes_the_images(folder: Path, photo: Path, tmp_path: Path)
     assert settings["mask"] == str(tmp_path / "mask.png")
 
 
+def test_the_models_defaults_hold_unless_a_flag_says_otherwise(
+    folder: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "model"
+    shutil.copytree(folder, own)
+    (own / "generation.json").write_text(
+        '{"guidance": 3, "temperature": 0.3, "num_candidates": 3, "rerank": "likelihood"}'
+    )
+    at = ["--model", str(own), "--device", "cpu", "--precision", "fp32", PROMPT, "--out"]
+    sample.main([*at, str(tmp_path / "default")])
+    settings = json.loads(Image.open(tmp_path / "default" / "00.png").text["settings"])
+    expected = {"guidance": 3, "temperature": 0.3, "rerank": "likelihood", "top_p": 1.0}
+    assert {name: settings[name] for name in expected} == expected
+    assert (settings["num_candidates"], settings["num_images"]) == (3, 3)
+    flags = "--guidance 3 --temperature 0.3 --rerank likelihood --num-candidates 3 --num-images 3"
+    images = [(tmp_path / "default" / f"0{i}.png") for i in range(3)]
+    by_flags = sampled(folder, tmp_path / "flags", PROMPT, *flags.split())
+    assert [Image.open(path).tobytes() for path in images] == by_flags
+    plain = sampled(folder, tmp_path / "plain", PROMPT)
+    assert sampled(own, tmp_path / "own", PROMPT, "--plain") == plain
+    assert sampled(own, tmp_path / "own", PROMPT, "--plain", "--guidance", "3") != plain
+
+
 def test_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  a blue star \n")
     out = tmp_path / "out"
@@ -115,6 +140,7 @@ def test_words_are_read_as_people_write_them(
 ) -> None:
     options = sample.parse(words)
     assert options.prompts == prompts
+    sample.set_defaults(options, GenerationConfig())
     assert (options.num_candidates, options.num_images) == counts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from dalle1.evaluation.bits import Pairs, bits_scores, is_counted, read_pairs, t
 from dalle1.evaluation.report import Scores
 from dalle1.model.transformer import TransformerConfig
 from dalle1.pipeline import DallE
+from dalle1.sampling.filters import PAPER
 
 COLUMNS = ("parameters", "bits per text token", "bits per code", "bits per code ±")
 
@@ -158,7 +159,7 @@ class Comparison:
         yield from _named("transformer", _parameter_count(transformer), scores)
         if options.samples:
             found = self.model.candidates(
-                options.prompt, num_candidates=options.samples, rerank="none"
+                options.prompt, num_candidates=options.samples, rerank="none", **asdict(PAPER)
             )
             self.sampled.append(torch.stack([candidate.codes for candidate in found]))
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dalle1 import Candidate, DallE
+    from dalle1.sampling.generation import GenerationConfig
 
 SETTINGS = (
     "model",
@@ -43,7 +44,16 @@ SETTINGS = (
     "keep_rows",
     "mask",
 )
-
+GENERATION = (
+    "num_candidates",
+    "rerank",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical",
+    "guidance",
+)
+"""The flags whose defaults the model's folder may hold."""
 
 DEFAULT_OUT = Path("outputs")
 
@@ -72,36 +82,27 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
         help="one or more texts to sample images for",
     )
     add("--prompts-file", type=Path, help="text file with more prompts, one per line")
-    add("--num-candidates", type=int, help="number of images to sample per prompt (default: 16, "
-        "or --num-images if that is more)")  # fmt: skip
+    add("--plain", action="store_true", help="sample as in the paper, from the unchanged "
+        "distribution; without it, flags that are absent take the model's own defaults, "
+        "from the generation.json in its folder")  # fmt: skip
+    add("--num-candidates", type=int, help="number of images to sample per prompt (plain: 16, or "
+        "--num-images if that is more)")  # fmt: skip
     add("--num-images", type=int, help="number of images to save per prompt, the best (default: 4, "
         "or --num-candidates if that is less)")  # fmt: skip
     add("--rerank", choices=("clip", "likelihood", "none"), help="ranking of candidates: "
-        "by CLIP, by the gain in likelihood from the prompt, or none; "
-        "by default, clip if the model has one")  # fmt: skip
+        "by CLIP, by the gain in likelihood from the prompt, or none "
+        "(plain: clip if the model has one)")  # fmt: skip
     add("--seed", type=int, default=0, help="random seed; the same seed samples the same images")
-    add(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="sampling temperature; 0 takes the most likely code",
-    )
-    add("--top-k", type=int, default=0, help="sample from the k most likely codes; 0: from all")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="nucleus sampling: total probability of the codes kept",
-    )
-    add(
-        "--typical",
-        type=float,
-        default=1.0,
-        help="typical sampling: total probability of the codes kept",
-    )
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance scale: "
+    add("--temperature", type=float, help="sampling temperature; 0 takes the most likely code "
+        "(plain: 1)")  # fmt: skip
+    add("--top-k", type=int, help="sample from the k most likely codes (plain: 0, from all)")
+    add("--top-p", type=float, help="nucleus sampling: total probability of the codes kept "
+        "(plain: 1)")  # fmt: skip
+    add("--typical", type=float, help="typical sampling: total probability of the codes kept "
+        "(plain: 1)")  # fmt: skip
+    add("--guidance", type=float, help="classifier-free guidance scale: "
         "above 1, images follow the prompt more closely, in twice the time; the model must be "
-        "trained with --caption-dropout")  # fmt: skip
+        "trained with --caption-dropout (plain: 1)")  # fmt: skip
 
 
 def add_other_flags(add: Callable[..., Any]) -> None:
@@ -150,8 +151,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     options = parse(words)
     expand_home_in(options)
     name_flags([(name, f"--{name.replace('_', '-')}") for name in vars(options)], words)
-    counts = image_counts(options.num_images, options.num_candidates)
-    options.num_images, options.num_candidates = counts
+    image_counts(options.num_images, options.num_candidates)  # before the model is loaded
     has_region = options.keep_rows is not None or options.mask is not None
     has_both = options.keep_rows is not None and options.mask is not None
     if has_both or has_region != (options.image is not None):
@@ -289,13 +289,13 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int]) ->
             if preview:
                 preview(codes, rows)
 
-        names = "num_candidates seed temperature top_k top_p typical guidance rerank batch_size"
+        names = (*GENERATION, "seed", "batch_size")
         sampled = model.sample(
             options.prompts,
             known_codes=known,
             share=share,
             on_row=on_row,
-            **{name: getattr(options, name) for name in names.split()},
+            **{name: getattr(options, name) for name in names},
         )
         for prompt, candidates in zip(options.prompts, sampled, strict=True):
             best = gathered(model, candidates, rank, world)
@@ -306,6 +306,16 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int]) ->
                 best = best[: options.num_images]
                 folder = write(folder, prompt, best, settings, is_named=is_named, taken=taken)
                 progress.write(f"{prompt!r}: {folder / GRID}", file=sys.stdout)
+
+
+def set_defaults(options: argparse.Namespace, defaults: GenerationConfig) -> None:
+    """Set the flags that are absent."""
+    given = {name: getattr(options, name) for name in GENERATION}
+    chosen = defaults.updated(**given)
+    vars(options).update((name, getattr(chosen, name)) for name in GENERATION)
+    options.num_images, options.num_candidates = image_counts(
+        options.num_images, given["num_candidates"], chosen.num_candidates
+    )
 
 
 def is_deterministic(options: argparse.Namespace) -> bool:
@@ -340,6 +350,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if "OMP_WAIT_POLICY" not in os.environ:
             os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         from dalle1 import DallE
+        from dalle1.sampling.generation import GenerationConfig
 
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         with processes() as (rank, world):
@@ -349,6 +360,9 @@ def main(args: Sequence[str] | None = None) -> None:
             model = DallE.from_pretrained(
                 options.model, clip=options.clip, device=device, precision=options.precision
             )
+            if options.plain:
+                model.generation = GenerationConfig()
+            set_defaults(options, model.generation)
             sample(model, options, (rank, world))
 
 

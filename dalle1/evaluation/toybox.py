@@ -12,7 +12,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from dalle1.evaluation.classifier_accuracy import classifier_accuracy, print_acc
 from dalle1.evaluation.report import Scores, wilson_interval
 from dalle1.evaluation.toybox_prompts import KINDS, SPLITS, Prompt, PromptBatch, prompt_batches
 from dalle1.pipeline import DallE
-from dalle1.sampling.filters import Sampling
+from dalle1.sampling.generation import GenerationConfig, Rerank
 from dalle1.storage import write_atomic
 
 PROMPTS, HELD_OUT = "prompts.json", "heldout.png"
@@ -47,13 +47,16 @@ class ToyboxOptions:
     shorter list of prompts is the beginning of a longer one. The defaults generate 3,052 images."""
     seed: int = 0
     """Random seed of the prompts and of sampling."""
-    temperature: float = 1.0
-    """Sampling temperature."""
-    top_p: float = 1.0
-    """Nucleus sampling: keep the most likely codes with this total probability. 1 keeps all."""
-    guidance: float = 1.0
+    temperature: float | None = None
+    """Sampling temperature; by default the model's own (generation.json), else 1."""
+    top_p: float | None = None
+    """Nucleus sampling: keep the most likely codes with this total probability. 1 keeps all; by
+    default the model's own, else 1."""
+    guidance: float | None = None
     """Classifier-free guidance scale. Above 1, samples follow the prompt more closely and take
-    twice the time."""
+    twice the time. By default the model's own, else 1."""
+    rerank: Rerank | None = None
+    """Order of the candidates: clip, likelihood or none; by default the model's own."""
     device: str = "auto"
     """Device that runs the model: auto, cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -90,11 +93,11 @@ class PromptResult:
     num_candidates: int
     verdicts: list[Verdict]
     scores: list[float] | None
-    """CLIP's score of each candidate; None without a CLIP."""
+    """The reranker's score of each candidate; None without one."""
     best_image: Image.Image
 
     def best(self, count: int) -> int:
-        """Return the index of the best of the first `count` candidates; the first without CLIP."""
+        """Return the index of the best of the first `count` candidates; unranked, the first."""
         scores = self.scores or [0.0] * len(self.verdicts)
         return max(range(min(count, len(self.verdicts))), key=lambda index: (scores[index], -index))
 
@@ -109,9 +112,9 @@ def evaluate_toybox(options: ToyboxOptions, model: DallE | None = None) -> Score
     Writes prompts.json, with the verdict on every sample, and heldout.png, a grid of samples.
     """
     # Everything that can be refused comes before the work.
-    sampling = Sampling(
-        temperature=options.temperature, top_p=options.top_p, guidance=options.guidance
-    )
+    names = "temperature", "top_p", "guidance", "rerank"
+    sampling = {name: getattr(options, name) for name in names}
+    GenerationConfig().updated(**sampling)
     classifier = load_classifier(options.classifier) if options.classifier else load_classifier()
     batches = list(prompt_batches(options.num_prompts, options.best_of, options.seed))
     if model is None:
@@ -133,19 +136,22 @@ def evaluate_toybox(options: ToyboxOptions, model: DallE | None = None) -> Score
     tiles = [result_tile(result) for result in results if result.prompt.split == "heldout"]
     save_png(grid(tiles[:MAX_SHOWN], min(8, len(tiles))), options.out / HELD_OUT)
     if any(result.scores is None for result in results):
-        print("note: the model has no CLIP, so best of N needs N = 1", file=sys.stderr)
+        print(
+            "note: the model has no CLIP, so best of N needs N = 1, or --rerank likelihood",
+            file=sys.stderr,
+        )
     yield from toybox_shares(results, sorted(options.best_of))
 
 
 def sample_and_classify(
-    model: DallE, classifier: ToyboxClassifier, batch: PromptBatch, sampling: Sampling
+    model: DallE, classifier: ToyboxClassifier, batch: PromptBatch, sampling: Mapping[str, Any]
 ) -> Iterator[PromptResult]:
     """Generate the candidates of some prompts, and yield the verdicts on them."""
     ranked = model.sample(
         [prompt.text for prompt in batch.prompts],
         num_candidates=batch.num_candidates,
         seed=batch.seed,
-        **asdict(sampling),
+        **sampling,
     )
     for prompt, best_first in zip(batch.prompts, ranked, strict=True):
         candidates = sorted(best_first, key=lambda candidate: candidate.index)
@@ -164,7 +170,7 @@ def toybox_shares(results: Sequence[PromptResult], best_of: Sequence[int]) -> Sc
     """Yield `SPLIT/KIND/best of N/ASPECT`, the share of correct images, and its number of prompts.
 
     The kind `all` includes every prompt with N candidates. The kind `same` includes only prompts
-    with the most candidates, so that its rows compare. Without a CLIP, only N = 1 is measured.
+    with the most candidates, so that its rows compare. Without a reranker, only N = 1 is measured.
     """
     for split in SPLITS:
         of_split = [result for result in results if result.prompt.split == split]

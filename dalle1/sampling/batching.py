@@ -18,16 +18,12 @@ FitsInMemory = Callable[[int, int], bool]
 """(prompts, candidates of each) → whether one batch can hold them."""
 
 
-def check_counts(
-    prompts: Sequence[str], num_candidates: int, batch_size: int | None, share: tuple[int, int]
-) -> None:
+def check_counts(prompts: Sequence[str], batch_size: int | None, share: tuple[int, int]) -> None:
     """Raise a ValueError unless there is something to sample; see `DallE.sample`."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is {prompts!r}, expected a list of at least one")
     if not 0 <= share[0] < share[1]:
         raise ValueError(f"share is {share}, expected (r, n) with r from 0 to n − 1")
-    if num_candidates < 1:
-        raise ValueError(f"num_candidates is {num_candidates}, expected at least 1")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
 

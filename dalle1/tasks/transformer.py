@@ -49,6 +49,7 @@ from dalle1.model.transformer import (
 )
 from dalle1.model_card import ModelInfo
 from dalle1.pipeline import VOCABULARY_NAME, DallE
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.storage import model_folder, same_tensors
 from dalle1.tasks.transformer_config import TRANSFORMER_PRESETS, TransformerTrainConfig
 from dalle1.text.bpe import Tokenizer
@@ -103,8 +104,10 @@ class TransformerTask(Task[Transformer]):
             config = replace(config, model=Transformer.config_of(config.init).arch)
         self.config = config
         self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)
-        before = ModelInfo.load(model_folder(config.init)) if config.init else ModelInfo()
+        init = model_folder(config.init) if config.init else None
+        before = ModelInfo.load(init) if init else ModelInfo()
         self.info = before.fine_tuned(config.data, config.batch_size)
+        self.generation = GenerationConfig.load(init) if init else GenerationConfig()
         self.source, encoded = self.open("train")
         self.tokenizer = self.vocabulary()
         size, text_len = self.dvae.image_size, config.model.text_len
@@ -252,7 +255,13 @@ class TransformerTask(Task[Transformer]):
         save_png(grid([c.image for row in rows for c in row], 8), path)
 
     def save(self, model: Transformer, folder: Path) -> None:
-        DallE(self.dvae, merged(model), self.tokenizer, info=self.info).save_pretrained(folder)
+        DallE(
+            self.dvae,
+            merged(model),
+            self.tokenizer,
+            info=self.info,
+            generation=self.generation,
+        ).save_pretrained(folder)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -26,7 +26,8 @@ from torch import Tensor
 from dalle1.console import bar, notes, one_line_errors, parse
 from dalle1.data.images import grid, to_float, to_pil, to_tensor
 from dalle1.evaluation.report import Scores, wilson_interval, write_report
-from dalle1.pipeline import DallE, Rerank
+from dalle1.pipeline import DallE
+from dalle1.sampling.generation import Rerank
 
 PARTS = ("concept", "artist", "both")
 MAX_SHOWN = 32  # held-out pairs in heldout.png
@@ -41,7 +42,7 @@ class EmojiOptions:
     clip: str | None = None
     """Folder of the CLIP that reranks; by default the one in the model's folder."""
     rerank: Rerank | None = None
-    """Reranker: clip, likelihood or none; by default clip where there is a CLIP."""
+    """Reranker: clip, likelihood or none; by default the model's own."""
     data: Path = Path("runs/emoji")
     """Folder that emoji.py wrote."""
     classifier: Path = Path("runs/emoji-classifier")
@@ -52,12 +53,13 @@ class EmojiOptions:
     """Number of candidates, of which the reranker selects the best."""
     seed: int = 0
     """Random seed of the choice of prompts and of sampling."""
-    temperature: float = 1.0
-    """Sampling temperature."""
-    top_p: float = 1.0
-    """Nucleus sampling: keep the most likely codes with this total probability. 1 keeps all."""
-    guidance: float = 1.0
-    """Classifier-free guidance scale."""
+    temperature: float | None = None
+    """Sampling temperature; by default the model's own."""
+    top_p: float | None = None
+    """Nucleus sampling: keep the most likely codes with this total probability. 1 keeps
+    all; by default the model's own."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; by default the model's own."""
     device: str = "auto"
     """Device that runs the model: auto, cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -23,7 +23,7 @@ from dalle1.evaluation.classifier import (
 from dalle1.evaluation.report import wilson_interval
 from dalle1.evaluation.toybox import ToyboxOptions, evaluate_toybox, format_toybox_table
 from dalle1.evaluation.toybox_prompts import KINDS, SPLITS, choose_prompts, prompt_batches
-from dalle1.sampling.filters import Sampling
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.toybox import FILLS, NOUNS, is_held_out, is_style_held_out
 
 SETTINGS: dict[str, Any] = {"num_prompts": (10, 4), "best_of": (1, 3), "classifier_images": 8}
@@ -161,7 +161,8 @@ def test_the_report_holds_every_verdict(tmp_path: Path, monkeypatch: pytest.Monk
 def test_sampling_options_reach_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FakeModel(lambda right, index: right)
     run(model, tmp_path, monkeypatch, temperature=0.9, guidance=2.0)
-    assert Sampling(**model.sampling) == Sampling(temperature=0.9, guidance=2.0)
+    expected = GenerationConfig(temperature=0.9, guidance=2.0)
+    assert GenerationConfig().updated(**model.sampling) == expected
     with pytest.raises(ValueError, match="top_p is 2"):
         run(model, tmp_path, monkeypatch, top_p=2)
 

@@ -1,0 +1,54 @@
+"""A model's own defaults of sampling: generation.json in its folder.
+
+What samples best differs between models: ru-dalle's authors filter by top-p 0.995, a small model
+gains from guidance. So the folder says it, as `generation_config.json` of Hugging Face does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dalle1.config import check_literals, read_optional
+from dalle1.sampling.filters import Sampling
+from dalle1.storage import write_atomic
+
+GENERATION_NAME = "generation.json"
+Rerank = Literal["clip", "likelihood", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(Sampling):
+    """How images are sampled and ranked; the values here are the paper's, but for the number."""
+
+    num_candidates: int = 16
+    """Images sampled per prompt, at least 1. The paper samples 512."""
+    rerank: Rerank | None = None
+    """Order of the images; None is clip if the model has one, else the order of sampling."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates is {self.num_candidates}, expected at least 1")
+        if self.rerank is not None:
+            check_literals(self)
+
+    @classmethod
+    def load(cls, folder: Path) -> GenerationConfig:
+        """Read the defaults of a model folder; ValueError where their file is damaged."""
+        return read_optional(cls, folder / GENERATION_NAME)
+
+    def save(self, folder: Path) -> None:
+        """Write what differs from the paper's sampling to `folder`; no file where nothing does."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
+        if changed:
+            write_atomic(folder / GENERATION_NAME, json.dumps(changed, indent=1) + "\n")
+        else:
+            (folder / GENERATION_NAME).unlink(missing_ok=True)
+
+    def updated(self, **changes: Any) -> GenerationConfig:
+        """Return a copy with the changes that are not None."""
+        return replace(self, **{name: x for name, x in changes.items() if x is not None})
