@@ -41,6 +41,7 @@ from dalle1.sampling.decoding import (
 )
 from dalle1.sampling.filters import Sampling
 from dalle1.sampling.generation import GenerationConfig, Rerank
+from dalle1.sampling.packed_linear import intact
 from dalle1.sampling.reranking import (
     Candidate,
     ClipReranker,
@@ -141,13 +142,14 @@ class DallE:
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write all parts to `directory`, weights rounded to `dtype`."""
         folder = Path(directory)
-        self.image_tokenizer.save(folder, dtype)
-        self.transformer.save(folder, dtype)
-        self.tokenizer.save(folder / VOCABULARY_NAME)
-        self.info.save(folder)
-        self.generation.save(folder)
-        if self.clip is not None:
-            self.clip.save_pretrained(folder / CLIP_NAME, dtype)
+        with intact(self.transformer):
+            self.image_tokenizer.save(folder, dtype)
+            self.transformer.save(folder, dtype)
+            self.tokenizer.save(folder / VOCABULARY_NAME)
+            self.info.save(folder)
+            self.generation.save(folder)
+            if self.clip is not None:
+                self.clip.save_pretrained(folder / CLIP_NAME, dtype)
 
     def push_to_hub(
         self, repo: str, *, dtype: torch.dtype | None = None, private: bool | None = None
@@ -345,7 +347,7 @@ class DallE:
         text = self.encode_prompt(prompt) if prompt else self.empty_caption()[0]
         text, text_bits, code_bits = text.to(self.device), 0.0, []
         for part in codes.to(self.device).split(batch_size):
-            with inference(self.device):
+            with inference(self.device), intact(self.transformer):
                 text_losses, image_losses = self.transformer.losses(
                     text.expand(len(part), -1), part
                 )
@@ -372,7 +374,7 @@ class DallE:
             raise ValueError(f"count is {count}, expected at least 1")
         text = self.encode_prompt(beginning, ends=False)
         uniforms = candidate_uniforms(seed, range(count), len(text))
-        with inference(self.device):
+        with inference(self.device), intact(self.transformer):
             tokens = complete_text(self.transformer, text, uniforms, Sampling(**sampling))
         return self.tokenizer.decode(tokens)
 

@@ -204,6 +204,10 @@ def save_weights(
     if kind is not None:
         metadata["kind"] = kind
     state = model.state_dict()
+    if freed := [name for name, tensor in state.items() if not tensor.numel()]:
+        raise ValueError(
+            f"{freed[0]} has no elements, as while the model samples; save it after that"
+        )
     shapes = {
         name: (dtype if dtype and t.is_floating_point() else t.dtype, t.shape)
         for name, t in state.items()

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from threading import RLock
+from dataclasses import dataclass, field
+from threading import Lock, RLock
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +28,22 @@ SMALL = 1 << 19
 
 LARGE = 1 << 30
 """Bytes of linear layers from which on a model is not held twice."""
-_lock = RLock()
-_packed_from: ContextVar[list[tuple[Tensor, PackedLinear]] | None] = ContextVar(
-    "_packed_from", default=None
-)
+Freed = list[tuple[Tensor, "PackedLinear"]]
+_packed_from: ContextVar[Freed | None] = ContextVar("_packed_from", default=None)
 """The freed weights inside `restored`, with the layers that hold them packed."""
+
+
+@dataclass(eq=False)
+class _State:
+    """What is known of a model whose weights may be freed."""
+
+    lock: Any = field(default_factory=RLock)
+    in_use: bool = False
+    freed: Freed = field(default_factory=list)
+
+
+_states: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+_states_lock = Lock()
 
 
 class PackedLinear(nn.Module):
@@ -83,27 +96,63 @@ def packed(model: Model, rows: int) -> Model:
 
 
 @contextmanager
+def intact(model: nn.Module) -> Iterator[_State | None]:
+    """Wait until a model has all its weights, and keep other threads from freeing them.
+
+    It yields None for a model that is small enough to be held twice: nothing waits for that.
+
+    Raises: ValueError inside `restored` of the same thread.
+    """
+    with _states_lock:
+        state = _states.setdefault(model, _State())
+    with ExitStack() as stack:
+        stack.enter_context(state.lock)
+        if state.in_use:
+            raise ValueError(
+                "the model's weights are packed while it samples, expected a model at rest; use it "
+                "after the sampling"
+            )
+        _restore(state.freed)  # what memory did not suffice for before
+        weights = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+        is_large = sum(w.numel() * w.element_size() for w in weights) >= LARGE
+        if not is_large:
+            stack.close()
+        yield state if is_large else None
+
+
+@contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Let `packed` free the weights of a large model, and restore them at the end.
 
-    Until then the model itself cannot compute: another thread that samples from a large model
-    waits here.
+    Until then the model itself cannot compute: another thread that uses `intact` waits.
     """
-    weights = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
-    if sum(w.numel() * w.element_size() for w in weights) < LARGE:
-        yield
-        return
-    with _lock:
-        freed: list[tuple[Tensor, PackedLinear]] = []
-        token = _packed_from.set(freed)
+    with intact(model) as state:
+        if state is None:
+            yield
+            return
+        state.in_use = True
+        token = _packed_from.set(state.freed)
         try:
             yield
         finally:
             _packed_from.reset(token)
-            while freed:
-                weight, layer = freed.pop()
+            state.in_use = False
+            _restore(state.freed)
+
+
+def _restore(freed: Freed) -> None:
+    """Restore freed weights, as many as possible; those whose restoring failed stay in the list."""
+    errors: list[BaseException] = []
+    for weight, layer in freed:
+        try:
+            if hasattr(layer, "weight"):
                 weight.data = layer.weight.to_dense()
-                del layer.weight, layer
+                del layer.weight
+        except BaseException as error:  # an interruption must not lose weights
+            errors.append(error)
+    freed[:] = [(weight, layer) for weight, layer in freed if hasattr(layer, "weight")]
+    if errors:
+        raise errors[0]
 
 
 def _packed_copy(module: nn.Module, rows: int) -> Any:

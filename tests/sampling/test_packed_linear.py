@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
+from tiny_model import tiny_model
 from torch import Tensor
 
 from dalle1.model.transformer import Transformer, TransformerConfig
@@ -69,16 +73,87 @@ def test_an_interruption_restores_the_weights(
     assert torch.equal(sample(model), expected)
 
 
-def test_threads_take_turns(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [sample(model, seed) for seed in range(4)]
-    monkeypatch.setattr(packed_linear, "LARGE", 0)
-    found: dict[int, Tensor] = {}
-    threads = [
-        Thread(target=lambda seed=seed: found.update({seed: sample(model, seed)}))
-        for seed in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[seed], codes) for seed, codes in enumerate(expected))
+def in_another_thread(work: Callable[[], Any]) -> tuple[Thread, list[Any]]:
+    """Start `work`; return its thread, and the list that takes its result or its error."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = Thread(target=run)
+    thread.start()
+    return thread, found
+
+
+@pytest.mark.parametrize("use", ["sample", "bits", "complete", "save"])
+def test_another_thread_waits_for_the_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, use: str
+) -> None:
+    dalle = tiny_model()
+    model, codes = dalle.transformer, torch.zeros(1, 4, 4, dtype=torch.long)
+    uses: dict[str, Callable[[], Any]] = {
+        "sample": lambda: sample(model, 1).tolist(),
+        "bits": lambda: dalle.bits("a cube", codes)[1].tolist(),
+        "complete": lambda: dalle.complete("a", count=2),
+        "save": lambda: dalle.save_pretrained(tmp_path),
+    }
+    expected = uses[use]()
+    monkeypatch.setattr(packed_linear, "LARGE", 1)  # freed weights have fewer bytes
+    threads = []
+
+    def on_row(_: Tensor, count: int) -> None:
+        if count == 1:
+            threads.append(in_another_thread(uses[use]))
+            threads[0][0].join(0.05)
+
+    generate(model, null_caption(model), torch.rand(3, 16), on_row=on_row)
+    (thread, found) = threads[0]
+    thread.join()
+    assert found == [expected]
+    if use == "save":
+        assert Transformer.load(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize("use", ["sample", "bits", "save", "save the transformer"])
+def test_the_same_thread_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, use: str
+) -> None:
+    dalle = tiny_model()
+    model, codes = dalle.transformer, torch.zeros(1, 4, 4, dtype=torch.long)
+    expected = sample(model)
+    monkeypatch.setattr(packed_linear, "LARGE", 1)
+    uses: dict[str, Callable[[], Any]] = {
+        "sample": lambda: sample(model),
+        "bits": lambda: dalle.bits("a cube", codes),
+        "save": lambda: dalle.save_pretrained(tmp_path),
+        "save the transformer": lambda: model.save(tmp_path),
+    }
+    uniforms = torch.rand(3, 16)
+    with pytest.raises(ValueError, match="while (it|the model) samples"):
+        generate(model, null_caption(model), uniforms, on_row=lambda *_: uses[use]())
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(sample(model), expected)
+
+
+def test_what_could_not_be_restored_is_restored_later(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, to_dense, calls = sample(model), Tensor.to_dense, 0
+    monkeypatch.setattr(packed_linear, "LARGE", 1)
+
+    def fail_once(self: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError("no memory")
+        return to_dense(self)
+
+    monkeypatch.setattr(Tensor, "to_dense", fail_once)
+    with pytest.raises(MemoryError):
+        sample(model)
+    assert sum(not parameter.numel() for parameter in model.parameters()) == 1
+    assert torch.equal(sample(model), expected)
+    assert all(parameter.numel() for parameter in model.parameters())
