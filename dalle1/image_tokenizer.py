@@ -74,6 +74,16 @@ def image_tokenizer_file(directory: str | Path) -> Path:
     return other if other.is_file() else folder / FILE_NAME
 
 
+def save_image_tokenizer(
+    tokenizer: ImageTokenizer, folder: Path, dtype: torch.dtype | None = None
+) -> Path:
+    """Write an image tokenizer to a model folder, as its only one; return its file."""
+    path = tokenizer.save(folder, dtype)
+    for name in {FILE_NAME, IMAGE_TOKENIZER_FILE} - {path.name}:
+        (folder / name).unlink(missing_ok=True)
+    return path
+
+
 def load_image_tokenizer(
     directory: str | Path, device: str | torch.device = "cpu", image_size: int | None = None
 ) -> ImageTokenizer:

@@ -28,7 +28,7 @@ from dalle1.data.images import (
 )
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
 from dalle1.hub import find_model, upload
-from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer, save_image_tokenizer
 from dalle1.model.transformer import Transformer
 from dalle1.model_card import ModelInfo, model_card
 from dalle1.sampling.batching import batched, check_counts, max_batch
@@ -49,11 +49,11 @@ from dalle1.sampling.reranking import (
     Reranker,
     ranked,
 )
+from dalle1.storage import CLIP_NAME, refuse_other_clip
 from dalle1.text.bpe import Tokenizer
 
 BUNDLED = Path(__file__).parent / "bundled" / "toybox"
 VOCABULARY_NAME = "vocab.json"
-CLIP_NAME = "clip"
 OnRow = Callable[[Tensor, int], None]
 
 
@@ -140,10 +140,15 @@ class DallE:
         )
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write all parts to `directory`, weights rounded to `dtype`."""
+        """Write all parts to `directory`, weights rounded to `dtype`.
+
+        Raises: ValueError where the folder holds a CLIP, and this model has none.
+        """
         folder = Path(directory)
+        if self.clip is None:
+            refuse_other_clip(folder)
         with intact(self.transformer):
-            self.image_tokenizer.save(folder, dtype)
+            save_image_tokenizer(self.image_tokenizer, folder, dtype)
             self.transformer.save(folder, dtype)
             self.tokenizer.save(folder / VOCABULARY_NAME)
             self.info.save(folder)

@@ -11,7 +11,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,8 +193,8 @@ def save_weights(
 ) -> Path:
     """Write `model` and `model.config`, a dataclass, to `path`, in the memory of one tensor more.
 
-    A file is written atomically. A larger model is split (see `dalle1.tensor_files`); its index is
-    written last, and what an earlier model left of its files is removed.
+    A larger model is split (see `dalle1.tensor_files`). All files are written beside those of an
+    earlier model before they replace them; what remains of its files is removed.
 
     Args:
         dtype: what floating-point parameters are rounded to; None keeps their own.
@@ -214,18 +214,33 @@ def save_weights(
     }
     files = split_into_shards(path, shapes, max_shard_bytes)
     before = {*shards_of(path), path, index_of(path)}
-    if len(files) > 1:  # a mixture of old and new shards is no model
-        index_of(path).unlink(missing_ok=True)
-    for file, names in files.items():
-        with atomic_path(file) as partial:
+    with ExitStack() as stack:
+        if len(files) > 1:  # entered first, it is renamed last
+            partial = stack.enter_context(atomic_path(index_of(path)))
+            partial.write_text(index_text(files, shapes), encoding="utf-8")
+            before.remove(index_of(path))
+        for file, names in files.items():
             part = {name: shapes[name] for name in names}
+            partial = stack.enter_context(atomic_path(file))
             write_tensors(partial, part, (state[name] for name in names), metadata)
-    if len(files) > 1:
-        write_atomic(index_of(path), index_text(files, shapes))
-        before.remove(index_of(path))
+        if len(files) > 1:  # a mixture of old and new shards is no model
+            index_of(path).unlink(missing_ok=True)
     for file in before - files.keys():
         file.unlink(missing_ok=True)
     return path
+
+
+CLIP_NAME = "clip"
+"""Folder of the CLIP in a model folder."""
+
+
+def refuse_other_clip(folder: Path) -> None:
+    """Raise ValueError where a folder holds a CLIP, before a model without one is written to it."""
+    if (folder / CLIP_NAME).is_dir():
+        raise ValueError(
+            f"{folder} holds a CLIP ({CLIP_NAME}), expected none, since the model that is written "
+            "there has none; remove it, or use another folder"
+        )
 
 
 def read_kind(path: Path) -> str | None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from dalle1.devices import PRECISIONS
-from dalle1.image_tokenizer import ImageTokenizer
+from dalle1.image_tokenizer import ImageTokenizer, save_image_tokenizer
+from dalle1.locking import folder_lock
 from dalle1.model.transformer import Transformer
 from dalle1.model_card import ModelInfo
-from dalle1.storage import checkpoints
+from dalle1.sampling.generation import GenerationConfig
+from dalle1.storage import checkpoints, refuse_other_clip
 from dalle1.text.bpe import Tokenizer
 from dalle1.vqgan import VQGAN
 
@@ -26,6 +28,29 @@ def for_grid(vqgan: VQGAN, transformer: Transformer) -> VQGAN:
     return vqgan
 
 
+def refuse_training(out: Path) -> None:
+    """Raise a ValueError where a folder holds checkpoints, which are loaded before its files."""
+    if checkpoints(out):
+        raise ValueError(f"{out} holds a training; use another --out")
+
+
+def print_license(license: str | None) -> None:
+    """Print the license of published weights, if it is known."""
+    terms = license or "unknown, that of whoever trained the model"
+    print(f"License of the published weights: {terms}{NOTES.get(license, '')}")
+
+
+def write_image_tokenizer(model: ImageTokenizer, out: Path, license: str | None) -> None:
+    """Write an image tokenizer without a transformer, and print what it is and its license."""
+    with folder_lock(out):
+        path = save_image_tokenizer(model, out)
+    print(
+        f"The image tokenizer is {path}: {model.codebook_size} codes, "
+        f"{model.downsampling}×{model.downsampling} pixels each"
+    )
+    print_license(license)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Options of all commands that import a transformer."""
@@ -39,8 +64,8 @@ class ModelOptions:
 
     def check(self) -> None:
         """Raise ValueError where the options are of no use, before anything is read."""
-        if checkpoints(self.out):
-            raise ValueError(f"{self.out} holds a training; use another --out")
+        refuse_training(self.out)
+        refuse_other_clip(self.out)
         if self.heads is not None and self.heads < 1:
             raise ValueError(f"heads is {self.heads}, expected at least 1")
 
@@ -50,8 +75,13 @@ class ModelOptions:
         transformer: Transformer,
         tokenizer: Tokenizer,
         info: ModelInfo,
+        generation: GenerationConfig,
     ) -> None:
-        """Write a model folder, and print what it is and its license, if that is known."""
+        """Write a model folder, and print what it is and its license, if that is known.
+
+        Args:
+            generation: the authors' defaults of sampling.
+        """
         config = transformer.config
         if image_tokenizer.codebook_size != config.codebook_size:
             raise ValueError(
@@ -64,15 +94,16 @@ class ModelOptions:
                 f"{config.text_vocab}; use the vocabulary that it was trained with"
             )
         dtype = None if self.precision is None else PRECISIONS[self.precision]
-        image_tokenizer.save(self.out)
-        transformer.save(self.out, dtype)
-        tokenizer.save(self.out / VOCABULARY_NAME)
-        info.save(self.out)
+        with folder_lock(self.out):
+            save_image_tokenizer(image_tokenizer, self.out)
+            transformer.save(self.out, dtype)
+            tokenizer.save(self.out / VOCABULARY_NAME)
+            info.save(self.out)
+            generation.save(self.out)
         count = sum(parameter.numel() for parameter in transformer.parameters())
         print(
             f"The model is in {self.out}: {count / 1e6:,.0f} million parameters, "
             f"{config.text_len} text positions, {config.image_len} codes, images of "
             f"{image_tokenizer.image_size} × {image_tokenizer.image_size} pixels"
         )
-        terms = info.license or "unknown, that of whoever trained the model"
-        print(f"License of the published weights: {terms}{NOTES.get(info.license, '')}")
+        print_license(info.license)

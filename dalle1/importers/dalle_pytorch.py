@@ -31,10 +31,12 @@ from dalle1.importers.yttm import read_yttm
 from dalle1.model.masks import MaskKind
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.model_card import ModelInfo
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.format import TextFormat
 from dalle1.vqgan.strided_dvae import StridedDVAE, StridedDVAEConfig
 
+GENERATION = GenerationConfig()
 KINDS_OF_ATTENTION: dict[str, MaskKind] = {
     "full": "full",
     "axial_row": "line",
@@ -270,4 +272,4 @@ def main(args: Sequence[str] | None = None) -> None:
         image_tokenizer = load_image_tokenizer(tensors, vae_params, transformer)
         tensors.warn_of_unread()
         tokenizer = load_tokenizer(config.vocabulary, params["num_text_tokens"])
-        config.write(image_tokenizer, transformer, tokenizer, ModelInfo())
+        config.write(image_tokenizer, transformer, tokenizer, ModelInfo(), GENERATION)

@@ -26,10 +26,12 @@ from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, one_e
 from dalle1.importers.vqgan import load_vqgan
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.model_card import ModelInfo
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.format import TextFormat
 
 INFO = ModelInfo(license="cc-by-nc-sa-4.0", source="https://github.com/kakaobrain/minDALL-E")
+GENERATION = GenerationConfig(top_k=256)
 FILES = (
     "stage2_last.ckpt",
     "stage1_last.ckpt",
@@ -166,4 +168,4 @@ def main(args: Sequence[str] | None = None) -> None:
         assert tokenizer.format.pad_id is not None
         transformer = load_transformer(transformer_file, tokenizer.format.pad_id, config.heads)
         vqgan = for_grid(load_vqgan(vqgan_file), transformer)
-        config.write(vqgan, transformer, tokenizer, INFO)
+        config.write(vqgan, transformer, tokenizer, INFO, GENERATION)

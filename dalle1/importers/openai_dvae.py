@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dalle1.console import one_line_errors, parse
 from dalle1.importers.checkpoint import Stub, unpickle
-from dalle1.storage import checkpoints
+from dalle1.importers.command import refuse_training, write_image_tokenizer
 from dvae import DVAE, DVAEConfig
 
 CLASSES = (
@@ -36,6 +36,8 @@ CLASSES = (
     "torch.nn.modules.upsampling.Upsample",
 )
 """Classes that a pickle may name, besides tensors and containers."""
+
+LICENSE = "modified MIT, which asks to indicate that the model was used (github.com/openai/DALL-E)"
 
 _NAMES = (  # theirs → ours
     (r"^blocks\.", ""),
@@ -128,6 +130,6 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        if checkpoints(config.out):
-            raise ValueError(f"{config.out} holds a training; use another --out")
-        print(f"The dVAE is {load_openai_dvae(config.encoder, config.decoder).save(config.out)}")
+        refuse_training(config.out)
+        model = load_openai_dvae(config.encoder, config.decoder)
+        write_image_tokenizer(model, config.out, LICENSE)

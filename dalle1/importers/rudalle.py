@@ -27,10 +27,12 @@ from dalle1.importers.yttm import read_yttm
 from dalle1.model.masks import CONV_REACH, MaskKind, joint_mask, layer_masks
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.model_card import ModelInfo
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.format import TextFormat
 
 INFO = ModelInfo(license="apache-2.0", source="https://github.com/ai-forever/ru-dalle")
+GENERATION = GenerationConfig(top_k=2048, top_p=0.995)
 HEADS = {1024: 16, 2048: 16, 2560: 32, 3840: 60}
 """Width → attention heads of the published models; shapes do not tell them."""
 CODES = 8192
@@ -198,13 +200,13 @@ class ImportConfig(ModelOptions):
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        convert(config, INFO)
+        convert(config, INFO, GENERATION)
 
 
-def convert(config: ImportConfig, info: ModelInfo) -> None:
+def convert(config: ImportConfig, info: ModelInfo, generation: GenerationConfig) -> None:
     """Write the model folder."""
     config.check()
     vqgan = load_vqgan(config.vqgan)
     transformer = load_transformer(config.transformer, config.heads, vqgan.codebook_size)
     tokenizer = load_tokenizer(config.vocabulary, transformer.config.text_vocab)
-    config.write(for_grid(vqgan, transformer), transformer, tokenizer, info)
+    config.write(for_grid(vqgan, transformer), transformer, tokenizer, info, generation)

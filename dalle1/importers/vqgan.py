@@ -21,13 +21,15 @@ from torch import Tensor
 
 from dalle1.console import one_line_errors, parse
 from dalle1.importers.checkpoint import numbers_after, read_state_dict
+from dalle1.importers.command import refuse_training, write_image_tokenizer
 from dalle1.importers.state_dict import Foreign
-from dalle1.storage import checkpoints
 from dalle1.vqgan import VQGAN, VQGANConfig
 
 MARKER = "encoder.conv_in.weight"
 """A tensor that every VQGAN has."""
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
+
+LICENSE = "MIT for taming-transformers, latent diffusion and LlamaGen; others': see their source"
 
 # An inverse Haar transform: ½ of the sums over LL, LH, HL, HH for each pixel of a 2×2 block.
 HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
@@ -151,11 +153,6 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        if checkpoints(config.out):
-            raise ValueError(f"{config.out} holds a training; use another --out")
+        refuse_training(config.out)
         model = load_vqgan(config.checkpoint, config.image_size)
-        c = model.config
-        print(
-            f"The image tokenizer is {model.save(config.out)}: {c.codebook_size} codes, "
-            f"{c.downsampling}×{c.downsampling} pixels each"
-        )
+        write_image_tokenizer(model, config.out, LICENSE)

@@ -109,13 +109,15 @@ class Tokenizer:
         return cls(bpe, Words.load(kept) if kept.is_file() else None, text_format)
 
     def save(self, path: Path) -> None:
-        """Write the vocabulary in the `tokenizers` library's JSON format, and the words beside.
+        """Write the vocabulary in the `tokenizers` library's JSON format, and any words beside.
 
         The vocabulary of an imported model is one entry of a JSON object, beside its format.
         """
         path = Path(path)
         if self.words is not None:
             self.words.save(path.with_name(WORDS_NAME))
+        else:  # those of another vocabulary
+            path.with_name(WORDS_NAME).unlink(missing_ok=True)
         content = self.bpe.to_str(pretty=True)
         if self.format != TextFormat():
             content = f'{FORMAT_START} {json.dumps(asdict(self.format))}, "tokenizer": {content}}}'

@@ -66,7 +66,9 @@ def test_imported_is_the_original_bit_for_bit(tmp_path: Path, released: Modules)
 def test_command(tmp_path: Path, released: Modules, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(path) for path in pickles(tmp_path, *released)]
     openai_dvae.main([*paths, "--out", str(tmp_path / "out")])
-    assert "dvae.safetensors" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "dvae.safetensors" in printed
+    assert "License of the published weights: modified MIT" in printed
     kept, imported = DVAE.load(tmp_path / "out"), openai_dvae.load_openai_dvae(*paths)
     assert kept.config == imported.config
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), imported.parameters()))

@@ -109,7 +109,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": tiny().state_dict()}, path)
     vqgan.main([str(path), "--out", str(tmp_path / "out")])
-    assert "64 codes, 4×4 pixels each" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "64 codes, 4×4 pixels each" in printed
+    assert "License of the published weights: MIT for taming" in printed
     assert load_image_tokenizer(tmp_path / "out").image_size == 256
 
 

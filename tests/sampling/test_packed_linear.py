@@ -132,7 +132,7 @@ def test_the_same_thread_is_refused(
         "save the transformer": lambda: model.save(tmp_path),
     }
     uniforms = torch.rand(3, 16)
-    with pytest.raises(ValueError, match="while (it|the model) samples"):
+    with pytest.raises(ValueError, match=r"while (it|the model) samples"):
         generate(model, null_caption(model), uniforms, on_row=lambda *_: uses[use]())
     assert not list(tmp_path.iterdir())
     assert torch.equal(sample(model), expected)
