@@ -37,7 +37,13 @@ def test_nothing_of_another_model_remains(tmp_path: Path, how: str) -> None:
     if how == "save":
         other.save_pretrained(tmp_path)
     else:
-        parts = other.image_tokenizer, other.transformer, other.tokenizer, other.info, other.generation
+        parts = (
+            other.image_tokenizer,
+            other.transformer,
+            other.tokenizer,
+            other.info,
+            other.generation,
+        )
         ModelOptions(out=tmp_path).write(*parts)
     loaded = DallE.from_pretrained(tmp_path, device="cpu")
     assert isinstance(loaded.image_tokenizer, VQGAN)
