@@ -140,21 +140,17 @@ class DallE:
         )
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write all parts to `directory`, weights rounded to `dtype`.
-
-        Raises: ValueError where the folder holds a CLIP, and this model has none.
-        """
+        """Write all parts to `directory`, weights rounded to `dtype`; keep no other model's."""
         folder = Path(directory)
-        if self.clip is None:
-            refuse_other_clip(folder)
+        refuse_other_clip(folder, self.clip)
         with intact(self.transformer):
             save_image_tokenizer(self.image_tokenizer, folder, dtype)
             self.transformer.save(folder, dtype)
             self.tokenizer.save(folder / VOCABULARY_NAME)
             self.info.save(folder)
             self.generation.save(folder)
-            if self.clip is not None:
-                self.clip.save_pretrained(folder / CLIP_NAME, dtype)
+        if self.clip is not None:
+            self.clip.save_pretrained(folder / CLIP_NAME, dtype)
 
     def push_to_hub(
         self, repo: str, *, dtype: torch.dtype | None = None, private: bool | None = None

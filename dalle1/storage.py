@@ -234,9 +234,9 @@ CLIP_NAME = "clip"
 """Folder of the CLIP in a model folder."""
 
 
-def refuse_other_clip(folder: Path) -> None:
+def refuse_other_clip(folder: Path, clip: Any = None) -> None:
     """Raise ValueError where a folder holds a CLIP, before a model without one is written to it."""
-    if (folder / CLIP_NAME).is_dir():
+    if clip is None and (folder / CLIP_NAME).is_dir():
         raise ValueError(
             f"{folder} holds a CLIP ({CLIP_NAME}), expected none, since the model that is written "
             "there has none; remove it, or use another folder"
