@@ -349,9 +349,8 @@ class DallE:
         text, text_bits, code_bits = text.to(self.device), 0.0, []
         for part in codes.to(self.device).split(batch_size):
             with inference(self.device), intact(self.transformer):
-                text_losses, image_losses = self.transformer.losses(
-                    text.expand(len(part), -1), part
-                )
+                captions = text.expand(len(part), -1)
+                text_losses, image_losses = self.transformer.losses(captions, part)
             tokens = int((text < self.transformer.config.text_vocab).sum())
             counted = tokens + self.transformer.config.pad_targets
             counted -= len(text) - text_losses.shape[1]  # without start tokens, the first is free
