@@ -59,6 +59,8 @@ SUBCOMMANDS = {
     "import rudolph": ("dalle1.importers.rudolph", "Convert a RuDOLPH"),
     "export": ("dalle1.export", "Join a transformer and a CLIP in one model folder, or publish it"),
     "toybox": ("dalle1.commands.toybox", "Render the Toybox dataset and write it as shards"),
+    "doctor": ("dalle1.commands.doctor", "Report versions and hardware, and sample an image"),
+    "completion": ("dalle1.completion", "Print a script that completes flags in bash or zsh"),
 }
 """Name → (module, what it does)."""
 

@@ -52,6 +52,7 @@ LAYERS = [
     ["dalle1.activation_memory", "dalle1.export", "dalle1.planner"],
     ["dalle1.commands.*"],
     ["dalle1.cli"],
+    ["dalle1.completion"],
     ["dalle1.__main__"],
 ]
 SCRIPTS = len(LAYERS)  # the top-level scripts stand on all the layers

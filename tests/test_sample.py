@@ -13,7 +13,7 @@ from launch import in_two_processes
 from PIL import Image
 
 from dalle1 import DallE
-from dalle1.commands import sample
+from dalle1.commands import doctor, sample
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.generation import GenerationConfig
 from dalle1.text.bpe import Tokenizer
@@ -110,6 +110,25 @@ def test_the_models_defaults_hold_unless_a_flag_says_otherwise(
     plain = sampled(folder, tmp_path / "plain", PROMPT)
     assert sampled(own, tmp_path / "own", PROMPT, "--plain") == plain
     assert sampled(own, tmp_path / "own", PROMPT, "--plain", "--guidance", "3") != plain
+
+
+def test_a_script_reads_json(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample.main(arguments(folder, tmp_path, PROMPT, "a star", "--json"))
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["prompt"], second["prompt"]) == (PROMPT, "a star")
+    files = [Path(image["file"]) for image in first["images"]]
+    assert len(files) == 5
+    assert all(path.is_file() for path in [*files, Path(second["grid"])])
+    assert first["images"][0]["candidate"] == 0
+    assert first["settings"]["guidance"] == 1
+
+
+def test_doctor_samples_an_image(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(["--model", str(folder), "--device", "cpu"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("sampling     one image of 32 × 32 pixels in ")
 
 
 def test_prompts_come_from_a_file(folder: Path, tmp_path: Path) -> None:

@@ -9,17 +9,18 @@ torchrun --nproc-per-node N -m dalle1 sample … splits the candidates among N p
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dalle1.config import image_counts
 from dalle1.console import bar, command_line, expand_home_in, name_flags, one_line_errors
-from dalle1.outputs import GRID, check_writable, preview_path, slug, write
+from dalle1.outputs import GRID, SCORES, check_writable, preview_path, slug, to_json, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +119,8 @@ def add_other_flags(add: Callable[..., Any]) -> None:
         "or those that are erased to transparency")  # fmt: skip
     add("--batch-size", type=batch_size, default="auto", help="candidates per batch; auto: as many "
         "as fit in memory")  # fmt: skip
+    add("--json", action="store_true", help="print one line of JSON per prompt: the files, their "
+        "scores and the settings")  # fmt: skip
     add("--preview", action="store_true", help="write preview.png after each row of codes")
     add(
         "--out",
@@ -305,7 +308,19 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int]) ->
                 folder = root if is_named else root / slug(prompt)
                 best = best[: options.num_images]
                 folder = write(folder, prompt, best, settings, is_named=is_named, taken=taken)
-                progress.write(f"{prompt!r}: {folder / GRID}", file=sys.stdout)
+                line = f"{prompt!r}: {folder / GRID}"
+                if options.json:
+                    line = as_json(folder, prompt, settings)
+                progress.write(line, file=sys.stdout)
+
+
+def as_json(folder: Path, prompt: str, settings: Mapping[str, object]) -> str:
+    """Return what was written to `folder` as one line of JSON: paths, scores and settings."""
+    images = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    for image in images:
+        image["file"] = str(folder / image["file"])
+    report = {"prompt": prompt, "grid": str(folder / GRID), "images": images}
+    return json.dumps({**report, "settings": {name: to_json(x) for name, x in settings.items()}})
 
 
 def set_defaults(options: argparse.Namespace, defaults: GenerationConfig) -> None:
