@@ -4,8 +4,9 @@
 #     recipes/ladder.sh
 #     OUT=runs/small-ladder SIZES="64:2:2 96:3:3" STEPS="150 300 600" recipes/ladder.sh
 #
-# Stop it with Ctrl-C; the same command resumes, and finished runs return at once. The largest run
-# comes last: OUT/prediction holds what the others predict for it, written before it is trained.
+# Stop it with Ctrl-C; the same command resumes, and finished runs return at once. Runs go from the
+# cheapest to the largest: OUT/prediction holds what the others predict for the last one, written
+# before it is trained.
 set -euo pipefail
 
 OUT=${OUT:-runs/ladder}                      # folder of all runs
@@ -16,6 +17,7 @@ PYTHON=${PYTHON:-python}                     # the Python that dalle1 is install
 # WIDTH:DEPTH:HEADS: 0.1M, 0.3M, 1M, 3M and 10M parameters without embeddings.
 SIZES=${SIZES:-64:2:2 96:3:3 144:4:4 224:5:4 320:8:5}
 STEPS=${STEPS:-250 500 1000 2000}            # updates of 16 pairs, each a run of its own
+LIMIT=${LIMIT:-}                             # most parameters x updates; larger runs are skipped
 eval "flags=(${FLAGS:-})"                    # more flags of every training, quoted as in a shell
 
 dalle1=("$PYTHON" -m dalle1)
@@ -45,21 +47,24 @@ train() { # WIDTH DEPTH HEADS STEPS
 if [ ! -f "$CODES/entries.npy" ]; then # the last file of an encoding
     stage codes "${dalle1[@]}" encode --dvae "$DVAE" --data "$DATA" --image-size 128 --out "$CODES"
 fi
-read -ra sizes <<< "$SIZES"
-read -ra steps <<< "$STEPS"
-last_size=${sizes[${#sizes[@]} - 1]}
-last_steps=${steps[${#steps[@]} - 1]}
-smaller=()
-for count in "${steps[@]}"; do
-    for size in "${sizes[@]}"; do
+runs=$(
+    for size in $SIZES; do
         IFS=: read -r width depth heads <<< "$size"
-        if [ "$size:$count" != "$last_size:$last_steps" ]; then
-            train "$width" "$depth" "$heads" "$count"
-            smaller+=("$OUT/width-$width-steps-$count")
-        fi
-    done
-done
-IFS=: read -r width depth heads <<< "$last_size"
+        parameters=$((12 * width * width * depth))
+        for count in $STEPS; do
+            cost=$((parameters * count))
+            if [ -z "$LIMIT" ] || [ "$cost" -le "$LIMIT" ]; then
+                echo "$cost $width $depth $heads $count"
+            fi
+        done
+    done | sort -n
+)
+smaller=()
+while read -r _ width depth heads count; do
+    train "$width" "$depth" "$heads" "$count" < /dev/null
+    smaller+=("$OUT/width-$width-steps-$count")
+done < <(sed '$d' <<< "$runs")
+read -r _ width depth heads last_steps < <(tail -n 1 <<< "$runs")
 if [ ! -d "$OUT/prediction" ]; then
     stage prediction "${dalle1[@]}" fit-scaling "${smaller[@]}" --hold-out 0 \
         --predict $((12 * width * width * depth)) $((last_steps * 16 * 256)) \

@@ -1,4 +1,4 @@
-"""Fit scaling laws to trainings of transformers, and predict larger ones.
+"""Fit scaling laws to trainings of transformers or of CLIPs, and predict larger ones.
 
     dalle1 fit-scaling runs/ladder/* --out runs/scaling
     dalle1 fit-scaling runs/ladder/* --budget 1e17
@@ -30,16 +30,17 @@ from dalle1.storage import write_atomic
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingOptions:
-    """Fit scaling laws to trainings of transformers, and predict larger ones."""
+    """Fit scaling laws to trainings of transformers or of CLIPs, and predict larger ones."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folders of trainings, of several sizes and lengths."""
-    field: str = "validation/image"
-    """Loss to fit, as log.jsonl names it."""
+    field: str | None = None
+    """Loss to fit, as log.jsonl names it; for CLIPs an accuracy in clip.json, of which the error is
+    fitted. None: validation/image, or training/zero-shot/noun."""
     hold_out: int = 1
     """Number of runs, those of most compute, that are predicted instead of fitted."""
     predict: tuple[float, float] | None = None
-    """Parameters and training codes of a run to predict."""
+    """Parameters and training codes (of a CLIP: pairs) of a run to predict."""
     budget: float | None = None
     """FLOPs of a training whose optimal size is predicted."""
     bootstrap: int = 200
@@ -92,15 +93,21 @@ def analyse(runs: Sequence[Run], options: ScalingOptions) -> tuple[dict[str, Any
         raise ValueError(
             f"hold_out is {options.hold_out} of {len(runs)} runs, expected fewer; name more runs"
         )
+    measures = sorted({run.measure for run in runs})
+    if len(measures) > 1:
+        raise ValueError(
+            f"runs measure {' and '.join(measures)}, expected one of them; name runs of one kind"
+        )
     runs = sorted(runs, key=lambda run: run.flops)
     fitted, held = (runs[: len(runs) - options.hold_out], runs[len(runs) - options.hold_out :])
-    values = np.array([run[1:] for run in fitted], dtype=float).reshape(len(fitted), 4)
+    values = np.array([run[1:5] for run in fitted], dtype=float).reshape(len(fitted), 4)
     parameters, tokens, flops, loss = values.T
     chosen = frontier(flops, loss)
     compute = Fitted.to(flops[chosen, None], loss[chosen], options.bootstrap)
     both = Fitted.to(np.stack([parameters, tokens], 1), loss, options.bootstrap)
     per_token = float(np.exp(np.log(flops / (parameters * tokens)).mean()))
     report: dict[str, Any] = {
+        "measure": measures[0],
         "runs": [run._asdict() for run in runs],
         "L(C)": compute.numbers(),
         "L(N, D)": both.numbers(),
@@ -131,7 +138,8 @@ def summary(report: dict[str, Any]) -> str:
         value, low, high = numbers
         return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
-    lines = [f"{'run':24} {'parameters':>12} {'codes':>12} {'FLOPs':>10} {'loss':>7}"]
+    unit = "pairs" if report["measure"].startswith("error") else "codes"
+    lines = [f"{'run':24} {'parameters':>12} {unit:>12} {'FLOPs':>10} {'loss':>7}"]
     for run in report["runs"]:
         numbers = f"{run['parameters']:12,.0f} {run['tokens']:12,.0f} {run['flops']:10.3g}"
         lines.append(f"{run['name']:24} {numbers} {run['loss']:7.4f}")
@@ -145,11 +153,11 @@ def summary(report: dict[str, Any]) -> str:
             predicted = f"{shown(run[law])} predicted {law}, {run['loss']:.3f} measured"
             lines.append(f"{run['name']}: {predicted}, {error:+.1%}")
     if "predicted" in report:
-        size = "{:,.0f} parameters, {:,.0f} codes".format(*report["predicted"]["at"])
+        size = "{:,.0f} parameters, {:,.0f} {}".format(*report["predicted"]["at"], unit)
         lines.append(f"{size}: {shown(report['predicted']['by L(N, D)'])} predicted by L(N, D)")
     if "optimal" in report:
         best = report["optimal"]
-        size = f"{best['parameters']:,.0f} parameters and {best['codes']:,.0f} codes"
+        size = f"{best['parameters']:,.0f} parameters and {best['codes']:,.0f} {unit}"
         loss = shown(best["by L(N, D)"])
         lines.append(f"optimal for {best['budget']:.3g} FLOPs: {size}, loss {loss}")
     return "\n".join(lines)

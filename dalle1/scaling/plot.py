@@ -37,7 +37,9 @@ def plot(
     for run in report["runs"]:
         if run["name"] in held:
             axes.plot(run["flops"], run["loss"], "ko", fillstyle="none", markersize=12)
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="nats per code, held-out")
+    axes.set(
+        xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"held-out {report['measure']}"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

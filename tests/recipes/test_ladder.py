@@ -1,4 +1,4 @@
-"""recipes/ladder.sh: the order of its commands, and that it stops where a training was stopped."""
+"""The recipes of scaling laws: the order of their commands, limits, and where they stop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 from dalle1.commands.fit_scaling import ScalingOptions
 from dalle1.console import parse
+from dalle1.evaluation.clip import ClipOptions
+from dalle1.tasks.clip import CLIP_PRESETS, ClipTrainConfig
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS, TransformerTrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +22,9 @@ case "$*" in *"$STOP"*) echo "Stopped at step 3, saved in x; the same command re
 """
 
 
-def commands(folder: Path, stop: str = "nowhere") -> tuple[int, list[list[str]]]:
+def commands(
+    folder: Path, stop: str = "nowhere", recipe: str = "ladder.sh", **changes: str
+) -> tuple[int, list[list[str]]]:
     """Run the recipe with a Python that only records its arguments."""
     record, python = folder / "record", folder / "python"
     record.unlink(missing_ok=True)
@@ -29,8 +33,8 @@ def commands(folder: Path, stop: str = "nowhere") -> tuple[int, list[list[str]]]
     sizes = {"SIZES": "32:2:2 64:3:4", "STEPS": "10 20", "OUT": str(folder / "out")}
     environment = {**os.environ, **sizes, "PYTHON": str(python), "RECORD": str(record)}
     done = subprocess.run(
-        [str(ROOT / "recipes" / "ladder.sh")],
-        env={**environment, "STOP": stop, "FLAGS": "--num-workers 0"},
+        [str(ROOT / "recipes" / recipe)],
+        env={**environment, "STOP": stop, "FLAGS": "--num-workers 0", **changes},
         capture_output=True,
     )
     return done.returncode, [line.split() for line in record.read_text().splitlines()]
@@ -40,7 +44,7 @@ def test_the_largest_run_is_predicted_before_it_is_trained(tmp_path: Path) -> No
     code, found = commands(tmp_path)
     assert code == 0
     names = [words[-3].rpartition("/")[2] for words in found if words[0] == "train"]
-    assert names == [f"width-{w}-steps-{s}" for s in (10, 20) for w in (32, 64)]
+    assert names == [f"width-{w}-steps-{s}" for w in (32, 64) for s in (10, 20)]
     assert [words[0] for words in found] == [
         "encode", "train", "train", "train", "fit-scaling", "train", "fit-scaling",
     ]  # fmt: skip
@@ -62,4 +66,23 @@ def test_it_stops_where_a_training_was_stopped(tmp_path: Path, encoded: bool) ->
         (tmp_path / "out" / "codes" / "entries.npy").touch()
     code, found = commands(tmp_path, stop="width-64-steps-10")
     assert code == 130
-    assert [words[0] for words in found] == ["encode"] * (not encoded) + ["train", "train"]
+    assert [words[0] for words in found] == ["encode"] * (not encoded) + ["train"] * 3
+
+
+def test_runs_above_the_limit_are_skipped(tmp_path: Path) -> None:
+    code, found = commands(tmp_path, LIMIT=str(12 * 32 * 32 * 2 * 20))
+    assert code == 0
+    names = [words[-3].rpartition("/")[2] for words in found if words[0] == "train"]
+    assert names == ["width-32-steps-10", "width-32-steps-20"]
+
+
+def test_clips_are_trained_evaluated_and_fitted(tmp_path: Path) -> None:
+    code, found = commands(tmp_path, recipe="clip-ladder.sh", WIDTHS="4 8")
+    assert code == 0
+    assert [words[0] for words in found] == ["train", "evaluate"] * 4 + ["fit-scaling"]
+    config = parse(ClipTrainConfig, found[-3][3:], "", default=CLIP_PRESETS["small"])
+    assert (config.model.width, config.model.text_width, config.steps) == (8, 64, 20)
+    assert parse(ClipOptions, found[-2][2:], "").out == config.out
+    assert parse(ScalingOptions, found[-1][1:], "").runs[-1] == config.out
+    code, found = commands(tmp_path, "width-8-steps-10", "clip-ladder.sh", WIDTHS="4 8")
+    assert (code, len(found)) == (130, 3)

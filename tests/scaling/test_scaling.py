@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import tiny_model
 
+from dalle1.clip import Clip, ClipArch, new_clip
 from dalle1.commands import fit_scaling
 from dalle1.commands.fit_scaling import ScalingOptions, analyse, summary
 from dalle1.scaling.fit import bootstrap, compute_optimal, fit, frontier, interval
 from dalle1.scaling.runs import Run, read_run
 from dalle1.storage import write_manifest
+from dalle1.text.bpe import Tokenizer
 
 
 def law_of_size_and_data(n: np.ndarray, d: np.ndarray) -> np.ndarray:
@@ -119,6 +121,45 @@ def test_a_training_is_read(tmp_path: Path) -> None:
     assert run.parameters == sum(p.numel() for p in model.layers.parameters())
     assert run.tokens == 10 * 4 * 16
     assert run.flops == 3 * 40 * model.flops()
+
+
+def clip_training(folder: Path, report: object, **size: int) -> Path:
+    """Write what a CLIP's training of 10 updates of 4 pairs, and its evaluation, leave."""
+    checkpoint = folder / "step-10"
+    arch = ClipArch(image_size=32, text_width=32, text_len=16, embed_dim=16, **size)
+    new_clip(Tokenizer.train(["a red cube"], 300), arch).save_pretrained(checkpoint)
+    torch.save({"step": 10, "resume_key": {"batch_size": "4"}}, checkpoint / "state.pt")
+    save_file({"x": torch.zeros(1)}, checkpoint / "training.safetensors")
+    write_manifest(checkpoint, 10)
+    (folder / "clip.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_a_clip_is_a_point_of_its_error_and_the_flops_of_both_towers(tmp_path: Path) -> None:
+    report = {"scores": {"training/zero-shot/noun": 0.25, "training/zero-shot/fill": 0.5}}
+    folder = clip_training(tmp_path / "a", report, patch_size=16, layers=2, width=64)
+    run = read_run(folder)
+    assert (run.loss, run.tokens, run.measure) == (0.75, 40, "error of training/zero-shot/noun")
+    assert read_run(folder, "training/zero-shot/fill").loss == 0.5
+
+    def tower(width: int, length: int) -> int:  # 2 layers: 4 + 8 squares of the width, attention
+        return 2 * length * (2 * 12 * width**2 + 4 * length * width)
+
+    patches, heads = 2 * 4 * (3 * 16**2) * 64, 2 * (64 + 32) * 16
+    assert run.flops == 3 * 40 * (tower(64, 5) + tower(32, 16) + patches + heads)
+    model = Clip.from_pretrained(folder).model
+    embedded = sum(p.numel() for n, p in model.named_parameters() if "n_embedding.weight" in n)
+    assert 0 < run.parameters == sum(p.numel() for p in model.parameters()) - embedded
+    for broken in ({}, {"scores": {}}, [], {"scores": {"training/zero-shot/noun": None}}):
+        (folder / "clip.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=r"no training/zero-shot/noun; run: dalle1 evaluate"):
+            read_run(folder)
+
+
+def test_runs_of_different_kinds_are_refused() -> None:
+    other = runs()[0]._replace(measure="error of x")
+    with pytest.raises(ValueError, match="runs measure error of x and nats per code, expected one"):
+        analyse([*runs(), other], ScalingOptions(runs=()))
 
 
 def test_the_command_fits_and_plots(
