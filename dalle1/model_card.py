@@ -38,9 +38,9 @@ class ModelInfo:
         """Return the information of a model that starts as this one and is trained further.
 
         Args:
-            data: the training's `--data`.
+            data: name of the training data, see `dalle1.data.spec.data_name`.
         """
-        return replace(self, data=data_name(data), batch_size=batch_size, steps=None)
+        return replace(self, data=data, batch_size=batch_size, steps=None)
 
     def save(self, folder: Path) -> None:
         """Write what is known to `folder`; no file where nothing is."""
@@ -48,20 +48,6 @@ class ModelInfo:
             write_atomic(folder / INFO_NAME, json.dumps(found, indent=1) + "\n")
         else:
             (folder / INFO_NAME).unlink(missing_ok=True)
-
-
-def data_name(data: str) -> str:
-    """Return a name of the training data `--data` without paths, addresses and credentials."""
-    names = []
-    for source in data.split(","):
-        path, _, weight = source.rpartition("::") if "::" in source else (source, "", "")
-        kind = path.split(":")[0]
-        if kind == "pipe":
-            name = "a stream of shards"
-        else:
-            name = path.partition("?")[0].rstrip("/").rpartition("/")[2]
-        names.append(f"{name} (weight {weight})" if weight else name)
-    return ", ".join(names)
 
 
 def model_card(repo: str, info: ModelInfo, image_size: int, has_clip: bool) -> str:

@@ -16,9 +16,10 @@ from huggingface_hub import constants
 
 from dalle1 import export
 from dalle1.commands import sample
+from dalle1.data.spec import data_name
 from dalle1.hub import MODEL_FILES, find_model
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.model_card import ModelInfo, data_name
+from dalle1.model_card import ModelInfo
 from dalle1.pipeline import BUNDLED, DallE
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
@@ -180,10 +181,8 @@ def test_the_information_is_inherited_and_damage_is_reported(tmp_path: Path) -> 
     info = ModelInfo(license="cc-by-nc-sa-4.0", source="kakaobrain/minDALL-E", steps=3)
     info.save(tmp_path)
     assert ModelInfo.load(tmp_path) == info
-    tuned = info.fine_tuned("/home/me/data/{000..012}.tar::2,toybox:100::1", 8)
-    assert tuned == replace(
-        info, data="{000..012}.tar (weight 2), toybox:100 (weight 1)", steps=None, batch_size=8
-    )
+    tuned = info.fine_tuned("toybox", 8)
+    assert tuned == replace(info, data="toybox", steps=None, batch_size=8)
     (tmp_path / "checkpoint.json").write_text('{"step": 7}')
     tuned.save(tmp_path)
     assert ModelInfo.load(tmp_path).steps == 7
@@ -201,6 +200,18 @@ def test_the_information_is_inherited_and_damage_is_reported(tmp_path: Path) -> 
         ("https://host/a/b.tar?token=secret", "b.tar"),
         ("pipe:aws --key secret s3 cp s3://a/b.tar -", "a stream of shards"),
         ("s3://bucket/shards/{0..9}.tar", "{0..9}.tar"),
+        ("/data/{000..012}.tar::2,toybox::1", "{000..012}.tar (weight 2), toybox (weight 1)"),
+        ("runs/{a,b}.tar,toybox", "{a,b}.tar, toybox"),
+        ("pipe:curl -H 'Authorization: a,secret' -o- https://host/a.tar", "a stream of shards"),
+        ("https://host/a.tar?key=a%2Csecret::2,toybox::1", "a.tar (weight 2), toybox (weight 1)"),
+        ("https://host/a.tar#token=secret/b", "a.tar"),
+        ("https://host/a.tar;session=secret/b", "a.tar"),
+        ("https://user:password@host", "unnamed data"),
+        ("https://user:password@host/a.tar", "a.tar"),
+        ("s3://key@bucket/", "unnamed data"),
+        ("user:password@host", "host"),
+        (r"C:\Users\name\private\data", "data"),
+        (r"\\server\share\data\\"[:-1], "data"),
     ],
 )
 def test_the_name_of_the_data_holds_no_path_or_secret(data: str, name: str) -> None:

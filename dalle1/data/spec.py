@@ -216,6 +216,26 @@ def split_names(data: str) -> tuple[list[str], list[float] | None]:
     return names, numbers
 
 
+def data_name(data: str) -> str:
+    """Return a name of the training data `--data` without paths, addresses and credentials."""
+    sources, weights = split_names(data)
+    names = [_public_name(source) for source in sources]
+    if weights:
+        names = [f"{name} (weight {w:g})" for name, w in zip(names, weights, strict=True)]
+    return ", ".join(names)
+
+
+def _public_name(source: str) -> str:
+    """Return the last part of a path or an address, without what may be secret."""
+    if source.startswith("pipe:"):
+        return "a stream of shards"
+    path = re.split(r"[?#;]", source)[0]  # a query, a fragment, or parameters
+    scheme, _, address = path.rpartition("://")
+    if scheme:  # the host may have a user and a password before it
+        path = address.partition("/")[2]
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1].rpartition("@")[2] or "unnamed data"
+
+
 def _split_at_commas(data: str) -> Iterable[str]:
     depth, begin, quote = 0, 0, ""
     for i, letter in enumerate(data):

@@ -39,6 +39,7 @@ from dalle1.data.images import (
     to_float,
     to_tensor,
 )
+from dalle1.data.spec import data_name
 from dalle1.devices import autocast
 from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer
 from dalle1.model.lora import merged, plain_name
@@ -106,7 +107,7 @@ class TransformerTask(Task[Transformer]):
         self.dvae = load_image_tokenizer(config.dvae, self.device, config.image_size)
         init = model_folder(config.init) if config.init else None
         before = ModelInfo.load(init) if init else ModelInfo()
-        self.info = before.fine_tuned(config.data, config.batch_size)
+        self.info = before.fine_tuned(data_name(config.data), config.batch_size)
         self.generation = GenerationConfig.load(init) if init else GenerationConfig()
         self.source, encoded = self.open("train")
         self.tokenizer = self.vocabulary()
