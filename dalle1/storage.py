@@ -269,9 +269,15 @@ def load_config(model_class: type[Any], config_class: type[Config], path: Path) 
 
 def _refuse_impossible_sizes(config: Any, size: int, tensors: int) -> None:
     """Raise ValueError for a config that no file of `size` bytes can have, before it is built."""
+    modules = 1
     for name, value in vars(config).items():
-        most = tensors if name in ("depth", "blocks_per_group") else max(size, 1 << 16)
-        if isinstance(value, int) and value > most:
+        number = len(value) if isinstance(value, (tuple, list)) else value
+        if not isinstance(number, int):
+            continue
+        counts_modules = name in ("depth", "blocks_per_group", "blocks", "layers", "multipliers")
+        modules *= number if counts_modules else 1
+        most = tensors if counts_modules else max(size, 1 << 16)
+        if number > most or modules > tensors:
             raise ValueError(f"{name} is {value}, expected at most {most} in a file of its size")
 
 

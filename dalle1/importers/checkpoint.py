@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,10 @@ TRAINING_CLASSES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
 )
 """Classes that training programs leave in their checkpoints."""
+
+
+MAX_TEXT = 64 << 20
+"""Most bytes of a vocabulary; the published ones have up to 3 MB."""
 
 
 class Stub:
@@ -42,10 +49,11 @@ def unpickle(path: str | Path, classes: Sequence[str] = TRAINING_CLASSES) -> Any
         raise ValueError(
             f"{path} is no file that torch 1.6 or later has written; expected the file as released"
         )
+    _refuse_compressed(path)
     allowed: list[Any] = [(Stub, name) for name in classes] + [set]
     try:
         with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle may fail in any way
         named = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         why = f"it names {named[1]}" if named else " ".join(str(error).split())[:200]
@@ -53,6 +61,65 @@ def unpickle(path: str | Path, classes: Sequence[str] = TRAINING_CLASSES) -> Any
             f"{path} cannot be read, and nothing in it was run: {why}; expected the file as "
             "released"
         ) from error
+    for tensor in _tensors_in(content):
+        _refuse_more_than_stored(tensor, path)
+    return content
+
+
+def _refuse_compressed(path: str | Path) -> None:
+    """Raise ValueError for an archive whose content is larger than the file; torch writes none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # torch reports the damage
+    if compressed:
+        raise ValueError(f"{path} is compressed inside; expected the file as released")
+
+
+def _tensors_in(content: Any) -> Iterator[Tensor]:
+    """Yield all tensors in what `unpickle` returns, each object once: lists may hold themselves."""
+    pending, seen = [content], set()
+    while pending:
+        found = pending.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, Tensor):
+            yield found
+        elif isinstance(found, Mapping):
+            pending += found.values()
+        elif isinstance(found, (list, tuple, set)):
+            pending += found
+        elif isinstance(found, Stub):
+            pending.append(vars(found))
+
+
+def _refuse_more_than_stored(tensor: Tensor, path: str | Path) -> None:
+    """Raise ValueError for a tensor that takes more memory than the file has bytes for it."""
+    plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+    if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{path} has a tensor {tuple(tensor.shape)} without as many stored numbers; expected "
+            "the file as released"
+        )
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file, perhaps a .gz, of limited size.
+
+    Raises: OSError where it cannot be read; ValueError where it is larger, or no text.
+    """
+    with Path(path).open("rb") as file:
+        raw = file.read(2)
+        file.seek(0)
+        try:
+            raw = (gzip.GzipFile(fileobj=file) if raw == b"\x1f\x8b" else file).read(MAX_TEXT + 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError("a damaged .gz; fetch it again") from error
+    if len(raw) > MAX_TEXT:
+        raise ValueError(f"more than {MAX_TEXT >> 20} MiB of text")
+    return raw.decode("utf-8")
 
 
 def read_state_dict(path: str | Path, keys: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:

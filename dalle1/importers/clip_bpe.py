@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
+
+from dalle1.importers.checkpoint import read_text
 
 MERGES = 49152 - 256 - 2
 """Merges of the file that are read; more follow in it."""
@@ -23,8 +24,7 @@ def read_clip_bpe(path: str | Path) -> tokenizers.Tokenizer:
     Raises: ValueError where the file is another.
     """
     try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+        text = read_text(path)
         pairs = [tuple(line.split()) for line in text.split("\n")[1 : MERGES + 1] if line]
         if not pairs or any(len(pair) != 2 for pair in pairs):
             raise ValueError("no list of merges")
@@ -35,10 +35,8 @@ def read_clip_bpe(path: str | Path) -> tokenizers.Tokenizer:
         bpe = tokenizers.Tokenizer(
             models.BPE(vocab, pairs, end_of_word_suffix="</w>")  # type: ignore[arg-type]
         )
-    except OSError as error:
-        if not isinstance(error, gzip.BadGzipFile):
-            raise
-        raise ValueError(f"{path} is damaged; fetch it again") from error
+    except OSError:
+        raise
     except Exception as error:  # damage can fail in any way
         raise ValueError(
             f"{path} holds no merges of CLIP ({str(error)[:80]}); expected "

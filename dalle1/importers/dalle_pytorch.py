@@ -10,8 +10,9 @@ lucidrains/DALLE-pytorch dalle_pytorch/{dalle_pytorch,transformer,attention}.py,
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from dalle1.console import one_line_errors, parse
 from dalle1.image_tokenizer import ImageTokenizer
 from dalle1.importers.checkpoint import unpickle
 from dalle1.importers.clip_bpe import read_clip_bpe
-from dalle1.importers.command import ModelOptions, for_grid
+from dalle1.importers.command import ModelOptions, for_grid, write_image_tokenizer
+from dalle1.importers.openai_dvae import build_dvae, renamed
 from dalle1.importers.state_dict import KINDS, Foreign, build_transformer, one_error, rows
 from dalle1.importers.vqgan import MARKER, build_vqgan
 from dalle1.importers.yttm import read_yttm
@@ -49,6 +51,8 @@ REFUSED = {
     "sparse_attn": (False, "random blocks of attention"),
 }
 """Hyperparameter → (its default in the class, what it is)."""
+CODEBOOK = "codebook.weight"
+"""A tensor of its own dVAE."""
 _NAMES = re.compile(
     r"transformer\.layers\.(?:layers\.)?(\d+)\.([01])\.(?:.*\.)?"
     r"(norm_out|norm|to_qkv|to_out\.0|net\.0|net\.3)\.(weight|bias)$"
@@ -65,8 +69,14 @@ _PARTS = {
 }
 
 
+NORMALIZED = 0.5
+"""Mean and standard deviation of the colours that its dVAE reads."""
+
+
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Foreign, dict[str, Any] | None]:
     """Return the hyperparameters of a checkpoint, its tensors, and those of its own dVAE.
+
+    A dVAE alone, vae.pt, has the hyperparameters {}.
 
     Raises: ValueError where the file is another, or of a model that is not supported.
     """
@@ -77,6 +87,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Foreign, dict[str
         raise ValueError(f"{path} has no weights, expected a dalle.pt of DALLE-pytorch")
     params = dict(content["hparams"])
     tensors = {k: t for k, t in content["weights"].items() if isinstance(t, Tensor)}
+    if CODEBOOK in tensors:
+        tensors = {f"vae.{name}": tensor for name, tensor in tensors.items()}
+        return {}, Foreign(tensors, f"vae.{CODEBOOK}", path), params
     for name, (default, what) in REFUSED.items():
         value = params.get(name, default)
         if any(value) if isinstance(value, (list, tuple)) else value:
@@ -104,6 +117,11 @@ def load_transformer(tensors: Foreign, params: Mapping[str, Any]) -> Transformer
                 f"{tensors.path} has the hyperparameter {name} {numbers.get(name)!r}, expected a "
                 "number"
             )
+    if not 0 < numbers["depth"] <= len(tensors.tensors):
+        raise ValueError(
+            f"{tensors.path} has the hyperparameter depth {numbers['depth']}, expected at least 1 "
+            f"and at most the number of its tensors, {len(tensors.tensors)}"
+        )
     text_len, depth, vocab = numbers["text_seq_len"] + 1, params["depth"], params["num_text_tokens"]
     axes = [_axis(tensors, i) for i in (0, 1)]
     config = TransformerConfig(
@@ -186,43 +204,76 @@ def _layers(tensors: Foreign, config: TransformerConfig) -> dict[str, Tensor]:
 
 
 def load_image_tokenizer(
-    tensors: Foreign, vae_params: Mapping[str, Any] | None, transformer: Transformer
+    tensors: Foreign, vae_params: Mapping[str, Any] | None, transformer: Transformer | None
 ) -> ImageTokenizer:
-    """Load the image tokenizer of the same file: its own dVAE, or taming's VQGAN."""
+    """Load the image tokenizer of the same file: its own dVAE, OpenAI's, or taming's VQGAN.
+
+    Args:
+        transformer: what it is for; None for a dVAE alone.
+    """
     found = {
         name.removeprefix("vae."): tensor
         for name, tensor in tensors.tensors.items()
         if name.startswith("vae.")
     }
     tensors.unread -= {f"vae.{name}" for name in found}
-    if f"model.{MARKER}" in found:
+    if transformer is not None and f"model.{MARKER}" in found:
         return for_grid(build_vqgan(Foreign(found, MARKER, tensors.path)), transformer)
-    if "codebook.weight" not in found:
-        raise ValueError(
-            f"{tensors.path} has neither a dVAE of DALLE-pytorch nor a VQGAN of taming; import its "
-            "image tokenizer by openai-dvae or vqgan, and train a transformer on its codes"
+    if transformer is not None and "enc.blocks.input.w" in found:
+        encoder, decoder = (
+            {renamed(k[4:]): t.float() for k, t in found.items() if k.startswith(part)}
+            for part in ("enc.", "dec.")
         )
-    params = dict(vae_params or {})
+        dvae = build_dvae(encoder, decoder, tensors.path, tensors.path)
+        size = transformer.config.grid_size * dvae.downsampling
+        dvae.config = replace(dvae.config, image_size=size)
+        return dvae
+    if CODEBOOK not in found:
+        raise ValueError(
+            f"{tensors.path} has no dVAE of DALLE-pytorch or OpenAI and no VQGAN of taming; import "
+            "its image tokenizer by openai-dvae or vqgan, and train a transformer on its codes"
+        )
+    return _strided_dvae(found, dict(vae_params or {}), transformer, tensors.path)
+
+
+def _strided_dvae(
+    found: Mapping[str, Tensor],
+    params: Mapping[str, Any],
+    transformer: Transformer | None,
+    path: str | Path,
+) -> StridedDVAE:
+    """Load DALLE-pytorch's own dVAE with the hyperparameters `params`."""
+    normalization = params.get("normalization", ((NORMALIZED,) * 3,) * 2)
+    try:
+        colours = [float(x) for values in normalization for x in values[:3]]
+    except TypeError:
+        colours = []
+    if len(colours) != 6 or set(colours) != {NORMALIZED}:
+        raise ValueError(
+            f"{path} has a dVAE with normalization {normalization}, expected means and standard "
+            f"deviations of {NORMALIZED}; other ones are not supported"
+        )
     convolutions = [name for name in found if re.fullmatch(r"encoder\.\d+\.0\.weight", name)]
     first = found.get("encoder.0.0.weight")
     if first is None or first.ndim != 4 or first.shape[1] != 3:
-        raise ValueError(f"{tensors.path} has a dVAE of other than 3 channels; expected 3")
+        raise ValueError(f"{path} has a dVAE of other than 3 channels; expected 3")
+    size = params.get("image_size")
+    if transformer is not None:
+        size = transformer.config.grid_size << len(convolutions)
+    elif type(size) is not int or size < 1:
+        raise ValueError(f"{path} has the hyperparameter image_size {size!r}, expected a number")
     config = StridedDVAEConfig(
-        image_size=transformer.config.grid_size << len(convolutions),
+        image_size=size,
         width=len(first),
         layers=len(convolutions),
         blocks=sum(name.endswith("net.0.weight") for name in found if name.startswith("encoder.")),
-        codebook_size=found["codebook.weight"].shape[0],
-        code_width=found["codebook.weight"].shape[1],
+        codebook_size=found[CODEBOOK].shape[0],
+        code_width=found[CODEBOOK].shape[1],
     )
-    if params.get("normalization", ()) is None:
-        raise ValueError(f"{tensors.path} has a dVAE without normalization; expected means of 0.5")
-    model = StridedDVAE(config)
-    try:
-        model.load_state_dict(found, strict=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{tensors.path} does not match a dVAE ({reason})") from error
+    with one_error(path, "a dVAE"):
+        with torch.device("meta"):
+            model = StridedDVAE(config)
+        model.load_state_dict({k: t.float() for k, t in found.items()}, strict=True, assign=True)
     return model.eval()
 
 
@@ -256,9 +307,10 @@ class ImportConfig(ModelOptions):
     """Options of `dalle1 import dalle-pytorch`."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """The file of a training, dalle.pt."""
-    vocabulary: tyro.conf.Positional[Path]
-    """Its vocabulary: bpe_simple_vocab_16e6.txt, a .json of tokenizers, or one of youtokentome."""
+    """The file of a training, dalle.pt, or vae.pt for a dVAE alone."""
+    vocabulary: tyro.conf.Positional[Path | None] = None
+    """Vocabulary of dalle.pt: bpe_simple_vocab_16e6.txt, a .json of tokenizers, or one of
+    youtokentome."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -266,6 +318,21 @@ def main(args: Sequence[str] | None = None) -> None:
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
         config.check()
         params, tensors, vae_params = read_checkpoint(config.checkpoint)
+        if not params:
+            dvae = load_image_tokenizer(tensors, vae_params, None)
+            write_image_tokenizer(dvae, config.out, None)
+            return
+        if config.vocabulary is None:
+            raise ValueError(
+                f"{config.checkpoint} has a transformer, and no vocabulary is named; add the one "
+                "of its training after it"
+            )
+        if params.get("stable"):
+            warnings.warn(
+                f"{config.checkpoint} was trained with stable, which scales what LayerNorm adds "
+                "its epsilon to; logits may differ by 0.01 % of the largest",
+                stacklevel=1,
+            )
         if config.heads is not None:
             params["heads"] = config.heads
         transformer = load_transformer(tensors, params)

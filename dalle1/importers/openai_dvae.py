@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse
 from dalle1.importers.checkpoint import Stub, unpickle
 from dalle1.importers.command import refuse_training, write_image_tokenizer
+from dalle1.importers.state_dict import one_error
 from dvae import DVAE, DVAEConfig
 
 CLASSES = (
@@ -60,7 +62,7 @@ def read_module(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds a {type(module).__name__}, expected a pickled module of dall_e"
         )
-    return {_renamed(name): tensor.detach().float() for name, tensor in _parameters(module)}
+    return {renamed(name): tensor.detach().float() for name, tensor in _parameters(module)}
 
 
 def _parameters(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -72,7 +74,8 @@ def _parameters(module: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _parameters(child, f"{prefix}{name}.")
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
+    """Return our name of a parameter of `dall_e`."""
     for theirs, ours in _NAMES:
         name = re.sub(theirs, ours, name)
     return name
@@ -101,18 +104,25 @@ def sizes(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, i
 
 def load_openai_dvae(encoder_pkl: str | Path, decoder_pkl: str | Path) -> DVAE:
     """Load OpenAI's released pickles, without running their code; ValueError for any other file."""
-    encoder, decoder = read_module(encoder_pkl), read_module(decoder_pkl)
-    model = DVAE(DVAEConfig(**sizes(encoder, decoder)))
+    return build_dvae(read_module(encoder_pkl), read_module(decoder_pkl), encoder_pkl, decoder_pkl)
+
+
+def build_dvae(
+    encoder: dict[str, Tensor],
+    decoder: dict[str, Tensor],
+    encoder_pkl: str | Path,
+    decoder_pkl: str | Path,
+) -> DVAE:
+    """Build a dVAE around parameters under the names of `DVAE`; the paths are for errors."""
+    with one_error(encoder_pkl, "the paper's dVAE"), torch.device("meta"):
+        model = DVAE(DVAEConfig(**sizes(encoder, decoder)))
     for what, part, weights in (
         (encoder_pkl, model.encoder, encoder),
         (decoder_pkl, model.decoder, decoder),
     ):
-        try:
-            part.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{what} does not match the paper's dVAE ({reason})") from error
-    return model.eval()
+        with one_error(what, "the paper's dVAE"):
+            part.load_state_dict(weights, strict=True, assign=True)
+    return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ rudalle/dalle/transformer.py; ai-forever/ru-dolph rudolph/model/model.py.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +107,22 @@ def _text_positions(tensors: Foreign) -> str:
 def _masks(tensors: Foreign, depth: int, length: int, grid: int) -> tuple[MaskKind, ...] | None:
     """Return RuDOLPH's mask of each layer; None for ru-dalle, whose masks are the paper's."""
     kinds: dict[str, MaskKind] = {}
-    for name in ("conv_mask", "last_conv_mask"):
-        if f"transformer.{name}" not in tensors:
-            continue
+    last = "transformer.last_conv_mask"
+    is_rudolph = last in tensors or _text_positions(tensors).startswith("l_")
+    if not is_rudolph and "transformer.conv_mask" not in tensors:
+        warnings.warn(
+            f"{tensors.path} has no conv_mask, which tells versions of ru-dalle apart; it is read "
+            "as version 3",
+            stacklevel=2,
+        )
+        return None
+    for name in ("conv_mask", "last_conv_mask") if is_rudolph else ("conv_mask",):
         stored, end = tensors[f"transformer.{name}"], length + grid**2
+        if stored.ndim != 2 or min(stored.shape) < end:
+            raise ValueError(
+                f"{tensors.path} has a {name} {tuple(stored.shape)}, expected at least {end} × "
+                f"{end}; use the file as released"
+            )
         found = stored[:end, :end].bool()  # RuDOLPH's streams have more text after the image
         matches = [
             kind
@@ -123,7 +136,7 @@ def _masks(tensors: Foreign, depth: int, length: int, grid: int) -> tuple[MaskKi
             )
         # In a small grid, kernels may be alike: ru-dalle's is 11 × 11, RuDOLPH's 7 × 7 or 9 × 9.
         kinds[name] = matches[0]
-    if "last_conv_mask" not in kinds:
+    if not is_rudolph:
         return None
     masks = layer_masks(depth)
     masks[3::4] = [kinds["conv_mask"]] * len(masks[3::4])

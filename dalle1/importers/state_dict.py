@@ -74,10 +74,10 @@ def build_transformer(
 
 
 @contextmanager
-def one_error(path: str | Path) -> Iterator[None]:
+def one_error(path: str | Path, what: str = "the expected transformer") -> Iterator[None]:
     """Turn the errors that tensors of another shape cause into a one-line ValueError."""
     try:
         yield
-    except (RuntimeError, IndexError, TypeError, AttributeError, ArithmeticError) as error:
+    except (RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not match the expected transformer ({reason})") from error
+        raise ValueError(f"{path} does not match {what} ({reason})") from error

@@ -22,7 +22,7 @@ from torch import Tensor
 from dalle1.console import one_line_errors, parse
 from dalle1.importers.checkpoint import numbers_after, read_state_dict
 from dalle1.importers.command import refuse_training, write_image_tokenizer
-from dalle1.importers.state_dict import Foreign
+from dalle1.importers.state_dict import Foreign, one_error
 from dalle1.vqgan import VQGAN, VQGANConfig
 
 MARKER = "encoder.conv_in.weight"
@@ -49,16 +49,17 @@ def load_vqgan(path: str | Path, image_size: int | None = None) -> VQGAN:
 
 def build_vqgan(tensors: Foreign, image_size: int | None = None) -> VQGAN:
     """Build a VQGAN from foreign tensors; see `load_vqgan`."""
-    named = _without_wavelets(_of_llamagen(tensors.tensors))
-    used = {k: t.float() for k, t in named.items() if k.startswith(PARTS)}
-    normalized = used.pop("quantize.codebook_used", None) is not None
-    try:
+    with one_error(tensors.path, "a VQGAN"):
+        named = _without_wavelets(_of_llamagen(tensors.tensors))
+        used = {k: t.float() for k, t in named.items() if k.startswith(PARTS)}
+        normalized = used.pop("quantize.codebook_used", None) is not None
         config = read_sizes(used, normalized, image_size)
-        model = VQGAN(config)
-        model.load_state_dict(used, strict=True)
-    except (KeyError, RuntimeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{tensors.path} does not match a VQGAN ({reason})") from error
+        if config.blocks * len(config.multipliers) > len(used):
+            raise LookupError("fewer tensors than residual blocks")
+        with torch.device("meta"):  # shapes that do not fit together may be of any size
+            model = VQGAN(config)
+        model.load_state_dict(used, strict=True, assign=True)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     tensors.unread = set(named) - set(used)
     tensors.warn_of_unread("loss.", "quantize.codebook_used")  # the losses of its training
     return model.eval()

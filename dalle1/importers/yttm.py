@@ -12,8 +12,12 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from dalle1.importers.checkpoint import read_text
+
 SPECIAL = ("<UNK>", "<PAD>", "<BOS>", "<EOS>")
 """Special tokens in the order of their ids in the last line."""
+MAX_LENGTH = 1000
+"""Most characters of a token: merges of merges double it with every line of a hostile file."""
 SPACE = r"[\t-\r \u2581]+"
 """Characters that separate words: the spaces of ASCII, and the sign for a space itself."""
 
@@ -26,7 +30,7 @@ def read_yttm(path: str | Path) -> tokenizers.Tokenizer:
     Raises: ValueError where the file is another, or two tokens have the same text.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         counts, *rows = [[int(number) for number in line.split()] for line in lines]
         characters, merges, (special,) = (
             rows[: counts[0]],
@@ -39,6 +43,8 @@ def read_yttm(path: str | Path) -> tokenizers.Tokenizer:
         for left, right, new in merges:
             pairs.append((texts[left], texts[right]))
             texts[new] = texts[left] + texts[right]
+            if len(texts[new]) > MAX_LENGTH:
+                raise ValueError(f"token {new} is longer than {MAX_LENGTH} characters")
     except (ValueError, KeyError, TypeError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is no vocabulary of youtokentome ({repr(error)[:80]}); expected bpe.model"

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dalle1 import DallE
 from dalle1.commands import sample
+from dalle1.image_tokenizer import load_image_tokenizer
 from dalle1.importers import dalle_pytorch, mindalle, rudalle, rudolph, vqgan
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.decoding import candidate_uniforms, generate
@@ -315,3 +316,82 @@ def test_tensors_of_other_shapes_are_refused(tmp_path: Path) -> None:
     torch.save(state, files[0])
     with pytest.raises(ValueError, match="does not match the expected transformer"):
         rudalle.load_transformer(files[0], heads=2, codes=CODES)
+
+
+def test_masks_that_are_missing_are_named(tmp_path: Path) -> None:
+    files, _, _ = rudolph_files(tmp_path)
+    state = torch.load(files[0], weights_only=True)
+    conv, last = "transformer.conv_mask", "transformer.last_conv_mask"
+    for missing, first in (((last,), last), ((conv,), conv), ((conv, last), conv)):
+        torch.save({k: t for k, t in state.items() if k not in missing}, files[0])
+        with pytest.raises(ValueError, match=f"has no tensor {re.escape(first)}, expected one"):
+            rudalle.load_transformer(files[0], heads=2, codes=CODES)
+    torch.save({**state, "transformer.conv_mask": torch.ones(5)}, files[0])
+    with pytest.raises(ValueError, match=r"has a conv_mask \(5,\), expected at least 72 × 72"):
+        rudalle.load_transformer(files[0], heads=2, codes=CODES)
+
+
+def test_a_rudalle_without_masks_is_read_as_version_3(tmp_path: Path) -> None:
+    files, _, _ = rudalle_files(tmp_path)
+    state = torch.load(files[0], weights_only=True)
+    expected = rudalle.load_transformer(files[0], heads=2, codes=CODES).config
+    torch.save({k: t for k, t in state.items() if "mask" not in k}, files[0])
+    with pytest.warns(UserWarning, match="has no conv_mask.* read as version 3"):
+        found = rudalle.load_transformer(files[0], heads=2, codes=CODES)
+    assert found.config == expected
+
+
+@torch.no_grad()
+def test_the_dvae_of_openai_in_dalle_pytorch(tmp_path: Path) -> None:
+    dall_e = pytest.importorskip("dall_e", reason="needs the package DALL-E; `make test` installs")
+    path, _ = dalle_pytorch_file(tmp_path)
+    content = torch.load(path, weights_only=True)
+    encoder = dall_e.Encoder(n_hid=8, n_blk_per_group=1, vocab_size=CODES).eval()
+    decoder = dall_e.Decoder(n_hid=8, n_blk_per_group=1, n_init=16, vocab_size=CODES).eval()
+    weights = {k: t for k, t in content["weights"].items() if not k.startswith("vae.")}
+    for part, module in (("enc", encoder), ("dec", decoder)):
+        weights |= {f"vae.{part}.{name}": t for name, t in module.state_dict().items()}
+    torch.save({**content, "weights": weights, "vae_params": None}, path)
+    params, tensors, vae_params = dalle_pytorch.read_checkpoint(path)
+    transformer = dalle_pytorch.load_transformer(tensors, params)
+    model = dalle_pytorch.load_image_tokenizer(tensors, vae_params, transformer)
+    assert (model.grid_size, model.image_size) == (SIDE, 8 * SIDE)
+    images = torch.rand(1, 3, 8 * SIDE, 8 * SIDE)
+    codes = encoder(dall_e.map_pixels(images)).argmax(1)
+    assert torch.equal(model.encode(images), codes)
+    one_hot = torch.nn.functional.one_hot(codes, CODES).permute(0, 3, 1, 2).float()
+    decoded = dall_e.unmap_pixels(torch.sigmoid(decoder(one_hot)[:, :3]))
+    torch.testing.assert_close(model.decode(codes), decoded)
+
+
+@torch.no_grad()
+def test_a_dvae_of_dalle_pytorch_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, original = dalle_pytorch_file(tmp_path)
+    content = torch.load(path, weights_only=True)
+    vae = {"hparams": content["vae_params"], "weights": original.vae.state_dict()}
+    torch.save(vae, tmp_path / "vae.pt")
+    dalle_pytorch.main([str(tmp_path / "vae.pt"), "--out", str(tmp_path / "out")])
+    assert "License of the published weights: unknown" in capsys.readouterr().out
+    model = load_image_tokenizer(tmp_path / "out")
+    images = torch.rand(2, 3, 4 * SIDE, 4 * SIDE)
+    codes = original.vae.get_codebook_indices(images)
+    assert torch.equal(model.encode(images).flatten(1), codes)
+    with pytest.raises(SystemExit):  # a transformer needs a vocabulary
+        dalle_pytorch.main([str(path), "--out", str(tmp_path / "out")])
+    assert "no vocabulary is named; add the one of its training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [None, ((0.0,) * 3, (1.0,) * 3), ((0.5,) * 3, (0.3,) * 3), 1])
+def test_other_normalizations_are_refused(tmp_path: Path, value: Any) -> None:
+    path, _ = dalle_pytorch_file(tmp_path)
+    content = torch.load(path, weights_only=True)
+    for normalization in (((0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.0)), value):
+        content["vae_params"]["normalization"] = normalization
+        torch.save(content, path)
+        params, tensors, vae_params = dalle_pytorch.read_checkpoint(path)
+        transformer = dalle_pytorch.load_transformer(tensors, params)
+        if normalization is not value:
+            dalle_pytorch.load_image_tokenizer(tensors, vae_params, transformer)
+            continue
+        with pytest.raises(ValueError, match="has a dVAE with normalization .*, expected means"):
+            dalle_pytorch.load_image_tokenizer(tensors, vae_params, transformer)
