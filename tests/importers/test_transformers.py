@@ -393,5 +393,5 @@ def test_other_normalizations_are_refused(tmp_path: Path, value: Any) -> None:
         if normalization is not value:
             dalle_pytorch.load_image_tokenizer(tensors, vae_params, transformer)
             continue
-        with pytest.raises(ValueError, match="has a dVAE with normalization .*, expected means"):
+        with pytest.raises(ValueError, match=r"has a dVAE with normalization .*, expected means"):
             dalle_pytorch.load_image_tokenizer(tensors, vae_params, transformer)
