@@ -29,11 +29,21 @@ SUBCOMMANDS = {
     ),
     "train transformer": ("dalle1.tasks.transformer", "Train stage 2: codes from a caption"),
     "train clip": ("dalle1.tasks.clip", "Train a CLIP that reranks samples"),
+    "train autoencoder": (
+        "dalle2.tasks.autoencoder",
+        "Train DALL·E 2's autoencoder: images to latents and back",
+    ),
+    "train prior": ("dalle2.tasks.prior", "Train DALL·E 2's prior: embeddings from captions"),
+    "train decoder": ("dalle2.tasks.decoder", "Train DALL·E 2's decoder: latents from embeddings"),
     "train classifier": (
         "dalle1.tasks.toybox_classifier",
         "Train the classifier of the Toybox evaluation",
     ),
     "encode": ("dalle1.data.encoded", "Encode a dataset's images as codes, before stage 2"),
+    "embed": (
+        "dalle2.embedded",
+        "Encode a dataset as latents and CLIP embeddings, before DALL·E 2 is trained",
+    ),
     "evaluate": (
         "dalle1.commands.evaluate",
         "Evaluate samples, a CLIP, a dVAE or bits: toybox, samples, clip, dvae, bits, baselines",

@@ -6,6 +6,7 @@ as JSON, and the `kind` of an image tokenizer (see `dalle1.image_tokenizer`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -343,6 +344,17 @@ def _one_error(path: Path, what: str) -> Iterator[list[Path]]:
     except Exception as error:  # damage can fail in any way
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or holds no {what} ({reason})") from error
+
+
+def weights_digest(path: Path) -> str:
+    """Return a hash of a model file's tensors in fp16, whatever its metadata and stored type."""
+    found = hashlib.sha256()
+    with _one_error(path, "model") as files:
+        tensors = {k: v for file in files for k, v in read_tensors(file, torch.float16)}
+    for name in sorted(tensors):
+        found.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        found.update(tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def same_tensors(one: Path, other: Path) -> bool:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle1 import DallE
-from dalle1.data.encoded import CodeSource, EncodeConfig, encode, fingerprint, open_codes
+from dalle1.data.codes import CodeSource, fingerprint, open_codes
+from dalle1.data.encoded import EncodeConfig, encode
 from dalle1.image_tokenizer import (
     IMAGE_TOKENIZER_FILE,
     IMAGE_TOKENIZERS,

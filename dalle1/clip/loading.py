@@ -246,6 +246,12 @@ class Clip:
         self.precision = "fp32"
         return self._embed(tower, **inputs)
 
+    def read(self, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Read what `tokenize` returned: states of all tokens [B, T, W], unit vectors [B, D]."""
+        with inference(self.model.device, self.precision):
+            states = self.model.text_model(**inputs).last_hidden_state
+        return states.float(), self._embed(self.model.get_text_features, **inputs)
+
     def score(self, caption: str, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
         """Compute the cosine similarities `[N]` of images with a caption, in [-1, 1]."""
         embeds, text = self.embed_images(images, batch_size), self.embed_text([caption])[0]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle1.data import Example, ReadOptions, Sample, Source, first_examples, open_source
-from dalle1.data.encoded import CodeSample, open_codes
+from dalle1.data.codes import CodeSample, open_codes
 from dalle1.data.images import centre_square, to_float, to_tensor
 from dalle1.devices import inference
 from dalle1.evaluation.report import Scores

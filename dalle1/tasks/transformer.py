@@ -29,7 +29,7 @@ from dalle1.data import (
     open_source,
     warn_of_cut_captions,
 )
-from dalle1.data.encoded import open_codes
+from dalle1.data.codes import open_codes
 from dalle1.data.images import (
     Augmentation,
     augmented,

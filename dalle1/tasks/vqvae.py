@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,20 @@ _small = replace(
 VQVAE_PRESETS: dict[str, VQVAETrainConfig] = {"small": _small, "vqgan": _vqgan}
 
 
-def crop(config: VQVAETrainConfig, sample: Sample, rng: random.Random) -> Example:
+class CropConfig(Protocol):
+    """Settings of the crops that an image tokenizer or autoencoder is trained on."""
+
+    @property
+    def crop_size(self) -> int: ...
+    @property
+    def augmentation(self) -> Augmentation: ...
+    @property
+    def allow_upscale(self) -> bool: ...
+    @property
+    def model(self) -> Any: ...
+
+
+def crop(config: CropConfig, sample: Sample, rng: random.Random) -> Example:
     """Prepare one example: a random crop, [3, size, size]."""
     image = augmented(
         sample.image(), config.crop_size, rng, config.augmentation, config.allow_upscale
@@ -158,7 +172,7 @@ def crop(config: VQVAETrainConfig, sample: Sample, rng: random.Random) -> Exampl
     return {"images": to_tensor(image)}
 
 
-def centred(config: VQVAETrainConfig, sample: Sample, _: random.Random) -> Example:
+def centred(config: CropConfig, sample: Sample, _: random.Random) -> Example:
     """Prepare one example to validate on: the centre of an image, [3, size, size]."""
     size = config.model.image_size
     return {"images": to_tensor(centre_square(sample.image(), size, config.allow_upscale))}

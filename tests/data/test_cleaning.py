@@ -22,7 +22,7 @@ from dalle1.data.cleaning import (
     read_image,
     sample_caption,
 )
-from dalle1.data.encoded import open_codes
+from dalle1.data.codes import open_codes
 from dalle1.data.skipped import DAMAGE, RULES, BadSample, SkippedSample, SkipStats
 from dalle1.data.sources.folder import Folder
 from dalle1.data.sources.indexed_shards import IndexedShards

@@ -15,15 +15,9 @@ import torch
 from PIL import Image
 from tars import Member, write_tar
 
-from dalle1.data import encoded as codes
-from dalle1.data.encoded import (
-    CodeSource,
-    EncodeConfig,
-    encode,
-    encoding_precision,
-    fingerprint,
-    open_codes,
-)
+from dalle1.data import codes
+from dalle1.data.codes import CodeSource, fingerprint, open_codes
+from dalle1.data.encoded import EncodeConfig, encode, encoding_precision
 from dalle1.data.examples import iter_batches
 from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
 from dalle1.devices import autocast
@@ -267,6 +261,6 @@ def test_workers_that_are_spawned_can_encode(
         return iter_batches(source, keys, prepare, *rest)
 
     save_dvae(tmp_path / "dvae")
-    monkeypatch.setattr(codes, "iter_batches", watched)
+    monkeypatch.setattr("dalle1.data.encoded.iter_batches", watched)
     encode(encoding(tmp_path, data="toybox:1"))
     assert shapes == [(1, 3, 32, 32)]

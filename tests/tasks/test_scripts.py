@@ -21,6 +21,7 @@ from dalle1 import DallE
 from dalle1.clip import ClipArch, new_clip
 from dalle1.commands import evaluate, sample
 from dalle1.data import encoded as codes
+from dalle1.data.codes import CodeSource
 from dalle1.devices import PRECISIONS, pick_precision
 from dalle1.model.transformer import Transformer
 from dalle1.tasks import clip as train_clip
@@ -67,7 +68,7 @@ def test_every_training_leaves_what_the_next_one_reads(runs: Path) -> None:
     assert (runs / "dvae" / "latest" / "dvae.safetensors").is_file()
     index = json.loads((runs / "codes" / "codes.json").read_text())
     assert (index["grid_size"], index["codebook_size"]) == (8, 16)
-    source = codes.CodeSource(runs / "codes")
+    source = CodeSource(runs / "codes")
     assert len(source) == 4
     assert source.codes(0, random.Random(0)).shape == (8, 8)
     latest = runs / "model" / "latest"

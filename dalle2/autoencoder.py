@@ -1,0 +1,224 @@
+"""A KL autoencoder: images to a small grid of continuous latents and back (Rombach et al. 2022).
+
+B batch, H W image in pixels, h w grid of latents (h = H / 8), c latent channels.
+Images are [B, 3, H, W] in [0, 1]; latents are [B, c, h, w], of mean 0 and variance 1 per channel.
+
+The networks are the dVAE's: where it has the logits of V codes, this has the mean and the
+log-variance of c numbers; where it embeds codes, this multiplies the numbers by a matrix.
+Paper: diffusion in pixels. Here in latents: an update takes a fraction of the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dalle1.storage import load_config, load_weights, model_folder, save_weights
+from dvae.losses import Distortion, distortion_of, squeeze_pixels
+from dvae.model import DOWNSAMPLING, DVAE, Decoder, DVAEConfig, Encoder, reconstruction
+
+FILE_NAME = "autoencoder.safetensors"
+MAX_LOG_VARIANCE = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The size of an autoencoder."""
+
+    image_size: int = 128
+    """Side of the images in pixels, a multiple of 8. The network itself accepts any such size."""
+    width: int = 32
+    """Channels at full resolution, a multiple of 4; deeper groups have 2, 4 and 8 times as many."""
+    blocks_per_group: int = 1
+    """Residual blocks in each of the four groups."""
+    latent_channels: int = 4
+    """Numbers at each position of the grid, c."""
+    code_width: int = 64
+    """Channels at the decoder's input."""
+    residual_gain: float | None = 0.25
+    """Factor on each residual path. None: 1 / (number of blocks)²."""
+    min_log_scale: float | None = -2.0
+    """Floor on ln b of the likelihood, as in the dVAE. None: no floor."""
+
+    def __post_init__(self) -> None:
+        if self.latent_channels < 1:
+            raise ValueError(f"latent_channels is {self.latent_channels}, expected at least 1")
+        self.network(self.latent_channels)  # checks the other sizes
+
+    def network(self, channels: int) -> DVAEConfig:
+        """Return the config of the dVAE's networks with `channels` in place of its V codes."""
+        return DVAEConfig(
+            image_size=self.image_size,
+            width=self.width,
+            blocks_per_group=self.blocks_per_group,
+            codebook_size=channels,
+            code_width=self.code_width,
+            residual_gain=self.residual_gain,
+            min_log_scale=self.min_log_scale,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderLoss:
+    """What `Autoencoder.loss` returns; every field is a scalar tensor, a mean over the batch."""
+
+    total: Tensor
+    """What is minimized, per colour value."""
+    distortion: Tensor
+    """Reconstruction error per colour value."""
+    mse: Tensor
+    """Mean squared error per colour value."""
+    kl: Tensor
+    """KL(q ‖ N(0, 1)), in nats per latent value."""
+
+
+class Autoencoder(nn.Module):
+    """Images to latents and back."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config.network(2 * channels))
+        self.decoder = Decoder(config.network(channels))
+        # What `measure` found; latents are normalized by it, so that diffusion starts from
+        # variance 1.
+        self.register_buffer("latent_mean", torch.zeros(channels))
+        self.register_buffer("latent_std", torch.ones(channels))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dvae(cls, dvae: DVAE, latent_channels: int) -> Autoencoder:
+        """Return an autoencoder with the residual groups of a trained dVAE, and new ends."""
+        size = dvae.config
+        names = ("image_size", "width", "blocks_per_group", "code_width")
+        model = cls(
+            AutoencoderConfig(
+                latent_channels=latent_channels,
+                residual_gain=size.residual_gain,
+                min_log_scale=size.min_log_scale,
+                **{name: getattr(size, name) for name in names},
+            )
+        )
+        ends = ("encoder.output.", "decoder.input.")
+        state = {k: v for k, v in dvae.state_dict().items() if not k.startswith(ends)}
+        model.load_state_dict(state, strict=False)
+        return model
+
+    @property
+    def grid_size(self) -> int:
+        """Positions along each side of the latents."""
+        return self.config.image_size // DOWNSAMPLING
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one image's latents, (c, h, w)."""
+        return self.config.latent_channels, self.grid_size, self.grid_size
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the log-variance of q(z | image), before normalization."""
+        if images.ndim != 4 or images.shape[1] != 3 or any(s % 8 for s in images.shape[2:]):
+            raise ValueError(
+                f"images are {tuple(images.shape)}, expected [B, 3, H, W] with H and W multiples "
+                "of 8; resize or crop them first"
+            )
+        stats = rearrange(self.encoder(squeeze_pixels(images)), "b h w c -> b c h w")
+        mean, log_variance = stats.float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-30.0, MAX_LOG_VARIANCE)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Return the likelihood's parameters [B, 6, H, W] of latents before normalization."""
+        return self.decoder(rearrange(latents, "b c h w -> b h w c"))
+
+    def loss(
+        self,
+        images: Tensor,
+        rng: torch.Generator | None = None,
+        *,
+        kl_weight: float = 1.0,
+        mse_weight: float = 0.0,
+        distortion: Distortion = "logit-laplace",
+    ) -> AutoencoderLoss:
+        """Compute the negative ELBO per colour value, with weights as in the dVAE's loss.
+
+        Args:
+            rng: generator of the latents' noise; None decodes their mean.
+            kl_weight: weight of the KL; 1 is the ELBO.
+            mse_weight: weight of the mean squared error, added to the distortion.
+        """
+        mean, log_variance = self.posterior(images)
+        z = mean
+        if rng is not None:
+            noise = torch.randn(mean.shape, generator=rng, device=mean.device)
+            z = mean + (log_variance / 2).exp() * noise
+        stats = self.decoded(z)
+        error, squared = (
+            distortion_of(images, stats, distortion),
+            distortion_of(images, stats, "mse"),
+        )
+        kl = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        total = error + mse_weight * squared + kl_weight * kl * mean.numel() / images.numel()
+        return AutoencoderLoss(total=total, distortion=error, mse=squared, kl=kl)
+
+    @torch.no_grad()
+    def measure(self, images: Tensor, batch_size: int = 32) -> None:
+        """Store the mean and the standard deviation of these images' latents, by channel."""
+        parts = [self.posterior(part)[0] for part in images.split(batch_size)]
+        values = rearrange(torch.cat(parts), "b c h w -> c (b h w)")
+        self.latent_mean.copy_(values.mean(1))
+        self.latent_std.copy_(values.std(1).clamp_min(1e-6))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images as latents [B, c, h, w]: the posterior's mean, normalized."""
+        mean, scale = (x.view(-1, 1, 1) for x in (self.latent_mean, self.latent_std))
+        return (self.posterior(images)[0] - mean) / scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, c, h, w] to images [B, 3, H, W] in [0, 1]."""
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents are {tuple(latents.shape)}, expected [B, {self.config.latent_channels}, "
+                "h, w]; use the autoencoder that the decoder was trained with"
+            )
+        mean, scale = (x.view(-1, 1, 1) for x in (self.latent_mean, self.latent_std))
+        return reconstruction(self.decoded(latents * scale + mean))
+
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the parameters and config to `directory`/autoencoder.safetensors."""
+        return save_weights(self, Path(directory) / FILE_NAME, dtype, kind="autoencoder")
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        image_size: int | None = None,
+    ) -> Autoencoder:
+        """Load what `save` or a training wrote; ValueError where the file is missing or damaged.
+
+        Args:
+            image_size: side of its images, if other than in training; the parameters fit any size.
+        """
+        model = load_weights(cls, AutoencoderConfig, cls.file_in(directory), device)
+        if image_size is not None:
+            model.config = replace(model.config, image_size=image_size)
+        return model
+
+    @classmethod
+    def config_of(cls, directory: str | Path) -> AutoencoderConfig:
+        """Read the config of the model that `load` returns."""
+        return load_config(cls, AutoencoderConfig, cls.file_in(directory))
+
+    @staticmethod
+    def file_in(directory: str | Path) -> Path:
+        """Return the model's file in a model folder or a training's folder."""
+        return model_folder(directory) / FILE_NAME

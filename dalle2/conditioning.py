@@ -1,0 +1,78 @@
+"""What a prior and a decoder are told: captions as a CLIP reads them, and CLIP embeddings.
+
+B batch, T tokens of the longest caption, W width of the CLIP's text tower, D of its shared space.
+
+The paper trains a text encoder with each network. Here the frozen text tower of the CLIP reads
+captions: its last states are the tokens, and its embedding is z_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle1.clip import Clip
+from dalle1.storage import model_folder, weights_digest
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Captions as a CLIP's text tower reads them."""
+
+    states: Tensor
+    """[B, T, W]: the last state of each token."""
+    mask: Tensor
+    """[B, T], bool: True at tokens, False at padding."""
+    embedding: Tensor
+    """[B, D]: z_t, unit vectors."""
+
+    def repeat(self, count: int) -> Caption:
+        """Return each caption `count` times in a row."""
+        return Caption(
+            *(x.repeat_interleave(count, 0) for x in (self.states, self.mask, self.embedding))
+        )
+
+    def where(self, keep: Tensor) -> Caption:
+        """Return the captions with those that are not kept [B] dropped: no token, z_t = 0."""
+        return Caption(
+            self.states, self.mask & keep[:, None], self.embedding * keep[:, None].to(self.states)
+        )
+
+
+class CaptionReader:
+    """Reads captions by the text tower of a CLIP."""
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
+
+    def __call__(self, captions: Sequence[str]) -> Caption:
+        """Read captions."""
+        inputs = self.clip.tokenize(captions)
+        return self.read({k: x.to(self.clip.model.device) for k, x in inputs.items()})
+
+    @torch.no_grad()
+    def read(self, inputs: dict[str, Tensor]) -> Caption:
+        """Read what `Clip.tokenize` returned."""
+        states, embedding = self.clip.read(**inputs)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        # Tensors of inference mode cannot take part in a backward pass.
+        return Caption(states.clone(), mask, embedding.clone())
+
+    @property
+    def width(self) -> int:
+        """W: width of the states."""
+        return self.clip.model.config.text_config.hidden_size
+
+    @property
+    def embedding_width(self) -> int:
+        """D: width of the embeddings."""
+        return self.clip.model.config.projection_dim
+
+
+def clip_digest(folder: str | Path) -> str:
+    """Return a hash of a CLIP's weights, by which priors and decoders know it."""
+    return weights_digest(model_folder(folder) / "model.safetensors")

@@ -1,0 +1,205 @@
+"""Train the decoder of DALL·E 2: image latents from a CLIP embedding and a caption (§2.1).
+
+    dalle1 train decoder small --data runs/embedded --autoencoder runs/autoencoder \\
+        --out runs/decoder
+
+writes runs/decoder/latest/, a log and samples. The same command resumes after an interruption. The
+caption is dropped in half of the samples, and the embedding in a tenth: so the decoder also samples
+from a caption alone, as GLIDE does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dalle1.console import one_line_errors, parse_preset
+from dalle1.data.images import grid, save_png, to_pil
+from dalle1.devices import autocast
+from dalle1.training import distributed
+from dalle1.training.config import resolve_precision
+from dalle1.training.interrupts import graceful_run
+from dalle1.training.loop import fit
+from dalle1.training.task import Task
+from dalle2.autoencoder import Autoencoder
+from dalle2.decoder import decoder_denoiser, sample_latents
+from dalle2.diffusion.objective import mean_squared_error, sample_times, target
+from dalle2.diffusion.schedule import Schedule
+from dalle2.embedded import Encoders
+from dalle2.tasks.embedded import EmbeddedPairs, EmbeddedTrainConfig, kept
+from dalle2.unet import UNet, UNetArch, UNetConfig
+from dvae.model import DOWNSAMPLING
+
+BINS = 10
+"""Equal ranges of times in which the validation loss is logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderTrainConfig(EmbeddedTrainConfig):
+    """Settings of a decoder's training (§2.1, App. C)."""
+
+    autoencoder: Path
+    """Folder of the autoencoder that the data was embedded with."""
+    model: UNetArch = field(default_factory=UNetArch)
+    """Architecture of the U-Net."""
+    embedding: Literal["image", "text"] = "image"
+    """Embedding that the decoder is trained on: the image's, or its caption's, an ablation."""
+    embedding_dropout: float = 0.1
+    """Share of samples whose embedding is dropped, for guidance. Paper: 0.1."""
+    caption_dropout: float = 0.5
+    """Share of samples whose caption is dropped. Paper: 0.5."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("embedding_dropout", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
+
+
+_small = DecoderTrainConfig(
+    out=Path("runs/decoder"),
+    autoencoder=Path("runs/autoencoder"),
+    model=UNetArch(width=32, head_width=32),
+    steps=8_000,
+    batch_size=64,
+    learning_rate=1e-3,
+    final_learning_rate=1e-5,
+    warmup_steps=200,
+    weight_decay=1e-2,
+    beta2=0.99,
+    clip_norm=1.0,
+    validate_every=500,
+)
+
+# The width and depth of the paper's decoder, in latents of 32 × 32.
+_base = replace(
+    _small,
+    model=UNetArch(
+        width=320, multipliers=(1, 2, 3, 4), attention=(32, 16, 8), head_width=64, dropout=0.1
+    ),
+    steps=800_000,
+    batch_size=2048,
+    learning_rate=1.2e-4,
+    warmup_steps=5_000,
+    beta2=0.999,
+    ema_decay=0.9999,
+)
+
+DECODER_PRESETS: dict[str, DecoderTrainConfig] = {"small": _small, "base": _base}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionLoss:
+    """The mean squared error of a prediction."""
+
+    total: Tensor
+
+
+class DecoderTask(Task[UNet]):
+    """Trains a decoder in the latents of an autoencoder."""
+
+    def __init__(self, config: DecoderTrainConfig) -> None:
+        self.device = distributed.init(config.device)
+        self.config = config = resolve_precision(config, self.device)
+        encoders = Encoders.of(config.autoencoder, config.clip)
+        self.pairs = EmbeddedPairs(config, encoders, self.device)
+        self.loader, self.held = self.pairs.loader, self.pairs.held
+        file = Autoencoder.file_in(config.autoencoder)
+        self.contents = self.pairs.contents(config, autoencoder=file)
+        channels = Autoencoder.config_of(config.autoencoder).latent_channels
+        latents = self.held["numbers"].shape[1] - self.pairs.read.embedding_width
+        side = math.isqrt(latents // channels)
+        size = DOWNSAMPLING * side  # that of the images that were embedded
+        self.autoencoder = Autoencoder.load(config.autoencoder, self.device, size)
+        torch.manual_seed(config.seed)
+        self.model = UNet(
+            UNetConfig(
+                **asdict(config.model),
+                channels=channels,
+                side=side,
+                embedding_width=self.pairs.read.embedding_width,
+                text_width=self.pairs.read.width,
+                encoders=str(encoders),
+            )
+        ).to(self.device)
+        self.schedule = Schedule(config.model.schedule, config.model.times)
+
+    def losses(
+        self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
+    ) -> Sequence[DiffusionLoss]:
+        config, count = self.config, len(batch["numbers"])
+        t = sample_times(count, self.schedule, rng)
+        keeps = kept(count, config.embedding_dropout, rng), kept(count, config.caption_dropout, rng)
+        return [DiffusionLoss(total=self.errors(self.model, batch, t, rng, *keeps).mean())]
+
+    def errors(
+        self,
+        model: UNet,
+        batch: Mapping[str, Tensor],
+        t: Tensor,
+        rng: torch.Generator,
+        keep_embedding: Tensor,
+        keep_caption: Tensor,
+    ) -> Tensor:
+        """Return the error of each sample's prediction at times t [B]: [B]."""
+        flat, embedding, caption = self.pairs.split(batch)
+        latents = flat.unflatten(1, self.autoencoder.latent_shape)
+        if self.config.embedding == "text":
+            embedding = caption.embedding
+        noise = torch.randn(latents.shape, generator=rng, device=latents.device)
+        context = model.condition(embedding, caption, keep_embedding, keep_caption)
+        prediction = model(self.schedule.add_noise(latents, noise, t), t, context)
+        wanted = target(self.config.model.objective, latents, noise, self.schedule, t)
+        return mean_squared_error(prediction, wanted)
+
+    @torch.no_grad()
+    def validate(self, model: UNet) -> Iterator[tuple[str, float]]:
+        """Yield the loss on the validation pairs, in all and in ten ranges of times.
+
+        Every pair has the same time and noise at each validation: else they differ too much.
+        """
+        count = len(self.held["numbers"])
+        t = (torch.arange(count, device=self.device) + 0.5) * self.schedule.times / count
+        rng, keep = torch.Generator(self.device).manual_seed(0), torch.ones(count, dtype=torch.bool)
+        keep, parts = keep.to(self.device), []
+        for start in range(0, count, 64):
+            part = slice(start, start + 64)
+            batch = {name: tensor[part] for name, tensor in self.held.items()}
+            with autocast(self.device, self.config.precision):
+                errors = self.errors(model, batch, t[part].long(), rng, keep[part], keep[part])
+            parts.append(errors)
+        found = torch.cat(parts)
+        yield "loss", float(found.mean())
+        for number, errors in enumerate(found.tensor_split(BINS)):
+            yield f"loss_{number}", float(errors.mean())
+
+    def sample(self, model: UNet, path: Path) -> None:
+        """Write eight images; below them, samples by embedding and caption, and by caption."""
+        batch = {name: tensor[:8] for name, tensor in self.held.items()}
+        flat, embedding, caption = self.pairs.split(batch)
+        rows, count = [flat.unflatten(1, self.autoencoder.latent_shape)], len(flat)
+        with autocast(self.device, self.config.precision):
+            for has_embedding in (True, False):
+                keep = torch.full((count,), has_embedding, device=self.device)
+                denoise = decoder_denoiser(model, embedding, caption, keep_embedding=keep)
+                rows.append(sample_latents(model, denoise, range(count), seed=0, steps=20))
+            images = to_pil(self.autoencoder.decode(torch.cat(rows)))
+        save_png(grid(images, count), path)
+
+    def save(self, model: UNet, folder: Path) -> None:
+        model.save(folder)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse_preset(DECODER_PRESETS, args, __doc__.splitlines()[0])
+        with graceful_run(config):
+            fit(DecoderTask(config), config)
+        if distributed.is_main():
+            print(f"The decoder is in {config.out}")

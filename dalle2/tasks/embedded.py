@@ -1,0 +1,104 @@
+"""What the trainings of priors and decoders share: pairs of caption, latents and embedding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle1.clip import Clip
+from dalle1.data import Loader, first_examples
+from dalle1.data.spec import split_names
+from dalle1.training import distributed
+from dalle1.training.config import TrainConfig
+from dalle1.training.loop import train_loader
+from dalle1.training.resume_key import contents_of
+from dalle2.conditioning import Caption, CaptionReader, clip_digest
+from dalle2.embedded import EmbeddedSource, Encoders, clip_folder, open_embedded
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedTrainConfig(TrainConfig):
+    """Settings of a training on embedded data."""
+
+    data: str = "runs/embedded"
+    """Folder that `dalle1 embed` wrote; or several with weights: a::2,b::1."""
+    clip: str = "bundled"
+    """Folder of the CLIP that the data was embedded with, or "bundled"."""
+    validation_pairs: int = 256
+    """Maximum number of validation pairs, which are not trained on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_pairs < 2:
+            raise ValueError(f"validation_pairs is {self.validation_pairs}, expected at least 2")
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Prepares one example: the stored numbers, and a caption's tokens."""
+
+    tokenizer: Any
+    text_len: int
+
+    def __call__(self, sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+        how = {"truncation": True, "max_length": self.text_len, "padding": "max_length"}
+        found = self.tokenizer(sample.caption(rng), **how)
+        return {
+            "numbers": sample.codes(rng),
+            "input_ids": torch.tensor(found["input_ids"]),
+            "attention_mask": torch.tensor(found["attention_mask"]),
+        }
+
+
+class EmbeddedPairs:
+    """Batches of embedded data, and the CLIP that reads their captions."""
+
+    def __init__(
+        self, config: EmbeddedTrainConfig, encoders: Encoders | None, device: torch.device
+    ) -> None:
+        """Open the data; ValueError where `encoders` are not those that it was embedded with."""
+        self.clip = Clip.from_pretrained(config.clip, device)
+        self.read = CaptionReader(self.clip)
+        source, held = (open_embedded(config.data, s, encoders) for s in ("train", "validation"))
+        prepare = Paired(self.clip.tokenizer, self.clip.text_len)
+        self.loader: Loader = train_loader(source, prepare, config)
+        self.source = source
+        first = partial(first_examples, held, prepare, config.validation_pairs)
+        found = distributed.broadcast_from_main(first)
+        self.held = {name: tensor.to(device) for name, tensor in found.items()}
+
+    def refuse_other_clip(self, config: EmbeddedTrainConfig) -> None:
+        """Raise ValueError where the data was embedded with another CLIP than --clip."""
+        for name in split_names(config.data)[0]:
+            found = EmbeddedSource(Path(name)).dvae.split("-")[-1]
+            if found != clip_digest(clip_folder(config.clip)):
+                raise ValueError(
+                    f"the embeddings in {name} are of another CLIP than {config.clip}; name the "
+                    "CLIP that they were embedded with by --clip"
+                )
+
+    def contents(self, config: EmbeddedTrainConfig, **files: Any) -> Any:
+        """Return what identifies the data and the models, for resuming."""
+        clip = clip_folder(config.clip) / "model.safetensors"
+        return distributed.broadcast_from_main(
+            partial(contents_of, self.source, clip=clip, **files)
+        )
+
+    def split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Caption]:
+        """Return the latents [B, c·h·w], the embeddings z_i [B, D] and the captions of a batch."""
+        width = self.read.embedding_width
+        numbers, length = batch["numbers"], int(batch["attention_mask"].sum(1).max())
+        inputs = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
+        return numbers[:, :-width], numbers[:, -width:], self.read.read(inputs)
+
+
+def kept(count: int, dropped: float, rng: torch.Generator) -> Tensor:
+    """Return which of `count` conditions are kept, bool [B]; each is dropped at that rate."""
+    return torch.rand(count, generator=rng, device=rng.device) >= dropped

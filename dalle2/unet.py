@@ -1,0 +1,305 @@
+"""The denoising U-Net: that of ADM (Dhariwal & Nichol 2021), with GLIDE's and unCLIP's inlets.
+
+B batch, C channels, H W sides, E width of the time embedding, T caption tokens, K tokens of z_i,
+W width of the caption's states, D width of CLIP embeddings.
+
+    x_t ─ conv ─┬─ level 1: blocks ─ down ─┬─ level 2 … ─ middle ─ … level 2 ─ up ─ level 1 ─ conv
+                └────────── skips ─────────┴───────────────────────┘
+
+Every residual block is scaled and shifted by the time embedding, to which z_i is added (§2.1).
+Attention reads the image's own positions, the caption's states, and K tokens made of z_i, side by
+side (GLIDE). Where z_i is dropped, a learned embedding replaces it in both inlets; where the
+caption is dropped, none of its tokens is visible.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dalle1.storage import load_config, load_weights, model_folder, save_weights
+from dalle2.conditioning import Caption
+from dalle2.diffusion.objective import Objective
+from dalle2.diffusion.schedule import ScheduleName
+
+FILE_NAME = "decoder.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetArch:
+    """The size of a U-Net, and what it learns."""
+
+    width: int = 48
+    """Channels at full resolution, a multiple of 8."""
+    multipliers: tuple[int, ...] = (1, 2, 3)
+    """Channels of each level, in widths; every level halves the sides."""
+    blocks: int = 2
+    """Residual blocks in each level."""
+    attention: tuple[int, ...] = (16, 8)
+    """Sides, in positions of the input, at which attention follows each block."""
+    head_width: int = 24
+    """Channels of an attention head."""
+    image_tokens: int = 4
+    """K: tokens made of the CLIP image embedding. Paper: 4."""
+    dropout: float = 0.0
+    """Dropout in the residual blocks. Paper: 0.1."""
+    objective: Objective = "v"
+    """Prediction: epsilon, x0 or v. Paper: epsilon, in pixels."""
+    schedule: ScheduleName = "cosine"
+    """Noise schedule. Paper: cosine."""
+    times: int = 1000
+    """Number of times in training."""
+
+    def __post_init__(self) -> None:
+        for name in ("multipliers", "attention"):  # a file's metadata has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.width % 8 or self.width < 8:
+            raise ValueError(f"width is {self.width}, expected a multiple of 8, such as 48")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers is {self.multipliers}, expected numbers of at least 1")
+        for name in ("blocks", "times"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        channels = [m * self.width for m in self.multipliers]
+        if self.attention and any(c % self.head_width for c in channels):
+            raise ValueError(f"head_width is {self.head_width}, expected a divisor of {channels}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(UNetArch):
+    """A U-Net for certain data, and the models whose embeddings it reads."""
+
+    channels: int = 4
+    """Channels of the data."""
+    side: int = 16
+    """Side of the data in positions."""
+    concat_channels: int = 0
+    """Channels of an image beside x_t: the low resolution of an upsampler."""
+    embedding_width: int = 0
+    """D: width of CLIP embeddings; 0 for a network without condition."""
+    text_width: int = 0
+    """W: width of the caption's states; 0 for a network without condition."""
+    encoders: str = ""
+    """Digests of the autoencoder and the CLIP that it was trained with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side % (1 << (len(self.multipliers) - 1)):
+            raise ValueError(
+                f"side is {self.side}, expected a multiple of {1 << (len(self.multipliers) - 1)} "
+                f"for {len(self.multipliers)} levels"
+            )
+
+
+@dataclass(frozen=True)
+class Context:
+    """A condition, embedded once for all steps of a sampler."""
+
+    vector: Tensor
+    """[B, E], added to the time embedding."""
+    tokens: Tensor
+    """[B, K + T, E], read by attention."""
+    mask: Tensor
+    """[B, K + T], bool: the tokens that are visible."""
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """Return a group normalization of at most 32 groups."""
+    return nn.GroupNorm(math.gcd(channels, 32), channels)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Return a module whose parameters start at 0, so that its branch starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """Return sines and cosines of times [B] at geometric frequencies: [B, width]."""
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2)
+    )
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """The input + norm, SiLU, conv, norm, scale and shift by the embedding, SiLU, conv."""
+
+    def __init__(
+        self, c_in: int, c_out: int, embedding: int, dropout: float, resize: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.resize = resize
+        self.norm_in, self.conv_in = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * c_out)
+        self.norm_out, self.dropout = norm(c_out), nn.Dropout(dropout)
+        self.conv_out = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.identity = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def resized(self, x: Tensor) -> Tensor:
+        """Return x with sides doubled or halved, or as it is."""
+        if self.resize == 1:
+            return x
+        return F.interpolate(x, scale_factor=2.0) if self.resize > 1 else F.avg_pool2d(x, 2)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C, H, W] → [B, C', H', W']
+        y = self.conv_in(self.resized(F.silu(self.norm_in(x))))
+        scale, shift = self.modulation(F.silu(embedding))[..., None, None].chunk(2, dim=1)
+        y = self.norm_out(y) * (1 + scale) + shift
+        return self.identity(self.resized(x)) + self.conv_out(self.dropout(F.silu(y)))
+
+
+class Attention(nn.Module):
+    """Attention over all positions and the context's tokens, whose keys are concatenated."""
+
+    def __init__(self, channels: int, context: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = channels // head_width
+        self.norm = norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context = nn.Linear(context, 2 * channels) if context else None
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Context | None) -> Tensor:  # [B, C, H, W]
+        flat = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        q, k, v = self.qkv(flat).chunk(3, dim=-1)
+        mask = None
+        if self.context is not None and context is not None:
+            more_k, more_v = self.context(context.tokens).chunk(2, dim=-1)
+            k, v = torch.cat([more_k, k], 1), torch.cat([more_v, v], 1)
+            mask = F.pad(context.mask, (0, flat.shape[1]), value=True)[:, None, None]
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = self.out(rearrange(y, "b h n d -> b n (h d)"))
+        return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Stage(nn.Module):
+    """A residual block, and attention where its side asks for it."""
+
+    def __init__(self, block: ResBlock, attention: Attention | None = None) -> None:
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Context | None) -> Tensor:
+        x = self.block(x, embedding)
+        return x if self.attention is None else self.attention(x, context)
+
+
+class UNet(nn.Module):
+    """Predicts what `config.objective` names, of x_t at time t under a condition."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        c, e = config, 4 * config.width
+        self.time = nn.Sequential(nn.Linear(c.width, e), nn.SiLU(), nn.Linear(e, e))
+        if c.embedding_width:
+            self.null_embedding = nn.Parameter(torch.randn(c.embedding_width))
+            self.embedding_vector = nn.Linear(c.embedding_width, e)
+            self.embedding_tokens = nn.Linear(c.embedding_width, c.image_tokens * e)
+            self.text_tokens = nn.Linear(c.text_width, e)
+        self.input = nn.Conv2d(c.channels + c.concat_channels, c.width, 3, padding=1)
+        widths, self.down, self.middle = [c.width], nn.ModuleList(), nn.ModuleList()
+        channels, side = c.width, c.side
+        for level, multiplier in enumerate(c.multipliers):
+            for _ in range(c.blocks):
+                self.down.append(self.stage(channels, multiplier * c.width, side))
+                channels = multiplier * c.width
+                widths.append(channels)
+            if level < len(c.multipliers) - 1:
+                self.down.append(Stage(ResBlock(channels, channels, e, c.dropout, resize=0.5)))
+                widths.append(channels)
+                side //= 2
+        self.middle.append(self.stage(channels, channels, side))
+        self.middle.append(Stage(ResBlock(channels, channels, e, c.dropout)))
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(c.multipliers))):
+            for _ in range(c.blocks + 1):
+                self.up.append(self.stage(channels + widths.pop(), multiplier * c.width, side))
+                channels = multiplier * c.width
+            if level:
+                self.up.append(Stage(ResBlock(channels, channels, e, c.dropout, resize=2.0)))
+                side *= 2
+        self.output = nn.Sequential(
+            norm(channels), nn.SiLU(), zero(nn.Conv2d(channels, c.channels, 3, padding=1))
+        )
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def stage(self, c_in: int, c_out: int, side: int) -> Stage:
+        """Return a block, with attention where `side` is one of the config's."""
+        c, e = self.config, 4 * self.config.width
+        attention = None
+        if side in c.attention:
+            attention = Attention(c_out, e if c.embedding_width else 0, c.head_width)
+        return Stage(ResBlock(c_in, c_out, e, c.dropout), attention)
+
+    def condition(
+        self, embedding: Tensor, caption: Caption, keep_embedding: Tensor, keep_caption: Tensor
+    ) -> Context:
+        """Embed a condition for `forward`.
+
+        Args:
+            embedding: z_i, unit vectors [B, D].
+            keep_embedding, keep_caption: bool [B]; what is not kept is dropped from every inlet.
+        """
+        # Unit vectors have small entries; √D gives each the variance 1.
+        scaled = embedding * math.sqrt(self.config.embedding_width)
+        z = torch.where(keep_embedding[:, None], scaled, self.null_embedding)
+        from_image = self.embedding_tokens(z).unflatten(1, (self.config.image_tokens, -1))
+        visible = torch.ones_like(from_image[..., 0], dtype=torch.bool)
+        return Context(
+            vector=self.embedding_vector(z),
+            tokens=torch.cat([from_image, self.text_tokens(caption.states)], 1),
+            mask=torch.cat([visible, caption.where(keep_caption).mask], 1),
+        )
+
+    def forward(
+        self, x: Tensor, t: Tensor, context: Context | None = None, beside: Tensor | None = None
+    ) -> Tensor:
+        """Predict [B, C, H, W] of x_t [B, C, H, W] at times t [B].
+
+        Args:
+            beside: image that is concatenated to x_t, [B, concat_channels, H, W].
+        """
+        embedding = self.time(time_embedding(t, self.config.width).to(x.dtype))
+        if context is not None:
+            embedding = embedding + context.vector
+        x = self.input(x if beside is None else torch.cat([x, beside], 1))
+        skips = [x]
+        for stage in self.down:
+            x = stage(x, embedding, context)
+            skips.append(x)
+        for stage in self.middle:
+            x = stage(x, embedding, context)
+        for stage in self.up:
+            if stage.block.resize == 1:
+                x = torch.cat([x, skips.pop()], 1)
+            x = stage(x, embedding, context)
+        return self.output(x)
+
+    def save(
+        self, directory: str | Path, dtype: torch.dtype | None = None, name: str = FILE_NAME
+    ) -> Path:
+        """Write the parameters and config to a file in `directory`."""
+        return save_weights(self, Path(directory) / name, dtype)
+
+    @classmethod
+    def load(
+        cls, directory: str | Path, device: str | torch.device = "cpu", name: str = FILE_NAME
+    ) -> UNet:
+        """Load what `save` or a training wrote; ValueError where it is missing or damaged."""
+        return load_weights(cls, UNetConfig, model_folder(directory) / name, device)
+
+    @classmethod
+    def config_of(cls, directory: str | Path, name: str = FILE_NAME) -> UNetConfig:
+        """Read the config of the model that `load` returns."""
+        return load_config(cls, UNetConfig, model_folder(directory) / name)

@@ -1,0 +1,140 @@
+"""From a user's own images to a model: autoencoder, embeddings, prior and decoder, all tiny."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import CAPTIONS, write_images
+
+from dalle1.clip import ClipArch, new_clip
+from dalle1.text.bpe import Tokenizer
+from dalle1.training.checkpoint import TENSORS_NAME
+from dalle2 import embedded
+from dalle2.autoencoder import Autoencoder
+from dalle2.prior_metrics import prior_metrics
+from dalle2.tasks import autoencoder, decoder, prior
+
+COMMON = [
+    *("--batch-size", "4", "--num-workers", "0", "--device", "cpu", "--precision", "fp32"),
+    *("--log-every", "1", "--schedule-steps", "3", "--warmup-steps", "1"),
+]
+AUTOENCODER = [
+    *("small", "--model.image-size", "16", "--model.width", "4", "--model.code-width", "8"),
+    *("--crop-size", "16", "--validation-images", "4", *COMMON),
+]
+DECODER = [
+    *("small", "--model.width", "8", "--model.multipliers", "1", "--model.blocks", "1"),
+    *("--model.attention", "2", "--model.head-width", "8", "--validation-pairs", "4", *COMMON),
+]
+PRIOR = [
+    *("small", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"),
+    *("--sampling-steps", "2", "--validation-pairs", "4", *COMMON),
+]
+
+
+class Folders(NamedTuple):
+    images: Path
+    autoencoder: Path
+    clip: Path
+    embedded: Path
+
+
+def save_clip(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    size = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "embed_dim": 8}
+    arch = ClipArch(**size, text_width=32, text_layers=1, text_len=12)
+    new_clip(Tokenizer.train(CAPTIONS, 270), arch).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    root = tmp_path_factory.mktemp("unclip")
+    found = Folders(root / "images", root / "autoencoder", root / "clip", root / "embedded")
+    write_images(found.images, 40)
+    save_clip(found.clip, 0)
+    out = ["--data", str(found.images), "--out", str(found.autoencoder), "--steps", "2"]
+    autoencoder.main([*AUTOENCODER, *out])
+    models = ["--autoencoder", str(found.autoencoder), "--clip", str(found.clip)]
+    embedded.main(
+        [*models, "--data", str(found.images), "--out", str(found.embedded), "--num-workers", "0"]
+    )
+    return found
+
+
+def train(module: object, folders: Folders, out: Path, steps: int) -> dict[str, torch.Tensor]:
+    flags = ["--data", str(folders.embedded), "--clip", str(folders.clip), "--out", str(out)]
+    if module is decoder:
+        flags += ["--autoencoder", str(folders.autoencoder)]
+    preset = DECODER if module is decoder else PRIOR
+    module.main([*preset, *flags, "--steps", str(steps)])  # type: ignore[attr-defined]
+    return load_file(out / "latest" / TENSORS_NAME)
+
+
+def test_an_autoencoder_reports_its_reconstructions(folders: Folders) -> None:
+    lines = [json.loads(x) for x in (folders.autoencoder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "total" in line] == [1, 2]
+    assert "validation/psnr" in lines[-1]
+    model = Autoencoder.load(folders.autoencoder)
+    assert not model.latent_std.equal(torch.ones(4))  # measured before it was saved
+
+
+def test_embeddings_are_those_of_the_models(folders: Folders) -> None:
+    source = embedded.EmbeddedSource(folders.embedded, "encode")
+    numbers = torch.stack([torch.from_numpy(source.crops(i)[0, 0].copy()) for i in range(40)])
+    assert numbers.shape == (40, 4 * 2 * 2 + 8)
+    assert source.captions(1) == [CAPTIONS[1]]
+    torch.testing.assert_close(
+        numbers[:, -8:].float().norm(dim=1), torch.ones(40), atol=2e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("module", [decoder, prior], ids=["decoder", "prior"])
+def test_a_training_resumes_to_the_last_digit(
+    module: object, folders: Folders, tmp_path: Path
+) -> None:
+    whole = train(module, folders, tmp_path / "whole", 3)
+    train(module, folders, tmp_path / "parts", 1)
+    parts = train(module, folders, tmp_path / "parts", 3)
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not parts[name].equal(whole[name])] == []
+    lines = [json.loads(x) for x in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert {f"validation/loss_{i}" for i in range(10)} < lines[-1].keys()
+
+
+def test_embeddings_of_another_clip_are_refused(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = folders._replace(clip=save_clip(tmp_path / "clip", 1))
+    for module, what in ((decoder, "another CLIP; embed"), (prior, "another CLIP than")):
+        with pytest.raises(SystemExit):
+            train(module, other, tmp_path / "out", 1)
+        assert f"the embeddings in {folders.embedded} are of {what}" in capsys.readouterr().err
+
+
+def test_data_that_is_not_embedded_is_refused(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train(decoder, folders._replace(embedded=folders.images), tmp_path / "out", 1)
+    assert "holds no embeddings; run dalle1 embed" in capsys.readouterr().err
+
+
+def test_prior_metrics_by_hand() -> None:
+    images, captions = torch.eye(3), torch.eye(3).roll(1, 0)
+    perfect = dict(prior_metrics(images, images, captions))
+    assert perfect == {
+        "own_image": 1,
+        "caption": 0,
+        "data_caption": 0,
+        "first": 1,
+        "rank": 1,
+        "other_caption": pytest.approx(0),
+    }
+    worst = dict(prior_metrics(-images, images, captions))
+    assert (worst["own_image"], worst["first"], worst["rank"]) == (-1, 0, 3)
