@@ -191,6 +191,7 @@ def save_weights(
     dtype: torch.dtype | None = None,
     kind: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `model` and `model.config`, a dataclass, to `path`, in the memory of one tensor more.
 
@@ -200,11 +201,12 @@ def save_weights(
     Args:
         dtype: what floating-point parameters are rounded to; None keeps their own.
         kind: name of the model's class in the file; see `dalle1.image_tokenizer`.
+        state: tensors by name, read one by one; None is the model's state dict.
     """
     metadata = {"config": json.dumps(asdict(model.config))}  # type: ignore[call-overload]
     if kind is not None:
         metadata["kind"] = kind
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     if freed := [name for name, tensor in state.items() if not tensor.numel()]:
         raise ValueError(
             f"{freed[0]} has no elements, as while the model samples; save it after that"

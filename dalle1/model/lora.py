@@ -7,14 +7,9 @@ rename all parameters and save adapters that only PEFT reads.
 
 from __future__ import annotations
 
-import copy
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
-
-from dalle1.model.transformer import Transformer
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class LoRALinear(nn.Module):
@@ -31,24 +26,18 @@ class LoRALinear(nn.Module):
         """Apply both: [..., d] → [..., d_out]."""
         return self.base(x) + self.scale * self.lora_up(self.lora_down(x))
 
-    def merged(self) -> nn.Linear:
-        """Return one linear layer that computes the same."""
+    def merged_weight(self) -> Tensor:
+        """Return the weight of one linear layer that computes the same."""
         update = self.lora_up.weight.detach() @ self.lora_down.weight.detach()
-        weight = self.base.weight.detach() + self.scale * update
-        linear = copy.copy(self.base)
-        linear._parameters = {
-            "weight": nn.Parameter(weight, requires_grad=False),
-            "bias": self.base.bias,
-        }
-        return linear
+        return self.base.weight.detach() + self.scale * update
 
 
-def add_lora(model: Transformer, rank: int, alpha: float) -> None:
+def add_lora(layers: nn.Module, rank: int, alpha: float) -> None:
     """Add LoRA to the linear layers of all attentions and MLPs, in place.
 
     Raises: ValueError where the rank exceeds that of the layers.
     """
-    parents = [m for m in model.layers.modules() if not isinstance(m, nn.Linear)]
+    parents = [m for m in layers.modules() if not isinstance(m, nn.Linear)]
     for parent in parents:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
@@ -65,18 +54,21 @@ def plain_name(name: str) -> str | None:
     return ".".join(part for part in parts if part != "base")
 
 
-def merged(model: Model) -> Model:
-    """Return the model with all updates added to its weights; it shares everything else.
+class MergedState(Mapping[str, Tensor]):
+    """The state dict of a model without LoRA: each update is added when its weight is read."""
 
-    A model without LoRA is returned as it is.
-    """
-    has_lora = any(isinstance(module, LoRALinear) for module in model.modules())
-    return _merged_copy(model) if has_lora else model
+    def __init__(self, model: nn.Module) -> None:
+        names = ((plain_name(name), tensor) for name, tensor in model.state_dict().items())
+        self._state = {name: tensor for name, tensor in names if name is not None}
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear))
+        self._layers = {f"{name}.weight": layer for name, layer in layers}
 
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layers.get(name)
+        return self._state[name] if layer is None else layer.merged_weight()
 
-def _merged_copy(module: nn.Module) -> Any:
-    if isinstance(module, LoRALinear):
-        return module.merged()
-    shallow = copy.copy(module)
-    shallow._modules = {name: m and _merged_copy(m) for name, m in module._modules.items()}
-    return shallow
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dalle1.model.arch import TransformerArch, TransformerConfig
 from dalle1.model.attention import Attend, Attention, MaskedAttention
 from dalle1.model.layers import Embedding, Linear
+from dalle1.model.lora import MergedState
 from dalle1.model.rotary import Rotary
 from dalle1.model.state_keys import upgrade_state_dict
 from dalle1.storage import load_config, load_weights, model_folder, save_weights
@@ -89,6 +90,12 @@ def _norm(config: TransformerConfig) -> nn.Module:
     return nn.RMSNorm(config.width) if config.norm == "rms" else nn.LayerNorm(config.width)
 
 
+def clamped(x: Tensor) -> Tensor:
+    """Limit what overflowed in fp16, before a norm makes nan of it; ru-dalle and CogView do so."""
+    most = torch.finfo(torch.float16).max
+    return x.clamp(-most, most) if x.dtype == torch.float16 else x
+
+
 class Residual(nn.Module):
     """A resblock: x + branch(norm(x)), or x + norm(branch(norm(x))) in a sandwich."""
 
@@ -101,7 +108,7 @@ class Residual(nn.Module):
     def update(self, x: Tensor, *args: Any) -> Tensor:
         """Compute what is added to x: [B, n, D] → [B, n, D]; `args` go to the branch."""
         y = self.branch(self.norm(x), *args)
-        return y if self.out_norm is None else self.out_norm(y)
+        return y if self.out_norm is None else self.out_norm(clamped(y))
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """Compute the sum: x [B, n, D] → [B, n, D]; `args` go to the branch."""
@@ -308,8 +315,11 @@ class Transformer(nn.Module):
         return losses - own_sum + torch.logaddexp(own_sum, other_sum)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write weights and config to `directory`/transformer.safetensors, rounded to `dtype`."""
-        return save_weights(self, Path(directory) / FILE_NAME, dtype)
+        """Write weights and config to `directory`/transformer.safetensors, rounded to `dtype`.
+
+        LoRA's updates are added to the weights that are written.
+        """
+        return save_weights(self, Path(directory) / FILE_NAME, dtype, state=MergedState(self))
 
     @classmethod
     def load(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dalle1.model.attention import Attend, Attention
 from dalle1.model.rotary import Rotary
-from dalle1.model.transformer import Residual
+from dalle1.model.transformer import Residual, clamped
 
 Model = TypeVar("Model", bound=nn.Module)
 Rotation = tuple[Tensor, Tensor]
@@ -67,7 +67,7 @@ class StepResidual(nn.Module):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         y = self.branch(self.norm(x), *args)
-        return x.add_(y if self.out_norm is None else self.out_norm(y))
+        return x.add_(y if self.out_norm is None else self.out_norm(clamped(y)))
 
 
 class StepAttention(nn.Module):

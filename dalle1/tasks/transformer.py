@@ -42,7 +42,7 @@ from dalle1.data.images import (
 from dalle1.data.spec import data_name
 from dalle1.devices import autocast
 from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer
-from dalle1.model.lora import merged, plain_name
+from dalle1.model.lora import plain_name
 from dalle1.model.transformer import (
     Transformer,
     TransformerConfig,
@@ -258,7 +258,7 @@ class TransformerTask(Task[Transformer]):
     def save(self, model: Transformer, folder: Path) -> None:
         DallE(
             self.dvae,
-            merged(model),
+            model,
             self.tokenizer,
             info=self.info,
             generation=self.generation,

@@ -82,7 +82,7 @@ def freeze(
                 f"parameter; use one such as {such_as}"
             )
     if lora is not None:
-        add_lora(model, lora, lora if alpha is None else alpha)
+        add_lora(model.layers, lora, lora if alpha is None else alpha)
     if lora is not None or train_only:
         for name, p in model.named_parameters():
             plain = plain_name(name)

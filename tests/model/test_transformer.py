@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dalle1.model.attention import MaskedAttention
 from dalle1.model.masks import MaskKind
-from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.model.transformer import Residual, Transformer, TransformerConfig
 from dalle1.sampling.decoding import generate
 from dalle1.sampling.filters import Sampling
+from dalle1.sampling.fused_step import StepResidual
 from dalle1.tasks.transformer import TRANSFORMER_PRESETS
 
 KINDS: list[MaskKind] = ["full", "row", "column", "conv"]
@@ -95,6 +96,17 @@ def reference(model: Transformer, text: Tensor, codes: Tensor) -> Tensor:
         heads_weight = torch.cat([w["text_head.weight"], w["image_head.weight"]])
         result.append(x @ heads_weight.T + torch.cat([w["text_head.bias"], w["image_head.bias"]]))
     return torch.stack(result)
+
+
+def test_a_sandwich_survives_an_overflow_in_fp16() -> None:
+    branch, norms = torch.nn.Linear(4, 4).half(), [torch.nn.LayerNorm(4).half() for _ in "ab"]
+    torch.nn.init.constant_(branch.weight, 1e4)
+    torch.nn.init.constant_(branch.bias, 6e4)
+    x = torch.tensor([[1.0, 2, 3, -7]]).half()
+    assert branch(norms[0](x) + 1).isinf().any()
+    residual = Residual(norms[0], lambda y: branch(y + 1), norms[1])  # type: ignore[arg-type]
+    assert residual(x).isfinite().all()
+    assert torch.equal(StepResidual(residual)(x.clone()), residual(x))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "paper"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dalle1.model.lora import merged, plain_name
+from dalle1.model.lora import LoRALinear, MergedState, plain_name
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling.packed_linear import packed
 from dalle1.tasks.transformer_config import TransformerTrainConfig
@@ -46,18 +47,41 @@ def test_lora_starts_as_the_model_and_is_merged() -> None:
     for name, p in model.named_parameters():
         if "lora_up" in name:
             torch.nn.init.normal_(p)
-    one = merged(model)
-    assert merged(plain) is plain
-    assert one.state_dict().keys() == plain.state_dict().keys()
+    one = Transformer(SIZE)
+    one.load_state_dict(MergedState(model))
+    unchanged = MergedState(plain)
+    assert all(torch.equal(unchanged[k], t) for k, t in plain.state_dict().items())
     for i, name in ((0, LINEAR[0]), (1, LINEAR[3])):
         layer, found = model.layers[i].get_submodule(name), one.layers[i].get_submodule(name)
         update = layer.lora_up.weight @ layer.lora_down.weight
         torch.testing.assert_close(found.weight, layer.base.weight + 8 / 4 * update)
-        assert found.bias is layer.base.bias
+        assert torch.equal(found.bias, layer.base.bias)
     expected = model(text, codes)[1]
     assert (expected - plain(text, codes)[1]).abs().max() > 0.1
     torch.testing.assert_close(one(text, codes)[1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed(model, 2)(text, codes)[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_saving_merges_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with(4)
+    for name, p in model.named_parameters():
+        if "lora_up" in name:
+            torch.nn.init.normal_(p)
+    made: list[weakref.ref[torch.Tensor]] = []
+    most, merge = 0, LoRALinear.merged_weight
+
+    def tracked(self: LoRALinear) -> torch.Tensor:
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in made))
+        made.append(weakref.ref(weight := merge(self)))
+        return weight
+
+    monkeypatch.setattr(LoRALinear, "merged_weight", tracked)
+    model.save(tmp_path)
+    assert len(made) >= 8
+    assert most <= 2
+    state = MergedState(model)
+    assert all(torch.equal(t, state[k]) for k, t in Transformer.load(tmp_path).state_dict().items())
 
 
 def test_what_is_trained() -> None:
