@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle1.console import one_line_errors, parse_preset
+from dalle1.console import command_line, one_line_errors, parse_preset
 from dalle1.data import (
     ReadOptions,
     Source,
@@ -265,9 +265,31 @@ class TransformerTask(Task[Transformer]):
         ).save_pretrained(folder)
 
 
+def with_architecture_of_init(
+    config: TransformerTrainConfig, words: Sequence[str]
+) -> TransformerTrainConfig:
+    """Replace the architecture of a preset by that of --init, where the two differ.
+
+    Args:
+        words: the command line; its --model flags are kept, and refused where they do not fit.
+    """
+    if config.init is None:
+        return config
+    found = Transformer.config_of(config.init).arch
+    rotary = found.positions == config.model.positions == "rotary"
+    free = ("text_vocab", "text_len") if rotary else ("text_vocab",)
+    if replace(found, **{name: getattr(config.model, name) for name in free}) == config.model:
+        return config
+    flags = (word.partition("=")[0] for word in words if word.startswith("--model."))
+    named = {flag.removeprefix("--model.").removeprefix("no-").replace("-", "_") for flag in flags}
+    kept = {name: x for name, x in vars(config.model).items() if name in named}
+    return replace(config, model=replace(found, **kept))
+
+
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse_preset(TRANSFORMER_PRESETS, args, __doc__.splitlines()[0])
+        config = with_architecture_of_init(config, command_line(args))
         with graceful_run(config):
             fit(TransformerTask(config), config)
         if distributed.is_main():

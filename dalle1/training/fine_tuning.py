@@ -21,8 +21,9 @@ class FineTuneConfig(TrainConfig):
     """Settings of a training that may start from another model."""
 
     init: Path | None = None
-    """Folder of a model of the same architecture to fine-tune; its vocabulary is kept. With rotary
-    positions, its images may be of another size, and its captions longer."""
+    """Folder of a model to fine-tune; its vocabulary is kept, and its architecture replaces that of
+    the preset. With rotary positions, its images may be of another size, and its captions
+    longer."""
     lora: int | None = None
     """Rank of LoRA: train low-rank updates of all attentions and MLPs, and freeze the parameters of
     --init, whose architecture replaces the preset's. The updates are merged in the model that is

@@ -1,7 +1,9 @@
-"""The validation of a transformer's training."""
+"""The validation of a transformer's training, and what it takes from --init."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle1.model.transformer import TransformerLoss
-from dalle1.tasks.transformer import TransformerTask
+from dalle1.model.transformer import Transformer, TransformerConfig, TransformerLoss
+from dalle1.tasks.transformer import (
+    TRANSFORMER_PRESETS,
+    TransformerTask,
+    with_architecture_of_init,
+)
 
 
 def test_the_caption_gap_is_what_another_pairs_caption_costs() -> None:
@@ -27,3 +33,18 @@ def test_the_caption_gap_is_what_another_pairs_caption_costs() -> None:
     assert values["image"] == pytest.approx(1.0)
     # Each is 3 from the one before it, and the first 117 from the last: 6 × 39 / 40.
     assert values["caption_gap"] == pytest.approx(4 * 6 * 39 / 40)
+
+
+def test_the_architecture_is_that_of_init(tmp_path: Path) -> None:
+    arch = replace(TRANSFORMER_PRESETS["small"].model, width=32, depth=1, heads=2, text_vocab=20)
+    Transformer(TransformerConfig(**vars(arch), codebook_size=16, grid_size=2)).save(tmp_path)
+    preset = replace(TRANSFORMER_PRESETS["small"], init=tmp_path)
+    assert with_architecture_of_init(preset, ["small", "--init", "x"]).model == arch
+    changed = replace(preset, model=replace(preset.model, depth=3))
+    words = ["small", "--model.depth", "3", "--init", "x"]
+    assert with_architecture_of_init(changed, words).model == replace(arch, depth=3)  # refused
+    longer = replace(preset, model=replace(arch, text_len=99, text_vocab=260))
+    if arch.positions == "rotary":  # the length of captions is free
+        assert with_architecture_of_init(longer, ["small"]) is longer
+    new = replace(preset, init=None)
+    assert with_architecture_of_init(new, words) is new
