@@ -130,9 +130,7 @@ def decompress(
             text, part = codec.decode(message, size, header.coder, images=images, captions=captions)
         except ValueError as error:
             raise ValueError(
-                f"batch {number} does not decode ({error}): it was written by torch "
-                f"{header.torch} on {header.device}, this is torch {torch.__version__} on "
-                f"{codec.device.type}; use that version and --device"
+                f"batch {number} does not decode ({error}); {_remedy(header, codec.device.type)}"
             ) from error
         texts.append(text)
         codes += [] if part is None else [part]
@@ -142,3 +140,11 @@ def decompress(
         has_captions=captions,
         verbatim=header.verbatim,
     )
+
+
+def _remedy(header: Header, device: str) -> str:
+    made, here = (header.torch, header.device), (str(torch.__version__), device)
+    if made == here:  # so the file has another model's messages, or another machine's
+        return "the file is damaged or from another kind of machine; copy it again"
+    written = "it was written by torch {} on {}".format(*made)
+    return f"{written}, this is torch {here[0]} on {here[1]}; use that version and --device"

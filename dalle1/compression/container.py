@@ -54,6 +54,10 @@ class Header:
         if self.count < 1 or not 1 <= self.batch_size <= MAX_BATCH:
             sizes = f"{self.count} in batches of {self.batch_size}"
             raise ValueError(f"it holds {sizes}, expected 1 or more in batches of 1 to {MAX_BATCH}")
+        for number, caption in self.verbatim.items():
+            caption.encode()  # a ValueError for what is no text
+            if not (number.isdecimal() and int(number) < self.count):
+                raise ValueError(f"verbatim has caption {number!r}, expected 0 to {self.count - 1}")
 
     @property
     def batches(self) -> int:
@@ -99,7 +103,7 @@ def unpack(content: bytes, name: str) -> tuple[Header, list[Message]]:
         raise ValueError(f"{name} is damaged or cut short: its checksum differs; copy it again")
     try:
         return _split(whole)
-    except (ValueError, TypeError, struct.error, zlib.error) as error:
+    except (ValueError, TypeError, RecursionError, struct.error, zlib.error) as error:
         raise ValueError(f"{name} is damaged ({error}); compress the images again") from error
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +137,11 @@ def test_another_models_probabilities_are_noticed(model: CodecModel) -> None:
     with pytest.raises(ValueError, match="the model is 4567, expected 0123, which compressed"):
         decompress(other, header, messages)
     same_name = CodecModel(pipeline=other.pipeline, digest="0123")
-    with pytest.raises(ValueError, match=r"batch 0 does not decode .* written by torch"):
+    with pytest.raises(ValueError, match="batch 0 .*; the file is damaged or from"):
         decompress(same_name, header, messages)
+    older = replace(header, torch="2.0")
+    with pytest.raises(ValueError, match=r"decode .*; it was written by torch 2\.0 on cpu, this"):
+        decompress(same_name, older, messages)
 
 
 def test_damage_at_every_byte_is_one_clear_error(model: CodecModel) -> None:
@@ -167,6 +171,9 @@ def with_checksum(content: bytes) -> bytes:
         {"content": "films"},
         {"coder": "zip"},
         {"verbatim": {"0": 1}},
+        {"verbatim": {"5": "a"}},
+        {"verbatim": {"x": "a"}},
+        {"verbatim": {"0": "\ud800"}},
         {"colour": "red"},
     ],
 )
@@ -179,6 +186,13 @@ def test_a_header_of_nonsense_is_refused(model: CodecModel, change: dict[str, ob
     whole = b"d1c\x01" + struct.pack("<I", len(head)) + head + struct.pack("<II", 0, 0)
     with pytest.raises(ValueError, match=r"^f is damaged \("):
         unpack(with_checksum(whole), "f")
+
+
+@pytest.mark.parametrize("text", [b"", b"null", b"[]", b"{}", b"\xff", b"[" * 100_000])
+def test_a_header_that_is_no_object_is_refused(text: bytes) -> None:
+    head = zlib.compress(text)
+    with pytest.raises(ValueError, match=r"^f is damaged \("):
+        unpack(with_checksum(b"d1c\x01" + struct.pack("<I", len(head)) + head), "f")
 
 
 def test_messages_of_nonsense_do_not_decode(model: CodecModel) -> None:
