@@ -137,7 +137,7 @@ def test_another_models_probabilities_are_noticed(model: CodecModel) -> None:
     with pytest.raises(ValueError, match="the model is 4567, expected 0123, which compressed"):
         decompress(other, header, messages)
     same_name = CodecModel(pipeline=other.pipeline, digest="0123")
-    with pytest.raises(ValueError, match="batch 0 .*; the file is damaged or from"):
+    with pytest.raises(ValueError, match=r"batch 0 .*; the file is damaged or from"):
         decompress(same_name, header, messages)
     older = replace(header, torch="2.0")
     with pytest.raises(ValueError, match=r"decode .*; it was written by torch 2\.0 on cpu, this"):
