@@ -153,7 +153,8 @@ def summary(report: dict[str, Any]) -> str:
             predicted = f"{shown(run[law])} predicted {law}, {run['loss']:.3f} measured"
             lines.append(f"{run['name']}: {predicted}, {error:+.1%}")
     if "predicted" in report:
-        size = "{:,.0f} parameters, {:,.0f} {}".format(*report["predicted"]["at"], unit)
+        parameters, tokens = report["predicted"]["at"]
+        size = f"{parameters:,.0f} parameters, {tokens:,.0f} {unit}"
         lines.append(f"{size}: {shown(report['predicted']['by L(N, D)'])} predicted by L(N, D)")
     if "optimal" in report:
         best = report["optimal"]
