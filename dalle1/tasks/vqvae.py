@@ -32,6 +32,7 @@ from dalle1.data.images import (
 )
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import tokenizer_metrics
+from dalle1.importers.lpips import load_lpips
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
@@ -40,8 +41,10 @@ from dalle1.training.task import Loss, Task
 from dalle1.vqgan import VQGAN, VQGANConfig
 from dalle1.vqgan.codebook import CodebookAverage
 from dalle1.vqgan.losses import (
+    MIN_PATCH_SIZE,
     DiscriminatorLoss,
     PatchDiscriminator,
+    PerceptualVQLoss,
     PixelLoss,
     VQLoss,
     adaptive_weight,
@@ -49,6 +52,7 @@ from dalle1.vqgan.losses import (
     hinge_loss,
     reconstruction_error,
 )
+from dalle1.vqgan.lpips import MIN_SIZE
 from dalle1.vqgan.quantizers import NearestQuantizer
 
 
@@ -72,6 +76,11 @@ class VQVAETrainConfig(TrainConfig):
     """Decay of the moving averages that are the codes."""
     restart_below: float = 0.03
     """Usage, as a share of the mean over codes, below which a code restarts at a random feature."""
+    lpips: tuple[Path, ...] = ()
+    """Local files of LPIPS, for VQGAN's perceptual loss: vgg16-397923af.pth of torchvision and
+    vgg.pth of the package lpips, or a checkpoint of taming-transformers. None: no such loss."""
+    lpips_weight: float = 1.0
+    """Weight of the perceptual loss. VQGAN: 1."""
     adversarial_weight: float = 0.0
     """Weight of the adversarial loss of a VQGAN, beside the paper's adaptive weight. 0 trains a
     VQ-VAE. VQGAN: 0.8."""
@@ -98,7 +107,13 @@ class VQVAETrainConfig(TrainConfig):
         for name in ("validation_images", "discriminator_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        for name in ("commitment_weight", "adversarial_weight"):
+        least = {"lpips": MIN_SIZE, "adversarial_weight": MIN_PATCH_SIZE}
+        for name, size in least.items():
+            if getattr(self, name) and self.crop_size < size:
+                raise ValueError(
+                    f"crop_size is {self.crop_size}, expected {size} or more with {name}"
+                )
+        for name in ("commitment_weight", "adversarial_weight", "lpips_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("codebook_decay", "restart_below"):
@@ -204,6 +219,7 @@ class VQVAETask(Task[VQVAETraining]):
         self.config = config = resolve_precision(config, self.device)
         torch.manual_seed(config.seed)
         self.model = VQVAETraining(self.initial(), config).to(self.device).train()
+        self.lpips = load_lpips(config.lpips).to(self.device) if config.lpips else None
         size = config.model.image_size
         options = ReadOptions(size=size, seed=config.seed, captions=False, cleaning=config)
         source = open_source(config.data, "train", options)
@@ -235,16 +251,19 @@ class VQVAETask(Task[VQVAETraining]):
         reconstructed = tokenizer.reconstruct(quantized)
         pixels = reconstruction_error(images, reconstructed, config.pixel_loss)
         commitment = commitment_loss(features, quantized)
-        total = pixels + config.commitment_weight * commitment
+        perceptual = self.lpips(images, reconstructed) if self.lpips is not None else None
+        visible = pixels if perceptual is None else pixels + config.lpips_weight * perceptual
+        total = visible + config.commitment_weight * commitment
         restarts = self.model.update_codes(features.detach(), codes, rng)
-        parts = VQLoss(
-            total=total, reconstruction=pixels, commitment=commitment, restarts=restarts.float()
-        )
+        values = {"reconstruction": pixels, "commitment": commitment, "restarts": restarts.float()}
+        parts = VQLoss(total=total, **values)
+        if perceptual is not None:
+            parts = PerceptualVQLoss(total=total, perceptual=perceptual, **values)
         if not config.adversarial_weight:
             return [parts]
         fooled, judged = self.adversarial(images, reconstructed)
         if step >= config.adversarial_start:
-            weight = adaptive_weight(pixels, fooled, tokenizer.decoder.conv_out.weight)
+            weight = adaptive_weight(visible, fooled, tokenizer.decoder.conv_out.weight)
             parts = replace(parts, total=total + config.adversarial_weight * weight * fooled)
         return [parts, judged]
 

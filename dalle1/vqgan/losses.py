@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MIN_PATCH_SIZE = 24
+"""Least side in pixels of an image that `PatchDiscriminator` has a verdict for."""
 PixelLoss = Literal["l1", "mse"]
 
 
@@ -27,6 +29,14 @@ class VQLoss:
     """Mean squared distance of features to their code vectors, per channel."""
     restarts: Tensor
     """Codes that restarted at this update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualVQLoss(VQLoss):
+    """The same with a perceptual loss."""
+
+    perceptual: Tensor
+    """Mean distance by LPIPS."""
 
 
 @dataclass(frozen=True, kw_only=True)

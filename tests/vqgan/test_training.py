@@ -12,6 +12,7 @@ from dalle1.training.loop import fit
 from dalle1.vqgan import VQGAN, VQGANConfig
 from dalle1.vqgan.codebook import CodebookAverage
 from dalle1.vqgan.losses import (
+    MIN_PATCH_SIZE,
     PatchDiscriminator,
     adaptive_weight,
     commitment_loss,
@@ -53,6 +54,7 @@ def test_patches_of_the_discriminator() -> None:
     model, images = PatchDiscriminator(width=8), torch.rand(2, 3, 64, 64, requires_grad=True)
     verdicts = model(images)
     assert verdicts.shape == (2, 1, 6, 6)
+    assert model(torch.rand(1, 3, MIN_PATCH_SIZE, MIN_PATCH_SIZE)).shape == (1, 1, 1, 1)
     verdicts[0, 0, 0, 0].backward()
     assert images.grad is not None
     assert images.grad[1].abs().max() == 0  # no sample depends on another
