@@ -51,6 +51,10 @@ def prepare_process() -> None:
     # DeepSpeed still calls these functions.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    # Threads wait for each other after every operation: they spin, then sleep. With libgomp's
+    # default, those of two busy processes spin while the others wait for their processors.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 class _Output(io.FileIO):

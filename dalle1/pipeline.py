@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip
+from dalle1.clip.scoring import load_scoring_clip
 from dalle1.config import image_counts
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import (
@@ -129,7 +130,7 @@ class DallE:
         named = next(name for name, kind in PRECISIONS.items() if kind == dtype)
         clip_model = None
         if clip is not None and clip != "none":
-            clip_model = Clip.from_pretrained(clip, on, named)
+            clip_model = load_scoring_clip(clip, on, named)
         return cls(
             load_image_tokenizer(folder, on),
             Transformer.load(folder, on, dtype),

@@ -21,6 +21,7 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dalle1.config import check_types
 from dalle1.tensor_files import (
@@ -310,7 +311,7 @@ def load_weights(
     """
     config = load_config(model_class, config_class, path)
     with _one_error(path, model_class.__name__) as files:
-        with torch.device("meta"):
+        with without_storage():
             model = model_class(config)
         empty = model.state_dict()
         tensors = {
@@ -320,6 +321,30 @@ def load_weights(
         }
         model.load_state_dict(tensors, strict=True, assign=True)
     return model.to(device).eval()
+
+
+RANDOM_FILLS = "normal_", "uniform_", "kaiming_uniform_", "div_"
+"""Functions that fill a new parameter, or scale it."""
+
+
+class _KeepAsBuilt(TorchFunctionMode):
+    """A mode in which random initialization changes nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Build modules without storage and without random numbers: their weights are loaded later.
+
+    Random numbers on torch's meta device would import its compiler, which takes two seconds.
+    """
+    with torch.device("meta"), _KeepAsBuilt():
+        yield
 
 
 def _with_format_of(empty: Tensor, tensor: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The CLIP benchmarks: values by hand, and results of other settings are refused."""
+"""The benchmarks: values by hand, results of other settings are refused, none hangs."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -85,3 +86,54 @@ def test_comparing_losses_refuses_results_of_other_settings(
     with pytest.raises(SystemExit):
         losses.main([*command, "4", "--pairs", "8"])
     assert "holds results of other settings (pairs differ)" in capsys.readouterr().err
+
+
+class Process:
+    """Stand-in of a busy process."""
+
+    started: list[Process]
+
+    def __init__(self, words: list[str]) -> None:
+        self.words, self.is_running = words, True
+        Process.started.append(self)
+
+    def kill(self) -> None:
+        self.is_running = False
+
+    def wait(self) -> None:
+        assert not self.is_running  # otherwise it would wait for ever
+
+
+def test_nothing_is_left_busy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Process.started = []
+    loaded, measured = benchmark("loaded"), []
+
+    def run(words: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert options["timeout"] == loaded.LONGEST
+        running = sum(process.is_running for process in Process.started)
+        measured.append(running)
+        return subprocess.CompletedProcess(words, 0, f'{{"seconds": {1 + running}, "threads": 2}}')
+
+    monkeypatch.setattr(loaded.subprocess, "Popen", Process)
+    monkeypatch.setattr(loaded.subprocess, "run", run)
+    loaded.main(["--busy", "2", "--work", "training"])
+    assert measured == [0, 2]
+    assert capsys.readouterr().out.split()[-1] == "3.0"
+    assert not any(process.is_running for process in Process.started)
+
+    def fail(words: list[str], **options: object) -> None:
+        raise subprocess.TimeoutExpired(words, loaded.LONGEST)
+
+    monkeypatch.setattr(loaded.subprocess, "run", fail)
+    with pytest.raises(subprocess.TimeoutExpired), loaded.busy(1):
+        loaded.in_fresh_process("training", 1)
+    assert not any(process.is_running for process in Process.started)
+
+
+def test_a_busy_process_ends_by_itself() -> None:
+    loaded = benchmark("loaded")
+    source = loaded.BUSY.replace(str(loaded.LONGEST), "0.01")
+    assert source != loaded.BUSY
+    exec(source, {})

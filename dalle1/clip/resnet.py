@@ -61,7 +61,8 @@ class AttentionPool(nn.Module):
     def __init__(self, grid_size: int, width: int, heads: int, embed_dim: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(grid_size**2 + 1, width) / width**0.5)
+        initial = torch.empty(grid_size**2 + 1, width).normal_().div_(width**0.5)
+        self.positional_embedding = nn.Parameter(initial)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dalle1.commands.idle_processors import IdleProcessors, threads_of_a_step
 from dalle1.config import image_counts
 from dalle1.console import bar, command_line, expand_home_in, name_flags, one_line_errors
 from dalle1.outputs import GRID, SCORES, check_writable, preview_path, slug, to_json, write
@@ -271,14 +272,18 @@ def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -
     return model.with_probabilities(everyone) if by_clip else everyone
 
 
-def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int]) -> None:
-    """Sample, rank and write the images of all prompts."""
+def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int], threads: int) -> None:
+    """Sample, rank and write the images of all prompts, with at most so many threads."""
+    from torch import set_num_threads
+
     rank, world = share
     root, count = options.out or DEFAULT_OUT, len(options.prompts)
     width, known = model.image_tokenizer.grid_size, encode_known(model, options)
     first_row = 0 if known is None else int((known < 0).nonzero()[0]) // width
     each = len(range(1 if is_deterministic(options) else options.num_candidates)[rank::world])
     preview = previews(model, root) if options.preview and rank == 0 else None
+    step_threads = threads_of_a_step(model.transformer, each, threads)
+    set_num_threads(step_threads)
     taken: set[Path] = set()
     # The delay hides the bar where an option is rejected before the first row.
     with bar(
@@ -291,6 +296,7 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int]) ->
             progress.update(len(codes) * width)
             if preview:
                 preview(codes, rows)
+            set_num_threads(threads if rows == width else step_threads)  # then images are decoded
 
         names = (*GENERATION, "seed", "batch_size")
         sampled = model.sample(
@@ -359,11 +365,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             check_writable(options.out or DEFAULT_OUT, map(slug, options.prompts))
 
-        # OpenMP threads wait for each other at every layer: they spin, then sleep. With libgomp's
-        # default, two of them on two busy cores block each other, and sampling takes fifteen times
-        # as long as alone; with this spin count, three or four times.
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+        idle = IdleProcessors()
         from dalle1 import DallE
         from dalle1.sampling.generation import GenerationConfig
 
@@ -378,7 +380,7 @@ def main(args: Sequence[str] | None = None) -> None:
             if options.plain:
                 model.generation = GenerationConfig()
             set_defaults(options, model.generation)
-            sample(model, options, (rank, world))
+            sample(model, options, (rank, world), idle.threads())
 
 
 def one_gpu_each() -> str | None:
