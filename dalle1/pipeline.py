@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle1.clip import Clip
-from dalle1.clip.scoring import load_scoring_clip
+from dalle1.clip import Clip, load_scoring_clip
 from dalle1.config import image_counts
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import (
