@@ -74,12 +74,15 @@ SUBCOMMANDS = {
 }
 """Name → (module, what it does)."""
 
+LARGE_MODELS = {"sample", "export", *(name for name in SUBCOMMANDS if name.startswith("import "))}
+"""Subcommands that hold a large model and repeat no large computation."""
+
 
 def run(name: str, args: Sequence[str] | None = None) -> None:
     """Run one subcommand; `args` defaults to the process's command line."""
     atexit.register(_ignore_signals)
     try:
-        prepare_process()
+        prepare_process(keep_memory=name not in LARGE_MODELS)
         with one_line_errors(), notes():
             import_module(SUBCOMMANDS[name][0]).main(args)
     except SystemExit as stop:

@@ -40,9 +40,14 @@ _flags: ContextVar[Mapping[str, str]] = ContextVar("_flags", default=MappingProx
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 
 
-def prepare_process() -> None:
-    """Apply the process-wide settings of every command; the library itself changes none."""
-    keep_freed_memory()
+def prepare_process(keep_memory: bool = True) -> None:
+    """Apply the process-wide settings of every command; the library itself changes none.
+
+    Args:
+        keep_memory: see `keep_freed_memory`; sampling frees the weights that it packs.
+    """
+    if keep_memory:
+        keep_freed_memory()
     let_no_print_fail()
     # Of images that cannot be read, this package reports which, and why.
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -206,9 +206,20 @@ def test_warnings_of_libraries_are_notes(
     def main(args: object) -> None:
         warnings.warn_explicit("slow\n  data loader", UserWarning, "torch/utils/x.py", 3)
 
-    monkeypatch.setattr(cli, "prepare_process", lambda: None)
+    monkeypatch.setattr(cli, "prepare_process", lambda **_: None)
     monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=main))
     shown = warnings.showwarning
     cli.run("train dvae", [])
     assert warnings.showwarning is shown
     assert capsys.readouterr().err == "note: slow data loader\n"
+
+
+def test_memory_is_kept_where_it_is_needed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, bool] = {}
+    monkeypatch.setattr(cli, "import_module", lambda _: SimpleNamespace(main=lambda _: None))
+    for name in ("train dvae", "sample", "import rudalle"):
+        monkeypatch.setattr(
+            cli, "prepare_process", lambda keep_memory, name=name: kept.update({name: keep_memory})
+        )
+        cli.run(name, [])
+    assert kept == {"train dvae": True, "sample": False, "import rudalle": False}

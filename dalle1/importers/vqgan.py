@@ -52,7 +52,8 @@ def build_vqgan(tensors: Foreign, image_size: int | None = None) -> VQGAN:
     with one_error(tensors.path, "a VQGAN"):
         named = _without_wavelets(_of_llamagen(tensors.tensors))
         used = {k: t.float() for k, t in named.items() if k.startswith(PARTS)}
-        normalized = used.pop("quantize.codebook_used", None) is not None
+        used.pop("quantize.codebook_used", None)
+        normalized = any(name.startswith("encoder.conv_blocks.") for name in tensors.tensors)
         config = read_sizes(used, normalized, image_size)
         if config.blocks * len(config.multipliers) > len(used):
             raise LookupError("fewer tensors than residual blocks")

@@ -93,11 +93,13 @@ def as_llamagen(name: str) -> str:
     return name
 
 
-def test_llamagen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_use", [True, False])
+def test_llamagen(tmp_path: Path, with_use: bool) -> None:
     model, path = tiny(quantizer="normalized"), tmp_path / "vq.pt"
     state = {as_llamagen(name): tensor for name, tensor in model.state_dict().items()}
     assert "decoder.conv_blocks.0.upsample.conv.weight" in state
-    state["quantize.codebook_used"] = torch.zeros(10)
+    if with_use:  # of its codes in training
+        state["quantize.codebook_used"] = torch.zeros(10)
     torch.save({"model": state, "steps": 1}, path)
     ours = vqgan.load_vqgan(path, image_size=64)
     assert ours.config == model.config
