@@ -104,6 +104,7 @@ def run(options: CompressOptions) -> None:
         tokens, unit = int((archive.text < config.text_vocab).sum()) + header.count, "text token"
     else:
         tokens, unit = archive.codes.numel(), "code"
+        unit += " and its share of the caption" * archive.has_captions
     coded = 8 * sum(len(message.content) for message in messages)
     print(
         f"wrote {options.out}: {header.count} {header.content}, {size:,} bytes\n"

@@ -71,20 +71,20 @@ class Fitted:
         return cls(law=fit(x, loss), resamples=bootstrap(x, loss, count))
 
     def numbers(self) -> dict[str, list[float]]:
-        """Return value, and lower and upper limit, of the floor and the exponents."""
+        """Return value, and lower and upper limit if known, of the floor and the exponents."""
         rows = [[law.floor, *law.exponents] for law in (self.law, *self.resamples)]
         names = ["floor", *(f"exponent {i}" for i in range(len(self.law.exponents)))]
         columns = np.array(rows).T
         return {n: [float(c[0]), *_limits(c[1:])] for n, c in zip(names, columns, strict=True)}
 
     def predict(self, *x: float) -> list[float]:
-        """Return the predicted loss at x, and its lower and upper limit."""
+        """Return the predicted loss at x, and its lower and upper limit if known."""
         point = np.array([x])
         return [float(self.law(point)[0]), *_limits([law(point)[0] for law in self.resamples])]
 
 
-def _limits(values: Any) -> tuple[float, float]:
-    return interval(np.asarray(values)) if len(values) else (float("nan"), float("nan"))
+def _limits(values: Any) -> tuple[float, ...]:
+    return interval(np.asarray(values)) if len(values) else ()
 
 
 def analyse(runs: Sequence[Run], options: ScalingOptions) -> tuple[dict[str, Any], Fitted]:
@@ -135,8 +135,9 @@ def summary(report: dict[str, Any]) -> str:
     """Return what is printed."""
 
     def shown(numbers: Sequence[float]) -> str:
-        value, low, high = numbers
-        return f"{value:.3f} ({low:.3f} to {high:.3f})"
+        value, *limits = numbers
+        found = "{:.3f} to {:.3f}".format(*limits) if limits else "too few runs for an interval"
+        return f"{value:.3f} ({found})"
 
     unit = "pairs" if report["measure"].startswith("error") else "codes"
     lines = [f"{'run':24} {'parameters':>12} {unit:>12} {'FLOPs':>10} {'loss':>7}"]

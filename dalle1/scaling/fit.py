@@ -92,8 +92,14 @@ def _non_negative(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bootstrap(x: np.ndarray, loss: np.ndarray, count: int, seed: int = 0) -> list[PowerLaw]:
-    """Fit `count` resamples of the runs, with replacement; too few different ones are skipped."""
-    rng, found = np.random.default_rng(seed), []
+    """Fit `count` resamples of the runs, with replacement; too few different ones are skipped.
+
+    No resamples where every one would have all of the runs: the law then goes through each of them.
+    """
+    rng = np.random.default_rng(seed)
+    found: list[PowerLaw] = []
+    if len(np.unique(x, axis=0)) < 2 * x.shape[1] + 2:
+        return found
     for _ in range(count):
         chosen = rng.integers(len(x), size=len(x))
         if len(np.unique(x[chosen], axis=0)) >= 2 * x.shape[1] + 1:

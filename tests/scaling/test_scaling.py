@@ -94,6 +94,18 @@ def test_the_largest_run_is_predicted_and_not_fitted() -> None:
     assert report["optimal"]["parameters"] * report["optimal"]["codes"] == pytest.approx(1e15 / 7)
 
 
+def test_three_runs_on_the_frontier_have_no_interval() -> None:
+    points = [(2.0, 10.0), (1.5, 20.0), (1.2, 30.0), (1.9, 40.0), (1.8, 50.0), (1.7, 60.0)]
+    found = [
+        Run(str(i), 1.0 + i, 1.0 + i**2, flops, loss) for i, (loss, flops) in enumerate(points)
+    ]
+    options = ScalingOptions(runs=(), hold_out=0, bootstrap=8)
+    report, compute = analyse(found, options)
+    assert not compute.resamples
+    assert len(report["L(C)"]["floor"]) == 1
+    assert "too few runs for an interval" in summary(report)
+
+
 def test_too_few_runs_are_refused() -> None:
     with pytest.raises(ValueError, match="runs to fit are 2 different ones, expected 3 or more"):
         fit(np.array([[1.0], [2.0], [2.0]]), np.array([3.0, 2.0, 2.0]))
