@@ -274,7 +274,7 @@ def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -
 
 def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int], threads: int) -> None:
     """Sample, rank and write the images of all prompts, with at most so many threads."""
-    from torch import set_num_threads
+    from torch import get_num_threads, set_num_threads
 
     rank, world = share
     root, count = options.out or DEFAULT_OUT, len(options.prompts)
@@ -283,6 +283,7 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int], th
     each = len(range(1 if is_deterministic(options) else options.num_candidates)[rank::world])
     preview = previews(model, root) if options.preview and rank == 0 else None
     step_threads = threads_of_a_step(model.transformer, each, threads)
+    image_threads = min(2, get_num_threads()) if threads == 1 else threads
     set_num_threads(step_threads)
     taken: set[Path] = set()
     # The delay hides the bar where an option is rejected before the first row.
@@ -296,7 +297,8 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int], th
             progress.update(len(codes) * width)
             if preview:
                 preview(codes, rows)
-            set_num_threads(threads if rows == width else step_threads)  # then images are decoded
+            # Images are decoded then. On one thread, convolutions would be rounded differently.
+            set_num_threads(image_threads if rows == width else step_threads)
 
         names = (*GENERATION, "seed", "batch_size")
         sampled = model.sample(

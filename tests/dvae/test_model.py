@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dvae import DVAE, DVAEConfig
 from dvae.losses import squeeze_pixels, unsqueeze_pixels
-from dvae.model import FILE_NAME, Block
+from dvae.model import FILE_NAME, Block, upsample
 
 TINY = DVAEConfig(image_size=16, width=8, codebook_size=20, code_width=12)
 
@@ -273,3 +273,20 @@ def test_files_that_hold_no_dvae_are_refused(tmp_path: Path) -> None:
             DVAE.load(tmp_path)
         assert str(path) in str(error.value), kind
         assert "\n" not in str(error.value), kind
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("code_width", [8, 32])  # 32: the first block has no convolution beside it
+def test_decoding_without_gradients_is_the_same_bit_for_bit(blocks: int, code_width: int) -> None:
+    torch.manual_seed(0)
+    config = DVAEConfig(
+        image_size=32, width=4, blocks_per_group=blocks, codebook_size=16, code_width=code_width
+    )
+    decoder = DVAE(config).decoder
+    codes = torch.randint(16, (2, 4, 4))
+    expected = decoder(codes)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert torch.equal(decoder(codes), expected)
+    block, x = decoder.groups[1][0], torch.randn(2, 32, 3, 5)
+    torch.testing.assert_close(block.forward_upsampled(x), block(upsample(x)))
