@@ -72,6 +72,8 @@ def _transformer_run(folder: Path, found: Checkpoint, field: str | None) -> Run:
 
 
 def _clip_run(folder: Path, found: Checkpoint, field: str | None) -> Run:
+    if not (found.folder / "config.json").exists():
+        raise ValueError(f"{folder} trains no transformer and no CLIP; name trainings of these")
     field = field or "training/zero-shot/noun"
     try:
         report = json.loads((folder / CLIP_REPORT).read_text(encoding="utf-8"))

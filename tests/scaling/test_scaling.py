@@ -168,6 +168,16 @@ def test_a_clip_is_a_point_of_its_error_and_the_flops_of_both_towers(tmp_path: P
             read_run(folder)
 
 
+def test_a_training_of_another_kind_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "a" / "step-10"
+    checkpoint.mkdir(parents=True)
+    torch.save({"step": 10}, checkpoint / "state.pt")
+    save_file({"x": torch.zeros(1)}, checkpoint / "training.safetensors")
+    write_manifest(checkpoint, 10)
+    with pytest.raises(ValueError, match="a trains no transformer and no CLIP; name trainings"):
+        read_run(tmp_path / "a")
+
+
 def test_runs_of_different_kinds_are_refused() -> None:
     other = runs()[0]._replace(measure="error of x")
     with pytest.raises(ValueError, match="runs measure error of x and nats per code, expected one"):
