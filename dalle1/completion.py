@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
         words = command_line(args)
         if words and words[0] in ("-h", "--help"):
             print(__doc__.strip())
-            return
+            raise SystemExit(0)
         if len(words) != 1 or words[0] not in ("bash", "zsh"):
             raise ValueError(f"the shell is {' '.join(words)!r}, expected bash or zsh")
         print(ZSH * (words[0] == "zsh") + completion_script(all_words()), end="")

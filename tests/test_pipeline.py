@@ -377,9 +377,7 @@ def test_likelihood_orders_by_what_the_caption_explains(plain: DallE) -> None:
 def test_missing_rerankers_are_refused(plain: DallE, ranked: DallE) -> None:
     with pytest.raises(ValueError, match="this model has no CLIP to rerank with"):
         plain.candidates(PROMPT, rerank="clip")
-    with pytest.raises(
-        ValueError, match="rerank is 'taste', expected clip or likelihood or none or none"
-    ):
+    with pytest.raises(ValueError, match="rerank is 'taste', expected clip or likelihood or none"):
         plain.candidates(PROMPT, rerank="taste")
     unranked = ranked.candidates(PROMPT, num_candidates=3, rerank="none")
     assert [(c.index, c.score) for c in unranked] == [(0, None), (1, None), (2, None)]
