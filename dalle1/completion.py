@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         words = command_line(args)
         if words and words[0] in ("-h", "--help"):
-            print(__doc__.strip())
+            print("usage: dalle1 completion bash | zsh\n", __doc__.strip(), sep="\n")
             raise SystemExit(0)
         if len(words) != 1 or words[0] not in ("bash", "zsh"):
             raise ValueError(f"the shell is {' '.join(words)!r}, expected bash or zsh")
