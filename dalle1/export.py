@@ -14,7 +14,9 @@ from dalle1.console import one_line_errors, parse
 from dalle1.devices import PRECISIONS
 from dalle1.hub import check_repo_name
 from dalle1.locking import folder_lock
-from dalle1.pipeline import DallE
+from dalle2.loading import load_pipeline
+from dalle2.pipeline import Unclip
+from dalle2.prior import DiffusionPrior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class ExportConfig:
 
     model: str
     """Folder of the trained transformer, or the name of a model on Hugging Face."""
+    prior: Path | None = None
+    """Folder of the trained prior, for a decoder of DALL·E 2; by default, its own, if any."""
     clip: Path | None = None
     """Folder of the CLIP that reranks samples; by default, the model's own, if any."""
     out: Path | None = None
@@ -46,13 +50,28 @@ class ExportConfig:
             check_repo_name(self.push_to_hub)
 
 
+def with_prior(model: Unclip, config: ExportConfig) -> Unclip:
+    """Return a decoder of DALL·E 2 with the prior of --prior; ValueError where it does not fit."""
+    if config.clip is not None:
+        raise ValueError("--clip is for DALL·E 1; a decoder of DALL·E 2 keeps its own CLIP")
+    if config.dtype == "bf16":
+        raise ValueError("dtype is bf16, expected fp16 or fp32 for DALL·E 2")
+    if config.prior is None:
+        return model
+    prior = DiffusionPrior.load(config.prior)
+    parts = model.image_tokenizer, model.decoder, model.encoder, prior
+    return Unclip(*parts, clip=model.clip, generation=model.generation, info=model.info)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ExportConfig, args, __doc__.splitlines()[0])
         dtype = PRECISIONS[config.dtype]
-        model = DallE.from_pretrained(
-            config.model, clip=config.clip, device="cpu", precision=config.dtype
-        )
+        model = load_pipeline(config.model, clip=config.clip, device="cpu", precision=config.dtype)
+        if isinstance(model, Unclip):
+            model = with_prior(model, config)
+        elif config.prior is not None:
+            raise ValueError(f"--prior needs a decoder of DALL·E 2, and {config.model} has none")
         if config.license is not None:
             model.info = replace(model.info, license=config.license)
         if config.out is not None:

@@ -15,6 +15,8 @@ from dalle1.storage import model_folder
 MODEL_FILES = (
     *("transformer*.safetensors", "transformer.safetensors.index.json"),
     *("dvae.safetensors", "image_tokenizer.safetensors"),
+    *("autoencoder.safetensors", "decoder*.safetensors", "decoder.safetensors.index.json"),
+    *("prior*.safetensors", "prior.safetensors.index.json"),
     *("vocab.json", "words.json", "model_info.json", "clip/*"),
 )
 """Files of a model folder; others in a repository are neither downloaded nor replaced."""

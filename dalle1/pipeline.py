@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip, load_scoring_clip
-from dalle1.config import image_counts
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import (
     centre_square,
@@ -27,10 +25,10 @@ from dalle1.data.images import (
     to_tensor,
 )
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
-from dalle1.hub import find_model, upload
+from dalle1.hub import find_model
 from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer, save_image_tokenizer
 from dalle1.model.transformer import Transformer
-from dalle1.model_card import ModelInfo, model_card
+from dalle1.model_card import ModelInfo
 from dalle1.sampling.batching import batched, check_counts, max_batch
 from dalle1.sampling.decoding import (
     UNKNOWN,
@@ -42,13 +40,8 @@ from dalle1.sampling.decoding import (
 from dalle1.sampling.filters import Sampling
 from dalle1.sampling.generation import GenerationConfig, Rerank
 from dalle1.sampling.packed_linear import intact
-from dalle1.sampling.reranking import (
-    Candidate,
-    ClipReranker,
-    LikelihoodReranker,
-    Reranker,
-    ranked,
-)
+from dalle1.sampling.ranking import RankingPipeline
+from dalle1.sampling.reranking import Candidate, LikelihoodReranker, Reranker
 from dalle1.storage import CLIP_NAME, refuse_other_clip
 from dalle1.text.bpe import Tokenizer
 
@@ -57,7 +50,7 @@ VOCABULARY_NAME = "vocab.json"
 OnRow = Callable[[Tensor, int], None]
 
 
-class DallE:
+class DallE(RankingPipeline):
     """An image tokenizer, a transformer over its codes, a text tokenizer, and perhaps a CLIP."""
 
     def __init__(
@@ -152,26 +145,6 @@ class DallE:
         if self.clip is not None:
             self.clip.save_pretrained(folder / CLIP_NAME, dtype)
 
-    def push_to_hub(
-        self, repo: str, *, dtype: torch.dtype | None = None, private: bool | None = None
-    ) -> str:
-        """Upload all parts and a model card to user/name on Hugging Face; return the address.
-
-        Args:
-            dtype: data type of the uploaded parameters; None keeps their own.
-            private: see `dalle1.hub.upload`.
-        """
-        card = model_card(repo, self.info, self.image_tokenizer.image_size, bool(self.clip))
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, dtype)
-            return upload(Path(folder), repo, card, private)
-
-    def candidates(self, prompt: str, **options: Any) -> list[Candidate]:
-        """Sample images for one prompt, best first; the options are those of `sample`."""
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt is {prompt!r}, expected one text; sample takes a list")
-        return next(self.sample([prompt], **options))
-
     def sample(
         self,
         prompts: Sequence[str],
@@ -222,30 +195,6 @@ class DallE:
             return ([] for _ in prompts)
         batches = batched(sample_codes, range(len(prompts)), indices, fits)
         return self._ranked(batches, prompts, seed, reranker, len(indices))
-
-    def _ranked(
-        self,
-        batches: Iterable[tuple[range, range, Tensor]],
-        prompts: Sequence[str],
-        seed: int,
-        reranker: Reranker | None,
-        count: int,
-    ) -> Iterator[list[Candidate]]:
-        """Yield the candidates of each prompt, ranked, as soon as all `count` are sampled."""
-        candidates: list[Candidate] = []
-        for rows, columns, codes in batches:
-            for row, grids in zip(rows, codes, strict=True):
-                candidates += self._candidates(grids, columns, seed)
-                if len(candidates) == count:
-                    yield ranked(reranker, prompts[row], candidates)
-                    candidates = []
-
-    def _candidates(self, codes: Tensor, indices: range, seed: int) -> list[Candidate]:
-        """Decode codes [C, W, W] of the candidates at `indices`."""
-        return [
-            Candidate(image=image, codes=grid.cpu().clone(), index=i, seed=seed)
-            for i, image, grid in zip(indices, self.decode(codes), codes, strict=True)
-        ]
 
     def decode(self, codes: Tensor, batch_size: int = 16) -> list[Image.Image]:
         """Decode codes [B, W, W], `batch_size` at once; in bf16 like the model where it is fast."""
@@ -310,32 +259,8 @@ class DallE:
         length = self.transformer.config.text_len
         return self.tokenizer.encode_prompt(clean_prompt(prompt), length, ends).to(self.device)
 
-    def reranker(self, rerank: Rerank | None = None) -> Reranker | None:
-        """Return the reranker of that name; None for "none", and without a name and a CLIP.
-
-        Raises: ValueError for another name, or if the model has no CLIP.
-        """
-        if rerank is None:
-            return None if self.clip is None else ClipReranker(self.clip)
-        if rerank not in get_args(Rerank):
-            raise ValueError(f"rerank is {rerank!r}, expected {' or '.join(get_args(Rerank))}")
-        if rerank == "none":
-            return None
-        if rerank == "likelihood":
-            return LikelihoodReranker(self.bits)
-        if self.clip is None:
-            raise ValueError("this model has no CLIP to rerank with; name one, or use likelihood")
-        return ClipReranker(self.clip)
-
-    def rank(
-        self, prompt: str, candidates: list[Candidate], by: Rerank | None = None
-    ) -> list[Candidate]:
-        """Score candidates and sort them, best first; see `sample`."""
-        return ranked(self.reranker(by), clean_prompt(prompt), candidates)
-
-    def with_probabilities(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Add CLIP's softmax over the scores of all these candidates; nothing without a CLIP."""
-        return candidates if self.clip is None else ClipReranker(self.clip).finish(candidates)
+    def likelihood(self) -> Reranker:
+        return LikelihoodReranker(self.bits)
 
     def bits(self, prompt: str, codes: Tensor, batch_size: int = 8) -> tuple[float, Tensor]:
         """Return −log₂ p of `prompt` per token, and −log₂ p of each image under it per code.
@@ -377,24 +302,3 @@ class DallE:
         with inference(self.device), intact(self.transformer):
             tokens = complete_text(self.transformer, text, uniforms, Sampling(**sampling))
         return self.tokenizer.decode(tokens)
-
-    def generate(
-        self,
-        prompt: str,
-        *,
-        num_images: int | None = None,
-        num_candidates: int | None = None,
-        **options: Any,
-    ) -> list[Image.Image]:
-        """Sample `num_candidates` images and return the best `num_images`, best first.
-
-        Args:
-            num_images: by default 4, or all of fewer candidates.
-            num_candidates: by default the model's own number, or num_images if that is more.
-            options: `seed`, `temperature`, `top_k` …; see `sample`.
-        """
-        num_images, num_candidates = image_counts(
-            num_images, num_candidates, self.generation.num_candidates
-        )
-        best = self.candidates(prompt, num_candidates=num_candidates, **options)[:num_images]
-        return [c.image for c in best]

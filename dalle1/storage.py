@@ -378,7 +378,7 @@ def weights_digest(path: Path) -> str:
     found = hashlib.sha256()
     with _one_error(path, "model") as files:
         tensors = {k: v for file in files for k, v in read_tensors(file, torch.float16)}
-    for name in sorted(tensors):
+    for name in sorted(name for name in tensors if tensors[name].ndim):  # scalars may be clamped
         found.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
         found.update(tensors[name].contiguous().numpy().tobytes())
     return found.hexdigest()[:16]

@@ -113,6 +113,11 @@ class Autoencoder(nn.Module):
         return model
 
     @property
+    def image_size(self) -> int:
+        """Side of its images in pixels."""
+        return self.config.image_size
+
+    @property
     def grid_size(self) -> int:
         """Positions along each side of the latents."""
         return self.config.image_size // DOWNSAMPLING

@@ -1,18 +1,48 @@
 #!/usr/bin/env bash
-# Train DALL·E 2 on Toybox: autoencoder, embeddings, prior and decoder, in about 12 core-hours.
+# Train DALL·E 2 on Toybox: autoencoder, embeddings, prior and decoder.
 #
-#     recipes/unclip.sh runs/unclip
+#     recipes/unclip.sh
+#     OUT=runs/mine DATA=my-shards recipes/unclip.sh
 #
-# Every step resumes after an interruption, and is skipped once it is done. SCENES, DVAE and CLIP name
-# other data and other models to start from; FLAGS is added to every training.
+# Stop it with Ctrl-C; the same command resumes, since each stage resumes by itself and a finished
+# one returns at once. OUT/model then holds the model: dalle1 sample PROMPT --model OUT/model.
 set -euo pipefail
 
-OUT=${1:?usage: recipes/unclip.sh OUT}
-SCENES=${SCENES:-toybox:40000}
-DVAE=${DVAE:-$(python -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)')}
-FLAGS=${FLAGS:-}
-mkdir -p "$OUT"
+OUT=${OUT:-runs/unclip}           # folder of all stages
+DATA=${DATA:-toybox:40000}        # images with captions, as for --data
+CLIP=${CLIP:-bundled}             # CLIP of prior and decoder
+PYTHON=${PYTHON:-python}          # the Python that dalle1 is installed for
+DVAE=${DVAE:-$("$PYTHON" -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)')}
 
-# The autoencoder starts from the residual groups of the dVAE, so a few updates suffice.
-python -m dalle1 train autoencoder small --init "$DVAE" --data "$SCENES" \
-    --out "$OUT/autoencoder" $FLAGS
+# More flags of single stages, quoted as in a shell.
+eval "autoencoder_flags=(${AUTOENCODER_FLAGS:-})"
+eval "embed_flags=(${EMBED_FLAGS:-})"
+eval "prior_flags=(${PRIOR_FLAGS:-})"
+eval "decoder_flags=(${DECODER_FLAGS:-})"
+
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+
+# Run the command of one stage. A training that was stopped exits with 0, so its output is read.
+stage() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$PYTHON" -m dalle1 "$@" | tee -i "$output"
+    if grep -q "^Stopped" "$output"; then
+        echo "Stopped in stage $name; the same command resumes" >&2
+        exit 130
+    fi
+}
+
+# The autoencoder starts from the residual groups of the dVAE, so few updates suffice.
+stage autoencoder train autoencoder small --init "$DVAE" --data "$DATA" --out "$OUT/autoencoder" \
+    ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}
+stage embedded embed --autoencoder "$OUT/autoencoder" --clip "$CLIP" --data "$DATA" \
+    --out "$OUT/embedded" ${embed_flags[@]+"${embed_flags[@]}"}
+stage prior train prior small --data "$OUT/embedded" --clip "$CLIP" --out "$OUT/prior" \
+    ${prior_flags[@]+"${prior_flags[@]}"}
+stage decoder train decoder small --data "$OUT/embedded" --clip "$CLIP" \
+    --autoencoder "$OUT/autoencoder" --out "$OUT/decoder" \
+    ${decoder_flags[@]+"${decoder_flags[@]}"}
+stage model export --model "$OUT/decoder" --prior "$OUT/prior" --out "$OUT/model"

@@ -181,7 +181,7 @@ def test_scripts_run_the_functions_of_the_command(
 def test_a_wheel_samples_from_any_folder(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="builds a wheel offline")
     source, target, empty = tmp_path / "source", tmp_path / "installed", tmp_path / "empty"
-    for folder in ("dalle1", "dvae"):
+    for folder in ("dalle1", "dalle2", "dvae"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.pyc"))
     for file in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / file, source)

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dalle1.commands.idle_processors import IdleProcessors, threads_of_a_step
+from dalle1.commands.diffusion_flags import add_diffusion_flags, diffusion_options, threads_for
+from dalle1.commands.idle_processors import IdleProcessors
 from dalle1.config import image_counts
 from dalle1.console import bar, command_line, expand_home_in, name_flags, one_line_errors
 from dalle1.outputs import GRID, SCORES, check_writable, preview_path, slug, to_json, write
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from dalle1 import Candidate, DallE
     from dalle1.sampling.generation import GenerationConfig
+    from dalle2.pipeline import Unclip
 
 SETTINGS = (
     "model",
@@ -148,6 +150,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add_sampling_flags(parser.add_argument)
+    add_diffusion_flags(parser.add_argument)
     add_other_flags(parser.add_argument)
     words = command_line(args)
     # Prompts may follow flags; what follows `--` is a prompt whatever it begins with.
@@ -200,7 +203,7 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it") from error
 
 
-def encode_known(model: DallE, options: argparse.Namespace) -> Tensor | None:
+def encode_known(model: DallE | Unclip, options: argparse.Namespace) -> Tensor | None:
     """Encode the part of --image that is kept; None without --image."""
     if options.image is None:
         return None
@@ -223,7 +226,7 @@ def names_flag(flag: str, path: Path) -> Iterator[None]:
         raise ValueError(f"{flag} is {path}, expected an image; {why}") from error
 
 
-def previews(model: DallE, folder: Path) -> Callable[[Tensor, int], None]:
+def previews(model: DallE | Unclip, folder: Path) -> Callable[[Tensor, int], None]:
     """Return a callback that writes the images so far, grey where codes are missing."""
     from dalle1.data.images import grid, save_png
 
@@ -258,7 +261,9 @@ def processes() -> Iterator[tuple[int, int]]:
         distributed.shutdown()
 
 
-def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -> list[Candidate]:
+def gathered(
+    model: DallE | Unclip, candidates: list[Candidate], rank: int, world: int
+) -> list[Candidate]:
     """Gather all candidates in process 0, best first, or as sampled without a reranker."""
     if world == 1:
         return candidates
@@ -272,7 +277,9 @@ def gathered(model: DallE, candidates: list[Candidate], rank: int, world: int) -
     return model.with_probabilities(everyone) if by_clip else everyone
 
 
-def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int], threads: int) -> None:
+def sample(
+    model: DallE | Unclip, options: argparse.Namespace, share: tuple[int, int], threads: int
+) -> None:
     """Sample, rank and write the images of all prompts, with at most so many threads."""
     from torch import get_num_threads, set_num_threads
 
@@ -282,9 +289,8 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int], th
     first_row = 0 if known is None else int((known < 0).nonzero()[0]) // width
     each = len(range(1 if is_deterministic(options) else options.num_candidates)[rank::world])
     preview = previews(model, root) if options.preview and rank == 0 else None
-    step_threads = threads_of_a_step(model.transformer, each, threads)
     image_threads = min(2, get_num_threads()) if threads == 1 else threads
-    set_num_threads(step_threads)
+    set_num_threads(step_threads := threads_for(model, each, threads))
     taken: set[Path] = set()
     # The delay hides the bar where an option is rejected before the first row.
     with bar(
@@ -307,6 +313,7 @@ def sample(model: DallE, options: argparse.Namespace, share: tuple[int, int], th
             share=share,
             on_row=on_row,
             **{name: getattr(options, name) for name in names},
+            **diffusion_options(model, options),
         )
         for prompt, candidates in zip(options.prompts, sampled, strict=True):
             best = gathered(model, candidates, rank, world)
@@ -348,7 +355,7 @@ def is_deterministic(options: argparse.Namespace) -> bool:
     return Sampling(temperature=options.temperature, top_k=options.top_k).is_deterministic
 
 
-def settings_of(options: argparse.Namespace, model: DallE) -> dict[str, object]:
+def settings_of(options: argparse.Namespace, model: DallE | Unclip) -> dict[str, object]:
     """Return the settings that images are stored with: what was used, not what was asked."""
     settings = {name: getattr(options, name) for name in SETTINGS}
     has_clip, is_one = model.clip is not None, is_deterministic(options)
@@ -368,15 +375,15 @@ def main(args: Sequence[str] | None = None) -> None:
             check_writable(options.out or DEFAULT_OUT, map(slug, options.prompts))
 
         idle = IdleProcessors()
-        from dalle1 import DallE
         from dalle1.sampling.generation import GenerationConfig
+        from dalle2.loading import load_pipeline
 
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         with processes() as (rank, world):
             device = options.device
             if world > 1 and device == "auto" and (local := one_gpu_each()):
                 device = local
-            model = DallE.from_pretrained(
+            model = load_pipeline(
                 options.model, clip=options.clip, device=device, precision=options.precision
             )
             if options.plain:

@@ -24,9 +24,10 @@ from dalle1.evaluation.classifier import ASPECTS, ToyboxClassifier, Verdict, loa
 from dalle1.evaluation.classifier_accuracy import classifier_accuracy, print_accuracy
 from dalle1.evaluation.report import Scores, wilson_interval
 from dalle1.evaluation.toybox_prompts import KINDS, SPLITS, Prompt, PromptBatch, prompt_batches
-from dalle1.pipeline import DallE
 from dalle1.sampling.generation import GenerationConfig, Rerank
+from dalle1.sampling.ranking import RankingPipeline
 from dalle1.storage import write_atomic
+from dalle2.loading import load_pipeline
 
 PROMPTS, HELD_OUT = "prompts.json", "heldout.png"
 MAX_SHOWN = 96  # images in heldout.png
@@ -106,7 +107,7 @@ class PromptResult:
         return self.verdicts[self.best(count)].compare(self.prompt.scene)
 
 
-def evaluate_toybox(options: ToyboxOptions, model: DallE | None = None) -> Scores:
+def evaluate_toybox(options: ToyboxOptions, model: RankingPipeline | None = None) -> Scores:
     """Yield the classifier's accuracy, then the shares of correct samples; see `toybox_shares`.
 
     Writes prompts.json, with the verdict on every sample, and heldout.png, a grid of samples.
@@ -118,9 +119,7 @@ def evaluate_toybox(options: ToyboxOptions, model: DallE | None = None) -> Score
     classifier = load_classifier(options.classifier) if options.classifier else load_classifier()
     batches = list(prompt_batches(options.num_prompts, options.best_of, options.seed))
     if model is None:
-        model = DallE.from_pretrained(
-            options.model, device=options.device, precision=options.precision
-        )
+        model = load_pipeline(options.model, device=options.device, precision=options.precision)
     size = model.image_tokenizer.image_size
     accuracy = dict(classifier_accuracy(classifier, options.classifier_images, options.seed, size))
     print_accuracy(accuracy, options.classifier_images)
@@ -144,7 +143,10 @@ def evaluate_toybox(options: ToyboxOptions, model: DallE | None = None) -> Score
 
 
 def sample_and_classify(
-    model: DallE, classifier: ToyboxClassifier, batch: PromptBatch, sampling: Mapping[str, Any]
+    model: RankingPipeline,
+    classifier: ToyboxClassifier,
+    batch: PromptBatch,
+    sampling: Mapping[str, Any],
 ) -> Iterator[PromptResult]:
     """Generate the candidates of some prompts, and yield the verdicts on them."""
     ranked = model.sample(

@@ -24,7 +24,7 @@ class Candidate:
 
     image: Image.Image
     codes: Tensor = field(repr=False, compare=False)
-    """[W, W]: the codes that the image was decoded from."""
+    """[W, W]: the codes that the image was decoded from; or a diffusion model's latents."""
     index: int
     """Number of the candidate in the order of sampling; (seed, index) reproduces it."""
     seed: int

@@ -33,18 +33,18 @@ def cosine_betas(times: int) -> Tensor:
         return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
 
     betas = [1 - signal((t + 1) / times) / signal(t / times) for t in range(times)]
-    return torch.tensor(betas, dtype=torch.float64).clamp_max(MAX_BETA)
+    return torch.tensor(betas, dtype=torch.float64, device="cpu").clamp_max(MAX_BETA)
 
 
 def linear_betas(times: int) -> Tensor:
     """Return β_t that rise linearly (Ho et al. 2020), scaled to the same noise at any `times`."""
     scale = 1000 / times
-    betas = torch.linspace(1e-4 * scale, 0.02 * scale, times, dtype=torch.float64)
+    betas = torch.linspace(1e-4 * scale, 0.02 * scale, times, dtype=torch.float64, device="cpu")
     return betas.clamp_max(MAX_BETA)
 
 
 class Schedule:
-    """α_t and σ_t of every time t, in float64.
+    """α_t and σ_t of every time t, in float64 on the CPU.
 
     They are indexed by times alone: nothing here computes "the time before t". Which times a
     sampler visits is `steps`, and its formulas read α and σ at both ends of a step.
@@ -57,10 +57,9 @@ class Schedule:
             raise ValueError(f"schedule is {name!r}, expected cosine or linear")
         self.name, self.times = name, times
         betas = cosine_betas(times) if name == "cosine" else linear_betas(times)
-        signal = (1 - betas).cumprod(0)
-        # The last entry is CLEAN, at index −1.
-        self.alphas = torch.cat([signal.sqrt(), torch.ones(1, dtype=torch.float64)])
-        self.sigmas = torch.cat([(1 - signal).sqrt(), torch.zeros(1, dtype=torch.float64)])
+        # The last entry is CLEAN, at index −1: ᾱ = 1.
+        signal = torch.cat([(1 - betas).cumprod(0), betas.new_ones(1)])
+        self.alphas, self.sigmas = signal.sqrt(), (1 - signal).sqrt()
 
     def alpha(self, t: int) -> float:
         """Return α_t, the scale of the data at time t."""

@@ -3,9 +3,9 @@
     dalle1 train decoder small --data runs/embedded --autoencoder runs/autoencoder \\
         --out runs/decoder
 
-writes runs/decoder/latest/, a log and samples. The same command resumes after an interruption. The
-caption is dropped in half of the samples, and the embedding in a tenth: so the decoder also samples
-from a caption alone, as GLIDE does.
+writes runs/decoder/latest/, which `dalle1 sample --model` reads, a log and samples. The same
+command resumes after an interruption. The caption is dropped in half of the samples, and the
+embedding in a tenth: so the decoder also samples from a caption alone, as GLIDE does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.objective import mean_squared_error, sample_times, target
 from dalle2.diffusion.schedule import Schedule
 from dalle2.embedded import Encoders
+from dalle2.pipeline import Unclip
 from dalle2.tasks.embedded import EmbeddedPairs, EmbeddedTrainConfig, kept
 from dalle2.unet import UNet, UNetArch, UNetConfig
 from dvae.model import DOWNSAMPLING
@@ -177,7 +178,8 @@ class DecoderTask(Task[UNet]):
         found = torch.cat(parts)
         yield "loss", float(found.mean())
         for number, errors in enumerate(found.tensor_split(BINS)):
-            yield f"loss_{number}", float(errors.mean())
+            if len(errors):  # fewer pairs than ranges
+                yield f"loss_{number}", float(errors.mean())
 
     def sample(self, model: UNet, path: Path) -> None:
         """Write eight images; below them, samples by embedding and caption, and by caption."""
@@ -193,7 +195,7 @@ class DecoderTask(Task[UNet]):
         save_png(grid(images, count), path)
 
     def save(self, model: UNet, folder: Path) -> None:
-        model.save(folder)
+        Unclip(self.autoencoder, model, self.pairs.clip).save_pretrained(folder)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -202,4 +204,5 @@ def main(args: Sequence[str] | None = None) -> None:
         with graceful_run(config):
             fit(DecoderTask(config), config)
         if distributed.is_main():
-            print(f"The decoder is in {config.out}")
+            command = f"dalle1 export --model {config.out} --prior runs/prior --out my-model"
+            print(f"The decoder is in {config.out}; add a prior with: {command}")

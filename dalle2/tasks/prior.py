@@ -137,7 +137,8 @@ class PriorTask(Task[DiffusionPrior]):
             sampled = model.sample(caption, [0], steps=self.config.sampling_steps)[:, 0]
         yield "loss", float(errors.mean())
         for number, part in enumerate(errors.tensor_split(BINS)):
-            yield f"loss_{number}", float(part.mean())
+            if len(part):  # fewer pairs than ranges
+                yield f"loss_{number}", float(part.mean())
         yield from prior_metrics(sampled, F.normalize(embedding, dim=1), caption.embedding)
 
     def save(self, model: DiffusionPrior, folder: Path) -> None:

@@ -1,0 +1,44 @@
+"""The flags of `dalle1 sample` that only a DALL·E 2 has."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dalle1.commands.idle_processors import threads_of_a_step
+
+if TYPE_CHECKING:
+    from dalle1 import DallE
+    from dalle2.pipeline import Unclip
+
+
+def add_diffusion_flags(add: Callable[..., Any]) -> None:
+    """Add the options of DALL·E 2's decoder."""
+    add("--steps", type=int, help="DALL·E 2: number of steps of the decoder (default: 20)")
+    add("--embedding", choices=("prior", "caption", "none"), help="DALL·E 2: what the decoder is "
+        "told besides the caption: the prior's CLIP embedding (default), the caption's own, or "
+        "none")  # fmt: skip
+
+
+def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of DALL·E 2; ValueError for flags of the other kind of model."""
+    from dalle1 import DallE
+
+    asked = {name: getattr(options, name) for name in ("steps", "embedding")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not isinstance(model, DallE):
+        if options.preview:
+            raise ValueError("--preview shows rows of codes, and a DALL·E 2 has none; remove it")
+    elif asked:
+        raise ValueError(f"--{next(iter(asked))} is for DALL·E 2, and {options.model} is another")
+    return asked
+
+
+def threads_for(model: DallE | Unclip, candidates: int, most: int) -> int:
+    """Return the threads for steps of sampling: all for DALL·E 2, whose steps are large."""
+    from dalle1 import DallE
+
+    if isinstance(model, DallE):
+        return threads_of_a_step(model.transformer, candidates, most)
+    return most

@@ -1,0 +1,307 @@
+"""From a prompt to images by DALL·E 2: prior, decoder, autoencoder; reranked by CLIP.
+
+P prompts, C candidates of each, D width of CLIP embeddings, c h w latents of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle1.clip import Clip
+from dalle1.config import check_literals
+from dalle1.data.cleaning import clean_prompt
+from dalle1.data.images import to_pil
+from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
+from dalle1.hub import find_model
+from dalle1.model_card import ModelInfo
+from dalle1.sampling.batching import batched, check_counts
+from dalle1.sampling.filters import Sampling
+from dalle1.sampling.generation import GenerationConfig, Rerank
+from dalle1.sampling.ranking import RankingPipeline
+from dalle1.sampling.reranking import Candidate
+from dalle1.storage import CLIP_NAME
+from dalle2.autoencoder import Autoencoder
+from dalle2.conditioning import Caption, CaptionReader
+from dalle2.decoder import decoder_denoiser, sample_latents
+from dalle2.diffusion.samplers import SamplerName
+from dalle2.embedded import Encoders
+from dalle2.prior import FILE_NAME as PRIOR_FILE
+from dalle2.prior import DiffusionPrior
+from dalle2.unet import UNet
+
+COMPLETES_NOTHING = "a DALL·E 2 completes no images; use a model that samples codes"
+MAX_BATCH = 64
+"""Most candidates that are denoised at once."""
+OnRow = Callable[[Tensor, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnclipOptions:
+    """How prior and decoder sample; which embedding the decoder is told."""
+
+    steps: int = 20
+    """Steps of the decoder. Paper: 250, ancestral."""
+    sampler: SamplerName = "dpm-solver"
+    """Sampler of the decoder: dpm-solver, ddim or ancestral."""
+    eta: float = 0.0
+    """Noise that ddim adds, from 0 to 1."""
+    embedding: Literal["prior", "caption", "none"] = "prior"
+    """Embedding that the decoder is told: the prior's, the caption's own z_t, or none, as GLIDE."""
+    prior_steps: int = 64
+    """Steps of the prior. Paper: 64."""
+    prior_samples: int = 2
+    """Embeddings that the prior samples for each candidate; the one nearest to z_t is kept."""
+    prior_guidance: float = 1.0
+    """Guidance scale of the prior. Paper: guiding it makes results worse."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        for name in ("steps", "prior_steps", "prior_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}, expected a number in [0, 1]")
+
+
+class Unclip(RankingPipeline):
+    """A CLIP, an autoencoder, a decoder and perhaps a prior; without one, captions are decoded."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        decoder: UNet,
+        encoder: Clip,
+        prior: DiffusionPrior | None = None,
+        *,
+        clip: Clip | None = None,
+        generation: GenerationConfig | None = None,
+        info: ModelInfo | None = None,
+    ) -> None:
+        """Join the parts; ValueError where they do not fit each other.
+
+        Args:
+            encoder: the CLIP of prior and decoder.
+            clip: the CLIP that reranks; None for no reranking.
+        """
+        self.image_tokenizer, self.decoder, self.prior = autoencoder, decoder, prior
+        self.encoder, self.read, self.clip = encoder, CaptionReader(encoder), clip
+        self.info = info or ModelInfo()
+        self.generation = generation or GenerationConfig(guidance=2.0)
+        self.options = UnclipOptions(embedding="none" if prior is None else "prior")
+        config, shape = decoder.config, autoencoder.latent_shape
+        if shape != (config.channels, config.side, config.side):
+            raise ValueError(
+                f"the autoencoder's latents are {shape}, the decoder expects "
+                f"{(config.channels, config.side, config.side)}; use the autoencoder that it was "
+                "trained with"
+            )
+        widths = self.read.embedding_width, self.read.width
+        for name, part in (("decoder", decoder), ("prior", prior)):
+            if part is None:
+                continue
+            found = part.config.embedding_width, part.config.text_width
+            if found != widths:
+                raise ValueError(
+                    f"the CLIP has embeddings and states of {widths} numbers, the {name} expects "
+                    f"{found}; use the CLIP that it was trained with"
+                )
+        trained_with = decoder.config.encoders.split("-")[-1]
+        if prior is not None and prior.config.clip != trained_with:
+            raise ValueError(
+                f"the prior was trained with the CLIP {prior.config.clip}, the decoder with "
+                f"{trained_with}; expected the same CLIP: train one of them again"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the decoder."""
+        return self.decoder.input.weight.device
+
+    @property
+    def precision(self) -> str:
+        """Precision of prior and decoder."""
+        return "fp32"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        clip: str | Path | None = None,
+        device: str = "auto",
+        precision: str = "fp32",
+    ) -> Unclip:
+        """Load a model that `save_pretrained` or a training of a decoder wrote.
+
+        Args:
+            clip: folder or Hugging Face name of a CLIP that reranks; "none" for no reranking; None
+                is the model's own.
+            device: auto is cuda, else mps, else cpu.
+            precision: precision of the CLIP; prior and decoder compute in fp32.
+        """
+        folder, on = find_model(directory), pick_device(device)
+        dtype = pick_precision(precision, on)
+        named = next(name for name, kind in PRECISIONS.items() if kind == dtype)
+        encoder = Clip.from_pretrained(folder / CLIP_NAME, on)
+        reranker = encoder if clip is None else None
+        if clip is not None and clip != "none":
+            reranker = Clip.from_pretrained(clip, on, named)
+        decoder = UNet.load(folder, on)
+        if (found := str(Encoders.of(folder, folder / CLIP_NAME))) != decoder.config.encoders:
+            raise ValueError(
+                f"the decoder in {folder} was trained with the autoencoder and CLIP "
+                f"{decoder.config.encoders}, and {found} lie beside it; use those that it was "
+                "trained with"
+            )
+        size = 8 * decoder.config.side
+        has_prior = (folder / PRIOR_FILE).is_file()
+        return cls(
+            Autoencoder.load(folder, on, size),
+            decoder,
+            encoder,
+            DiffusionPrior.load(folder, on) if has_prior else None,
+            clip=reranker,
+            generation=GenerationConfig.load(folder),
+            info=ModelInfo.load(folder),
+        )
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write all parts to `directory`, weights rounded to `dtype`."""
+        folder = Path(directory)
+        self.image_tokenizer.save(folder, dtype)
+        self.decoder.save(folder, dtype)
+        self.encoder.save_pretrained(folder / CLIP_NAME, dtype)
+        self.generation.save(folder)
+        self.info.save(folder)
+        if self.prior is not None:
+            self.prior.save(folder, dtype)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_candidates: int | None = None,
+        seed: int = 0,
+        known_codes: Tensor | None = None,
+        rerank: Rerank | None = None,
+        batch_size: int | None = None,
+        share: tuple[int, int] = (0, 1),
+        on_row: OnRow | None = None,
+        **sampling: Any,
+    ) -> Iterator[list[Candidate]]:
+        """Sample images for each prompt; options are checked before this returns.
+
+        Args:
+            num_candidates: images per prompt; candidate i depends on (seed, i) alone.
+            known_codes: None; this model completes no images.
+            rerank: order of the images, see `reranker`.
+            batch_size: candidates denoised at once; None is 64.
+            share: (r, n) samples candidates r, r + n, r + 2n … only: the part of one of n
+                processes.
+            on_row: called after each row of latents of each batch, with the latents and the row;
+                all rows of a batch are done at once.
+            sampling: `guidance`, or fields of `UnclipOptions`.
+
+        Returns: an iterator over the prompts, which yields the candidates of each, best first.
+        """
+        names = {field.name for field in fields(UnclipOptions)}
+        changes = {k: sampling.pop(k) for k in names & sampling.keys()}
+        how = replace(self.options, **{k: x for k, x in changes.items() if x is not None})
+        options = self.generation.updated(num_candidates=num_candidates, rerank=rerank, **sampling)
+        self._refuse_codes(options, known_codes, how)
+        check_counts(prompts, batch_size, share)
+        reranker, most = self.reranker(options.rerank), batch_size or MAX_BATCH
+        prompts = [clean_prompt(prompt) for prompt in prompts]
+        indices = range(options.num_candidates)[share[0] :: share[1]]
+
+        def sample_batch(rows: range, columns: range) -> Tensor:
+            caption = self.read(prompts[rows.start : rows.stop])
+            latents = self.latents(caption, columns, seed, options.guidance, how)
+            for row in range(latents.shape[-2] if on_row else 0):
+                on_row(latents.flatten(0, 1), row + 1)  # type: ignore[misc]
+            return latents
+
+        if not indices:
+            return ([] for _ in prompts)
+        fits = range(len(prompts)), indices, lambda rows, columns: rows * columns <= most
+        return self._ranked(batched(sample_batch, *fits), prompts, seed, reranker, len(indices))
+
+    def latents(
+        self,
+        caption: Caption,
+        columns: Sequence[int],
+        seed: int,
+        guidance: float,
+        how: UnclipOptions,
+    ) -> Tensor:
+        """Sample latents of the candidates `columns` of P captions: [P, C, c, h, w]."""
+        prompts, count = len(caption.mask), len(columns)
+        each = caption.repeat(count)
+        with inference(self.device):
+            z = each.embedding
+            if how.embedding == "prior":
+                assert self.prior is not None
+                z = self.prior.sample(
+                    caption,
+                    columns,
+                    seed=seed,
+                    steps=how.prior_steps,
+                    guidance=how.prior_guidance,
+                    samples=how.prior_samples,
+                ).flatten(0, 1)
+            keep = torch.full((len(z),), how.embedding != "none", device=self.device)
+            denoise = decoder_denoiser(
+                self.decoder, z, each, guidance=guidance, keep_embedding=keep
+            )
+            latents = sample_latents(
+                self.decoder,
+                denoise,
+                columns,
+                seed=seed,
+                steps=how.steps,
+                sampler=how.sampler,
+                eta=how.eta,
+                repeat=prompts,
+            )
+        return latents.unflatten(0, (prompts, count))
+
+    def _refuse_codes(
+        self, options: GenerationConfig, known_codes: Tensor | None, how: UnclipOptions
+    ) -> None:
+        """Raise ValueError for options of models that sample codes, and for missing parts."""
+        plain = Sampling()
+        for field in fields(Sampling):
+            value, wanted = getattr(options, field.name), getattr(plain, field.name)
+            if field.name != "guidance" and value != wanted:
+                raise ValueError(
+                    f"{field.name} is {value}, expected {wanted}: a diffusion model has no codes"
+                )
+        if known_codes is not None:
+            raise ValueError(COMPLETES_NOTHING)
+        if how.embedding == "prior" and self.prior is None:
+            raise ValueError(
+                "embedding is 'prior', and this model has no prior; use none or caption, or join "
+                "one by dalle1 export --prior FOLDER"
+            )
+
+    def encode_known(self, image: Image.Image, **region: Any) -> Tensor:
+        """Raise ValueError, as this model completes no images."""
+        raise ValueError(COMPLETES_NOTHING)
+
+    def decode(self, codes: Tensor, batch_size: int = 16) -> list[Image.Image]:
+        """Decode latents [B, c, h, w] to images, `batch_size` at once."""
+        images: list[Image.Image] = []
+        for part in codes.split(batch_size):
+            with inference(self.device):
+                pixels = self.image_tokenizer.decode(part)
+            if not pixels.isfinite().all():
+                raise ValueError("the decoder's images are nan; its weights are damaged")
+            images += to_pil(pixels)
+        return images
