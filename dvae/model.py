@@ -187,6 +187,7 @@ class Decoder(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         x = self.groups[0](self.embed(codes))
         for group in self.groups[1:]:
+            assert isinstance(group, nn.Sequential)
             if torch.is_grad_enabled():  # sums of gradients are rounded in the order of the layers
                 x = group(upsample(x))
             else:
