@@ -188,10 +188,12 @@ class Decoder(nn.Module):
         x = self.groups[0](self.embed(codes))
         for group in self.groups[1:]:
             assert isinstance(group, nn.Sequential)
+            first = group[0]
+            assert isinstance(first, Block)
             if torch.is_grad_enabled():  # sums of gradients are rounded in the order of the layers
                 x = group(upsample(x))
             else:
-                x = group[1:](group[0].forward_upsampled(x))
+                x = group[1:](first.forward_upsampled(x))
         stats = self.output(F.relu(x)).float()
         if self.min_log_scale is None:
             return stats
