@@ -8,6 +8,10 @@ that kind to `storage.save_weights`, which writes it to the metadata of the mode
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -74,14 +78,22 @@ def image_tokenizer_file(directory: str | Path) -> Path:
     return other if other.is_file() else folder / FILE_NAME
 
 
-def save_image_tokenizer(
+@contextmanager
+def replaced_image_tokenizer(
     tokenizer: ImageTokenizer, folder: Path, dtype: torch.dtype | None = None
-) -> Path:
-    """Write an image tokenizer to a model folder, as its only one; return its file."""
-    path = tokenizer.save(folder, dtype)
+) -> Iterator[Path]:
+    """Write an image tokenizer that becomes the folder's only one if the block succeeds.
+
+    Yields its file. So a model that cannot be written, as on a full disk, leaves the earlier one
+    whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".partial") as partial:
+        path = tokenizer.save(Path(partial), dtype)
+        yield folder / path.name
+        os.replace(path, folder / path.name)
     for name in {FILE_NAME, IMAGE_TOKENIZER_FILE} - {path.name}:
         (folder / name).unlink(missing_ok=True)
-    return path
 
 
 def load_image_tokenizer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dalle1.data.images import (
 )
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
 from dalle1.hub import find_model
-from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer, save_image_tokenizer
+from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer, replaced_image_tokenizer
 from dalle1.model.transformer import Transformer
 from dalle1.model_card import ModelInfo
 from dalle1.sampling.batching import batched, check_counts, max_batch
@@ -65,6 +66,8 @@ class DallE(RankingPipeline):
         self.image_tokenizer, self.transformer = image_tokenizer, transformer
         self.tokenizer, self.clip, self.info = tokenizer, clip, info or ModelInfo()
         self.generation = generation or GenerationConfig()
+        if clip is None and self.generation.rerank == "clip":
+            self.generation = replace(self.generation, rerank=None)
         config = transformer.config
         codes, grid = image_tokenizer.codebook_size, image_tokenizer.grid_size
         if (codes, grid) != (config.codebook_size, config.grid_size):
@@ -137,8 +140,8 @@ class DallE(RankingPipeline):
         folder = Path(directory)
         refuse_other_clip(folder, self.clip)
         with intact(self.transformer):
-            save_image_tokenizer(self.image_tokenizer, folder, dtype)
-            self.transformer.save(folder, dtype)
+            with replaced_image_tokenizer(self.image_tokenizer, folder, dtype):
+                self.transformer.save(folder, dtype)
             self.tokenizer.save(folder / VOCABULARY_NAME)
             self.info.save(folder)
             self.generation.save(folder)

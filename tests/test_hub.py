@@ -19,8 +19,9 @@ from dalle1.commands import sample
 from dalle1.data.spec import data_name
 from dalle1.hub import MODEL_FILES, find_model
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.model_card import ModelInfo
+from dalle1.model_card import INFO_NAME, ModelInfo
 from dalle1.pipeline import BUNDLED, DallE
+from dalle1.sampling.generation import GENERATION_NAME
 from dalle1.text.bpe import Tokenizer
 from dvae import DVAE, DVAEConfig
 
@@ -159,6 +160,7 @@ def test_an_unreachable_hub_is_one_line(
 
 def test_every_file_of_a_model_is_downloaded() -> None:
     files = {f.relative_to(BUNDLED).as_posix() for f in BUNDLED.rglob("*") if f.is_file()}
+    files |= {INFO_NAME, GENERATION_NAME}
     assert {f for f in files if not any(fnmatch(f, name) for name in MODEL_FILES)} <= {
         "README.md",
         "classifier.safetensors",

@@ -64,6 +64,34 @@ def test_an_imported_image_tokenizer_is_the_only_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["dvae.safetensors"]
 
 
+def test_a_model_keeps_the_image_tokenizer_that_it_needs(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a transformer, expected no model"):
+        write_image_tokenizer(other_model().image_tokenizer, tmp_path, "MIT")
+    DallE.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("how", ["save", "import"])
+def test_a_model_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    other = other_model()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Transformer, "save", fail)
+    parts = other.image_tokenizer, other.transformer, other.tokenizer, other.info, other.generation
+    with pytest.raises(OSError, match="No space"):
+        other.save_pretrained(tmp_path) if how == "save" else ModelOptions(out=tmp_path).write(
+            *parts
+        )
+    after = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.suffix != ".lock"}
+    assert after == before
+
+
 def test_the_clip_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
     with pytest.raises(ValueError, match=r"holds a CLIP .*, expected none"):

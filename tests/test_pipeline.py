@@ -438,6 +438,14 @@ def test_a_model_samples_by_its_own_defaults(plain: DallE, tmp_path: Path) -> No
     ]
 
 
+def test_a_default_of_clip_needs_none(ranked: DallE, plain: DallE) -> None:
+    parts = plain.image_tokenizer, plain.transformer, plain.tokenizer
+    model = DallE(*parts, generation=GenerationConfig(rerank="clip"))
+    assert model.candidates(PROMPT, num_candidates=1)[0].score is None
+    model = DallE(*parts, ranked.clip, generation=GenerationConfig(rerank="clip"))
+    assert model.candidates(PROMPT, num_candidates=1)[0].score is not None
+
+
 def test_another_clip_can_be_chosen(plain: DallE, folder: Path, tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path)
     assert DallE.from_pretrained(tmp_path, device="cpu").clip is None

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from dalle1.compression.archive import Archive, CodecModel, compress
-from dalle1.compression.container import MAX_BATCH, CoderName, write
+from dalle1.compression.container import MAX_BATCH, CoderName, is_archive, write
 from dalle1.console import bar, notes, one_line_errors, parse
 from dalle1.data.sources.base import image_paths
 from dalle1.evaluation.image_sets import first_line
@@ -89,6 +89,10 @@ def run(options: CompressOptions) -> None:
     check_writable(options.out.parent, [options.out.name])
     if options.out.is_dir():
         raise ValueError(f"out is {options.out}, a folder, expected a file; use another --out")
+    if not is_archive(options.out):
+        raise ValueError(
+            f"out is {options.out}, which compress did not write, so it is kept; use another --out"
+        )
     model = CodecModel.load(options.model, options.device)
     archive = read_archive(model, options)
     config, start = model.pipeline.transformer.config, time.perf_counter()

@@ -1,7 +1,7 @@
 """Fit scaling laws to trainings of transformers or of CLIPs, and predict larger ones.
 
-    dalle1 fit-scaling runs/ladder/* --out runs/scaling
-    dalle1 fit-scaling runs/ladder/* --budget 1e17
+    dalle1 fit-scaling runs/ladder/width-* --out runs/scaling
+    dalle1 fit-scaling runs/ladder/width-* --budget 1e17
 
 fits L(C) = L∞ + (C/C₀)^−α to the runs with the lowest loss for their compute, and
 L(N, D) = E + A/N^α + B/D^β to all, with 95 % intervals by bootstrap. The run of most compute is not

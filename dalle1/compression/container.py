@@ -72,6 +72,14 @@ class Message(NamedTuple):
     checksum: int
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file may be replaced by an archive: it is one, or empty, or does not exist."""
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        return file.read(3) in (MAGIC[:3], b"")
+
+
 def pack(header: Header, messages: Sequence[Message]) -> bytes:
     """Return the bytes of a file."""
     settings = {name: value for name, value in asdict(header).items() if value != {}}

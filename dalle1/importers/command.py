@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dalle1.devices import PRECISIONS
-from dalle1.image_tokenizer import ImageTokenizer, save_image_tokenizer
+from dalle1.image_tokenizer import ImageTokenizer, replaced_image_tokenizer
 from dalle1.locking import folder_lock
 from dalle1.model.transformer import Transformer
 from dalle1.model_card import ModelInfo
@@ -28,6 +28,10 @@ def for_grid(vqgan: VQGAN, transformer: Transformer) -> VQGAN:
     return vqgan
 
 
+MODELS = "transformer", "decoder", "prior"
+"""Beginnings of the files of models that need their own image tokenizer."""
+
+
 def refuse_training(out: Path) -> None:
     """Raise a ValueError where a folder holds checkpoints, which are loaded before its files."""
     if checkpoints(out):
@@ -42,8 +46,13 @@ def print_license(license: str | None) -> None:
 
 def write_image_tokenizer(model: ImageTokenizer, out: Path, license: str | None) -> None:
     """Write an image tokenizer without a transformer, and print what it is and its license."""
-    with folder_lock(out):
-        path = save_image_tokenizer(model, out)
+    if models := [name for name in MODELS if any(out.glob(f"{name}*.safetensors"))]:
+        raise ValueError(
+            f"{out} holds a {models[0]}, expected no model, since it needs the image tokenizer "
+            "that it was trained with; use another --out"
+        )
+    with folder_lock(out), replaced_image_tokenizer(model, out) as path:
+        pass
     print(
         f"The image tokenizer is {path}: {model.codebook_size} codes, "
         f"{model.downsampling}×{model.downsampling} pixels each"
@@ -95,8 +104,8 @@ class ModelOptions:
             )
         dtype = None if self.precision is None else PRECISIONS[self.precision]
         with folder_lock(self.out):
-            save_image_tokenizer(image_tokenizer, self.out)
-            transformer.save(self.out, dtype)
+            with replaced_image_tokenizer(image_tokenizer, self.out):
+                transformer.save(self.out, dtype)
             tokenizer.save(self.out / VOCABULARY_NAME)
             info.save(self.out)
             generation.save(self.out)

@@ -246,7 +246,7 @@ def _strided_dvae(
     normalization = params.get("normalization", ((NORMALIZED,) * 3,) * 2)
     try:
         colours = [float(x) for values in normalization for x in values[:3]]
-    except TypeError:
+    except (TypeError, ValueError):
         colours = []
     if len(colours) != 6 or set(colours) != {NORMALIZED}:
         raise ValueError(

@@ -28,7 +28,7 @@ def load_lpips(paths: Iterable[Path]) -> LPIPS:
     for file in files:
         for name, tensor in _read(file).items():
             short = _PREFIX.sub("", name)
-            tensors[f"features.{short}" if short[0].isdigit() else short] = tensor
+            tensors[f"features.{short}" if short[:1].isdigit() else short] = tensor
     if missing := [name for name in (*NAMES, *LINEAR) if name not in tensors]:
         raise ValueError(
             f"lpips is {', '.join(files)}, which has no tensor {missing[0]}; expected "

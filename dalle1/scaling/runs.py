@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +51,13 @@ def read_run(folder: Path, field: str | None = None) -> Run:
     if found is None:
         raise ValueError(f"{folder} holds no checkpoint, expected the folder of a training")
     read = _transformer_run if Transformer.file_in(found.folder).exists() else _clip_run
-    return read(folder, found, field)
+    run = read(folder, found, field)
+    if not 0 < run.loss < math.inf:
+        raise ValueError(
+            f"the loss of {folder} is {run.loss} {run.measure}, expected a number above 0; remove "
+            "this run"
+        )
+    return run
 
 
 def _transformer_run(folder: Path, found: Checkpoint, field: str | None) -> Run:
@@ -112,10 +120,7 @@ def _values(log: Path, field: str) -> list[tuple[int, float]]:
     """Return (step, value) of each line of a log that has a field; broken lines have none."""
     found = []
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        try:
+        with suppress(ValueError, TypeError, KeyError):
             entry = json.loads(line)
-        except ValueError:
-            continue
-        if field in entry:
             found.append((int(entry["step"]), float(entry[field])))
     return found

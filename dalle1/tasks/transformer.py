@@ -283,7 +283,15 @@ def with_architecture_of_init(
     flags = (word.partition("=")[0] for word in words if word.startswith("--model."))
     named = {flag.removeprefix("--model.").removeprefix("no-").replace("-", "_") for flag in flags}
     kept = {name: x for name, x in vars(config.model).items() if name in named}
-    return replace(config, model=replace(found, **kept))
+    if config.lora is None and not config.train_only:
+        return replace(config, model=replace(found, **kept))
+    for name, value in kept.items():
+        if value != (expected := getattr(found, name)):
+            raise ValueError(
+                f"--model.{name.replace('_', '-')} is {value}, expected {expected}, as in --init, "
+                "whose architecture --lora and --train-only keep"
+            )
+    return config  # the task takes the architecture of --init
 
 
 def main(args: Sequence[str] | None = None) -> None:

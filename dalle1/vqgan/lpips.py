@@ -37,6 +37,10 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the mean distance of images [B, 3, H, W] in [0, 1] from others; a scalar."""
+        with torch.autocast(images.device.type, enabled=False):  # fp16 would overflow in squares
+            return self._distance(images, others)
+
+    def _distance(self, images: Tensor, others: Tensor) -> Tensor:
         x = (2 * torch.cat([images, others]).float() - 1 - self.mean) / self.std
         total = x.new_zeros(())
         for i, stage in enumerate(STAGES):

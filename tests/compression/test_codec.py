@@ -266,6 +266,20 @@ def test_wrong_input_is_one_line(
     assert not Path("x.d1c").exists()
 
 
+def test_no_file_of_the_user_is_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes(next((folder / "images").glob("*.png")).read_bytes())
+    before = image.read_bytes()
+    words = [str(image), "--model", str(folder / "model"), "--out", str(image)]
+    with pytest.raises(SystemExit) as stop:
+        compress_command.main(words)
+    assert stop.value.code == 2
+    assert "which compress did not write, so it is kept" in capsys.readouterr().err
+    assert image.read_bytes() == before
+
+
 def test_files_that_are_not_compressed_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,19 @@ def test_a_training_is_read(tmp_path: Path) -> None:
     assert run.flops == 3 * 40 * model.flops()
 
 
+@pytest.mark.parametrize("loss", [float("nan"), 0.0, float("inf")])
+def test_a_loss_that_no_law_has_is_named(tmp_path: Path, loss: float) -> None:
+    with pytest.raises(ValueError, match=r"the loss of .*a is .*, expected a number above 0"):
+        read_run(training(tmp_path / "a", [3.0, loss]))
+
+
+def test_damaged_lines_of_a_log_have_no_value(tmp_path: Path) -> None:
+    folder = training(tmp_path / "a", [3.0])
+    damaged = '3\n{"step": 5, "validation/image": null}\n{"validation/image": 1}\n'
+    (folder / "log.jsonl").write_text(damaged + (folder / "log.jsonl").read_text())
+    assert read_run(folder).loss == 3.0
+
+
 def clip_training(folder: Path, report: object, **size: int) -> Path:
     """Write what a CLIP's training of 10 updates of 4 pairs, and its evaluation, leave."""
     checkpoint = folder / "step-10"

@@ -46,5 +46,9 @@ def test_the_architecture_is_that_of_init(tmp_path: Path) -> None:
     longer = replace(preset, model=replace(arch, text_len=99, text_vocab=260))
     if arch.positions == "rotary":  # the length of captions is free
         assert with_architecture_of_init(longer, ["small"]) is longer
+    frozen = replace(changed, lora=2)
+    with pytest.raises(ValueError, match=r"--model\.depth is 3, expected 1, as in"):
+        with_architecture_of_init(frozen, words)
+    assert with_architecture_of_init(frozen, ["small"]) is frozen  # what earlier runs resume with
     new = replace(preset, init=None)
     assert with_architecture_of_init(new, words) is new

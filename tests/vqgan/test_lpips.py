@@ -75,6 +75,16 @@ def test_gradients_are_finite_where_features_are_zero(files: list[Path]) -> None
     assert not list(model.parameters())
 
 
+def test_mixed_precision_changes_nothing(files: list[Path]) -> None:
+    model = load_lpips(files)
+    for scale in (0.0, 60.0):  # fp16 cannot hold the squares of large features
+        model.features_0_weight.mul_(scale)
+        images, others = torch.rand(2, 1, 3, 16, 16)
+        expected = model(images, others)
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(model(images, others), expected)
+
+
 def test_a_vqgan_trains_with_it(files: list[Path], tmp_path: Path) -> None:
     small = VQVAE_PRESETS["small"]
     model = replace(small.model, image_size=32, codebook_size=8, latent_width=8, code_width=8)
