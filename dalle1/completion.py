@@ -11,12 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
-from typing import Literal
 
 from dalle1.cli import SUBCOMMANDS
 from dalle1.console import bar, command_line, one_line_errors
 
-Shell = Literal["bash", "zsh"]
 ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"
 SCRIPT = """\
 _dalle1() {{

@@ -208,14 +208,14 @@ def save_weights(
     if kind is not None:
         metadata["kind"] = kind
     state = model.state_dict() if state is None else state
-    if freed := [name for name, tensor in state.items() if not tensor.numel()]:
-        raise ValueError(
-            f"{freed[0]} has no elements, as while the model samples; save it after that"
-        )
     shapes = {
         name: (dtype if dtype and t.is_floating_point() else t.dtype, t.shape)
         for name, t in state.items()
     }
+    if freed := [name for name, (_, shape) in shapes.items() if not shape.numel()]:
+        raise ValueError(
+            f"{freed[0]} has no elements, as while the model samples; save it after that"
+        )
     files = split_into_shards(path, shapes, max_shard_bytes)
     before = {*shards_of(path), path, index_of(path)}
     with ExitStack() as stack:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def add_diffusion_flags(add: Callable[..., Any]) -> None:
     """Add the options of DALL·E 2's decoder."""
     add("--steps", type=int, help="DALL·E 2: number of steps of the decoder (default: 20)")
-    add("--embedding", choices=("prior", "caption", "none"), help="DALL·E 2: what the decoder is "
-        "told besides the caption: the prior's CLIP embedding (default), the caption's own, or "
+    add("--embedding", choices=("prior", "caption", "none"), help="DALL·E 2: what the decoder "
+        "receives besides the caption: the prior's CLIP embedding (default), the caption's own, or "
         "none")  # fmt: skip
 
 

@@ -12,8 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalle1.console import one_line_errors, parse
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "dalle1",
@@ -87,16 +91,15 @@ def _processors() -> int:
         return os.cpu_count() or 1
 
 
-def _hardware(device: object) -> str:
+def _hardware(device: torch.device) -> str:
     """Return the name of the GPU, or of the processor."""
     import torch
 
-    kind = torch.device(str(device))
-    if kind.type == "cuda":
-        return f"{torch.cuda.get_device_name(kind)}, CUDA {torch.version.cuda}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if kind.type == "cpu" and cpuinfo.is_file():
+    if device.type == "cpu" and cpuinfo.is_file():
         lines = cpuinfo.read_text(errors="replace").splitlines()
         name = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), name)
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

@@ -48,17 +48,6 @@ SETTINGS = (
     "keep_rows",
     "mask",
 )
-GENERATION = (
-    "num_candidates",
-    "rerank",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical",
-    "guidance",
-)
-"""The flags whose defaults the model's folder may hold."""
-
 DEFAULT_OUT = Path("outputs")
 
 
@@ -306,7 +295,7 @@ def sample(
             # Images are decoded then. On one thread, convolutions would be rounded differently.
             set_num_threads(image_threads if rows == width else step_threads)
 
-        names = (*GENERATION, "seed", "batch_size")
+        names = (*vars(model.generation), "seed", "batch_size")
         sampled = model.sample(
             options.prompts,
             known_codes=known,
@@ -339,10 +328,10 @@ def as_json(folder: Path, prompt: str, settings: Mapping[str, object]) -> str:
 
 
 def set_defaults(options: argparse.Namespace, defaults: GenerationConfig) -> None:
-    """Set the flags that are absent."""
-    given = {name: getattr(options, name) for name in GENERATION}
+    """Set the flags that are absent to the defaults, which have a field for each."""
+    given = {name: getattr(options, name) for name in vars(defaults)}
     chosen = defaults.updated(**given)
-    vars(options).update((name, getattr(chosen, name)) for name in GENERATION)
+    vars(options).update(vars(chosen))
     options.num_images, options.num_candidates = image_counts(
         options.num_images, given["num_candidates"], chosen.num_candidates
     )
