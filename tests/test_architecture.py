@@ -53,6 +53,7 @@ LAYERS = [
     ["dalle2.loading"],
     ["dalle1", "dalle1.evaluation.*", "dalle1.outputs"],
     ["dalle1.compression.*", "dalle1.baselines.*", "dalle1.scaling.*"],
+    ["dalle1.tasks.crops"],
     ["dalle1.tasks.*"],
     ["dalle2.tasks.*"],
     ["dalle1.activation_memory", "dalle1.export", "dalle1.planner"],

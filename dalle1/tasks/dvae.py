@@ -11,52 +11,34 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
-from dalle1.data.images import (
-    Augmentation,
-    augmented,
-    centre_square,
-    grid,
-    save_png,
-    to_float,
-    to_pil,
-    to_tensor,
-)
+from dalle1.data import Example, Sample
+from dalle1.data.images import Augmentation, to_float
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import reconstruction_metrics
 from dalle1.image_tokenizer import image_tokenizer_file
+from dalle1.tasks.crops import CropTask, CropTrainConfig, crop, refuse_other_architecture
 from dalle1.training import distributed
-from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
-from dalle1.training.loop import fit, train_loader
-from dalle1.training.resume_key import contents_of
+from dalle1.training.loop import fit
 from dalle1.training.schedules import cosine
-from dalle1.training.task import Task
 from dvae import DVAE, Distortion, DVAEConfig, DVAELoss, dvae_loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class DVAETrainConfig(TrainConfig):
+class DVAETrainConfig(CropTrainConfig):
     """Settings of a dVAE's training (paper §2.1, A.2)."""
 
     model: DVAEConfig = field(default_factory=DVAEConfig)
     """Architecture of the dVAE."""
-    init: Path | None = None
-    """Folder of a dVAE of the same architecture to fine-tune."""
-    crop_size: int = 256
-    """Side of the random training crops in pixels, a multiple of 8."""
     crops_per_image: int = 1
     """Number of crops per image. More than one saves time where reading is slow. Paper: 1."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Random crops of the training images."""
     distortion: Distortion = "logit-laplace"
     """Distance of a reconstruction from its image. Paper: logit-laplace."""
     beta: float = 6.6
@@ -69,8 +51,6 @@ class DVAETrainConfig(TrainConfig):
     """Final temperature τ of the Gumbel-softmax relaxation."""
     temperature_steps: int = 150_000
     """Updates during which τ falls, along a cosine."""
-    validation_images: int = 64
-    """Number of validation images, which are not trained on."""
     usage_weight: float = 0.0
     """Weight of a loss that keeps all codes in use early in training; without it, small budgets
     collapse to a few codes. Paper: 0."""
@@ -80,18 +60,16 @@ class DVAETrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crop_size % 8 or not 8 <= self.crop_size <= self.model.image_size:
-            raise ValueError(
-                f"crop_size is {self.crop_size}, expected a multiple of 8 from 8 to "
-                f"model.image_size, {self.model.image_size}"
-            )
-        for name in ("validation_images", "crops_per_image"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-
+        if self.crops_per_image < 1:
+            raise ValueError(f"crops_per_image is {self.crops_per_image}, expected 1 or more")
         for name in ("temperature", "final_temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+
+    @property
+    def decode_size(self) -> int:
+        """Shorter side that suffices for the largest crop."""
+        return math.ceil(self.crop_size * self.augmentation.resize[1])
 
     def temperature_at(self, step: int) -> float:
         """τ of the relaxation."""
@@ -189,18 +167,8 @@ DVAE_PRESETS: dict[str, DVAETrainConfig] = {
 
 def crops(config: DVAETrainConfig, sample: Sample, rng: random.Random) -> Example:
     """Prepare one example: random crops of one image, [crops_per_image, 3, size, size]."""
-    image, size = sample.image(), config.crop_size
-    cut = [
-        augmented(image, size, rng, config.augmentation, config.allow_upscale)
-        for _ in range(config.crops_per_image)
-    ]
-    return {"images": torch.stack([to_tensor(crop) for crop in cut])}
-
-
-def centred(config: DVAETrainConfig, sample: Sample, _: random.Random) -> Example:
-    """Prepare one example to validate on: the centre of an image, [3, size, size]."""
-    size = config.model.image_size
-    return {"images": to_tensor(centre_square(sample.image(), size, config.allow_upscale))}
+    cut = [crop(config, sample, rng)["images"] for _ in range(config.crops_per_image)]
+    return {"images": torch.stack(cut)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,30 +179,10 @@ class StepLoss(DVAELoss):
     beta: float
 
 
-class DVAETask(Task[DVAE]):
+class DVAETask(CropTask[DVAE, DVAETrainConfig]):
     """Trains a dVAE (stage 1)."""
 
-    def __init__(self, config: DVAETrainConfig) -> None:
-        self.device = distributed.init(config.device)
-        self.config = config = resolve_precision(config, self.device)
-        torch.manual_seed(config.seed)
-        self.model = self.initial().to(self.device)
-        size = config.model.image_size
-        options = ReadOptions(
-            size=size,
-            seed=config.seed,
-            captions=False,
-            cleaning=config,
-            decode_size=math.ceil(config.crop_size * config.augmentation.resize[1]),
-        )
-        source = open_source(config.data, "train", options)
-        self.loader = train_loader(source, partial(crops, config), config)
-        init = config.init and image_tokenizer_file(config.init)
-        self.contents = distributed.broadcast_from_main(partial(contents_of, source, init=init))
-        held = open_source(config.data, "validation", replace(options, decode_size=size))
-        whole = partial(centred, config)
-        first = partial(first_examples, held, whole, config.validation_images)
-        self.held = to_float(distributed.broadcast_from_main(first)["images"]).to(self.device)
+    prepare = staticmethod(crops)
 
     def initial(self) -> DVAE:
         """Return a new dVAE, or load the one of --init."""
@@ -242,12 +190,11 @@ class DVAETask(Task[DVAE]):
         if config.init is None:
             return DVAE(config.model)
         model = DVAE.load(config.init)
-        loaded, wanted = asdict(model.config), asdict(config.model)
-        if loaded != wanted:
-            changed = (k for k in loaded if loaded[k] != wanted[k])
-            flags = " ".join(f"--model.{k.replace('_', '-')} {loaded[k]}" for k in changed)
-            raise ValueError(f"the dVAE in {config.init} has another architecture; add {flags}")
-        return model.train()
+        refuse_other_architecture("dVAE", config.init, model.config, config.model)
+        return model
+
+    def init_file(self, folder: Path) -> Path:
+        return image_tokenizer_file(folder)
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
@@ -274,13 +221,6 @@ class DVAETask(Task[DVAE]):
             metrics = reconstruction_metrics(model, self.held, temperature, likelihood=likelihood)
             numbers = list(metrics)
         yield from numbers
-
-    def sample(self, model: DVAE, path: Path) -> None:
-        """Write 16 images above their reconstructions."""
-        images = self.held[:16]
-        with autocast(self.device, self.config.precision):
-            both = to_pil(torch.cat([images, model.decode(model.encode(images))]))
-        save_png(grid(both, len(images)), path)
 
     def save(self, model: DVAE, folder: Path) -> None:
         model.save(folder)

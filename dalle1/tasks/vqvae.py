@@ -8,36 +8,25 @@ resumes after an interruption.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
-from dalle1.data.images import (
-    Augmentation,
-    augmented,
-    centre_square,
-    grid,
-    to_float,
-    to_pil,
-    to_tensor,
-)
+from dalle1.data.images import Augmentation, to_float
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import tokenizer_metrics
+from dalle1.image_tokenizer import image_tokenizer_file
 from dalle1.importers.lpips import load_lpips
+from dalle1.tasks.crops import CropTask, CropTrainConfig, refuse_other_architecture
 from dalle1.training import distributed
-from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
-from dalle1.training.loop import fit, train_loader
-from dalle1.training.task import Loss, Task
+from dalle1.training.loop import fit
+from dalle1.training.task import Loss
 from dalle1.vqgan import VQGAN, VQGANConfig
 from dalle1.vqgan.codebook import CodebookAverage
 from dalle1.vqgan.losses import (
@@ -57,17 +46,11 @@ from dalle1.vqgan.quantizers import NearestQuantizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQVAETrainConfig(TrainConfig):
+class VQVAETrainConfig(CropTrainConfig):
     """Settings of a VQ-VAE's training (van den Oord et al. 2017; VQGAN: Esser et al. 2021)."""
 
     model: VQGANConfig = field(default_factory=VQGANConfig)
     """Architecture of the image tokenizer."""
-    init: Path | None = None
-    """Folder of a VQGAN of the same architecture to fine-tune."""
-    crop_size: int = 256
-    """Side of the random training crops in pixels, a multiple of the pixels per code."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Random crops of the training images."""
     pixel_loss: PixelLoss = "l1"
     """Distance of a reconstruction from its image: mean absolute or mean squared error."""
     commitment_weight: float = 0.25
@@ -88,25 +71,22 @@ class VQVAETrainConfig(TrainConfig):
     """Update from which the adversarial loss counts; the discriminator trains from the start."""
     discriminator_width: int = 64
     """Channels of the discriminator's first layer."""
-    validation_images: int = 64
-    """Number of validation images, which are not trained on."""
+
+    @property
+    def crop_multiple(self) -> int:
+        return self.model.downsampling
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factor = self.model.downsampling
-        if self.crop_size % factor or not factor <= self.crop_size <= self.model.image_size:
-            raise ValueError(
-                f"crop_size is {self.crop_size}, expected a multiple of {factor} up to "
-                f"model.image_size, {self.model.image_size}"
-            )
         if self.model.quantizer == "gumbel":
             raise ValueError(
                 "model.quantizer is gumbel, which is for imported models; use nearest, or train a "
                 "dVAE: dalle1 train dvae"
             )
-        for name in ("validation_images", "discriminator_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.discriminator_width < 1:
+            raise ValueError(
+                f"discriminator_width is {self.discriminator_width}, expected 1 or more"
+            )
         least = {"lpips": MIN_SIZE, "adversarial_weight": MIN_PATCH_SIZE}
         for name, size in least.items():
             if getattr(self, name) and self.crop_size < size:
@@ -166,33 +146,6 @@ _small = replace(
 VQVAE_PRESETS: dict[str, VQVAETrainConfig] = {"small": _small, "vqgan": _vqgan}
 
 
-class CropConfig(Protocol):
-    """Settings of the crops that an image tokenizer or autoencoder is trained on."""
-
-    @property
-    def crop_size(self) -> int: ...
-    @property
-    def augmentation(self) -> Augmentation: ...
-    @property
-    def allow_upscale(self) -> bool: ...
-    @property
-    def model(self) -> Any: ...
-
-
-def crop(config: CropConfig, sample: Sample, rng: random.Random) -> Example:
-    """Prepare one example: a random crop, [3, size, size]."""
-    image = augmented(
-        sample.image(), config.crop_size, rng, config.augmentation, config.allow_upscale
-    )
-    return {"images": to_tensor(image)}
-
-
-def centred(config: CropConfig, sample: Sample, _: random.Random) -> Example:
-    """Prepare one example to validate on: the centre of an image, [3, size, size]."""
-    size = config.model.image_size
-    return {"images": to_tensor(centre_square(sample.image(), size, config.allow_upscale))}
-
-
 class VQVAETraining(nn.Module):
     """The image tokenizer, and what only its training needs."""
 
@@ -211,35 +164,27 @@ class VQVAETraining(nn.Module):
         return self.average.update(codebook, features, codes, rng)
 
 
-class VQVAETask(Task[VQVAETraining]):
+class VQVAETask(CropTask[VQVAETraining, VQVAETrainConfig]):
     """Trains a VQ-VAE or a VQGAN."""
 
     def __init__(self, config: VQVAETrainConfig) -> None:
-        self.device = distributed.init(config.device)
-        self.config = config = resolve_precision(config, self.device)
-        torch.manual_seed(config.seed)
-        self.model = VQVAETraining(self.initial(), config).to(self.device).train()
+        super().__init__(config)
         self.lpips = load_lpips(config.lpips).to(self.device) if config.lpips else None
-        size = config.model.image_size
-        options = ReadOptions(size=size, seed=config.seed, captions=False, cleaning=config)
-        source = open_source(config.data, "train", options)
-        self.loader = train_loader(source, partial(crop, config), config)
-        held = open_source(config.data, "validation", options)
-        first = partial(first_examples, held, partial(centred, config), config.validation_images)
-        self.held = to_float(distributed.broadcast_from_main(first)["images"]).to(self.device)
 
-    def initial(self) -> VQGAN:
-        """Return a new VQGAN, or load the one of --init."""
+    def initial(self) -> VQVAETraining:
+        """Return a new VQGAN, or load the one of --init, and what only its training needs."""
         config = self.config
         if config.init is None:
-            return VQGAN(config.model)
+            return VQVAETraining(VQGAN(config.model), config)
         model = VQGAN.load(config.init)
-        loaded, wanted = asdict(model.config), asdict(config.model)
-        if loaded != wanted:
-            changed = (k for k in loaded if loaded[k] != wanted[k])
-            flags = " ".join(f"--model.{k.replace('_', '-')} {loaded[k]}" for k in changed)
-            raise ValueError(f"the VQGAN in {config.init} has another architecture; add {flags}")
-        return model
+        refuse_other_architecture("VQGAN", config.init, model.config, config.model)
+        return VQVAETraining(model, config)
+
+    def init_file(self, folder: Path) -> Path:
+        return image_tokenizer_file(folder)
+
+    def codec(self, model: VQVAETraining) -> VQGAN:
+        return model.tokenizer
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
@@ -281,14 +226,6 @@ class VQVAETask(Task[VQVAETraining]):
         with autocast(self.device, self.config.precision):
             numbers = list(tokenizer_metrics(model.tokenizer, self.held))
         yield from numbers
-
-    def sample(self, model: VQVAETraining, path: Path) -> None:
-        """Write 16 images above their reconstructions."""
-        images, tokenizer = self.held[:16], model.tokenizer
-        with autocast(self.device, self.config.precision):
-            both = to_pil(torch.cat([images, tokenizer.decode(tokenizer.encode(images))]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid(both, len(images)).save(path)
 
     def save(self, model: VQVAETraining, folder: Path) -> None:
         model.tokenizer.save(folder)

@@ -9,32 +9,27 @@ resumes after an interruption.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data import ReadOptions, first_examples, open_source
-from dalle1.data.images import Augmentation, grid, save_png, to_float, to_pil
+from dalle1.data.images import Augmentation, to_float
 from dalle1.devices import autocast
 from dalle1.image_tokenizer import image_tokenizer_file
-from dalle1.tasks.vqvae import centred, crop
+from dalle1.tasks.crops import CropTask, CropTrainConfig, refuse_other_architecture
 from dalle1.training import distributed
-from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
-from dalle1.training.loop import fit, train_loader
-from dalle1.training.resume_key import contents_of
-from dalle1.training.task import Task
+from dalle1.training.loop import fit
 from dalle2.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss
 from dvae import DVAE, Distortion
 from dvae.losses import psnr
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderTrainConfig(TrainConfig):
+class AutoencoderTrainConfig(CropTrainConfig):
     """Settings of an autoencoder's training (Rombach et al. 2022)."""
 
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -44,26 +39,15 @@ class AutoencoderTrainConfig(TrainConfig):
     groups are taken over."""
     crop_size: int = 64
     """Side of the random training crops in pixels, a multiple of 8."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Random crops of the training images."""
     distortion: Distortion = "logit-laplace"
     """Distance of a reconstruction from its image."""
     mse_weight: float = 300.0
     """Weight of the mean squared error, added to the distortion."""
     kl_weight: float = 0.1
     """Weight of the KL divergence to N(0, 1); 1 is the ELBO. Latent diffusion uses little of it."""
-    validation_images: int = 64
-    """Number of validation images, which are not trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crop_size % 8 or not 8 <= self.crop_size <= self.model.image_size:
-            raise ValueError(
-                f"crop_size is {self.crop_size}, expected a multiple of 8 from 8 to "
-                f"model.image_size, {self.model.image_size}"
-            )
-        if self.validation_images < 1:
-            raise ValueError(f"validation_images is {self.validation_images}, expected 1 or more")
         for name in ("mse_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
@@ -98,27 +82,10 @@ _base = replace(
 AUTOENCODER_PRESETS: dict[str, AutoencoderTrainConfig] = {"small": _small, "base": _base}
 
 
-class AutoencoderTask(Task[Autoencoder]):
+class AutoencoderTask(CropTask[Autoencoder, AutoencoderTrainConfig]):
     """Trains a KL autoencoder."""
 
-    def __init__(self, config: AutoencoderTrainConfig) -> None:
-        self.device = distributed.init(config.device)
-        self.config = config = resolve_precision(config, self.device)
-        torch.manual_seed(config.seed)
-        self.model = self.initial().to(self.device)
-        size = config.model.image_size
-        options = ReadOptions(size=size, seed=config.seed, captions=False, cleaning=config)
-        source = open_source(config.data, "train", options)
-        self.loader = train_loader(source, partial(crop, config), config)
-        self.contents = distributed.broadcast_from_main(
-            partial(contents_of, source, init=config.init and self.init_file(config.init))
-        )
-        held = open_source(config.data, "validation", options)
-        first = partial(first_examples, held, partial(centred, config), config.validation_images)
-        self.held = to_float(distributed.broadcast_from_main(first)["images"]).to(self.device)
-
-    @staticmethod
-    def init_file(folder: Path) -> Path:
+    def init_file(self, folder: Path) -> Path:
         """Return the file that --init names: an autoencoder's, or else a dVAE's."""
         own = Autoencoder.file_in(folder)
         return own if own.is_file() else image_tokenizer_file(folder)
@@ -132,14 +99,10 @@ class AutoencoderTask(Task[Autoencoder]):
             model = Autoencoder.load(config.init)
         else:
             model = Autoencoder.from_dvae(DVAE.load(config.init), config.model.latent_channels)
-        loaded, wanted = asdict(model.config), asdict(config.model)
-        loaded["image_size"] = wanted["image_size"]  # its parameters fit any size
-        if loaded != wanted:
-            changed = (k for k in loaded if loaded[k] != wanted[k])
-            flags = " ".join(f"--model.{k.replace('_', '-')} {loaded[k]}" for k in changed)
-            raise ValueError(f"the model in {config.init} has another architecture; add {flags}")
-        model.config = config.model
-        return model.train()
+        sizes = model.config, config.model
+        refuse_other_architecture("model", config.init, *sizes, ignored=("image_size",))
+        model.config = config.model  # its parameters fit any image size
+        return model
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
@@ -165,13 +128,6 @@ class AutoencoderTask(Task[Autoencoder]):
                 kls.append(float(self.loss(model, images, None).kl) * len(images))
         yield "psnr", float(torch.cat(ratios).mean())
         yield "kl", sum(kls) / len(self.held)
-
-    def sample(self, model: Autoencoder, path: Path) -> None:
-        """Write 16 images above their reconstructions."""
-        images = self.held[:16]
-        with autocast(self.device, self.config.precision):
-            both = to_pil(torch.cat([images, model.decode(model.encode(images))]))
-        save_png(grid(both, len(images)), path)
 
     def save(self, model: Autoencoder, folder: Path) -> None:
         model.measure(self.held)
