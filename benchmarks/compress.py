@@ -98,10 +98,10 @@ def report(model: CodecModel, captions: list[str] | None, images: Tensor) -> Ite
     if captions:
         codec.transfer(RangeEncoder(), archive.text.clone(), None)
         caption_bits, codec.ideal_bits = codec.ideal_bits, 0.0
-    codec.transfer(both, archive.text.clone(), flat.clone(), captions=False)
+    shifts = codec.transfer(both, archive.text.clone(), flat.clone(), captions=False)
     encoding = time.perf_counter() - start
-    message, ideal = both.range.finish(), codec.ideal_bits
-    sizes = (8 * len(message), 8 * len(both.huffman.finish()))
+    message = Message(both.range.finish(), checksum(archive.text, flat), shifts)
+    ideal, sizes = codec.ideal_bits, (8 * len(message.content), 8 * len(both.huffman.finish()))
     header = Header(
         model=model.digest, content="images", count=count, batch_size=count, coder="range",
         torch=str(torch.__version__), device="cpu",
@@ -112,7 +112,7 @@ def report(model: CodecModel, captions: list[str] | None, images: Tensor) -> Ite
         *(bits / total for bits in (ideal, *sizes))
     )
     yield f"bits per caption: {caption_bits / count:.2f}"
-    whole = len(pack(header, [Message(message, checksum(archive.text, flat))]))
+    whole = len(pack(header, [message]))
     yield f"codec: {(whole + caption_bits / 8) / count:.1f} bytes per image, captions included"
     yield f"PNG: {np.mean([len(saved(x, 'PNG', optimize=True)) for x in originals]):.0f} bytes"
     for kind in OPTIONS:
@@ -121,7 +121,7 @@ def report(model: CodecModel, captions: list[str] | None, images: Tensor) -> Ite
     yield f"encoding, by both coders: {encoding / count:.2f} s per image"
     if captions is None:
         start = time.perf_counter()
-        again = decompress(model, header, [Message(message, checksum(archive.text, flat))])
+        again = decompress(model, header, [message])
         assert again.codes is not None
         assert torch.equal(again.codes, codes)
         yield f"decoding: {(time.perf_counter() - start) / count:.2f} s per image, all codes equal"

@@ -4,16 +4,15 @@ B images, L text positions, N = W² codes, D width, V vocabulary.
 
 Encoder and decoder run the same function, one position after another for a whole batch: `code` of
 an encoder writes the token it gets, that of a decoder returns the one it reads. The transformer
-runs in fp64: other machines, batches and thread counts change its logits by about 1e-13, which the
-rounding of `frequencies` removes. Where it does not, a checksum reports it.
+runs in fp64: other machines, batches and thread counts change its logits by about 1e-13, and
+`frequencies` rounds them so that a change of 1e-9 makes no difference. A checksum reports more.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle1.compression.container import CoderName, Message
-from dalle1.compression.frequencies import to_frequencies
+from dalle1.compression.frequencies import TOTAL, Shifts, to_frequencies
 from dalle1.compression.huffman import HuffmanDecoder, HuffmanEncoder
 from dalle1.compression.range_coder import RangeDecoder, RangeEncoder
 from dalle1.devices import inference
@@ -64,8 +63,9 @@ class Codec:
             raise ValueError("device is mps, which has no fp64; use --device cpu")
         self.model = copy.deepcopy(model).double()
         self.device, self.on_position = device, on_position or (lambda: None)
+        self.shifts = Shifts()
         self.ideal_bits = 0.0
-        """Sum of −log₂ p of all tokens so far, by the model's own probabilities."""
+        """Sum of −log₂ p of all tokens so far, by the frequencies that coders get."""
 
     def encode(
         self, text: Tensor, codes: Tensor | None, coder: CoderName = "range", captions: bool = True
@@ -76,12 +76,19 @@ class Codec:
             text: [B, L], captions with their padding, or empty ones.
             codes: [B, W, W]; None for captions alone.
             captions: whether the captions are part of the message; otherwise they are empty.
+
+        Raises: ValueError where a caption fills all positions, and the model predicts no last one.
         """
+        if captions and self.starts and (text[:, -1] < self.model.config.text_vocab).any():
+            raise ValueError(
+                f"a caption has {text.shape[1]} tokens, expected at most {text.shape[1] - 1}; "
+                "shorten it"
+            )
         encoder = ENCODERS[coder]()
         text = text.clone()
         flat = None if codes is None else codes.flatten(1).clone()
-        self.transfer(encoder, text, flat, captions=captions)
-        return Message(encoder.finish(), checksum(text, flat))
+        shifts = self.transfer(encoder, text, flat, captions=captions)
+        return Message(encoder.finish(), checksum(text, flat), shifts)
 
     def decode(
         self, message: Message, size: int, coder: CoderName, *, images: bool, captions: bool
@@ -98,20 +105,34 @@ class Codec:
         decoder = DECODERS[coder](message.content)
         text = null_caption(self.model).repeat(size, 1)
         codes = torch.zeros(size, config.image_len, dtype=torch.long) if images else None
-        self.transfer(decoder, text, codes, captions=captions)
+        self.transfer(decoder, text, codes, captions=captions, shifts=message.shifts)
         if checksum(text, codes) != message.checksum:
             raise ValueError("the probabilities differ from those that it was written with")
         grid = (config.grid_size, config.grid_size)
         return text, None if codes is None else codes.unflatten(1, grid)
 
     def transfer(
-        self, coder: Coder, text: Tensor, codes: Tensor | None, *, captions: bool = True
-    ) -> None:
-        """Write text [B, L] and codes [B, N] by an encoder, or fill them by a decoder."""
+        self,
+        coder: Coder,
+        text: Tensor,
+        codes: Tensor | None,
+        *,
+        captions: bool = True,
+        shifts: Iterable[int] | None = None,
+    ) -> tuple[int, ...]:
+        """Write text [B, L] and codes [B, N] by an encoder, or fill them by a decoder.
+
+        Args:
+            shifts: those of the encoder, for a decoder.
+
+        Returns: the shifts of the message.
+        """
+        self.shifts = Shifts(shifts)
         if captions:
             self._code_captions(coder, text)
         if codes is not None:
             self._code_codes(coder, text, codes)
+        return self.shifts.entries
 
     @property
     def starts(self) -> bool:
@@ -145,11 +166,11 @@ class Codec:
 
     def _code_tokens(self, coder: Coder, logits: Tensor, tokens: Tensor) -> Tensor:
         """Transfer tokens [B] with logits [B, V], and return them."""
-        each = zip(to_frequencies(logits), tokens.tolist(), strict=True)
-        tokens = torch.tensor([coder.code(frequencies, token) for frequencies, token in each])
-        losses = F.cross_entropy(logits, tokens.to(logits.device), reduction="sum")
-        self.ideal_bits += float(losses) / math.log(2)
-        return tokens
+        frequencies = to_frequencies(logits, self.shifts)
+        each = zip(frequencies, tokens.tolist(), strict=True)
+        found = [coder.code(row, token) for row, token in each]
+        self.ideal_bits -= float(np.log2(frequencies[range(len(found)), found] / TOTAL).sum())
+        return torch.tensor(found)
 
     def _text_logits(self, text: Tensor) -> Tensor:
         """Return the text logits [B, V] of the last of text [B, n], which is not read."""

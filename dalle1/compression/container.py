@@ -1,8 +1,9 @@
 """The file of `dalle1 compress`: a header that says what made it, messages, checksums.
 
-    magic and version   4 bytes, "d1c" and 1
+    magic and version   4 bytes, "d1c" and 1, or 2 where a message has shifts
     header              length (4 bytes), then JSON packed by zlib
-    each batch          length (4 bytes), CRC-32 of its tokens (4 bytes), then the coder's message
+    each batch          length of the coder's message, CRC-32 of its tokens; in version 2 the number
+                        of its shifts and these (4 bytes each); then the coder's message
     whole file          CRC-32 of all bytes before (4 bytes)
 
 Numbers are little-endian.
@@ -21,7 +22,8 @@ from typing import Literal, NamedTuple, get_args
 from dalle1.config import check_types
 from dalle1.storage import write_atomic
 
-MAGIC = b"d1c\x01"
+MAGIC = b"d1c"
+VERSIONS = (1, 2)
 MAX_HEADER = 1 << 26
 MAX_BATCH = 4096
 Content = Literal["images", "captioned images", "captions"]
@@ -58,6 +60,16 @@ class Header:
             caption.encode()  # a ValueError for what is no text
             if not (number.isdecimal() and int(number) < self.count):
                 raise ValueError(f"verbatim has caption {number!r}, expected 0 to {self.count - 1}")
+        if (size := len(self.to_json())) > MAX_HEADER:
+            raise ValueError(
+                f"the captions that the vocabulary changes are {size} bytes, expected at most "
+                f"{MAX_HEADER}; use several files"
+            )
+
+    def to_json(self) -> bytes:
+        """Return the header as JSON."""
+        settings = {name: value for name, value in asdict(self).items() if value != {}}
+        return json.dumps(settings, separators=(",", ":")).encode()
 
     @property
     def batches(self) -> int:
@@ -66,10 +78,11 @@ class Header:
 
 
 class Message(NamedTuple):
-    """The bytes of a batch, and the CRC-32 of the tokens that they decode to."""
+    """The bytes of a batch, the CRC-32 of the tokens that they decode to, and `Shifts.entries`."""
 
     content: bytes
     checksum: int
+    shifts: tuple[int, ...] = ()
 
 
 def is_archive(path: Path) -> bool:
@@ -77,16 +90,18 @@ def is_archive(path: Path) -> bool:
     if not path.exists():
         return True
     with path.open("rb") as file:
-        return file.read(3) in (MAGIC[:3], b"")
+        return file.read(3) in (MAGIC, b"")
 
 
 def pack(header: Header, messages: Sequence[Message]) -> bytes:
     """Return the bytes of a file."""
-    settings = {name: value for name, value in asdict(header).items() if value != {}}
-    head = zlib.compress(json.dumps(settings, separators=(",", ":")).encode(), 9)
-    parts = [MAGIC, struct.pack("<I", len(head)), head]
+    version = 2 if any(message.shifts for message in messages) else 1
+    head = zlib.compress(header.to_json(), 9)
+    parts = [MAGIC, bytes([version]), struct.pack("<I", len(head)), head]
     for message in messages:
-        parts += [struct.pack("<II", len(message.content), message.checksum), message.content]
+        numbers = [len(message.content), message.checksum]
+        numbers += [len(message.shifts), *message.shifts] if version == 2 else []
+        parts += [struct.pack(f"<{len(numbers)}I", *numbers), message.content]
     whole = b"".join(parts)
     return whole + struct.pack("<I", zlib.crc32(whole))
 
@@ -99,12 +114,12 @@ def unpack(content: bytes, name: str) -> tuple[Header, list[Message]]:
 
     Raises: ValueError where the bytes are damaged, cut short or of another format.
     """
-    if content[:3] != MAGIC[:3]:
+    if content[:3] != MAGIC:
         raise ValueError(f"{name} is no file of `dalle1 compress`; use one that it wrote")
-    if content[3:4] not in (MAGIC[3:], b""):
+    if len(content) > 3 and content[3] not in VERSIONS:
         raise ValueError(
-            f"{name} has format version {content[3]}, expected {MAGIC[3]}; use the version of "
-            "dalle1 that wrote it"
+            f"{name} has format version {content[3]}, expected one of {VERSIONS}; use the version "
+            "of dalle1 that wrote it"
         )
     whole, checksum = content[:-4], content[-4:]
     if len(content) < 12 or struct.pack("<I", zlib.crc32(whole)) != checksum:
@@ -123,10 +138,15 @@ def _split(whole: bytes) -> tuple[Header, list[Message]]:
     messages = []
     while start < len(whole):
         size, checksum = struct.unpack_from("<II", whole, start)
-        start += 8 + size
+        start, shifts = start + 8, ()
+        if whole[3] == 2:
+            count = struct.unpack_from("<I", whole, start)[0]
+            shifts = struct.unpack_from(f"<{count}I", whole, start + 4)
+            start += 4 + 4 * count
+        start += size
         if start > len(whole):
             raise ValueError("a message is longer than the file")
-        messages.append(Message(whole[start - size : start], checksum))
+        messages.append(Message(whole[start - size : start], checksum, shifts))
     if len(messages) != header.batches:
         raise ValueError(f"it holds {len(messages)} batches, expected {header.batches}")
     return header, messages

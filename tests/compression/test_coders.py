@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle1.compression.frequencies import TOTAL, exponential_table, to_frequencies
+from dalle1.compression.frequencies import TOTAL, Shifts, exponential_table, to_frequencies
 from dalle1.compression.huffman import HuffmanDecoder, HuffmanEncoder, code_lengths
 from dalle1.compression.range_coder import RangeDecoder, RangeEncoder
 
@@ -40,16 +40,21 @@ def logits_of(rng: np.random.Generator, count: int, vocabulary: int, scale: floa
     return torch.from_numpy(scale * rng.standard_normal((count, vocabulary)))
 
 
-def test_a_thousand_random_grids_return() -> None:
-    """Grids of 16 codes, flat to peaked distributions, all in one message as in a batch."""
+@pytest.mark.parametrize(("kind", "codes", "vocabulary"), [("range", 16, 24), ("huffman", 4, 5)])
+def test_a_thousand_random_grids_return(kind: str, codes: int, vocabulary: int) -> None:
+    """Flat to peaked distributions, all in one message as in a batch."""
     rng = np.random.default_rng(0)
     frequencies = np.concatenate(
-        [to_frequencies(logits_of(rng, 3200, 24, scale)) for scale in (0.1, 1, 3, 10, 100)]
+        [
+            to_frequencies(logits_of(rng, 200 * codes, vocabulary, scale))
+            for scale in (0.1, 1, 3, 10, 100)
+        ]
     )
-    grids = rng.integers(24, size=(1000, 16))
-    message = encoded("range", frequencies, grids.flatten().tolist())
-    assert decoded("range", frequencies, message) == grids.flatten().tolist()
-    assert len(message) * 8 - ideal_bits(frequencies, grids.flatten().tolist()) < 16
+    tokens = rng.integers(vocabulary, size=1000 * codes).tolist()
+    message = encoded(kind, frequencies, tokens)
+    assert decoded(kind, frequencies, message) == tokens
+    if kind == "range":
+        assert len(message) * 8 - ideal_bits(frequencies, tokens) < 16
 
 
 @pytest.mark.parametrize("kind", CODERS)
@@ -125,6 +130,28 @@ def test_small_differences_between_machines_do_not_matter() -> None:
     noise = torch.from_numpy(1e-12 * rng.standard_normal(logits.shape))
     assert (to_frequencies(logits + noise) == to_frequencies(logits)).all()
     assert (to_frequencies(logits + 1000) == to_frequencies(logits)).all()
+
+
+@pytest.mark.parametrize("unit", [1 / 128, 1 / 1024, 1 / 4096])
+def test_logits_on_boundaries_are_rounded_alike_by_a_transmitted_shift(unit: float) -> None:
+    rng = np.random.default_rng(8)
+    logits = torch.from_numpy(unit * rng.integers(-4000, 4000, size=(50, 300)))
+    noisy = logits + torch.from_numpy(1e-10 * rng.standard_normal(logits.shape))
+    assert (to_frequencies(noisy) != to_frequencies(logits)).any()
+    shifts = Shifts()
+    frequencies = to_frequencies(logits, shifts)
+    assert (to_frequencies(noisy, Shifts(shifts.entries)) == frequencies).all()
+    likelihoods = logits.log_softmax(-1).exp().numpy()
+    assert np.abs(frequencies / TOTAL - likelihoods).max() < 0.02
+
+
+def test_few_of_ordinary_logits_need_a_shift() -> None:
+    """One in 15,000 of 512: 2 · 64 · 1e-9 of each, as the margin is 1e-9 nats on both sides."""
+    rng, shifts = np.random.default_rng(9), Shifts()
+    for _ in range(5):
+        to_frequencies(logits_of(rng, 1000, 512, 2), shifts)
+    assert shifts.tokens == 5000
+    assert len(shifts.entries) < 5
 
 
 def test_the_table_of_exponentials_is_exact() -> None:

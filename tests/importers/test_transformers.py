@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dalle1 import DallE
 from dalle1.commands import sample
+from dalle1.compression.codec import Codec
 from dalle1.image_tokenizer import load_image_tokenizer
 from dalle1.importers import dalle_pytorch, mindalle, rudalle, rudolph, vqgan
 from dalle1.model.transformer import Transformer
@@ -68,10 +69,16 @@ def greedy(model: Transformer, logits: Any, text: Tensor) -> Tensor:
 
 
 def check_decoding(model: Transformer, logits: Any, text: Tensor) -> None:
-    """Check that our cached sampling chooses the codes of the original without a cache."""
+    """Check that our cached sampling chooses the codes of the original, and the codec's return."""
     uniforms = candidate_uniforms(0, range(1), model.config.image_len)
     ours = generate(model, text, uniforms, GREEDY)
     assert torch.equal(ours.flatten(1), greedy(model, logits, text))
+    codec, (captions, codes) = Codec(model), stream(model)
+    grids = codes.view(-1, model.config.grid_size, model.config.grid_size)
+    message = codec.encode(captions, grids)
+    again = codec.decode(message, len(grids), "range", images=True, captions=True)
+    assert torch.equal(again[0], captions)
+    assert torch.equal(again[1], grids)
 
 
 def sampled(folder: Path, out: Path, capsys: pytest.CaptureFixture[str], prompt: str) -> None:
