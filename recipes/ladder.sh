@@ -5,8 +5,8 @@
 #     OUT=runs/small-ladder SIZES="64:2:2 96:3:3" STEPS="150 300 600" recipes/ladder.sh
 #
 # Stop it with Ctrl-C; the same command resumes, and finished runs return at once. Runs go from the
-# cheapest to the largest: OUT/prediction holds what the others predict for the last one, written
-# before it is trained.
+# cheapest to the largest: OUT/prediction-NAME holds what the others predict for the last one, NAME,
+# written before it is trained.
 set -euo pipefail
 
 OUT=${OUT:-runs/ladder}                      # folder of all runs
@@ -65,11 +65,11 @@ while read -r _ width depth heads count; do
     smaller+=("$OUT/width-$width-steps-$count")
 done < <(sed '$d' <<< "$runs")
 read -r _ width depth heads last_steps < <(tail -n 1 <<< "$runs")
-if [ ! -d "$OUT/prediction" ]; then
+last=width-$width-steps-$last_steps
+if [ ! -d "$OUT/$last" ]; then # a prediction stays as it was before the run began
     stage prediction "${dalle1[@]}" fit-scaling "${smaller[@]}" --hold-out 0 \
         --predict $((12 * width * width * depth)) $((last_steps * 16 * 256)) \
-        --out "$OUT/prediction"
+        --out "$OUT/prediction-$last"
 fi
 train "$width" "$depth" "$heads" "$last_steps"
-stage scaling "${dalle1[@]}" fit-scaling "${smaller[@]}" "$OUT/width-$width-steps-$last_steps" \
-    --out "$OUT/scaling"
+stage scaling "${dalle1[@]}" fit-scaling "${smaller[@]}" "$OUT/$last" --out "$OUT/scaling"

@@ -1,7 +1,7 @@
 """Fit scaling laws to trainings of transformers or of CLIPs, and predict larger ones.
 
     dalle1 fit-scaling runs/ladder/width-* --out runs/scaling
-    dalle1 fit-scaling runs/ladder/width-* --budget 1e17
+    dalle1 fit-scaling runs/ladder/width-* --budget 1e14
 
 fits L(C) = L∞ + (C/C₀)^−α to the runs with the lowest loss for their compute, and
 L(N, D) = E + A/N^α + B/D^β to all, with 95 % intervals by bootstrap. The run of most compute is not
@@ -22,7 +22,15 @@ import tyro
 
 from dalle1.console import notes, one_line_errors, parse
 from dalle1.outputs import check_writable
-from dalle1.scaling.fit import PowerLaw, bootstrap, compute_optimal, fit, frontier, interval
+from dalle1.scaling.fit import (
+    PowerLaw,
+    bootstrap,
+    compute_optimal,
+    fit,
+    flops_per_pair,
+    frontier,
+    interval,
+)
 from dalle1.scaling.plot import plot
 from dalle1.scaling.runs import Run, read_run
 from dalle1.storage import write_atomic
@@ -71,20 +79,60 @@ class Fitted:
         return cls(law=fit(x, loss), resamples=bootstrap(x, loss, count))
 
     def numbers(self) -> dict[str, list[float]]:
-        """Return value, and lower and upper limit if known, of the floor and the exponents."""
-        rows = [[law.floor, *law.exponents] for law in (self.law, *self.resamples)]
-        names = ["floor", *(f"exponent {i}" for i in range(len(self.law.exponents)))]
-        columns = np.array(rows).T
-        return {n: [float(c[0]), *_limits(c[1:])] for n, c in zip(names, columns, strict=True)}
+        """Return each number of the law, and its lower and upper limit if known."""
+        laws = [law.numbers() for law in (self.law, *self.resamples)]
+        return {name: _with_limits([numbers[name] for numbers in laws]) for name in laws[0]}
 
     def predict(self, *x: float) -> list[float]:
         """Return the predicted loss at x, and its lower and upper limit if known."""
-        point = np.array([x])
-        return [float(self.law(point)[0]), *_limits([law(point)[0] for law in self.resamples])]
+        return _with_limits([float(law(np.array([x]))[0]) for law in (self.law, *self.resamples)])
 
 
-def _limits(values: Any) -> tuple[float, ...]:
-    return interval(np.asarray(values)) if len(values) else ()
+def _with_limits(values: Sequence[float]) -> list[float]:
+    """Return the first value, and the limits of the others, those of resamples."""
+    return [values[0], *(interval(np.array(values[1:])) if len(values) > 1 else ())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laws:
+    """The laws of compute and of (parameters, tokens), and FLOPs per parameter and token."""
+
+    compute: Fitted
+    both: Fitted
+    per_pair: PowerLaw
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], resamples: int) -> Laws:
+        """Fit all laws to runs."""
+        values = np.array([run[1:5] for run in runs], dtype=float).reshape(len(runs), 4)
+        parameters, tokens, flops, loss = values.T
+        best = frontier(flops, loss)
+        return cls(
+            compute=Fitted.to(flops[best, None], loss[best], resamples),
+            both=Fitted.to(values[:, :2], loss, resamples),
+            per_pair=flops_per_pair(parameters, tokens, flops),
+        )
+
+    def predict(
+        self, parameters: float, tokens: float, flops: float | None = None
+    ) -> dict[str, list[float]]:
+        """Return the loss of a run by each law."""
+        if flops is None:
+            flops = parameters * tokens * float(self.per_pair(np.array([[parameters]]))[0])
+        return {
+            "by L(C)": self.compute.predict(flops),
+            "by L(N, D)": self.both.predict(parameters, tokens),
+        }
+
+    def optimal(self, budget: float) -> dict[str, Any]:
+        """Return the run of the lowest loss for a budget of FLOPs."""
+        parameters, tokens = compute_optimal(self.both.law, budget, self.per_pair)
+        return {
+            "budget": budget,
+            "parameters": parameters,
+            "codes": tokens,
+            **self.predict(parameters, tokens, budget),
+        }
 
 
 def analyse(runs: Sequence[Run], options: ScalingOptions) -> tuple[dict[str, Any], Fitted]:
@@ -100,63 +148,70 @@ def analyse(runs: Sequence[Run], options: ScalingOptions) -> tuple[dict[str, Any
         )
     runs = sorted(runs, key=lambda run: run.flops)
     fitted, held = (runs[: len(runs) - options.hold_out], runs[len(runs) - options.hold_out :])
-    values = np.array([run[1:5] for run in fitted], dtype=float).reshape(len(fitted), 4)
-    parameters, tokens, flops, loss = values.T
-    chosen = frontier(flops, loss)
-    compute = Fitted.to(flops[chosen, None], loss[chosen], options.bootstrap)
-    both = Fitted.to(np.stack([parameters, tokens], 1), loss, options.bootstrap)
-    per_token = float(np.exp(np.log(flops / (parameters * tokens)).mean()))
+    laws = Laws.of(fitted, options.bootstrap)
     report: dict[str, Any] = {
         "measure": measures[0],
         "runs": [run._asdict() for run in runs],
-        "L(C)": compute.numbers(),
-        "L(N, D)": both.numbers(),
-        "FLOPs per parameter and code": per_token,
+        "L(C)": laws.compute.numbers(),
+        "L(N, D)": laws.both.numbers(),
+        "FLOPs per parameter and code": laws.per_pair.numbers(),
         "held out": [
-            {
-                "name": run.name,
-                "loss": run.loss,
-                "by L(C)": compute.predict(run.flops),
-                "by L(N, D)": both.predict(run.parameters, run.tokens),
-            }
-            for run in held
+            {"name": run.name, "loss": run.loss, **laws.predict(*run[1:4])} for run in held
         ],
     }
     if options.predict:
-        report["predicted"] = {"at": options.predict, "by L(N, D)": both.predict(*options.predict)}
+        report["predicted"] = {"at": options.predict, **laws.predict(*options.predict)}
     if options.budget is not None:
-        best = compute_optimal(both.law, options.budget, per_token)
-        report["optimal"] = {"budget": options.budget, "parameters": best[0], "codes": best[1]}
-        report["optimal"]["by L(N, D)"] = both.predict(*best)
-    return report, compute
+        report["optimal"] = laws.optimal(options.budget)
+    return report, laws.compute
+
+
+LAWS = {
+    "L(C)": (
+        "L∞ + (C/C₀)^−α",
+        {"L∞": ("floor", ".3f"), "α": ("exponent 0", ".3f"), "C₀": ("C0", ".3g")},
+    ),
+    "L(N, D)": (
+        "E + A/N^α + B/D^β",
+        {
+            "E": ("floor", ".3f"),
+            "α": ("exponent 0", ".3f"),
+            "β": ("exponent 1", ".3f"),
+            "A": ("coefficient 0", ".3g"),
+            "B": ("coefficient 1", ".3g"),
+        },
+    ),
+}
+"""Formula of each law, and for each of its symbols the name in scaling.json, and a format."""
 
 
 def summary(report: dict[str, Any]) -> str:
     """Return what is printed."""
 
-    def shown(numbers: Sequence[float]) -> str:
-        value, *limits = numbers
-        found = "{:.3f} to {:.3f}".format(*limits) if limits else "too few runs for an interval"
-        return f"{value:.3f} ({found})"
+    def shown(numbers: Sequence[float], form: str = ".3f") -> str:
+        value, *limits = (format(number, form) for number in numbers)
+        return f"{value} ({' to '.join(limits) or 'too few runs for an interval'})"
+
+    def predicted(found: dict[str, Any], law: str) -> str:
+        return f"{shown(found[f'by {law}'])} predicted by {law}"
 
     unit = "pairs" if report["measure"].startswith("error") else "codes"
     lines = [f"{'run':24} {'parameters':>12} {unit:>12} {'FLOPs':>10} {'loss':>7}"]
     for run in report["runs"]:
         numbers = f"{run['parameters']:12,.0f} {run['tokens']:12,.0f} {run['flops']:10.3g}"
         lines.append(f"{run['name']:24} {numbers} {run['loss']:7.4f}")
-    compute, both = report["L(C)"], report["L(N, D)"]
-    lines.append(f"L(C): floor {shown(compute['floor'])}, α {shown(compute['exponent 0'])}")
-    exponents = f"α {shown(both['exponent 0'])}, β {shown(both['exponent 1'])}"
-    lines.append(f"L(N, D): floor {shown(both['floor'])}, {exponents}")
+    for law, (formula, symbols) in LAWS.items():
+        values = (f"{symbol} {shown(report[law][key], f)}" for symbol, (key, f) in symbols.items())
+        lines.append(f"{law} = {formula}: {', '.join(values)}")
     for run in report["held out"]:
-        for law in ("by L(C)", "by L(N, D)"):
-            error = run[law][0] / run["loss"] - 1
-            predicted = f"{shown(run[law])} predicted {law}, {run['loss']:.3f} measured"
-            lines.append(f"{run['name']}: {predicted}, {error:+.1%}")
+        for law in LAWS:
+            error = run[f"by {law}"][0] / run["loss"] - 1
+            measured = f"{run['loss']:.3f} measured, {error:+.1%}"
+            lines.append(f"{run['name']}: {predicted(run, law)}, {measured}")
     if "predicted" in report:
-        parameters, tokens = report["predicted"]["at"]
+        found, (parameters, tokens) = report["predicted"], report["predicted"]["at"]
         size = f"{parameters:,.0f} parameters, {tokens:,.0f} {unit}"
-        lines.append(f"{size}: {shown(report['predicted']['by L(N, D)'])} predicted by L(N, D)")
+        lines += [f"{size}: {predicted(found, law)}" for law in LAWS]
     if "optimal" in report:
         best = report["optimal"]
         size = f"{best['parameters']:,.0f} parameters and {best['codes']:,.0f} {unit}"

@@ -34,6 +34,15 @@ class PowerLaw:
         """Predict the loss at x [n, k]: [n]."""
         return self.floor + ((x / self.scale) ** -self.exponents) @ self.coefficients
 
+    def numbers(self) -> dict[str, float]:
+        """Return E, and each αᵢ and Aᵢ; of a law of compute also C₀."""
+        amplitudes, found = self.coefficients * self.scale**self.exponents, {"floor": self.floor}
+        for i, (exponent, amplitude) in enumerate(zip(self.exponents, amplitudes, strict=True)):
+            found |= {f"exponent {i}": float(exponent), f"coefficient {i}": float(amplitude)}
+        if len(amplitudes) == 1 and self.exponents[0]:
+            found["C0"] = float(amplitudes[0] ** (1 / self.exponents[0]))
+        return found
+
 
 def fit(x: np.ndarray, loss: np.ndarray) -> PowerLaw:
     """Fit x [n, k], positive, and losses [n], positive.
@@ -119,18 +128,34 @@ def frontier(compute: np.ndarray, loss: np.ndarray) -> np.ndarray:
     return loss <= np.where(cheaper, loss[None], np.inf).min(1)
 
 
-def compute_optimal(law: PowerLaw, budget: float, per_token: float) -> tuple[float, float]:
-    """Return the parameters and tokens of the lowest loss for a budget.
+def flops_per_pair(parameters: np.ndarray, tokens: np.ndarray, flops: np.ndarray) -> PowerLaw:
+    """Fit C / (N · D) [n] as a law of N: heads and attention cost small models relatively more.
+
+    Runs of fewer than three sizes have no law; it is then their geometric mean.
+    """
+    ratio, sizes = flops / (parameters * tokens), parameters[:, None]
+    if len(np.unique(sizes)) < 3:
+        mean, zero = float(np.exp(np.log(ratio).mean())), np.zeros(1)
+        return PowerLaw(mean, zero, zero, np.ones(1))
+    return fit(sizes, ratio)
+
+
+def compute_optimal(law: PowerLaw, budget: float, per_pair: PowerLaw) -> tuple[float, float]:
+    """Return the parameters and tokens of the lowest loss that spend a budget.
 
     Args:
         law: of (parameters, tokens).
-        budget: FLOPs, which are per_token · parameters · tokens.
+        budget: FLOPs.
+        per_pair: FLOPs per parameter and token, of parameters.
 
     Raises: ValueError where the loss does not depend on both.
     """
     if (law.coefficients <= 0).any():
         raise ValueError("the loss does not depend on both size and data; add runs of more sizes")
-    (alpha, beta), (a, b) = law.exponents, law.coefficients * law.scale**law.exponents
-    pairs = budget / per_token
-    parameters = (alpha * a / (beta * b) * pairs**beta) ** (1 / (alpha + beta))
-    return float(parameters), float(pairs / parameters)
+    low, high = 0.0, np.log(budget)
+    for _ in range(ZOOMS):
+        sizes = np.exp(np.linspace(low, high, 100))
+        tokens = budget / (sizes * per_pair(sizes[:, None]))
+        best = int(law(np.stack([sizes, tokens], -1)).argmin())
+        low, high = np.log(sizes[[max(best - 1, 0), min(best + 1, 99)]])
+    return float(sizes[best]), float(tokens[best])

@@ -16,6 +16,7 @@ from dalle1.tasks.transformer import TRANSFORMER_PRESETS, TransformerTrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = """#!/bin/sh
+case $1 in -c) echo 1000.0 640.0; exit;; esac
 shift 2
 echo "$@" >> "$RECORD"
 case "$*" in *"$STOP"*) echo "Stopped at step 3, saved in x; the same command resumes";; esac
@@ -57,6 +58,11 @@ def test_the_largest_run_is_predicted_before_it_is_trained(tmp_path: Path) -> No
     assert before.predict == (12 * 64 * 64 * 3, 20 * 16 * 256)
     assert (before.hold_out, len(before.runs)) == (0, 3)
     assert (after.hold_out, len(after.runs)) == (1, 4)
+    assert before.out.name == "prediction-width-64-steps-20"
+    before.out.with_name("width-64-steps-20").mkdir(parents=True)
+    _, found = commands(tmp_path)  # the prediction stays once the run began
+    assert [words[0] for words in found][-2:] == ["train", "fit-scaling"]
+    assert [words[0] for words in found].count("fit-scaling") == 1
 
 
 @pytest.mark.parametrize("encoded", [True, False])
@@ -79,7 +85,10 @@ def test_runs_above_the_limit_are_skipped(tmp_path: Path) -> None:
 def test_clips_are_trained_evaluated_and_fitted(tmp_path: Path) -> None:
     code, found = commands(tmp_path, recipe="clip-ladder.sh", WIDTHS="4 8")
     assert code == 0
-    assert [words[0] for words in found] == ["train", "evaluate"] * 4 + ["fit-scaling"]
+    before = ["train", "evaluate"] * 3 + ["fit-scaling"]
+    assert [words[0] for words in found] == [*before, "train", "evaluate", "fit-scaling"]
+    prediction = parse(ScalingOptions, found[6][1:], "")
+    assert (prediction.predict, prediction.hold_out, len(prediction.runs)) == ((1000, 640), 0, 3)
     config = parse(ClipTrainConfig, found[-3][3:], "", default=CLIP_PRESETS["small"])
     assert (config.model.width, config.model.text_width, config.steps) == (8, 64, 20)
     assert parse(ClipOptions, found[-2][2:], "").out == config.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,14 @@ from tiny_model import tiny_model
 from dalle1.clip import Clip, ClipArch, new_clip
 from dalle1.commands import fit_scaling
 from dalle1.commands.fit_scaling import ScalingOptions, analyse, summary
-from dalle1.scaling.fit import bootstrap, compute_optimal, fit, frontier, interval
+from dalle1.scaling.fit import (
+    bootstrap,
+    compute_optimal,
+    fit,
+    flops_per_pair,
+    frontier,
+    interval,
+)
 from dalle1.scaling.runs import Run, read_run
 from dalle1.storage import write_manifest
 from dalle1.text.bpe import Tokenizer
@@ -54,11 +62,39 @@ def test_a_law_of_size_and_data_is_found_again() -> None:
     law = fit(x, law_of_size_and_data(*x.T))
     assert law.exponents == pytest.approx([0.4, 0.3], rel=2e-2)
     assert law.floor == pytest.approx(0.5, abs=2e-2)
-    parameters, tokens = compute_optimal(law, 7e13, 7.0)
-    assert parameters * tokens == pytest.approx(1e13)
-    sizes = np.geomspace(parameters / 10, parameters * 10, 2001)
-    best = sizes[law_of_size_and_data(sizes, 1e13 / sizes).argmin()]
-    assert parameters == pytest.approx(best, rel=0.1)
+
+
+def flops(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Return training FLOPs as of transformers: what grows with the width costs small ones more."""
+    return (6.5 + 1000 / n**0.5) * n * d
+
+
+def test_the_optimal_size_spends_the_budget() -> None:
+    """Against a search over the law and the FLOPs that the runs come from."""
+    n, d = np.array([[run.parameters, run.tokens] for run in runs()]).T
+    per_pair = flops_per_pair(n, d, flops(n, d))
+    law = fit(np.stack([n, d], 1), law_of_size_and_data(n, d))
+    for budget in (1e11, 1e15):
+        parameters, tokens = compute_optimal(law, budget, per_pair)
+        assert flops(np.array(parameters), np.array(tokens)) == pytest.approx(budget, rel=0.01)
+        sizes = np.geomspace(parameters / 10, parameters * 10, 2001)
+        lengths = budget / flops(sizes, np.ones(1))
+        best = law_of_size_and_data(sizes, lengths).argmin()
+        assert parameters == pytest.approx(sizes[best], rel=0.1)
+    two = np.array([0, 4])  # runs of two sizes: a mean
+    few = flops_per_pair(n[two], d[two], flops(n, d)[two])
+    assert few(n[:, None]) == pytest.approx(np.sqrt(np.prod((flops(n, d) / (n * d))[two])))
+
+
+def test_a_law_reports_the_numbers_of_its_formula() -> None:
+    n, d = np.array([[run.parameters, run.tokens] for run in runs()]).T
+    found = fit(np.stack([n, d], 1), law_of_size_and_data(n, d)).numbers()
+    powers = n ** -found["exponent 0"], d ** -found["exponent 1"]
+    loss = found["floor"] + found["coefficient 0"] * powers[0] + found["coefficient 1"] * powers[1]
+    assert loss == pytest.approx(law_of_size_and_data(n, d), rel=1e-3)
+    compute = np.geomspace(1e12, 1e16, 12)
+    found = fit(compute[:, None], 0.6 + (compute / 1e13) ** -0.3).numbers()
+    assert found["C0"] == pytest.approx(1e13, rel=0.02)
 
 
 def test_intervals_cover_the_exponent_and_shrink_with_the_noise() -> None:
@@ -79,7 +115,7 @@ def test_the_frontier_is_the_lowest_loss_for_its_compute() -> None:
 
 
 def test_the_largest_run_is_predicted_and_not_fitted() -> None:
-    options = ScalingOptions(runs=(), bootstrap=8, budget=1e15, predict=(1e8, 1e9))
+    options = ScalingOptions(runs=(), bootstrap=8, budget=1e15, predict=(1e7, 6.4e7))
     report, _ = analyse(runs(noise=0.003), options)
     (held,) = report["held out"]
     assert held["name"] == "1e+07-6.4e+07"
@@ -89,7 +125,11 @@ def test_the_largest_run_is_predicted_and_not_fitted() -> None:
     spoilt = [*runs(noise=0.003)[:-1], runs()[-1]._replace(loss=99.0)]
     assert analyse(spoilt, options)[0]["L(N, D)"] == report["L(N, D)"]
     text = summary(report)
-    assert "100,000,000 parameters, 1,000,000,000 codes: " in text
+    assert report["predicted"]["by L(C)"] == pytest.approx(held["by L(C)"])
+    for law in ("L(C)", "L(N, D)"):
+        assert re.search(rf"10,000,000 parameters, .* predicted by {re.escape(law)}\n", text)
+    assert re.search(r"L\(C\) = L∞ \+ \(C/C₀\)\^−α: L∞ \S+ \(.*\), α .*, C₀ \S+e\+\d+ \(", text)
+    assert re.search(r"L\(N, D\) = .*, A \S+ \(.* to .*\), B \S+ \(.* to ", text)
     assert "optimal for 1e+15 FLOPs: " in text
     assert report["optimal"]["parameters"] * report["optimal"]["codes"] == pytest.approx(1e15 / 7)
 
