@@ -40,11 +40,13 @@ from dalle1.sampling.decoding import (
 )
 from dalle1.sampling.filters import Sampling
 from dalle1.sampling.generation import GenerationConfig, Rerank
+from dalle1.sampling.guidance import Contrasts, num_captions
 from dalle1.sampling.packed_linear import intact
 from dalle1.sampling.ranking import RankingPipeline
 from dalle1.sampling.reranking import Candidate, LikelihoodReranker, Reranker
 from dalle1.storage import CLIP_NAME, refuse_other_clip
 from dalle1.text.bpe import Tokenizer
+from dalle1.text.prompt_weights import parse_weights
 
 BUNDLED = Path(__file__).parent / "bundled" / "toybox"
 VOCABULARY_NAME = "vocab.json"
@@ -155,6 +157,8 @@ class DallE(RankingPipeline):
         num_candidates: int | None = None,
         seed: int = 0,
         known_codes: Tensor | None = None,
+        negative_prompt: str = "",
+        weighted: bool = False,
         rerank: Rerank | None = None,
         batch_size: int | None = None,
         share: tuple[int, int] = (0, 1),
@@ -168,6 +172,8 @@ class DallE(RankingPipeline):
         Args:
             num_candidates: images per prompt; candidate i depends on (seed, i) alone.
             known_codes: codes to keep, from `encode_known`.
+            negative_prompt: text that guidance leads away from, rather than from no text.
+            weighted: whether prompts have weights, see `dalle1.text.prompt_weights`.
             rerank: order of the images, see `reranker`.
             batch_size: candidates sampled at once; None is as many as fit in memory.
             share: (r, n) samples candidates r, r + n, r + 2n … only: the part of one of n
@@ -181,23 +187,35 @@ class DallE(RankingPipeline):
         options = self.generation.updated(num_candidates=num_candidates, rerank=rerank, **sampling)
         check_counts(prompts, batch_size, share)
         reranker = self.reranker(options.rerank)
+        prompts, contrasts = self._weigh(prompts) if weighted else (prompts, None)
         prompts = [clean_prompt(prompt) for prompt in prompts]
-        guided, image_len = options.guidance != 1, self.transformer.config.image_len
-        fits = max_batch(self.transformer, batch_size, guided=guided, processes=share[1])
-        text, empty = self._encode_prompts(prompts), self.empty_caption()
+        captions = num_captions(options.guidance, contrasts)
+        fits = max_batch(self.transformer, batch_size, captions=captions, processes=share[1])
+        text, empty = self._encode_prompts(prompts), self._negative(negative_prompt, options)
         known = check_known(known_codes, self.transformer)
-        sample = partial(generate, self.transformer, known_codes=known, empty=empty)
+        sample = partial(generate, sampling=options, known_codes=known, empty=empty)
+        sample_batch = partial(self._sample_batch, sample, text, contrasts, seed, on_row)
         indices = range(options.distinct(options.num_candidates))[share[0] :: share[1]]
-
-        def sample_codes(rows: range, columns: range) -> Tensor:
-            uniforms = candidate_uniforms(seed, columns, image_len)
-            each = on_row and (lambda codes, count: on_row(codes.flatten(0, 1), count))
-            return sample(text[rows.start : rows.stop], uniforms, options, on_row=each)
-
         if not indices:
             return ([] for _ in prompts)
-        batches = batched(sample_codes, range(len(prompts)), indices, fits)
+        batches = batched(sample_batch, range(len(prompts)), indices, fits)
         return self._ranked(batches, prompts, seed, reranker, len(indices))
+
+    def _sample_batch(
+        self,
+        sample: Callable[..., Tensor],
+        text: Tensor,
+        contrasts: Contrasts | None,
+        seed: int,
+        on_row: OnRow | None,
+        rows: range,
+        columns: range,
+    ) -> Tensor:
+        """Sample codes of the candidates `columns` of the prompts `rows`."""
+        uniforms = candidate_uniforms(seed, columns, self.transformer.config.image_len)
+        each = on_row and (lambda codes, count: on_row(codes.flatten(0, 1), count))
+        part, of_rows = text[rows.start : rows.stop], contrasts and contrasts.of(rows)
+        return sample(self.transformer, part, uniforms, contrasts=of_rows, on_row=each)
 
     def decode(self, codes: Tensor, batch_size: int = 16) -> list[Image.Image]:
         """Decode codes [B, W, W], `batch_size` at once; in bf16 like the model where it is fast."""
@@ -252,6 +270,29 @@ class DallE(RankingPipeline):
             ):
                 warnings.warn(message, stacklevel=3)
         return torch.stack([self.encode_prompt(prompt) for prompt in prompts])
+
+    def _weigh(self, prompts: Sequence[str]) -> tuple[list[str], Contrasts | None]:
+        """Return the prompts without their weights, and what the weights compare them with."""
+        parsed = [parse_weights(prompt) for prompt in prompts]
+        texts, most = [prompt.text for prompt in parsed], max(len(p.contrasts) for p in parsed)
+        if not most:
+            return texts, None
+        # A prompt of fewer weights is compared with itself, at strength 0.
+        padded = [[*p.contrasts, *[(p.text, 0.0)] * (most - len(p.contrasts))] for p in parsed]
+        captions = [[self._caption(text) for text, _ in of_prompt] for of_prompt in padded]
+        strengths = torch.tensor([[strength for _, strength in of_prompt] for of_prompt in padded])
+        stacked = torch.stack([torch.stack(of_prompt) for of_prompt in captions])
+        return texts, Contrasts(text=stacked.transpose(0, 1), strengths=strengths.T)
+
+    def _negative(self, prompt: str, options: Sampling) -> Tensor:
+        """Tokenize the caption that guidance leads away from, [1, L]."""
+        if prompt.strip() and options.guidance == 1:
+            raise ValueError("guidance is 1, expected above 1 with a negative prompt, such as 3")
+        return self._caption(prompt)[None]
+
+    def _caption(self, prompt: str) -> Tensor:
+        """Tokenize a prompt, or the empty caption: [L]."""
+        return self.encode_prompt(prompt) if prompt.strip() else self.empty_caption()[0]
 
     def empty_caption(self) -> Tensor:
         """Return the tokens of a caption without text, [1, L]."""

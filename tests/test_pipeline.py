@@ -294,7 +294,7 @@ def test_the_batch_is_what_fits_in_half_of_the_memory(
     assert fits(2, 10)
     assert not fits(2, 11)
     assert not fits(20, 1)  # as many candidates, but more captions
-    assert not max_batch(plain.transformer, None, guided=True)(2, 10)
+    assert not max_batch(plain.transformer, None, captions=2)(2, 10)
     assert not max_batch(plain.transformer, None, processes=2)(2, 10)
     monkeypatch.setattr(batching, "free_memory", lambda _: 10**15)
     fits = max_batch(plain.transformer, None)
@@ -545,6 +545,29 @@ def test_impossible_settings_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plain.generate(PROMPT, **options)
+
+
+def test_weights_and_negative_prompts_change_what_is_sampled(plain: DallE) -> None:
+    options = {"num_images": 2, "num_candidates": 2}
+    expected = plain.generate("a red cube", **options)
+    assert same(plain.generate("a red (cube:1)", weighted=True, **options), expected)
+    assert not same(plain.generate("a (red:6) cube", weighted=True, **options), expected)
+    literal = plain.generate("a (red:6) cube", **options)
+    assert same(plain.generate(r"a \(red:6\) cube", weighted=True, **options), literal)
+    guided = plain.generate("a red cube", guidance=4, **options)
+    assert not same(
+        plain.generate("a red cube", guidance=4, negative_prompt="blue", **options), guided
+    )
+    # As guidance does, a weight of the whole prompt leads away from the empty caption.
+    assert same(plain.generate("(a red cube:4)", weighted=True, **options), guided)
+    # Prompts of other numbers of weights are sampled together as they are alone.
+    prompts = ["a (red:3) (cube:2)", "a red cube", "a [blue] star"]
+    together = plain.sample(prompts, num_candidates=2, weighted=True)
+    for prompt, candidates in zip(prompts, together, strict=True):
+        alone = plain.candidates(prompt, num_candidates=2, weighted=True)
+        assert all(torch.equal(a.codes, b.codes) for a, b in zip(alone, candidates, strict=True))
+    with pytest.raises(ValueError, match="guidance is 1, expected above 1 with a negative prompt"):
+        plain.generate("a red cube", negative_prompt="blue")
 
 
 def test_no_candidates_are_refused(plain: DallE) -> None:

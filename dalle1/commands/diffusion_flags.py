@@ -1,4 +1,4 @@
-"""The flags of `dalle1 sample` that only a DALL·E 2 has."""
+"""The options of sampling that only one kind of model has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_diffusion_flags(add: Callable[..., Any]) -> None:
 
 
 def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of DALL·E 2; ValueError for flags of the other kind of model."""
+    """Return the options of this kind of model; ValueError for flags of the other kind."""
     from dalle1 import DallE
 
     asked = {name: getattr(options, name) for name in ("steps", "embedding")}
@@ -30,9 +30,12 @@ def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dic
     if not isinstance(model, DallE):
         if options.preview:
             raise ValueError("--preview shows rows of codes, and a DALL·E 2 has none; remove it")
-    elif asked:
+        if options.negative_prompt:
+            raise ValueError("--negative-prompt is for DALL·E v1, and the model is a DALL·E 2")
+        return asked
+    if asked:
         raise ValueError(f"--{next(iter(asked))} is for DALL·E 2, and {options.model} is another")
-    return asked
+    return {"weighted": not options.plain, "negative_prompt": options.negative_prompt}
 
 
 def threads_for(model: DallE | Unclip, candidates: int, most: int) -> int:

@@ -42,6 +42,7 @@ SETTINGS = (
     "top_p",
     "typical",
     "guidance",
+    "negative_prompt",
     "rerank",
     "precision",
     "image",
@@ -76,7 +77,8 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
     )
     add("--prompts-file", type=Path, help="text file with more prompts, one per line")
     add("--plain", action="store_true", help="sample as in the paper, from the unchanged "
-        "distribution; without it, flags that are absent take the model's own defaults, "
+        "distribution, and read brackets as text; without it, (word:1.4) weights a word, and "
+        "flags that are absent take the model's own defaults, "
         "from the generation.json in its folder")  # fmt: skip
     add("--num-candidates", type=int, help="number of images to sample per prompt (plain: 16, or "
         "--num-images if that is more)")  # fmt: skip
@@ -96,6 +98,9 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
     add("--guidance", type=float, help="classifier-free guidance scale: "
         "above 1, images follow the prompt more closely, in twice the time; the model must be "
         "trained with --caption-dropout (plain: 1)")  # fmt: skip
+    add(
+        "--negative-prompt", default="", metavar="TEXT", help="text that --guidance leads away from"
+    )
 
 
 def add_other_flags(add: Callable[..., Any]) -> None:

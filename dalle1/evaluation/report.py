@@ -28,10 +28,9 @@ def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, f
 
 def write_report(path: Path, options: Any, scores: Mapping[str, float]) -> None:
     """Write settings and scores to a JSON file, complete or not at all; a nan becomes null."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     numbers = {name: x if math.isfinite(x) else None for name, x in scores.items()}
-    report = {"settings": settings, "scores": numbers}
-    write_atomic(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    report = {"settings": asdict(options), "scores": numbers}
+    write_atomic(path, json.dumps(report, indent=1, allow_nan=False, default=str) + "\n")
 
 
 def format_table(scores: Mapping[str, float]) -> str:

@@ -29,17 +29,18 @@ def check_counts(prompts: Sequence[str], batch_size: int | None, share: tuple[in
 
 
 def max_batch(
-    model: Transformer, batch_size: int | None, *, guided: bool = False, processes: int = 1
+    model: Transformer, batch_size: int | None, *, captions: int = 1, processes: int = 1
 ) -> FitsInMemory:
     """Return a test of the size of a batch: `batch_size` candidates, or what fits in memory.
 
-    At most 128 candidates in half of the free memory fit; on a CPU, in this process's share of it.
+    Each candidate counts once for each of the captions that are read for its prompt. At most 128
+    candidates in half of the free memory fit; on a CPU, in this process's share of it.
     """
     if batch_size is not None:
         return lambda prompts, candidates: prompts * candidates <= batch_size
     device = next(model.parameters()).device
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
-    prompt_bytes, candidate_bytes = (n * (2 if guided else 1) for n in decode_memory(model))
+    prompt_bytes, candidate_bytes = (n * captions for n in decode_memory(model))
 
     def fits_in_memory(prompts: int, candidates: int) -> bool:
         needed = prompts * (prompt_bytes + candidates * candidate_bytes)

@@ -24,6 +24,7 @@ from dalle1.devices import cuda_graphed, inference
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.filters import MIN_TEMPERATURE, PAPER, Sampling, filter_logits
 from dalle1.sampling.fused_step import fused
+from dalle1.sampling.guidance import Contrasts, all_captions, mixed_logits, num_captions
 from dalle1.sampling.kv_cache import Caches
 from dalle1.sampling.packed_linear import packed, restored
 
@@ -80,6 +81,10 @@ class DecodeState:
     caches: Caches
     window: int
     """n: codes of each candidate that a pass computes."""
+    captions: int
+    """B: captions that are read for each prompt, see `dalle1.sampling.guidance`."""
+    strengths: Tensor | None
+    """[K, P, 1, 1]: of `Contrasts`."""
     sampling: Sampling
     uniforms: Tensor
     """[C, N]: the random number of each candidate at each code."""
@@ -103,23 +108,25 @@ def prefill(
     known: Tensor,
     empty: Tensor | None = None,
     window: int = 1,
+    contrasts: Contrasts | None = None,
 ) -> DecodeState:
     """Read captions [P, L] and the codes before the first unknown one, and sample that one.
 
     Args:
-        empty: the empty caption, [1, L], for guidance; None is padding at every position.
+        empty: the caption that guidance leads away from, [1, L]; None is padding throughout.
     """
     prompts, candidates = len(text), len(uniforms)
     model = packed(fused(model), prompts * candidates * window)
     codes = known.repeat(prompts, candidates, 1)
     position = (known == UNKNOWN).nonzero()[:1, 0]
-    if sampling.guidance != 1:
-        empty = null_caption(model) if empty is None else empty
-        text = torch.cat([text, empty.to(text.device).expand_as(text)])
+    empty = null_caption(model) if empty is None else empty
+    text, strengths = all_captions(text, empty, sampling.guidance, contrasts)
     state = DecodeState(
         model=model,
         caches=Caches(model, len(text), candidates, window),
         window=window,
+        captions=len(text) // prompts,
+        strengths=strengths,
         sampling=sampling,
         uniforms=uniforms.to(text.device),
         known=known,
@@ -142,15 +149,14 @@ def decode_one(state: DecodeState) -> None:
     reads = position + (model.config.image_start != "none")
     position.add_(1)
     state.caches.seek(reads)
-    guided = state.sampling.guidance != 1
-    x = model.embed_codes(last.repeat(2, 1) if guided else last, reads)
+    x = model.embed_codes(last.repeat(state.captions, 1), reads)
     sample_next(state, model.run(x, state.caches.step, model.config.text_len + reads))
 
 
 def sample_next(state: DecodeState, states: Tensor) -> None:
     """Sample from states [P, C, D], or [P, 1, D] that all candidates share, at the position.
 
-    With guidance the states of the empty caption follow, and P counts both.
+    With guidance and weights the states of other captions follow, and P counts all.
     """
     prompts, candidates, _ = state.codes.shape
     logits = guided_logits(state, states).expand(-1, candidates, -1)
@@ -162,11 +168,9 @@ def sample_next(state: DecodeState, states: Tensor) -> None:
 
 
 def guided_logits(state: DecodeState, states: Tensor) -> Tensor:
-    """Score states [P, n, D] in fp32, [P, n, V]; those of the empty caption follow, if guided."""
-    logits, guidance = state.model.image_head(states).float(), state.sampling.guidance
-    if guidance != 1:
-        conditional, unconditional = logits.chunk(2)
-        logits = unconditional + guidance * (conditional - unconditional)
+    """Score states of all captions [B·P, n, D] in fp32, [P, n, V]."""
+    logits = state.model.image_head(states).float()
+    logits = mixed_logits(logits, state.sampling.guidance, state.strengths)
     state.finite.logical_and_(logits.amax().isfinite())
     return logits
 
@@ -192,8 +196,8 @@ def decode_window(state: DecodeState) -> None:
     inputs, reads = codes.gather(2, positions - 1), positions
     if config.image_start == "none":
         reads = reads - 1
-    if state.sampling.guidance != 1:
-        inputs, reads = inputs.repeat(2, 1, 1), reads.repeat(2, 1, 1)
+    if state.captions > 1:
+        inputs, reads = (x.repeat(state.captions, 1, 1) for x in (inputs, reads))
     state.caches.seek(reads)
     inputs, reads = inputs.flatten(1), reads.flatten(1)
     states = model.run(model.embed_codes(inputs, reads), state.caches.step, config.text_len + reads)
@@ -226,6 +230,7 @@ def generate(
     *,
     known_codes: Tensor | None = None,
     empty: Tensor | None = None,
+    contrasts: Contrasts | None = None,
     on_row: OnRow | None = None,
     window: int | None = None,
 ) -> Tensor:
@@ -235,7 +240,8 @@ def generate(
         text: [P, L], captions with their padding.
         uniforms: [C, N]: the random number of each candidate at each code.
         known_codes: [N], codes to keep, and UNKNOWN where they are sampled; None samples all.
-        empty: the empty caption, [1, L], for guidance; None is padding at every position.
+        empty: the caption that guidance leads away from, [1, L]; None is padding throughout.
+        contrasts: the prompts without some of their words, to weight these.
         on_row: called after each row of codes, with the codes [P, C, N] and the number of rows.
         window: codes of each candidate to compute at once, at most W; it changes the time, and
             not the codes. None is the fastest.
@@ -249,11 +255,11 @@ def generate(
     if not len(unknown):
         return known.repeat(len(text), len(uniforms), 1).unflatten(2, grid)
     if window is None:
-        guided = 2 if sampling.guidance != 1 else 1
-        window = pick_window(model, guided * len(text) * len(uniforms))
+        captions = num_captions(sampling.guidance, contrasts)
+        window = pick_window(model, captions * len(text) * len(uniforms))
     on_gpu = torch.cuda.device(text.device) if text.is_cuda else nullcontext()
     with inference(text.device), on_gpu, restored(model):
-        state = prefill(model, text, uniforms, sampling, known, empty, window)
+        state = prefill(model, text, uniforms, sampling, known, empty, window, contrasts)
         decode = decode_steps if window == 1 else decode_windows
         decode(state, int(unknown[0]), on_row)
     return state.codes.unflatten(2, grid)

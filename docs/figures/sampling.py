@@ -17,6 +17,7 @@ PROMPTS = ("an avocado armchair", "a zebra handbag", "a strawberry house", "two 
 COUNTS = (1, 4, 16, 64)
 SIDE = 160  # of an image, in pixels
 SCALES = (1, 2, 3, 4, 5)
+WEIGHTED, WEIGHTS = ("an (avocado:{}) armchair", "a (zebra:{}) mug"), (-1, 0, 1, 2, 4)
 
 
 def titled(image: Image.Image, title: str) -> Image.Image:
@@ -77,6 +78,17 @@ def guided(model: DallE) -> Image.Image:
     return grid(cells, len(SCALES))
 
 
+def weighted(model: DallE) -> Image.Image:
+    """Show the first candidate of some prompts as the weight of a word grows."""
+    cells = []
+    for prompt in WEIGHTED:
+        for weight in WEIGHTS:
+            text = prompt.format(weight)
+            image = model.candidates(text, num_candidates=1, seed=0, weighted=True)[0].image
+            cells.append(titled(image, f"weight {weight}"))
+    return grid(cells, len(WEIGHTS))
+
+
 def main() -> None:
     model = DallE.from_pretrained(device="cpu")
     sheets = {
@@ -84,6 +96,7 @@ def main() -> None:
         "completion": completed(model, (0, 0.5, 1, 1)),
         "hole": completed(model, (0.25, 0.25, 0.75, 0.75)),
         "guidance": guided(model),
+        "weights": weighted(model),
     }
     for name, sheet in sheets.items():
         path = HERE / f"sampling-{name}.png"

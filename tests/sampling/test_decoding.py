@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dalle1.sampling.decoding import (
     sample_token,
 )
 from dalle1.sampling.filters import Sampling, filter_logits
+from dalle1.sampling.guidance import Contrasts
 from dalle1.sampling.packed_linear import PackedLinear, TransposedLinear, packed
 
 L, W, V = 5, 4, 11
@@ -49,15 +51,21 @@ def uncached(
     uniforms: Tensor,
     sampling: Sampling,
     known: Tensor | None = None,
+    empty: Tensor | None = None,
+    weights: Sequence[tuple[Tensor, float]] = (),
 ) -> Tensor:
     """Sample one caption's candidates, computing the whole stream for every code."""
     codes = torch.zeros(len(uniforms), N, dtype=torch.long)
     text = text.expand(len(uniforms), L)
     for position in range(N):
-        logits = model(text, codes)[1][:, position]
+        logits = own = model(text, codes)[1][:, position]
         if sampling.guidance != 1:
-            without = model(null_caption(model).expand_as(text), codes)[1][:, position]
-            logits = without + sampling.guidance * (logits - without)
+            other = null_caption(model) if empty is None else empty
+            without = model(other.expand_as(text), codes)[1][:, position]
+            logits = without + sampling.guidance * (own - without)
+        for other, strength in weights:
+            without = model(other.expand_as(text), codes)[1][:, position]
+            logits = logits + strength * (own - without)
         codes[:, position] = sample_token(logits, uniforms[:, position], sampling)
         if known is not None and known[position] != UNKNOWN:
             codes[:, position] = known[position]
@@ -88,6 +96,29 @@ def test_sampling_matches_the_uncached_model(
     if known is not None:
         kept = known != UNKNOWN
         assert (together.flatten(2)[..., kept] == known[kept]).all()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("window", [1, 3])
+def test_negative_prompts_and_weights_match_the_uncached_model(
+    guidance: float, window: int
+) -> None:
+    model, uniforms, sampling = (
+        loud(),
+        candidate_uniforms(3, range(3), N),
+        Sampling(guidance=guidance),
+    )
+    others, negative = torch.stack([TEXT.flip(0), TEXT.roll(1, 1) % 13]), TEXT[:1].flip(1) % 13
+    strengths = torch.tensor([[0.5, 0.0], [-1.5, 2.0]])
+    sampled = generate(
+        model, TEXT, uniforms, sampling, empty=negative, window=window,
+        contrasts=Contrasts(text=others, strengths=strengths),
+    )  # fmt: skip
+    for i, text in enumerate(TEXT):
+        weights = list(zip(others[:, i], strengths[:, i].tolist(), strict=True))
+        expected = uncached(model, text, uniforms, sampling, empty=negative, weights=weights)
+        assert torch.equal(sampled[i], expected)
+    assert not torch.equal(sampled, generate(model, TEXT, uniforms, sampling))
 
 
 def test_a_fully_known_image_comes_back_and_nonsense_is_refused() -> None:

@@ -1,0 +1,71 @@
+"""Logits of a prompt compared with those of other captions: guidance and weights of words.
+
+B captions of each prompt: its own; for guidance an empty or negative one; K for weights of words.
+P prompts, L text positions, n codes, V codebook size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrasts:
+    """Prompts without some of their words, to weight these words.
+
+    For words of weight w, (w − 1) · (logits of the prompt − logits without these words) is added.
+    """
+
+    text: Tensor
+    """[K, P, L]: the captions."""
+    strengths: Tensor
+    """[K, P]: w − 1, and 0 where a prompt has fewer than K weights."""
+
+    def of(self, prompts: range) -> Contrasts:
+        """Return those of some of the prompts."""
+        rows = slice(prompts.start, prompts.stop)
+        return Contrasts(text=self.text[:, rows], strengths=self.strengths[:, rows])
+
+
+def num_captions(guidance: float, contrasts: Contrasts | None) -> int:
+    """Return B, the captions that are read for each prompt."""
+    return 1 + (guidance != 1) + (0 if contrasts is None else len(contrasts.text))
+
+
+def all_captions(
+    text: Tensor, empty: Tensor, guidance: float, contrasts: Contrasts | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the captions of prompts [P, L], by kind, [B·P, L]; and strengths [K, P, 1, 1].
+
+    Args:
+        empty: the caption that guidance leads away from, [1, L].
+    """
+    captions, strengths = [text], None
+    if guidance != 1:
+        captions.append(empty.to(text.device).expand_as(text))
+    if contrasts is not None:
+        captions.append(contrasts.text.to(text.device).flatten(0, 1))
+        strengths = contrasts.strengths.to(text.device)[..., None, None]
+    return torch.cat(captions) if len(captions) > 1 else text, strengths
+
+
+def mixed_logits(logits: Tensor, guidance: float, strengths: Tensor | None) -> Tensor:
+    """Combine the logits of all captions, [B·P, n, V] → [P, n, V].
+
+    Args:
+        strengths: [K, P, 1, 1], see `Contrasts`.
+    """
+    count = 1 + (guidance != 1) + (0 if strengths is None else len(strengths))
+    if count == 1:
+        return logits
+    own, *others = logits.chunk(count)
+    mixed = own
+    if guidance != 1:
+        empty = others.pop(0)
+        mixed = empty + guidance * (own - empty)
+    for strength, without in zip([] if strengths is None else strengths, others, strict=True):
+        mixed = mixed + strength * (own - without)
+    return mixed

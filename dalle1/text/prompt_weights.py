@@ -1,0 +1,95 @@
+r"""Weights of words in a prompt: "an (avocado:1.4) armchair".
+
+The grammar of Stable Diffusion's web interface: `(x)` multiplies the weight of x by 1.1, `(x:1.4)`
+by 1.4, and `[x]` divides it by 1.1. Nested brackets multiply. `\(`, `\)`, `\[`, `\]` and `\\` are
+the characters themselves. A bracket without a partner is read as text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from itertools import groupby
+
+STEP, LARGEST = 1.1, 10.0
+"""The weight of one pair of brackets, and the largest weight, up or down."""
+_CLOSING = {"(": ")", "[": "]"}
+_TOKEN = re.compile(r"\\([()\[\]\\])|([(\[])|(:[^()\[\]:\\]*)?(\))|(\])|([^\\()\[\]:]+|.)", re.S)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedPrompt:
+    """A prompt and the weights of its words."""
+
+    text: str
+    """The prompt without brackets and weights."""
+    contrasts: tuple[tuple[str, float], ...] = ()
+    """For each part of weight w ≠ 1: the prompt without the part, and w − 1."""
+
+
+def parse_weights(prompt: str) -> WeightedPrompt:
+    """Parse the weights in a prompt, with a warning about brackets without a partner.
+
+    Raises: ValueError for a weight that is no number from −10 to 10.
+    """
+    parts = [(text, weight) for text, weight in _parts(prompt) if text]
+    runs = [
+        (weight, "".join(text for text, _ in run))
+        for weight, run in groupby(parts, lambda part: part[1])
+    ]
+    contrasts = []
+    for i, (weight, text) in enumerate(runs):
+        if abs(weight) > LARGEST:
+            raise ValueError(
+                f"the weight of {text!r} is {weight:g}, expected -{LARGEST:g} to {LARGEST:g}; "
+                r"write \( and \) for brackets that are text"
+            )
+        if not math.isclose(weight, 1) and text.strip():
+            others = "".join(text for j, (_, text) in enumerate(runs) if j != i)
+            contrasts.append((" ".join(others.split()), weight - 1))
+    text = "".join(text for text, _ in parts)
+    if not text.strip() and prompt.strip():
+        raise ValueError(f"the prompt {prompt!r} is empty within its brackets; expected a text")
+    return WeightedPrompt(text=text, contrasts=tuple(contrasts))
+
+
+def _parts(prompt: str) -> list[tuple[str, float]]:
+    """Return the texts between brackets with their weights; matched brackets are empty texts."""
+    texts: list[str] = []
+    weights: list[float] = []
+    opened: list[int] = []  # indices of brackets in `texts` that wait for their partners
+    unmatched = 0
+    for escaped, opening, number, parenthesis, square, text in _TOKEN.findall(prompt):
+        closing = parenthesis or square
+        if closing and opened and _CLOSING[texts[opened[-1]]] == closing:
+            start = opened.pop()
+            texts[start] = ""
+            step = 1 / STEP if square else STEP
+            if number:
+                step = _weight(number[1:], "".join(texts[start:]))
+            weights[start:] = [weight * step for weight in weights[start:]]
+            continue
+        if opening:
+            opened.append(len(texts))
+        unmatched += bool(closing)
+        texts.append(escaped or opening or text or number + closing)
+        weights.append(1.0)
+    if unmatched or opened:
+        warnings.warn(f"a bracket in {prompt!r} has no partner and is read as text", stacklevel=3)
+    return list(zip(texts, weights, strict=True))
+
+
+def _weight(number: str, text: str) -> float:
+    """Read a weight; ValueError if it is no finite number."""
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(
+            f"the weight of {text!r} is {number.strip()!r}, expected a number such as 1.4; "
+            r"write \( and \) for brackets that are text"
+        )
+    return weight
