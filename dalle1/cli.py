@@ -35,6 +35,7 @@ SUBCOMMANDS = {
     ),
     "train prior": ("dalle2.tasks.prior", "Train DALL·E 2's prior: embeddings from captions"),
     "train decoder": ("dalle2.tasks.decoder", "Train DALL·E 2's decoder: latents from embeddings"),
+    "train upsampler": ("dalle2.tasks.upsampler", "Train DALL·E 2's upsampler: larger images"),
     "train classifier": (
         "dalle1.tasks.toybox_classifier",
         "Train the classifier of the Toybox evaluation",

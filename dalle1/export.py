@@ -17,6 +17,7 @@ from dalle1.locking import folder_lock
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
 from dalle2.prior import DiffusionPrior
+from dalle2.upsampler import Upsampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class ExportConfig:
     """Folder of the trained transformer, or the name of a model on Hugging Face."""
     prior: Path | None = None
     """Folder of the trained prior, for a decoder of DALL·E 2; by default, its own, if any."""
+    upsampler: Path | None = None
+    """Folder of the trained upsampler, for a decoder of DALL·E 2; by default, its own, if any."""
     clip: Path | None = None
     """Folder of the CLIP that reranks samples; by default, the model's own, if any."""
     out: Path | None = None
@@ -50,16 +53,15 @@ class ExportConfig:
             check_repo_name(self.push_to_hub)
 
 
-def with_prior(model: Unclip, config: ExportConfig) -> Unclip:
-    """Return a decoder of DALL·E 2 with the prior of --prior; ValueError where it does not fit."""
+def with_parts(model: Unclip, config: ExportConfig) -> Unclip:
+    """Return a DALL·E 2 with the parts of --prior and --upsampler; ValueError where one misfits."""
     if config.clip is not None:
         raise ValueError("--clip is for DALL·E 1; a decoder of DALL·E 2 keeps its own CLIP")
     if config.dtype == "bf16":
         raise ValueError("dtype is bf16, expected fp16 or fp32 for DALL·E 2")
-    if config.prior is None:
-        return model
-    prior = DiffusionPrior.load(config.prior)
-    parts = model.image_tokenizer, model.decoder, model.encoder, prior
+    prior = DiffusionPrior.load(config.prior) if config.prior else model.prior
+    upsampler = Upsampler.load(config.upsampler) if config.upsampler else model.upsampler
+    parts = model.image_tokenizer, model.decoder, model.encoder, prior, upsampler
     return Unclip(*parts, clip=model.clip, generation=model.generation, info=model.info)
 
 
@@ -69,9 +71,10 @@ def main(args: Sequence[str] | None = None) -> None:
         dtype = PRECISIONS[config.dtype]
         model = load_pipeline(config.model, clip=config.clip, device="cpu", precision=config.dtype)
         if isinstance(model, Unclip):
-            model = with_prior(model, config)
-        elif config.prior is not None:
-            raise ValueError(f"--prior needs a decoder of DALL·E 2, and {config.model} has none")
+            model = with_parts(model, config)
+        elif config.prior or config.upsampler:
+            flag = "--prior" if config.prior else "--upsampler"
+            raise ValueError(f"{flag} needs a decoder of DALL·E 2, and {config.model} has none")
         if config.license is not None:
             model.info = replace(model.info, license=config.license)
         if config.out is not None:

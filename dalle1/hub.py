@@ -17,6 +17,7 @@ MODEL_FILES = (
     *("dvae.safetensors", "image_tokenizer.safetensors"),
     *("autoencoder.safetensors", "decoder*.safetensors", "decoder.safetensors.index.json"),
     *("prior*.safetensors", "prior.safetensors.index.json"),
+    *("upsampler*.safetensors", "upsampler.safetensors.index.json"),
     *("vocab.json", "words.json", "model_info.json", "generation.json", "clip/*"),
 )
 """Files of a model folder; others in a repository are neither downloaded nor replaced."""

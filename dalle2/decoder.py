@@ -8,11 +8,26 @@ import torch
 from torch import Tensor
 
 from dalle2.conditioning import Caption
-from dalle2.diffusion.guidance import Denoise, Denoiser, classifier_free
+from dalle2.diffusion.guidance import Denoise, Denoiser, Predict, classifier_free
 from dalle2.diffusion.noise import CandidateNoise
 from dalle2.diffusion.samplers import SamplerName, sample
 from dalle2.diffusion.schedule import Schedule
-from dalle2.unet import UNet
+from dalle2.unet import UNet, UNetConfig
+
+
+def unet_denoiser(config: UNetConfig, predict: Predict) -> Denoiser:
+    """Return the denoiser of a U-Net's prediction; x₀ of pixels is clipped to [−1, 1].
+
+    Without clipping, a prediction of ε would diverge at the first step: it is divided by the signal
+    that is left at the noisiest time, 1/20,000.
+    """
+    return Denoiser(
+        predict,
+        Schedule(config.schedule, config.times),
+        config.objective,
+        clip=(lambda x0: x0.clamp(-1, 1)) if config.pixels else None,
+        learns_variance=config.learns_variance,
+    )
 
 
 def decoder_denoiser(
@@ -35,10 +50,12 @@ def decoder_denoiser(
         context = model.condition(embedding, caption, *keeps)
         nothing = model.condition(embedding, caption, ~everything, ~everything)
     predict = classifier_free(
-        lambda x, t: model(x, t, context), lambda x, t: model(x, t, nothing), guidance
+        lambda x, t: model(x, t, context),
+        lambda x, t: model(x, t, nothing),
+        guidance,
+        channels=model.config.channels,
     )
-    config = model.config
-    return Denoiser(predict, Schedule(config.schedule, config.times), config.objective)
+    return unet_denoiser(model.config, predict)
 
 
 def sample_latents(

@@ -1,11 +1,13 @@
-"""From a prompt to images by DALL·E 2: prior, decoder, autoencoder; reranked by CLIP.
+"""From a prompt to images by DALL·E 2: prior, decoder, autoencoder, CLIP, upsampler.
+
+Candidates are reranked by CLIP as the decoder made them; only those that are kept are upsampled.
 
 P prompts, C candidates of each, D width of CLIP embeddings, c h w latents of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from torch import Tensor
 from dalle1.clip import Clip
 from dalle1.config import check_literals
 from dalle1.data.cleaning import clean_prompt
-from dalle1.data.images import to_pil
+from dalle1.data.images import to_float, to_pil, to_tensor
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
 from dalle1.hub import find_model
 from dalle1.model_card import ModelInfo
@@ -35,6 +37,8 @@ from dalle2.embedded import Encoders
 from dalle2.prior import FILE_NAME as PRIOR_FILE
 from dalle2.prior import DiffusionPrior
 from dalle2.unet import UNet
+from dalle2.upsampler import FILE_NAME as UPSAMPLER_FILE
+from dalle2.upsampler import Upsampler
 
 COMPLETES_NOTHING = "a DALL·E 2 completes no images; use a model that samples codes"
 MAX_BATCH = 64
@@ -60,12 +64,16 @@ class UnclipOptions:
     """Embeddings that the prior samples for each candidate; the one nearest to z_t is kept."""
     prior_guidance: float = 1.0
     """Guidance scale of the prior. Paper: guiding it makes results worse."""
+    upsampler_steps: int = 8
+    """Steps of the upsampler, by DDIM; 0 skips it. Paper: 27."""
 
     def __post_init__(self) -> None:
         check_literals(self)
         for name in ("steps", "prior_steps", "prior_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.upsampler_steps < 0:
+            raise ValueError(f"upsampler_steps is {self.upsampler_steps}, expected at least 0")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}, expected a number in [0, 1]")
 
@@ -79,6 +87,7 @@ class Unclip(RankingPipeline):
         decoder: UNet,
         encoder: Clip,
         prior: DiffusionPrior | None = None,
+        upsampler: Upsampler | None = None,
         *,
         clip: Clip | None = None,
         generation: GenerationConfig | None = None,
@@ -92,6 +101,7 @@ class Unclip(RankingPipeline):
         """
         self.image_tokenizer, self.decoder, self.prior = autoencoder, decoder, prior
         self.encoder, self.read, self.clip = encoder, CaptionReader(encoder), clip
+        self.upsampler = upsampler
         self.info = info or ModelInfo()
         self.generation = generation or GenerationConfig(guidance=2.0)
         self.options = UnclipOptions(embedding="none" if prior is None else "prior")
@@ -161,12 +171,15 @@ class Unclip(RankingPipeline):
                 "trained with"
             )
         size = 8 * decoder.config.side
-        has_prior = (folder / PRIOR_FILE).is_file()
+        has_prior, has_upsampler = (
+            (folder / name).is_file() for name in (PRIOR_FILE, UPSAMPLER_FILE)
+        )
         return cls(
             Autoencoder.load(folder, on, size),
             decoder,
             encoder,
             DiffusionPrior.load(folder, on) if has_prior else None,
+            Upsampler.load(folder, on) if has_upsampler else None,
             clip=reranker,
             generation=GenerationConfig.load(folder),
             info=ModelInfo.load(folder),
@@ -180,8 +193,9 @@ class Unclip(RankingPipeline):
         self.encoder.save_pretrained(folder / CLIP_NAME, dtype)
         self.generation.save(folder)
         self.info.save(folder)
-        if self.prior is not None:
-            self.prior.save(folder, dtype)
+        for part in (self.prior, self.upsampler):
+            if part is not None:
+                part.save(folder, dtype)
 
     def sample(
         self,
@@ -215,7 +229,8 @@ class Unclip(RankingPipeline):
         changes = {k: sampling.pop(k) for k in names & sampling.keys()}
         how = replace(self.options, **{k: x for k, x in changes.items() if x is not None})
         options = self.generation.updated(num_candidates=num_candidates, rerank=rerank, **sampling)
-        self._refuse_codes(options, known_codes, how)
+        self._refuse_codes(options, known_codes)
+        self._refuse_missing(how, changes)
         check_counts(prompts, batch_size, share)
         reranker, most = self.reranker(options.rerank), batch_size or MAX_BATCH
         prompts = [clean_prompt(prompt) for prompt in prompts]
@@ -272,10 +287,9 @@ class Unclip(RankingPipeline):
             )
         return latents.unflatten(0, (prompts, count))
 
-    def _refuse_codes(
-        self, options: GenerationConfig, known_codes: Tensor | None, how: UnclipOptions
-    ) -> None:
-        """Raise ValueError for options of models that sample codes, and for missing parts."""
+    @staticmethod
+    def _refuse_codes(options: GenerationConfig, known_codes: Tensor | None) -> None:
+        """Raise ValueError for options of models that sample codes."""
         plain = Sampling()
         for field in fields(Sampling):
             value, wanted = getattr(options, field.name), getattr(plain, field.name)
@@ -285,11 +299,41 @@ class Unclip(RankingPipeline):
                 )
         if known_codes is not None:
             raise ValueError(COMPLETES_NOTHING)
+
+    def _refuse_missing(self, how: UnclipOptions, asked: Mapping[str, Any]) -> None:
+        """Raise ValueError for options of parts that this model lacks."""
         if how.embedding == "prior" and self.prior is None:
             raise ValueError(
                 "embedding is 'prior', and this model has no prior; use none or caption, or join "
                 "one by dalle1 export --prior FOLDER"
             )
+        if asked.get("upsampler_steps") and self.upsampler is None:
+            raise ValueError(
+                f"upsampler_steps is {how.upsampler_steps}, expected 0: this model has no "
+                "upsampler; join one by dalle1 export --upsampler FOLDER"
+            )
+        if self.upsampler is not None and how.upsampler_steps > self.upsampler.config.times:
+            raise ValueError(
+                f"upsampler_steps is {how.upsampler_steps}, expected at most "
+                f"{self.upsampler.config.times}"
+            )
+
+    def finished(
+        self, candidates: list[Candidate], upsampler_steps: int | None = None
+    ) -> list[Candidate]:
+        """Upsample the candidates that are kept, one after another, as pixels need memory."""
+        steps = self.options.upsampler_steps if upsampler_steps is None else upsampler_steps
+        if self.upsampler is None or steps == 0:
+            return candidates
+        found = []
+        for candidate in candidates:
+            small = to_float(to_tensor(candidate.image)[None]).to(self.device)
+            with inference(self.device):
+                large = self.upsampler.upsample(
+                    small, [candidate.index], seed=candidate.seed, steps=steps
+                )
+            found.append(replace(candidate, image=to_pil(large)[0]))
+        return found
 
     def encode_known(self, image: Image.Image, **region: Any) -> Tensor:
         """Raise ValueError, as this model completes no images."""

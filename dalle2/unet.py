@@ -51,6 +51,8 @@ class UNetArch:
     """Dropout in the residual blocks. Paper: 0.1."""
     objective: Objective = "v"
     """Prediction: epsilon, x0 or v. Paper: epsilon, in pixels."""
+    learns_variance: bool = False
+    """Whether a second half of the output's channels is the variance of a step. Paper: yes."""
     schedule: ScheduleName = "cosine"
     """Noise schedule. Paper: cosine."""
     times: int = 1000
@@ -79,6 +81,8 @@ class UNetConfig(UNetArch):
     """Channels of the data."""
     side: int = 16
     """Side of the data in positions."""
+    pixels: bool = False
+    """Whether the data are pixels in [−1, 1], rather than latents."""
     concat_channels: int = 0
     """Channels of an image beside x_t: the low resolution of an upsampler."""
     embedding_width: int = 0
@@ -229,8 +233,9 @@ class UNet(nn.Module):
             if level:
                 self.up.append(Stage(ResBlock(channels, channels, e, c.dropout, resize=2.0)))
                 side *= 2
+        outputs = c.channels * (2 if c.learns_variance else 1)
         self.output = nn.Sequential(
-            norm(channels), nn.SiLU(), zero(nn.Conv2d(channels, c.channels, 3, padding=1))
+            norm(channels), nn.SiLU(), zero(nn.Conv2d(channels, outputs, 3, padding=1))
         )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -265,7 +270,7 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, context: Context | None = None, beside: Tensor | None = None
     ) -> Tensor:
-        """Predict [B, C, H, W] of x_t [B, C, H, W] at times t [B].
+        """Predict [B, C, H, W] of x_t [B, C, H, W] at times t [B], or [B, 2C, H, W] with variance.
 
         Args:
             beside: image that is concatenated to x_t, [B, concat_channels, H, W].
@@ -286,20 +291,16 @@ class UNet(nn.Module):
             x = stage(x, embedding, context)
         return self.output(x)
 
-    def save(
-        self, directory: str | Path, dtype: torch.dtype | None = None, name: str = FILE_NAME
-    ) -> Path:
-        """Write the parameters and config to a file in `directory`."""
-        return save_weights(self, Path(directory) / name, dtype)
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the parameters and config to `directory`/decoder.safetensors."""
+        return save_weights(self, Path(directory) / FILE_NAME, dtype)
 
     @classmethod
-    def load(
-        cls, directory: str | Path, device: str | torch.device = "cpu", name: str = FILE_NAME
-    ) -> UNet:
+    def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> UNet:
         """Load what `save` or a training wrote; ValueError where it is missing or damaged."""
-        return load_weights(cls, UNetConfig, model_folder(directory) / name, device)
+        return load_weights(cls, UNetConfig, model_folder(directory) / FILE_NAME, device)
 
     @classmethod
-    def config_of(cls, directory: str | Path, name: str = FILE_NAME) -> UNetConfig:
+    def config_of(cls, directory: str | Path) -> UNetConfig:
         """Read the config of the model that `load` returns."""
-        return load_config(cls, UNetConfig, model_folder(directory) / name)
+        return load_config(cls, UNetConfig, model_folder(directory) / FILE_NAME)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train DALL·E 2 on Toybox: autoencoder, embeddings, prior and decoder.
+# Train DALL·E 2 on Toybox: autoencoder, embeddings, prior, decoder and upsampler.
 #
 #     recipes/unclip.sh
 #     OUT=runs/mine DATA=my-shards recipes/unclip.sh
@@ -19,6 +19,7 @@ eval "autoencoder_flags=(${AUTOENCODER_FLAGS:-})"
 eval "embed_flags=(${EMBED_FLAGS:-})"
 eval "prior_flags=(${PRIOR_FLAGS:-})"
 eval "decoder_flags=(${DECODER_FLAGS:-})"
+eval "upsampler_flags=(${UPSAMPLER_FLAGS:-})"
 
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
@@ -45,4 +46,7 @@ stage prior train prior small --data "$OUT/embedded" --clip "$CLIP" --out "$OUT/
 stage decoder train decoder small --data "$OUT/embedded" --clip "$CLIP" \
     --autoencoder "$OUT/autoencoder" --out "$OUT/decoder" \
     ${decoder_flags[@]+"${decoder_flags[@]}"}
-stage model export --model "$OUT/decoder" --prior "$OUT/prior" --out "$OUT/model"
+stage upsampler train upsampler small --data "$DATA" --out "$OUT/upsampler" \
+    ${upsampler_flags[@]+"${upsampler_flags[@]}"}
+stage model export --model "$OUT/decoder" --prior "$OUT/prior" --upsampler "$OUT/upsampler" \
+    --out "$OUT/model"

@@ -19,13 +19,16 @@ def add_diffusion_flags(add: Callable[..., Any]) -> None:
     add("--embedding", choices=("prior", "caption", "none"), help="DALL·E 2: what the decoder "
         "receives besides the caption: the prior's CLIP embedding (default), the caption's own, or "
         "none")  # fmt: skip
+    add("--upsampler-steps", type=int, metavar="N", help="DALL·E 2: number of steps of the "
+        "upsampler, for the images that are saved; 0 skips it (default: 8)")  # fmt: skip
 
 
 def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of this kind of model; ValueError for flags of the other kind."""
     from dalle1 import DallE
 
-    asked = {name: getattr(options, name) for name in ("steps", "embedding")}
+    names = ("steps", "embedding", "upsampler_steps")
+    asked = {name: getattr(options, name) for name in names}
     asked = {name: value for name, value in asked.items() if value is not None}
     if not isinstance(model, DallE):
         if options.preview:
@@ -34,7 +37,8 @@ def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dic
             raise ValueError("--negative-prompt is for DALL·E v1, and the model is a DALL·E 2")
         return asked
     if asked:
-        raise ValueError(f"--{next(iter(asked))} is for DALL·E 2, and {options.model} is another")
+        flag = next(iter(asked)).replace("_", "-")
+        raise ValueError(f"--{flag} is for DALL·E 2, and {options.model} is another")
     return {"weighted": not options.plain, "negative_prompt": options.negative_prompt}
 
 

@@ -315,7 +315,7 @@ def sample(
                 settings = settings_of(options, model)
                 is_named = options.out is not None and count == 1
                 folder = root if is_named else root / slug(prompt)
-                best = best[: options.num_images]
+                best = model.finished(best[: options.num_images], options.upsampler_steps)
                 folder = write(folder, prompt, best, settings, is_named=is_named, taken=taken)
                 line = f"{prompt!r}: {folder / GRID}"
                 if options.json:

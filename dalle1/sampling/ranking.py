@@ -41,6 +41,16 @@ class RankingPipeline(ABC):
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Decode what was sampled, [C, …], to images."""
 
+    def finished(
+        self, candidates: list[Candidate], upsampler_steps: int | None = None
+    ) -> list[Candidate]:
+        """Return the candidates that are kept as they are shown: by default, unchanged.
+
+        Args:
+            upsampler_steps: steps of a DALL·E 2's upsampler, 0 for none; None is its own number.
+        """
+        return candidates
+
     def likelihood(self) -> Reranker:
         """Return the reranker by likelihood; ValueError for a model that computes none."""
         raise ValueError("rerank is 'likelihood', expected clip or none: this model computes none")
@@ -135,4 +145,4 @@ class RankingPipeline(ABC):
             num_images, num_candidates, self.generation.num_candidates
         )
         best = self.candidates(prompt, num_candidates=num_candidates, **options)[:num_images]
-        return [c.image for c in best]
+        return [c.image for c in self.finished(best, options.get("upsampler_steps"))]

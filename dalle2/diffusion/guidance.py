@@ -18,11 +18,20 @@ Denoise = Callable[[Tensor, int], Denoised]
 """(x_t [B, …], t) → what it holds of data and of noise. Samplers know nothing else of a network."""
 
 
-def classifier_free(conditional: Predict, unconditional: Predict | None, scale: float) -> Predict:
+def classifier_free(
+    conditional: Predict,
+    unconditional: Predict | None,
+    scale: float,
+    channels: int | None = None,
+) -> Predict:
     """Return a guided prediction, ∅ + scale·(c − ∅) (Ho & Salimans 2022).
 
     Scale 1 is no guidance: the condition's own prediction, bit for bit, in half of the time.
     Both predictions read the same x_t; only the condition is dropped.
+
+    Args:
+        channels: number of channels that are guided; those after them, a learned variance, stay the
+            condition's own, as in GLIDE. None guides all.
     """
     if scale == 1:
         return conditional
@@ -30,8 +39,9 @@ def classifier_free(conditional: Predict, unconditional: Predict | None, scale: 
         raise ValueError(f"guidance is {scale:g}, expected 1: the model has no null condition")
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        null = unconditional(x_t, t)
-        return null + scale * (conditional(x_t, t) - null)
+        null, found = unconditional(x_t, t)[:, :channels], conditional(x_t, t)
+        guided = null + scale * (found[:, :channels] - null)
+        return guided if channels is None else torch.cat([guided, found[:, channels:]], 1)
 
     return predict
 

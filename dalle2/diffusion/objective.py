@@ -13,6 +13,7 @@ the network's error by it: clip x₀ there, or predict v, whose conversion never
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +82,46 @@ def sample_times(batch: int, schedule: Schedule, rng: torch.Generator) -> Tensor
 def mean_squared_error(prediction: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean squared error of each sample: [B, …] → [B]."""
     return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How wrong a network's predictions are, each [B]."""
+
+    total: Tensor
+    """What is minimized: `mse`, plus the bound where the variance is learned."""
+    mse: Tensor
+    """Mean squared error of the prediction."""
+    bound: Tensor | None = None
+    """Bound of a learned variance, in bits per value; None without one."""
+
+
+def prediction_errors(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    objective: Objective,
+    schedule: Schedule,
+    x0: Tensor,
+    t: Tensor,
+    rng: torch.Generator,
+    learns_variance: bool = False,
+) -> Errors:
+    """Noise data x₀ [B, …] to times t [B], and return the errors of what `predict` makes of it.
+
+    Args:
+        predict: (x_t, t) → the prediction, with twice the channels if it learns the variance.
+    """
+    noise = torch.randn(x0.shape, generator=rng, device=x0.device)
+    x_t = schedule.add_noise(x0, noise, t)
+    prediction, wanted = predict(x_t, t), target(objective, x0, noise, schedule, t)
+    if not learns_variance:
+        mse = mean_squared_error(prediction, wanted)
+        return Errors(mse, mse)
+    prediction, variance = prediction.chunk(2, dim=1)
+    mse = mean_squared_error(prediction, wanted)
+    guess = predicted_x0(objective, prediction, x_t, schedule, t)
+    bound = variance_bound(schedule, x0, x_t, t, guess, (variance + 1) / 2)
+    # A time t stands for all T steps of the bound; improved DDPM weights their sum by 1/1000.
+    return Errors(mse + bound * (schedule.times / 1000), mse, bound)
 
 
 def step_log_variance(

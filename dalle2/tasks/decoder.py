@@ -29,16 +29,20 @@ from dalle1.training.loop import fit
 from dalle1.training.task import Task
 from dalle2.autoencoder import Autoencoder
 from dalle2.decoder import decoder_denoiser, sample_latents
-from dalle2.diffusion.objective import mean_squared_error, sample_times, target
+from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
 from dalle2.diffusion.schedule import Schedule
 from dalle2.embedded import Encoders
 from dalle2.pipeline import Unclip
-from dalle2.tasks.embedded import EmbeddedPairs, EmbeddedTrainConfig, kept
+from dalle2.tasks.diffusion import (
+    DiffusionLoss,
+    binned,
+    diffusion_loss,
+    kept,
+    validation_times,
+)
+from dalle2.tasks.embedded import EmbeddedPairs, EmbeddedTrainConfig
 from dalle2.unet import UNet, UNetArch, UNetConfig
 from dvae.model import DOWNSAMPLING
-
-BINS = 10
-"""Equal ranges of times in which the validation loss is logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +99,6 @@ _base = replace(
 DECODER_PRESETS: dict[str, DecoderTrainConfig] = {"small": _small, "base": _base}
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiffusionLoss:
-    """The mean squared error of a prediction."""
-
-    total: Tensor
-
-
 class DecoderTask(Task[UNet]):
     """Trains a decoder in the latents of an autoencoder."""
 
@@ -137,7 +134,7 @@ class DecoderTask(Task[UNet]):
         config, count = self.config, len(batch["numbers"])
         t = sample_times(count, self.schedule, rng)
         keeps = kept(count, config.embedding_dropout, rng), kept(count, config.caption_dropout, rng)
-        return [DiffusionLoss(total=self.errors(self.model, batch, t, rng, *keeps).mean())]
+        return [diffusion_loss(self.errors(self.model, batch, t, rng, *keeps))]
 
     def errors(
         self,
@@ -147,39 +144,38 @@ class DecoderTask(Task[UNet]):
         rng: torch.Generator,
         keep_embedding: Tensor,
         keep_caption: Tensor,
-    ) -> Tensor:
-        """Return the error of each sample's prediction at times t [B]: [B]."""
+    ) -> Errors:
+        """Return the errors of each sample's prediction at times t [B]."""
         flat, embedding, caption = self.pairs.split(batch)
         latents = flat.unflatten(1, self.autoencoder.latent_shape)
         if self.config.embedding == "text":
             embedding = caption.embedding
-        noise = torch.randn(latents.shape, generator=rng, device=latents.device)
         context = model.condition(embedding, caption, keep_embedding, keep_caption)
-        prediction = model(self.schedule.add_noise(latents, noise, t), t, context)
-        wanted = target(self.config.model.objective, latents, noise, self.schedule, t)
-        return mean_squared_error(prediction, wanted)
+        arch = self.config.model
+        return prediction_errors(
+            lambda x, t: model(x, t, context),
+            arch.objective,
+            self.schedule,
+            latents,
+            t,
+            rng,
+            arch.learns_variance,
+        )
 
     @torch.no_grad()
     def validate(self, model: UNet) -> Iterator[tuple[str, float]]:
-        """Yield the loss on the validation pairs, in all and in ten ranges of times.
-
-        Every pair has the same time and noise at each validation: else they differ too much.
-        """
+        """Yield the loss on the validation pairs, in all and in ten ranges of times."""
         count = len(self.held["numbers"])
-        t = (torch.arange(count, device=self.device) + 0.5) * self.schedule.times / count
+        t = validation_times(count, self.schedule, self.device)
         rng, keep = torch.Generator(self.device).manual_seed(0), torch.ones(count, dtype=torch.bool)
         keep, parts = keep.to(self.device), []
         for start in range(0, count, 64):
             part = slice(start, start + 64)
             batch = {name: tensor[part] for name, tensor in self.held.items()}
             with autocast(self.device, self.config.precision):
-                errors = self.errors(model, batch, t[part].long(), rng, keep[part], keep[part])
-            parts.append(errors)
-        found = torch.cat(parts)
-        yield "loss", float(found.mean())
-        for number, errors in enumerate(found.tensor_split(BINS)):
-            if len(errors):  # fewer pairs than ranges
-                yield f"loss_{number}", float(errors.mean())
+                errors = self.errors(model, batch, t[part], rng, keep[part], keep[part])
+            parts.append(errors.total)
+        yield from binned(torch.cat(parts))
 
     def sample(self, model: UNet, path: Path) -> None:
         """Write eight images; below them, samples by embedding and caption, and by caption."""

@@ -97,8 +97,3 @@ class EmbeddedPairs:
         numbers, length = batch["numbers"], int(batch["attention_mask"].sum(1).max())
         inputs = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
         return numbers[:, :-width], numbers[:, -width:], self.read.read(inputs)
-
-
-def kept(count: int, dropped: float, rng: torch.Generator) -> Tensor:
-    """Return which of `count` conditions are kept, bool [B]; each is dropped at that rate."""
-    return torch.rand(count, generator=rng, device=rng.device) >= dropped

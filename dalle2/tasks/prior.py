@@ -24,12 +24,18 @@ from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
 from dalle1.training.task import Task
 from dalle2.conditioning import Caption, clip_digest
-from dalle2.diffusion.objective import mean_squared_error, sample_times
+from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
 from dalle2.embedded import clip_folder
 from dalle2.prior import DiffusionPrior, PriorArch, PriorConfig
 from dalle2.prior_metrics import prior_metrics
-from dalle2.tasks.decoder import BINS, DiffusionLoss
-from dalle2.tasks.embedded import EmbeddedPairs, EmbeddedTrainConfig, kept
+from dalle2.tasks.diffusion import (
+    DiffusionLoss,
+    binned,
+    diffusion_loss,
+    kept,
+    validation_times,
+)
+from dalle2.tasks.embedded import EmbeddedPairs, EmbeddedTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +115,7 @@ class PriorTask(Task[DiffusionPrior]):
         _, embedding, caption = self.pairs.split(batch)
         t = sample_times(len(embedding), self.model.schedule, rng)
         caption = caption.where(kept(len(embedding), self.config.caption_dropout, rng))
-        errors = self.errors(self.model, embedding, caption, t, rng)
-        return [DiffusionLoss(total=errors.mean())]
+        return [diffusion_loss(self.errors(self.model, embedding, caption, t, rng))]
 
     def errors(
         self,
@@ -119,26 +124,22 @@ class PriorTask(Task[DiffusionPrior]):
         caption: Caption,
         t: Tensor,
         rng: torch.Generator,
-    ) -> Tensor:
-        """Return the error of each sample's predicted z_i, in scaled units: [B]."""
+    ) -> Errors:
+        """Return the errors of each sample's predicted z_i, in scaled units."""
         x0 = embedding * model.scale
-        noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-        return mean_squared_error(model(model.schedule.add_noise(x0, noise, t), t, caption), x0)
+        predict = lambda x, t: model(x, t, caption)  # noqa: E731
+        return prediction_errors(predict, "x0", model.schedule, x0, t, rng)
 
     @torch.no_grad()
     def validate(self, model: DiffusionPrior) -> Iterator[tuple[str, float]]:
         """Yield the loss in all and in ten ranges of times, and the metrics of sampled z_i."""
         _, embedding, caption = self.pairs.split(self.held)
-        count = len(embedding)
-        t = (torch.arange(count, device=self.device) + 0.5) * model.schedule.times / count
+        t = validation_times(len(embedding), model.schedule, self.device)
         rng = torch.Generator(self.device).manual_seed(0)
         with autocast(self.device, self.config.precision):
-            errors = self.errors(model, embedding, caption, t.long(), rng)
+            errors = self.errors(model, embedding, caption, t, rng).total
             sampled = model.sample(caption, [0], steps=self.config.sampling_steps)[:, 0]
-        yield "loss", float(errors.mean())
-        for number, part in enumerate(errors.tensor_split(BINS)):
-            if len(part):  # fewer pairs than ranges
-                yield f"loss_{number}", float(part.mean())
+        yield from binned(errors)
         yield from prior_metrics(sampled, F.normalize(embedding, dim=1), caption.embedding)
 
     def save(self, model: DiffusionPrior, folder: Path) -> None:

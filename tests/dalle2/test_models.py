@@ -15,6 +15,7 @@ from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.objective import mean_squared_error
 from dalle2.prior import DiffusionPrior, PriorConfig
 from dalle2.unet import UNet, UNetConfig
+from dalle2.upsampler import Upsampler, UpsamplerConfig, blurred, reduced
 from dvae import DVAE, DVAEConfig
 
 D, W = 6, 10
@@ -214,3 +215,49 @@ def test_an_autoencoder_takes_over_the_groups_of_a_dvae() -> None:
         assert model.state_dict()[name].equal(dvae.state_dict()[name])
     assert model.encoder.output.weight.shape[0] == 8
     assert model.decode(model.encode(torch.rand(1, 3, 16, 16))).shape == (1, 3, 16, 16)
+
+
+def tiny_upsampler(**sizes: Any) -> Upsampler:
+    sizes = {"width": 8, "multipliers": (1, 2), "blocks": 1, "image_size": 16, **sizes}
+    return randomized(Upsampler(UpsamplerConfig(**sizes)))
+
+
+@torch.no_grad()
+def test_an_upsampler_reads_the_small_image_at_any_size() -> None:
+    model, small = tiny_upsampler(), torch.rand(3, 3, 8, 6)
+    upsampled = model.upsample(small, [0, 1, 2], seed=4, steps=3)
+    assert upsampled.shape == (3, 3, 16, 12)
+    assert 0 <= upsampled.min() < upsampled.max() <= 1
+    alone = model.upsample(small[2:], [2], seed=4, steps=3)
+    torch.testing.assert_close(alone[0], upsampled[2])
+    x, t = torch.randn(1, 3, 16, 12), torch.tensor([500])
+    assert not model(x, t, small[:1]).equal(model(x, t, small[1:2]))
+    deep = tiny_upsampler(multipliers=(1, 1, 1))
+    with pytest.raises(ValueError, match="upsampled images are 18 × 14, expected multiples of 4"):
+        deep.upsample(torch.rand(1, 3, 9, 7), [0])
+
+
+def test_small_images_are_means_of_pixels_and_the_blur_keeps_the_mean() -> None:
+    images = torch.arange(16.0).view(1, 1, 4, 4).expand(1, 3, 4, 4)
+    assert reduced(images, 2)[0, 0].equal(torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
+    dot = torch.zeros(1, 3, 5, 5)
+    dot[:, :, 2, 2] = 1
+    spread = blurred(dot)
+    torch.testing.assert_close(spread.sum((2, 3)), torch.ones(1, 3))
+    edge = torch.tensor(-1 / (2 * 0.6**2)).exp()
+    assert float(spread[0, 0, 2, 2]) == pytest.approx(float(1 / (1 + 2 * edge)) ** 2)
+    torch.testing.assert_close(spread, spread.transpose(2, 3))
+    torch.testing.assert_close(blurred(torch.ones(1, 3, 4, 4)), torch.ones(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"attention": (8,), "head_width": 8}, r"attention is \(8,\), expected none"),
+        ({"factor": 1}, "factor is 1, expected a divisor of image_size, 16, from 2 up"),
+        ({"factor": 3}, "factor is 3, expected a divisor of image_size"),
+    ],
+)
+def test_upsamplers_that_cannot_be_built_are_refused(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_upsampler(**sizes)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_model import CAPTIONS, write_images
 
@@ -21,7 +22,7 @@ from dalle2.autoencoder import Autoencoder
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
 from dalle2.prior_metrics import prior_metrics
-from dalle2.tasks import autoencoder, decoder, prior
+from dalle2.tasks import autoencoder, decoder, prior, upsampler
 
 COMMON = [
     *("--batch-size", "4", "--num-workers", "0", "--device", "cpu", "--precision", "fp32"),
@@ -38,6 +39,10 @@ DECODER = [
 PRIOR = [
     *("small", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"),
     *("--sampling-steps", "2", "--validation-pairs", "4", *COMMON),
+]
+UPSAMPLER = [
+    *("small", "--model.image-size", "32", "--model.width", "8", "--model.multipliers", "1", "2"),
+    *("--model.blocks", "1", "--crop-size", "8", "--validation-images", "4", *COMMON),
 ]
 
 
@@ -72,11 +77,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def train(module: object, folders: Folders, out: Path, steps: int) -> dict[str, torch.Tensor]:
-    flags = ["--data", str(folders.embedded), "--clip", str(folders.clip), "--out", str(out)]
+    flags = ["--data", str(folders.embedded), "--clip", str(folders.clip)]
     if module is decoder:
         flags += ["--autoencoder", str(folders.autoencoder)]
-    preset = DECODER if module is decoder else PRIOR
-    module.main([*preset, *flags, "--steps", str(steps)])  # type: ignore[attr-defined]
+    if module is upsampler:
+        flags = ["--data", str(folders.images)]
+    preset = {decoder: DECODER, prior: PRIOR, upsampler: UPSAMPLER}[module]  # type: ignore[index]
+    words = [*preset, *flags, "--out", str(out), "--steps", str(steps)]
+    module.main(words)  # type: ignore[attr-defined]
     return load_file(out / "latest" / TENSORS_NAME)
 
 
@@ -98,7 +106,7 @@ def test_embeddings_are_those_of_the_models(folders: Folders) -> None:
     )
 
 
-@pytest.mark.parametrize("module", [decoder, prior], ids=["decoder", "prior"])
+@pytest.mark.parametrize("module", [decoder, prior, upsampler], ids=lambda module: module.__name__)
 def test_a_training_resumes_to_the_last_digit(
     module: object, folders: Folders, tmp_path: Path
 ) -> None:
@@ -147,14 +155,18 @@ def test_prior_metrics_by_hand() -> None:
 def test_a_trained_decoder_and_prior_are_joined_and_sampled_by_command(
     folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module, name in ((decoder, "decoder"), (prior, "prior")):
+    parts = {"decoder": decoder, "prior": prior, "upsampler": upsampler}
+    for name, module in parts.items():
         train(module, folders, tmp_path / name, 1)
-    joined = ["--prior", str(tmp_path / "prior"), "--out", str(tmp_path / "model")]
-    export.main(["--model", str(tmp_path / "decoder"), *joined])
+    joined = [f for name in ("prior", "upsampler") for f in (f"--{name}", str(tmp_path / name))]
+    export.main(["--model", str(tmp_path / "decoder"), *joined, "--out", str(tmp_path / "model")])
     flags = ["--num-candidates", "2", "--steps", "2", "--device", "cpu", "--model"]
     out = ["--out", str(tmp_path / "red")]
     command.main(["a red cube", *flags, str(tmp_path / "model"), *out])
-    assert len(list((tmp_path / "red").glob("0?.png"))) == 2
+    assert [Image.open(tmp_path / f"red/0{i}.png").size for i in range(2)] == [(32, 32)] * 2
+    no = ["--upsampler-steps", "0", "--num-images", "1"]
+    command.main(["a red cube", *flags, str(tmp_path / "model"), *out, *no])
+    assert Image.open(tmp_path / "red/00.png").size == (16, 16)
     model = load_pipeline(tmp_path / "model", device="cpu")
     assert isinstance(model, Unclip)
     assert model.prior is not None
@@ -169,13 +181,18 @@ def test_a_trained_decoder_and_prior_are_joined_and_sampled_by_command(
         (["--steps", "0"], "steps is 0, expected at least 1"),
         (["--temperature", "0.5"], "temperature is 0.5, expected 1.0: a diffusion model"),
         (["--rerank", "likelihood"], "rerank is 'likelihood', expected clip or none"),
+        (["--upsampler-steps", "-1"], "upsampler-steps is -1, expected at least 0"),
+        (["--upsampler-steps", "1001"], "upsampler-steps is 1001, expected at most 1000"),
         (["--preview"], "--preview shows rows of codes, and a DALL·E 2 has none"),
     ):
         with pytest.raises(SystemExit):
             command.main(["a red cube", *out, *flags, str(tmp_path / "model"), *wrong])
         assert message in capsys.readouterr().err
+    alone_decoder = load_pipeline(tmp_path / "decoder", device="cpu")
     with pytest.raises(ValueError, match="this model has no prior"):
-        load_pipeline(tmp_path / "decoder", device="cpu").sample(["a"], embedding="prior")
+        alone_decoder.sample(["a"], embedding="prior")
+    with pytest.raises(ValueError, match="upsampler_steps is 4, expected 0: this model has no"):
+        alone_decoder.sample(["a"], upsampler_steps=4)
     save_clip(tmp_path / "model" / "clip", 1)
     with pytest.raises(ValueError, match="was trained with the autoencoder and CLIP"):
         load_pipeline(tmp_path / "model", device="cpu")
