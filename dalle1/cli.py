@@ -49,6 +49,7 @@ SUBCOMMANDS = {
         "dalle1.commands.evaluate",
         "Evaluate samples, a CLIP, a dVAE or bits: toybox, samples, clip, dvae, bits, baselines",
     ),
+    "web": ("dalle1.commands.web", "Open a page to sample, complete, inpaint and look inside"),
     "compress": ("dalle1.commands.compress", "Compress images or captions with a model"),
     "decompress": ("dalle1.commands.decompress", "Restore what compress wrote, bit for bit"),
     "rank": ("dalle1.clip.reranking", "Sort image files by how well they fit a prompt"),

@@ -59,6 +59,7 @@ LAYERS = [
     ["dalle2.tasks.diffusion", "dalle2.tasks.embedded"],
     ["dalle2.tasks.*"],
     ["dalle1.activation_memory", "dalle1.export", "dalle1.planner"],
+    ["dalle1.web.*"],
     ["dalle1.commands.*"],
     ["dalle1.cli"],
     ["dalle1.completion"],

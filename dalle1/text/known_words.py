@@ -75,11 +75,23 @@ class Words:
         examples = f"; it was trained on captions about: {', '.join(self.endings)} …"
         return f"this model does not know {', '.join(names)}{examples if self.endings else ''}"
 
-    def _suggestion(self, word: str) -> str:
+    def suggested_prompts(self, prompt: str) -> list[str]:
+        """Return prompts in which unknown words are replaced by similar ones, the closest first."""
+        found = [prompt]
+        for word in dict.fromkeys(words_of(prompt)):
+            if word not in self.counts and (similar := self._similar(word)):
+                whole = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+                found = [whole.sub(other, text) for text in found for other in similar]
+        return [text for text in found[:_MAX_REPORTED] if text != prompt]
+
+    def _similar(self, word: str) -> list[str]:
         if len(word) < _LONG:
-            return ""
+            return []
         known = [w for w in self.counts if len(w) >= _LONG and w[0] == word[0]]
-        similar = difflib.get_close_matches(word, known, n=3, cutoff=0.72)
+        return difflib.get_close_matches(word, known, n=3, cutoff=0.72)
+
+    def _suggestion(self, word: str) -> str:
+        similar = self._similar(word)
         return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 
     def save(self, path: Path) -> None:
