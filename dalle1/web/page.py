@@ -50,14 +50,14 @@ def in_words(handler: Handler) -> Handler:
         try:
             yield from handler(*args)
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
 
     @functools.wraps(handler)
     def once(*args: Any) -> Any:
         try:
             return handler(*args)
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+            raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
 
     return stream_of if inspect.isgeneratorfunction(handler) else once
 
@@ -108,7 +108,10 @@ class Page:
                     label="Preview", interactive=False, visible=False, elem_id="preview"
                 )
                 results = gr.Gallery(
-                    label="Images, best first: number and score", format="png", columns=4, elem_id="results"
+                    label="Images, best first: number and score",
+                    format="png",
+                    columns=4,
+                    elem_id="results",
                 )
                 notes = gr.Markdown(elem_id="notes")
                 suggestions = gr.Radio(
