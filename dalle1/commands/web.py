@@ -6,8 +6,11 @@ dalle1 web
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from dalle1.console import one_line_errors, parse
@@ -18,9 +21,9 @@ class WebConfig:
     """Options of `dalle1 web`."""
 
     model: tuple[str, ...] = ()
-    """More models to choose from: folders, or names on Hugging Face."""
-    clip: str | None = None
-    """CLIP of the tab that reranks: a folder or a Hugging Face name; by default the bundled one."""
+    """Models to choose from besides the bundled one: folders, or names on Hugging Face."""
+    clip: str = "bundled"
+    """CLIP of the tab that reranks: a folder, a Hugging Face name, or bundled."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 also serves other machines; there is no password."""
     port: int | None = None
@@ -36,20 +39,19 @@ class WebConfig:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with one_line_errors():
+    with one_line_errors(), tempfile.TemporaryDirectory(prefix="dalle1-web-") as folder:
         config = parse(WebConfig, args, __doc__.splitlines()[0])
-        # The page works without the internet: read when gradio is imported.
+        if find_spec("gradio") is None:
+            raise ValueError("gradio is not installed, and the page needs it; run: pip install "
+                "'dalle1[web]'")  # fmt: skip
+        # Read when Gradio is imported. The page works without the internet, and leaves no files.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        try:
-            from dalle1.web.page import launch_page
-        except ImportError as error:
-            if (error.name or "").partition(".")[0] != "gradio":
-                raise
-            raise ValueError("gradio is not installed; run: pip install 'dalle1[web]'") from error
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        from dalle1.web.page import build_page, launch_page
         from dalle1.web.sampling import Models, bundled_models
 
         models = Models(config.device, config.precision)
-        names = [*bundled_models(), *config.model]
-        for name in config.model:
+        names = [*config.model, *bundled_models()]
+        for name in config.model or names[:1]:
             models(name)  # what cannot be loaded is reported now
-        launch_page(models, names, config.clip, config.host, config.port)
+        launch_page(build_page(models, names, config.clip, Path(folder)), config.host, config.port)

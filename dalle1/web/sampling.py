@@ -10,21 +10,27 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.images import grid
+from dalle1.clip import Clip
+from dalle1.data.images import grid, read_image_file
+from dalle1.devices import pick_device
 from dalle1.pipeline import BUNDLED, DallE
 from dalle1.sampling.reranking import Candidate
+from dalle2.loading import load_pipeline
+
+if TYPE_CHECKING:
+    from dalle2.pipeline import Unclip
 
 MAX_LOADED = 2
 """Models kept in memory; the one that was used last stays."""
 MAX_PREVIEWED = 16
 """Candidates in a preview."""
 PREVIEW_SHARE = 0.15
-"""Most of the time that previews may take."""
+"""Largest share of the time that previews may take."""
 
 
 class Models:
@@ -32,14 +38,18 @@ class Models:
 
     def __init__(self, device: str, precision: str) -> None:
         self.device, self.precision = device, precision
-        self.loaded: OrderedDict[str, DallE] = OrderedDict()
+        self.loaded: OrderedDict[str, DallE | Unclip] = OrderedDict()
+        self.loaded_clip: tuple[str, Clip] | None = None
         self.lock = threading.Lock()
 
-    def __call__(self, name: str) -> DallE:
+    def __call__(self, name: str | None) -> DallE | Unclip:
         """Return the model of that name or folder; see `DallE.from_pretrained`."""
+        name = (name or "").strip()
+        if not name:
+            raise ValueError("no model is chosen; choose one, or type a folder")
         with self.lock:
             if name not in self.loaded:
-                self.loaded[name] = DallE.from_pretrained(
+                self.loaded[name] = load_pipeline(
                     name, device=self.device, precision=self.precision
                 )
             self.loaded.move_to_end(name)
@@ -47,11 +57,50 @@ class Models:
                 self.loaded.popitem(last=False)
             return self.loaded[name]
 
+    def clip(self, name: str) -> Clip:
+        """Return the CLIP of that name or folder; see `Clip.from_pretrained`."""
+        with self.lock:
+            if self.loaded_clip is None or self.loaded_clip[0] != name:
+                clip = Clip.from_pretrained(name.strip(), pick_device(self.device))
+                self.loaded_clip = name, clip
+            return self.loaded_clip[1]
+
+    def with_codes(self, name: str | None) -> DallE:
+        """Return a model that has codes; ValueError for a DALL·E 2."""
+        model = self(name)
+        if not isinstance(model, DallE):
+            raise ValueError(f"model is {name}, a DALL·E 2 without codes; choose a DALL·E 1")
+        return model
+
 
 def bundled_models() -> list[str]:
     """Return the names of the models that ship with the project, the default first."""
     names = sorted(folder.name for folder in BUNDLED.parent.iterdir() if folder.is_dir())
     return ["bundled", *(name for name in names if name != BUNDLED.name)]
+
+
+class Jobs:
+    """The job of each session; it can be cancelled, also while it waits for its turn."""
+
+    def __init__(self) -> None:
+        self.cancelled: dict[str, threading.Event] = {}
+
+    def begin(self, session: str) -> None:
+        """Note that a session asks for a job; a second click changes nothing."""
+        self.cancelled.setdefault(session, threading.Event())
+
+    def cancel(self, session: str) -> None:
+        """Cancel the session's job; do nothing where it has none."""
+        if session in self.cancelled:
+            self.cancelled[session].set()
+
+    def end(self, session: str) -> None:
+        """Forget the session's job."""
+        self.cancelled.pop(session, None)
+
+    def flag(self, session: str) -> threading.Event:
+        """Return the event that is set when the session's job is cancelled."""
+        return self.cancelled.setdefault(session, threading.Event())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +121,26 @@ class Finished:
 
 
 class _Cancelled(Exception):
-    """Raised in the sampling thread when nobody reads its events any more."""
+    """Raised in the sampling thread at the row where its job is cancelled."""
 
 
-def stream(model: DallE, prompt: str, **options: Any) -> Iterator[Progress | Finished]:
+def stream(
+    model: DallE | Unclip,
+    prompt: str,
+    cancelled: threading.Event | None = None,
+    **options: Any,
+) -> Iterator[Progress | Finished]:
     """Sample in a thread; yield its progress, then the candidates.
 
-    Closing the iterator ends sampling at the next row. Options are those of `DallE.sample`.
-    Raises: what sampling raises.
+    Sampling ends at the next row, without candidates, once `cancelled` is set or the iterator is
+    closed. Options are those of `DallE.sample`. Raises: what sampling raises.
     """
     events: queue.Queue[Progress | Finished | BaseException] = queue.Queue()
-    cancelled = threading.Event()
+    stop = cancelled or threading.Event()
     preview = _Previews(model)
 
     def on_row(codes: Tensor, rows: int) -> None:
-        if cancelled.is_set():
+        if stop.is_set():
             raise _Cancelled
         shown = preview(codes, rows)
         events.put(Progress(done=rows, total=model.image_tokenizer.grid_size, preview=shown))
@@ -98,8 +152,6 @@ def stream(model: DallE, prompt: str, **options: Any) -> Iterator[Progress | Fin
                 candidates = model.candidates(prompt, on_row=on_row, **options)
             notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
             events.put(Finished(candidates=candidates, notes=list(dict.fromkeys(notes))))
-        except _Cancelled:
-            pass
         except BaseException as error:
             events.put(error)
 
@@ -108,25 +160,28 @@ def stream(model: DallE, prompt: str, **options: Any) -> Iterator[Progress | Fin
     try:
         while True:
             event = events.get()
+            if isinstance(event, _Cancelled):
+                return
             if isinstance(event, BaseException):
                 raise event
             yield event
             if isinstance(event, Finished):
                 return
     finally:
-        cancelled.set()
+        stop.set()
         thread.join()
 
 
 class _Previews:
     """Decodes the rows so far, as often as it costs little time beside sampling."""
 
-    def __init__(self, model: DallE) -> None:
+    def __init__(self, model: DallE | Unclip) -> None:
         self.model, self.start, self.spent = model, time.monotonic(), 0.0
 
     def __call__(self, codes: Tensor, rows: int) -> Image.Image | None:
         begin = time.monotonic()
-        if self.spent > PREVIEW_SHARE * (begin - self.start):
+        is_late = self.spent > PREVIEW_SHARE * (begin - self.start)
+        if is_late or not isinstance(self.model, DallE):  # a DALL·E 2 finishes all rows at once
             return None
         width = self.model.image_tokenizer.grid_size
         known = codes[:MAX_PREVIEWED].clamp_min(0).unflatten(1, (width, width))
@@ -140,8 +195,6 @@ class _Previews:
 
 def read_upload(path: str | Path) -> Image.Image:
     """Read an uploaded image; ValueError in words for a page, without the temporary path."""
-    from dalle1.data.images import read_image_file
-
     try:
         return read_image_file(Path(path))
     except (ValueError, OSError) as error:

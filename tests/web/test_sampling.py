@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_model import tiny_model
 
-from dalle1.web.drawings import attended, attended_image, bits_per_code, codes_image, heat_map
+from dalle1.web.plots import attended, attended_image, bits_per_code, codes_image, heat_map
 from dalle1.web.sampling import Finished, Progress, bundled_models, stream
 
 PROMPT = "a red cube"

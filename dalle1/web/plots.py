@@ -15,10 +15,12 @@ from dalle1.pipeline import DallE
 
 SIDE = 640
 """Side of a plotted image in pixels."""
+STRIP = 20
+"""Height of the strip above it that shows the text tokens, with a gap."""
 
 
 def codes_image(codes: Tensor, codebook_size: int) -> Image.Image:
-    """Plot codes [W, W] as a grid: one hue per code, with its number where there is room."""
+    """Plot codes [W, W] as a grid: one hue per code, with its number where that is legible."""
     width = len(codes)
     cell = SIDE // width
     image = Image.new("RGB", (cell * width, cell * width))
@@ -94,12 +96,19 @@ def attended_image(
     box = (column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1)
     pen.rectangle(box, outline="red", width=max(2, cell // 6))
     strip = Image.fromarray((text[None] * 160 + 60).to(torch.uint8).numpy()).resize(
-        (side, 16), Image.Resampling.NEAREST
+        (side, STRIP - 4), Image.Resampling.NEAREST
     )
-    page = Image.new("RGB", (side, side + 20), "white")
+    page = Image.new("RGB", (side, side + STRIP), "white")
     page.paste(strip, (0, 0))
-    page.paste(plotted, (0, 20))
+    page.paste(plotted, (0, STRIP))
     return page
+
+
+def position_at(x: int, y: int, width: int) -> tuple[int, int]:
+    """Return the row and column at a pixel of what `attended_image` plotted for a grid."""
+    cell = SIDE // width
+    row, column = ((pixel - offset) // cell for pixel, offset in ((y, STRIP), (x, 0)))
+    return min(max(row, 0), width - 1), min(max(column, 0), width - 1)
 
 
 def layer_names(kinds: Sequence[str]) -> list[str]:

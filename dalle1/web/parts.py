@@ -1,0 +1,94 @@
+"""What the tabs of the page share: errors in one line, uploads, and results to send on."""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from dalle1.data.cleaning import visible
+
+MAX_PROMPT = 1000
+"""Characters of a prompt that the page accepts; a model reads far fewer."""
+QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+"""Options of events that compute with a model: they wait for each other."""
+AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
+"""Options of events that only change the page."""
+Handler = Callable[..., Any]
+
+
+def one_line(handler: Handler) -> Handler:
+    """Show a handler's errors on the page as one line; those of the program are also logged.
+
+    A handler that fails changes nothing else on the page. To raise `gr.Error` would cover the
+    components that it changes, and keep handlers that are chained to it from running.
+    """
+
+    def show(error: Exception) -> None:
+        text = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, OSError)):
+            traceback.print_exception(error)
+            text = f"{type(error).__name__}: {text}; the terminal of dalle1 web shows more"
+        gr.Warning(html.escape(text, quote=False), duration=None, title="Error")
+
+    @functools.wraps(handler)
+    def stream_of(*args: Any) -> Iterator[Any]:
+        try:
+            yield from handler(*args)
+        except Exception as error:
+            show(error)
+
+    @functools.wraps(handler)
+    def once(*args: Any) -> Any:
+        try:
+            return handler(*args)
+        except Exception as error:
+            show(error)
+            return gr.skip()
+
+    return stream_of if inspect.isgeneratorfunction(handler) else once
+
+
+def checked_prompt(prompt: str | None) -> str:
+    """Return a prompt without white space around it; ValueError for an empty or a long one."""
+    if len(prompt or "") > MAX_PROMPT:
+        raise ValueError(
+            f"the prompt has {len(prompt or '')} characters, expected at most {MAX_PROMPT}; "
+            "shorten it"
+        )
+    if not (texts := visible([prompt or ""])):
+        raise ValueError("the prompt is empty; expected a text such as: an avocado armchair")
+    return texts[0]
+
+
+def upload(label: str, elem_id: str) -> gr.Image:
+    """Add a box for an image. Handlers get the path of the file; `read_upload` reads it."""
+    image = gr.Image(
+        label=label, type="filepath", sources=["upload", "clipboard"], elem_id=elem_id, height=260
+    )
+    # Gradio would open the file first, and fail in its own words where it is no image.
+    image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+    return image
+
+
+def painted(editor: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
+    """Return the image of an editor, and a mask: white where something is painted."""
+    background = editor["background"].convert("RGB")
+    mask = Image.new("L", background.size)
+    for layer in editor["layers"]:
+        alpha = layer.convert("RGBA").getchannel("A")
+        mask.paste(255, mask=alpha.point(lambda a: 255 if a else 0))
+    if mask.getextrema()[1] == 0:
+        raise ValueError("nothing is painted; paint over what is to be sampled again")
+    return background, mask
+
+
+def is_open(editor: dict[str, Any] | None) -> bool:
+    """Whether an editor holds an image."""
+    return bool(editor) and editor.get("background") is not None
