@@ -34,6 +34,10 @@ SUBCOMMANDS = {
         "Train DALL·E 2's autoencoder: images to latents and back",
     ),
     "train prior": ("dalle2.tasks.prior", "Train DALL·E 2's prior: embeddings from captions"),
+    "train ar-prior": (
+        "dalle2.tasks.ar_prior",
+        "Train DALL·E 2's other prior: embeddings from captions, code by code",
+    ),
     "train decoder": ("dalle2.tasks.decoder", "Train DALL·E 2's decoder: latents from embeddings"),
     "train upsampler": ("dalle2.tasks.upsampler", "Train DALL·E 2's upsampler: larger images"),
     "train classifier": (

@@ -14,9 +14,9 @@ from dalle1.console import one_line_errors, parse
 from dalle1.devices import PRECISIONS
 from dalle1.hub import check_repo_name
 from dalle1.locking import folder_lock
+from dalle2.ar_prior import load_prior
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
-from dalle2.prior import DiffusionPrior
 from dalle2.upsampler import Upsampler
 
 
@@ -59,7 +59,7 @@ def with_parts(model: Unclip, config: ExportConfig) -> Unclip:
         raise ValueError("--clip is for DALL·E 1; a decoder of DALL·E 2 keeps its own CLIP")
     if config.dtype == "bf16":
         raise ValueError("dtype is bf16, expected fp16 or fp32 for DALL·E 2")
-    prior = DiffusionPrior.load(config.prior) if config.prior else model.prior
+    prior = load_prior(config.prior) if config.prior else model.prior
     upsampler = Upsampler.load(config.upsampler) if config.upsampler else model.upsampler
     parts = model.image_tokenizer, model.decoder, model.encoder, prior, upsampler
     return Unclip(*parts, clip=model.clip, generation=model.generation, info=model.info)

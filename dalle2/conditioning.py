@@ -9,7 +9,7 @@ captions: its last states are the tokens, and its embedding is z_t.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,18 +29,18 @@ class Caption:
     """[B, T], bool: True at tokens, False at padding."""
     embedding: Tensor
     """[B, D]: z_t, unit vectors."""
+    ids: Tensor | None = None
+    """[B, T]: the CLIP's own tokens, for networks that do not read its states."""
 
     def repeat(self, count: int) -> Caption:
         """Return each caption `count` times in a row."""
-        return Caption(
-            *(x.repeat_interleave(count, 0) for x in (self.states, self.mask, self.embedding))
-        )
+        parts = {k: x.repeat_interleave(count, 0) for k, x in vars(self).items() if x is not None}
+        return Caption(**parts)
 
     def where(self, keep: Tensor) -> Caption:
         """Return the captions with those that are not kept [B] dropped: no token, z_t = 0."""
-        return Caption(
-            self.states, self.mask & keep[:, None], self.embedding * keep[:, None].to(self.states)
-        )
+        mask, embedding = self.mask & keep[:, None], self.embedding * keep[:, None].to(self.states)
+        return replace(self, mask=mask, embedding=embedding)
 
 
 class CaptionReader:
@@ -60,7 +60,7 @@ class CaptionReader:
         states, embedding = self.clip.read(**inputs)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         # Tensors of inference mode cannot take part in a backward pass.
-        return Caption(states.clone(), mask, embedding.clone())
+        return Caption(states.clone(), mask, embedding.clone(), inputs["input_ids"])
 
     @property
     def width(self) -> int:

@@ -29,13 +29,13 @@ from dalle1.sampling.generation import GenerationConfig, Rerank
 from dalle1.sampling.ranking import RankingPipeline
 from dalle1.sampling.reranking import Candidate
 from dalle1.storage import CLIP_NAME
+from dalle2.ar_prior import Prior, load_prior
 from dalle2.autoencoder import Autoencoder
 from dalle2.conditioning import Caption, CaptionReader
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.samplers import SamplerName
 from dalle2.embedded import Encoders
 from dalle2.prior import FILE_NAME as PRIOR_FILE
-from dalle2.prior import DiffusionPrior
 from dalle2.unet import UNet
 from dalle2.upsampler import FILE_NAME as UPSAMPLER_FILE
 from dalle2.upsampler import Upsampler
@@ -59,7 +59,7 @@ class UnclipOptions:
     embedding: Literal["prior", "caption", "none"] = "prior"
     """Embedding that the decoder is told: the prior's, the caption's own z_t, or none, as GLIDE."""
     prior_steps: int = 64
-    """Steps of the prior. Paper: 64."""
+    """Steps of a diffusion prior. Paper: 64."""
     prior_samples: int = 2
     """Embeddings that the prior samples for each candidate; the one nearest to z_t is kept."""
     prior_guidance: float = 1.0
@@ -86,7 +86,7 @@ class Unclip(RankingPipeline):
         autoencoder: Autoencoder,
         decoder: UNet,
         encoder: Clip,
-        prior: DiffusionPrior | None = None,
+        prior: Prior | None = None,
         upsampler: Upsampler | None = None,
         *,
         clip: Clip | None = None,
@@ -113,15 +113,11 @@ class Unclip(RankingPipeline):
                 "trained with"
             )
         widths = self.read.embedding_width, self.read.width
-        for name, part in (("decoder", decoder), ("prior", prior)):
-            if part is None:
-                continue
-            found = part.config.embedding_width, part.config.text_width
-            if found != widths:
-                raise ValueError(
-                    f"the CLIP has embeddings and states of {widths} numbers, the {name} expects "
-                    f"{found}; use the CLIP that it was trained with"
-                )
+        if (found := (config.embedding_width, config.text_width)) != widths:
+            raise ValueError(
+                f"the CLIP has embeddings and states of {widths} numbers, the decoder expects "
+                f"{found}; use the CLIP that it was trained with"
+            )
         trained_with = decoder.config.encoders.split("-")[-1]
         if prior is not None and prior.config.clip != trained_with:
             raise ValueError(
@@ -178,7 +174,7 @@ class Unclip(RankingPipeline):
             Autoencoder.load(folder, on, size),
             decoder,
             encoder,
-            DiffusionPrior.load(folder, on) if has_prior else None,
+            load_prior(folder, on) if has_prior else None,
             Upsampler.load(folder, on) if has_upsampler else None,
             clip=reranker,
             generation=GenerationConfig.load(folder),

@@ -83,6 +83,22 @@ class PriorConfig(PriorArch):
         )
 
 
+def best_of(samples: int, sample_one: Callable[[int], Tensor], captions: Tensor) -> Tensor:
+    """Sample several z_i for each candidate, and keep the one with the highest z_i·z_t.
+
+    Args:
+        sample_one: number of the sample → unit vectors [P, C, D].
+        captions: z_t [P, D].
+
+    Returns: [P, C, D].
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}, expected at least 1")
+    z = torch.stack([sample_one(number) for number in range(samples)])
+    best = torch.einsum("npcd,pd->npc", z, captions).argmax(0)
+    return z.gather(0, best[None, ..., None].expand(1, -1, -1, z.shape[-1]))[0]
+
+
 class DiffusionPrior(nn.Module):
     """Predicts scaled image embeddings from noised ones and captions."""
 
@@ -146,30 +162,26 @@ class DiffusionPrior(nn.Module):
         """Sample z_i for each caption [P] and candidate [C]: unit vectors [P, C, D].
 
         Args:
-            samples: number of z_i sampled for each; the one with the highest z_i·z_t is kept.
-                Paper: 2.
+            samples: see `best_of`. Paper: 2.
             error: t → mean squared error of the prediction, for Analytic-DPM; None: DDPM's steps.
         """
-        if samples < 1:
-            raise ValueError(f"samples is {samples}, expected at least 1")
         prompts, chosen = len(caption.mask), list(candidates)
-        each = caption.repeat(len(chosen))
-        denoise, tries = self.denoiser(each, guidance), []
-        for number in range(samples):
-            shape, device = (self.config.embedding_width,), each.mask.device
+        denoise = self.denoiser(caption.repeat(len(chosen)), guidance)
+        shape, device = (self.config.embedding_width,), caption.mask.device
+
+        def sample_one(number: int) -> Tensor:
             noise = CandidateNoise(seed, chosen, shape, f"prior/{number}", device)
             x = sample(
                 self.schedule,
                 denoise,
-                lambda noise=noise: noise().repeat(prompts, 1),  # type: ignore[misc]
+                lambda: noise().repeat(prompts, 1),
                 steps=steps,
                 sampler="ancestral",
                 error=error,
             )
-            tries.append(F.normalize(x, dim=-1))
-        z = torch.stack(tries, 1)  # [P·C, samples, D]
-        best = (z @ each.embedding[..., None])[..., 0].argmax(1)
-        return z[torch.arange(len(z)), best].unflatten(0, (prompts, len(chosen)))
+            return F.normalize(x, dim=-1).unflatten(0, (prompts, len(chosen)))
+
+        return best_of(samples, sample_one, caption.embedding)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the parameters and config to `directory`/prior.safetensors."""

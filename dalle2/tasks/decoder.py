@@ -23,10 +23,8 @@ from dalle1.console import one_line_errors, parse_preset
 from dalle1.data.images import grid, save_png, to_pil
 from dalle1.devices import autocast
 from dalle1.training import distributed
-from dalle1.training.config import resolve_precision
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
-from dalle1.training.task import Task
 from dalle2.autoencoder import Autoencoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
@@ -40,7 +38,7 @@ from dalle2.tasks.diffusion import (
     kept,
     validation_times,
 )
-from dalle2.tasks.embedded import EmbeddedPairs, EmbeddedTrainConfig
+from dalle2.tasks.embedded import EmbeddedTask, EmbeddedTrainConfig
 from dalle2.unet import UNet, UNetArch, UNetConfig
 from dvae.model import DOWNSAMPLING
 
@@ -99,34 +97,33 @@ _base = replace(
 DECODER_PRESETS: dict[str, DecoderTrainConfig] = {"small": _small, "base": _base}
 
 
-class DecoderTask(Task[UNet]):
+class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
     """Trains a decoder in the latents of an autoencoder."""
 
-    def __init__(self, config: DecoderTrainConfig) -> None:
-        self.device = distributed.init(config.device)
-        self.config = config = resolve_precision(config, self.device)
-        encoders = Encoders.of(config.autoencoder, config.clip)
-        self.pairs = EmbeddedPairs(config, encoders, self.device)
-        self.loader, self.held = self.pairs.loader, self.pairs.held
-        file = Autoencoder.file_in(config.autoencoder)
-        self.contents = self.pairs.contents(config, autoencoder=file)
+    def encoders(self) -> Encoders:
+        return Encoders.of(self.config.autoencoder, self.config.clip)
+
+    def files(self) -> Mapping[str, Path]:
+        return {"autoencoder": Autoencoder.file_in(self.config.autoencoder)}
+
+    def initial(self) -> UNet:
+        config, read = self.config, self.pairs.read
         channels = Autoencoder.config_of(config.autoencoder).latent_channels
-        latents = self.held["numbers"].shape[1] - self.pairs.read.embedding_width
+        latents = self.held["numbers"].shape[1] - read.embedding_width
         side = math.isqrt(latents // channels)
         size = DOWNSAMPLING * side  # that of the images that were embedded
         self.autoencoder = Autoencoder.load(config.autoencoder, self.device, size)
-        torch.manual_seed(config.seed)
-        self.model = UNet(
+        self.schedule = Schedule(config.model.schedule, config.model.times)
+        return UNet(
             UNetConfig(
                 **asdict(config.model),
                 channels=channels,
                 side=side,
-                embedding_width=self.pairs.read.embedding_width,
-                text_width=self.pairs.read.width,
-                encoders=str(encoders),
+                embedding_width=read.embedding_width,
+                text_width=read.width,
+                encoders=str(self.encoders()),
             )
-        ).to(self.device)
-        self.schedule = Schedule(config.model.schedule, config.model.times)
+        )
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator

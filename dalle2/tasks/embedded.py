@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from dalle1.clip import Clip
-from dalle1.data import Loader, first_examples
+from dalle1.data import Loader, Source, first_examples
 from dalle1.data.spec import split_names
 from dalle1.training import distributed
-from dalle1.training.config import TrainConfig
+from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.loop import train_loader
 from dalle1.training.resume_key import contents_of
+from dalle1.training.task import Model, Task
 from dalle2.conditioning import Caption, CaptionReader, clip_digest
 from dalle2.embedded import EmbeddedSource, Encoders, clip_folder, open_embedded
 
@@ -63,18 +64,30 @@ class EmbeddedPairs:
     def __init__(
         self, config: EmbeddedTrainConfig, encoders: Encoders | None, device: torch.device
     ) -> None:
-        """Open the data; ValueError where `encoders` are not those that it was embedded with."""
+        """Open the data; ValueError where other models than those of `config` embedded it.
+
+        Args:
+            encoders: autoencoder and CLIP; None compares the CLIP alone.
+        """
         self.clip = Clip.from_pretrained(config.clip, device)
         self.read = CaptionReader(self.clip)
         source, held = (open_embedded(config.data, s, encoders) for s in ("train", "validation"))
-        prepare = Paired(self.clip.tokenizer, self.clip.text_len)
-        self.loader: Loader = train_loader(source, prepare, config)
-        self.source = source
-        first = partial(first_examples, held, prepare, config.validation_pairs)
-        found = distributed.broadcast_from_main(first)
-        self.held = {name: tensor.to(device) for name, tensor in found.items()}
+        if encoders is None:
+            self._refuse_other_clip(config)
+        self.prepare = Paired(self.clip.tokenizer, self.clip.text_len)
+        self.loader: Loader = train_loader(source, self.prepare, config)
+        self.source, self.device = source, device
+        self.held = self.first(held, config.validation_pairs)
 
-    def refuse_other_clip(self, config: EmbeddedTrainConfig) -> None:
+    def first(self, source: Source, count: int) -> dict[str, Tensor]:
+        """Return the first pairs of a source as one batch."""
+        found = distributed.broadcast_from_main(
+            partial(first_examples, source, self.prepare, count)
+        )
+        return {name: tensor.to(self.device) for name, tensor in found.items()}
+
+    @staticmethod
+    def _refuse_other_clip(config: EmbeddedTrainConfig) -> None:
         """Raise ValueError where the data was embedded with another CLIP than --clip."""
         for name in split_names(config.data)[0]:
             found = EmbeddedSource(Path(name)).dvae.split("-")[-1]
@@ -97,3 +110,31 @@ class EmbeddedPairs:
         numbers, length = batch["numbers"], int(batch["attention_mask"].sum(1).max())
         inputs = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
         return numbers[:, :-width], numbers[:, -width:], self.read.read(inputs)
+
+
+Config = TypeVar("Config", bound=EmbeddedTrainConfig)
+
+
+class EmbeddedTask(Task[Model], Generic[Model, Config]):
+    """Trains a prior or a decoder on embedded data."""
+
+    def __init__(self, config: Config) -> None:
+        self.device = distributed.init(config.device)
+        self.config = config = resolve_precision(config, self.device)
+        self.pairs = EmbeddedPairs(config, self.encoders(), self.device)
+        self.loader, self.held = self.pairs.loader, self.pairs.held
+        self.contents = self.pairs.contents(config, **self.files())
+        torch.manual_seed(config.seed)
+        self.model = self.initial().to(self.device)
+
+    def encoders(self) -> Encoders | None:
+        """Return the models that must have embedded the data; None compares the CLIP alone."""
+        return None
+
+    def files(self) -> Mapping[str, Path]:
+        """Return the files of other models of the config, by setting, for resuming."""
+        return {}
+
+    def initial(self) -> Model:
+        """Return a new model."""
+        raise NotImplementedError

@@ -19,10 +19,8 @@ from torch import Tensor
 from dalle1.console import one_line_errors, parse_preset
 from dalle1.devices import autocast
 from dalle1.training import distributed
-from dalle1.training.config import resolve_precision
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
-from dalle1.training.task import Task
 from dalle2.conditioning import Caption, clip_digest
 from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
 from dalle2.embedded import clip_folder
@@ -35,7 +33,7 @@ from dalle2.tasks.diffusion import (
     kept,
     validation_times,
 )
-from dalle2.tasks.embedded import EmbeddedPairs, EmbeddedTrainConfig
+from dalle2.tasks.embedded import EmbeddedTask, EmbeddedTrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,25 +87,18 @@ _paper = replace(
 PRIOR_PRESETS: dict[str, PriorTrainConfig] = {"small": _small, "paper": _paper}
 
 
-class PriorTask(Task[DiffusionPrior]):
+class PriorTask(EmbeddedTask[DiffusionPrior, PriorTrainConfig]):
     """Trains a diffusion prior."""
 
-    def __init__(self, config: PriorTrainConfig) -> None:
-        self.device = distributed.init(config.device)
-        self.config = config = resolve_precision(config, self.device)
-        self.pairs = EmbeddedPairs(config, None, self.device)
-        self.pairs.refuse_other_clip(config)
-        self.loader, self.held = self.pairs.loader, self.pairs.held
-        self.contents = self.pairs.contents(config)
-        torch.manual_seed(config.seed)
-        self.model = DiffusionPrior(
+    def initial(self) -> DiffusionPrior:
+        return DiffusionPrior(
             PriorConfig(
-                **asdict(config.model),
+                **asdict(self.config.model),
                 embedding_width=self.pairs.read.embedding_width,
                 text_width=self.pairs.read.width,
-                clip=clip_digest(clip_folder(config.clip)),
+                clip=clip_digest(clip_folder(self.config.clip)),
             )
-        ).to(self.device)
+        )
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator

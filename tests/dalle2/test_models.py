@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dalle2.ar_prior import RANGE, ARPrior, ARPriorConfig
 from dalle2.autoencoder import Autoencoder, AutoencoderConfig
 from dalle2.conditioning import Caption
 from dalle2.decoder import decoder_denoiser, sample_latents
@@ -46,7 +47,8 @@ def captions(count: int, seed: int = 0) -> Caption:
     rng = torch.Generator().manual_seed(seed)
     mask = torch.arange(5)[None] < torch.tensor([5, 3, 4, 2])[:count, None]
     embedding = nn.functional.normalize(torch.randn(count, D, generator=rng), dim=1)
-    return Caption(torch.randn(count, 5, W, generator=rng), mask, embedding)
+    ids = torch.randint(20, (count, 5), generator=rng)
+    return Caption(torch.randn(count, 5, W, generator=rng), mask, embedding, ids)
 
 
 def unit(count: int, seed: int) -> Tensor:
@@ -165,6 +167,66 @@ def test_prior_samples_are_unit_vectors_and_the_better_of_two() -> None:
     torch.testing.assert_close(model.sample(text, [2], steps=3)[:, 0], two[:, 2])
     with pytest.raises(ValueError, match="samples is 0, expected at least 1"):
         model.sample(text, [0], samples=0)
+
+
+def tiny_ar_prior(**sizes: Any) -> ARPrior:
+    sizes = {"width": 16, "depth": 1, "heads": 2, "buckets": 64, "text_len": 6, **sizes}
+    config = ARPriorConfig(**{"grid_size": 2, "embedding_width": D, "text_vocab": 20, **sizes})
+    model = randomized(ARPrior(config))
+    model.axes.copy_(torch.eye(*model.axes.shape))  # until `fit` is called
+    return model
+
+
+def test_codes_are_projections_on_the_main_axes() -> None:
+    rng = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.1, 3.0, 0.2, 2.0, 0.3, 1.0])
+    z, text = torch.randn(4000, D, generator=rng) * spread + 5, captions(4).embedding
+    text = text.repeat(1000, 1)
+    model = tiny_ar_prior()
+    model.fit(z, text)
+    torch.testing.assert_close(model.axes.abs().argmax(1), torch.tensor([1, 3, 5]))
+    torch.testing.assert_close(model.std, torch.tensor([3.0, 2.0, 1.0]), atol=0.1, rtol=0)
+    codes = model.encode(z, text)
+    assert codes.shape == (4000, 4)
+    projected = (z - z.mean(0)) @ model.axes.T / model.std
+    inside, middle = projected.abs().amax(1) < RANGE, projected[:, 0]
+    edges = (codes[:, 1] / 64 * 2 - 1) * RANGE
+    assert ((middle - edges)[inside] > -1e-3).all()
+    assert ((middle - edges)[inside] < 2 * RANGE / 64 + 1e-3).all()
+    fine = tiny_ar_prior(buckets=4096)
+    fine.fit(z, text)
+    kept = fine.decode(fine.encode(z, text))
+    near = nn.functional.normalize(z.mean(0) + (z - z.mean(0)) @ fine.axes.T @ fine.axes, dim=1)
+    torch.testing.assert_close(kept[inside], near[inside], atol=5e-3, rtol=0)
+
+
+def test_dropped_captions_are_padding_and_candidates_are_their_own() -> None:
+    model, text = tiny_ar_prior(), captions(2)
+    tokens = model.tokens(text.where(torch.tensor([True, False])))
+    assert tokens[0, :5].equal(text.ids[0])  # type: ignore[index]
+    assert tokens[1].equal(torch.arange(20, 26))
+    batch = model.sample(text, [0, 1, 2], seed=3)
+    torch.testing.assert_close(model.sample(text, [2], seed=3)[:, 0], batch[:, 2])
+    assert not model.sample(text, [0, 1, 2], seed=3, guidance=4.0).allclose(batch)
+    assert model.sample(text, [0], samples=2).shape == (2, 1, D)
+
+
+def test_the_first_code_is_sampled_from_the_upper_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def generated(model: object, text: Tensor, uniforms: Tensor, how: object) -> Tensor:
+        seen.append(uniforms)
+        return torch.zeros(len(text), len(uniforms), 2, 2, dtype=torch.long)
+
+    monkeypatch.setattr("dalle2.ar_prior.generate", generated)
+    tiny_ar_prior().sample(captions(1), range(50))
+    assert (seen[0][:, 0] >= 0.5).all()
+    assert seen[0][:, 1].min() < 0.5
+
+
+def test_more_components_than_an_embedding_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="grid_size is 3, which makes 8 components, expected at"):
+        tiny_ar_prior(grid_size=3)
 
 
 def test_scaled_embeddings_have_the_variance_of_pixels() -> None:

@@ -18,11 +18,12 @@ from dalle1.commands import sample as command
 from dalle1.text.bpe import Tokenizer
 from dalle1.training.checkpoint import TENSORS_NAME
 from dalle2 import embedded
+from dalle2.ar_prior import ARPrior, load_prior
 from dalle2.autoencoder import Autoencoder
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
 from dalle2.prior_metrics import prior_metrics
-from dalle2.tasks import autoencoder, decoder, prior, upsampler
+from dalle2.tasks import ar_prior, autoencoder, decoder, prior, upsampler
 
 COMMON = [
     *("--batch-size", "4", "--num-workers", "0", "--device", "cpu", "--precision", "fp32"),
@@ -39,6 +40,11 @@ DECODER = [
 PRIOR = [
     *("small", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"),
     *("--sampling-steps", "2", "--validation-pairs", "4", *COMMON),
+]
+AR_PRIOR = [
+    *("small", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"),
+    *("--model.grid-size", "2", "--model.buckets", "16", "--model.text-len", "8"),
+    *("--validation-pairs", "4", *COMMON),
 ]
 UPSAMPLER = [
     *("small", "--model.image-size", "32", "--model.width", "8", "--model.multipliers", "1", "2"),
@@ -82,8 +88,8 @@ def train(module: object, folders: Folders, out: Path, steps: int) -> dict[str, 
         flags += ["--autoencoder", str(folders.autoencoder)]
     if module is upsampler:
         flags = ["--data", str(folders.images)]
-    preset = {decoder: DECODER, prior: PRIOR, upsampler: UPSAMPLER}[module]  # type: ignore[index]
-    words = [*preset, *flags, "--out", str(out), "--steps", str(steps)]
+    presets = {decoder: DECODER, prior: PRIOR, ar_prior: AR_PRIOR, upsampler: UPSAMPLER}
+    words = [*presets[module], *flags, "--out", str(out), "--steps", str(steps)]  # type: ignore[index]
     module.main(words)  # type: ignore[attr-defined]
     return load_file(out / "latest" / TENSORS_NAME)
 
@@ -106,7 +112,9 @@ def test_embeddings_are_those_of_the_models(folders: Folders) -> None:
     )
 
 
-@pytest.mark.parametrize("module", [decoder, prior, upsampler], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [decoder, prior, ar_prior, upsampler], ids=lambda module: module.__name__
+)
 def test_a_training_resumes_to_the_last_digit(
     module: object, folders: Folders, tmp_path: Path
 ) -> None:
@@ -116,7 +124,8 @@ def test_a_training_resumes_to_the_last_digit(
     assert whole.keys() == parts.keys()
     assert [name for name in whole if not parts[name].equal(whole[name])] == []
     lines = [json.loads(x) for x in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
-    assert {"validation/loss", "validation/loss_0"} < lines[-1].keys()
+    numbers = {"loss", "own_image" if module in (prior, ar_prior) else "loss_0"}
+    assert {f"validation/{name}" for name in numbers} < lines[-1].keys()
 
 
 def test_embeddings_of_another_clip_are_refused(
@@ -158,6 +167,7 @@ def test_a_trained_decoder_and_prior_are_joined_and_sampled_by_command(
     parts = {"decoder": decoder, "prior": prior, "upsampler": upsampler}
     for name, module in parts.items():
         train(module, folders, tmp_path / name, 1)
+    train(ar_prior, folders, tmp_path / "ar", 1)
     joined = [f for name in ("prior", "upsampler") for f in (f"--{name}", str(tmp_path / name))]
     export.main(["--model", str(tmp_path / "decoder"), *joined, "--out", str(tmp_path / "model")])
     flags = ["--num-candidates", "2", "--steps", "2", "--device", "cpu", "--model"]
@@ -175,6 +185,9 @@ def test_a_trained_decoder_and_prior_are_joined_and_sampled_by_command(
     images = {c.index: c.image for c in model.candidates("a red cube", num_candidates=3, **few)}
     alone = next(model.sample(["a red cube"], num_candidates=3, share=(2, 3), **few))
     assert alone[0].image.tobytes() == images[2].tobytes()
+    model.prior = load_prior(tmp_path / "ar")
+    assert isinstance(model.prior, ARPrior)
+    assert model.candidates("a red cube", num_candidates=1, prior_guidance=2.0, **few)
     for embedding in ("caption", "none"):
         assert model.candidates("a red cube", num_candidates=1, embedding=embedding, **few)
     for wrong, message in (
