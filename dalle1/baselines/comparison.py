@@ -147,7 +147,8 @@ class Comparison:
 
             how = options.lstm_steps, options.batch_size, options.learning_rate
             train_lstm(lstm, self.known, *how, on_step)
-        yield from _named("LSTM", _parameter_count(lstm), bits_scores(lstm, self.held))
+        scores = bits_scores(lstm, self.held, self.model.empty_caption())
+        yield from _named("LSTM", _parameter_count(lstm), scores)
         if options.samples:
             text = self.model.encode_prompt(options.prompt).repeat(options.samples, 1)
             self.sampled.append(lstm.sample(text, seed=0))
@@ -155,7 +156,7 @@ class Comparison:
     def transformer(self) -> Scores:
         """Yield the scores of the transformer."""
         transformer, options = self.model.transformer, self.options
-        scores = bits_scores(transformer, self.held)
+        scores = bits_scores(transformer, self.held, self.model.empty_caption())
         yield from _named("transformer", _parameter_count(transformer), scores)
         if options.samples:
             found = self.model.candidates(

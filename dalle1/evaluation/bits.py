@@ -85,11 +85,15 @@ def evaluate_bits(options: BitsOptions) -> Scores:
     folder = tokenizer_folder(options.model, options.dvae)
     count, upscale = options.images, options.allow_upscale
     held = read_pairs(model, folder, options.data, count, allow_upscale=upscale)
-    yield from bits_scores(model.transformer, held, options.batch_size)
+    yield from bits_scores(model.transformer, held, model.empty_caption(), options.batch_size)
 
 
-def bits_scores(model: TokenModel, held: Pairs, batch_size: int = 8) -> Scores:
-    """Yield the bits of `held` under a model; "±" is the half-width of a 95 % interval."""
+def bits_scores(model: TokenModel, held: Pairs, empty: Tensor, batch_size: int = 8) -> Scores:
+    """Yield the bits of `held` under a model; "±" is the half-width of a 95 % interval.
+
+    Args:
+        empty: an empty caption, [1, L], with the tokens that the vocabulary sets around it.
+    """
     text_bits, code_bits = token_bits(model, held, batch_size)
     counted = is_counted(model.config, held.text)
     per_image = code_bits.sum(1)
@@ -102,8 +106,7 @@ def bits_scores(model: TokenModel, held: Pairs, batch_size: int = 8) -> Scores:
         error = float(per_image.std()) / math.sqrt(len(per_image))
         yield "bits per code ±", 1.96 * error / code_bits.shape[1]
     yield "bits per image", float(per_image.mean())
-    empty = null_caption_like(model.config, held.text)
-    _, without = token_bits(model, Pairs(empty, held.codes), batch_size)
+    _, without = token_bits(model, Pairs(empty.expand_as(held.text), held.codes), batch_size)
     yield "bits per image, no caption", float(without.sum(1).mean())
 
 
@@ -135,11 +138,6 @@ def is_counted(config: TransformerConfig, text: Tensor) -> Tensor:
     lengths = (text < config.text_vocab).sum(1, keepdim=True) + config.pad_targets
     positions = torch.arange(text.shape[1])
     return (positions >= (config.image_start == "none")) & (positions < lengths)
-
-
-def null_caption_like(config: TransformerConfig, text: Tensor) -> Tensor:
-    """Return an empty caption for each of text [B, L]."""
-    return (torch.arange(text.shape[1]) + config.text_vocab).expand_as(text)
 
 
 def tokenizer_folder(model: str, dvae: Path | None) -> Path:

@@ -12,9 +12,11 @@ from tiny_model import CAPTIONS, tiny_model, write_images
 
 from dalle1.commands.evaluate import main
 from dalle1.data import encoded
-from dalle1.evaluation.bits import Pairs, bits_scores, is_counted
+from dalle1.evaluation.bits import Pairs, bits_scores, is_counted, read_pairs, token_bits
 from dalle1.image_tokenizer import load_image_tokenizer
 from dalle1.pipeline import BUNDLED, DallE
+from dalle1.sampling.decoding import null_caption
+from dalle1.text.format import TextFormat
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,9 @@ def pairs_of(model: DallE, count: int) -> Pairs:
 
 def test_scores_are_those_of_the_pipeline_whatever_the_batch(model: DallE) -> None:
     held = pairs_of(model, 5)
-    scores = dict(bits_scores(model.transformer, held, 2))
-    assert scores == pytest.approx(dict(bits_scores(model.transformer, held, 5)), rel=1e-5)
+    empty = model.empty_caption()
+    scores = dict(bits_scores(model.transformer, held, empty, 2))
+    assert scores == pytest.approx(dict(bits_scores(model.transformer, held, empty, 5)), rel=1e-5)
     single = [model.bits(c, held.codes[i : i + 1]) for i, c in enumerate(CAPTIONS[:5])]
     code_bits = [float(bits) for _, bits in single]
     lengths = is_counted(model.transformer.config, held.text).sum(1).tolist()
@@ -48,7 +51,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabularies(
     pad_targets: bool,
 ) -> None:
     model = tiny_model(scale=0.0, pad_targets=pad_targets)
-    scores = dict(bits_scores(model.transformer, pairs_of(model, 3)))
+    scores = dict(bits_scores(model.transformer, pairs_of(model, 3), model.empty_caption()))
     assert scores["bits per code"] == pytest.approx(4)  # of 16 codes
     assert scores["bits per code ±"] == pytest.approx(0, abs=1e-6)
     assert scores["bits per text token"] == pytest.approx(math.log2(278))
@@ -94,7 +97,25 @@ def test_nan_weights_are_refused() -> None:
     with torch.no_grad():
         model.transformer.image_head.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="logits are nan, expected numbers"):
-        dict(bits_scores(model.transformer, pairs_of(model, 2)))
+        dict(bits_scores(model.transformer, pairs_of(model, 2), model.empty_caption()))
+
+
+def test_no_caption_has_the_tokens_around_a_caption(tmp_path: Path) -> None:
+    """As the pipeline samples without a caption; other models' vocabularies set such tokens."""
+    model = tiny_model()
+    model.tokenizer.format = TextFormat(bos=(1,), eos=(2,))
+    model.save_pretrained(tmp_path / "model")
+    write_images(tmp_path / "data")
+    words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    main(["bits", *words, "--device", "cpu", "--out", str(tmp_path / "out")])
+    scores = json.loads((tmp_path / "out" / "bits.json").read_text())["scores"]
+    model = DallE.from_pretrained(tmp_path / "model", clip="none", device="cpu")
+    held = read_pairs(model, tmp_path / "model", str(tmp_path / "data"), 256)
+    without = 16 * float(model.bits("", held.codes)[1].mean())
+    assert scores["bits per image, no caption"] == pytest.approx(without, rel=1e-5)
+    bare = Pairs(null_caption(model.transformer).repeat(len(held.text), 1), held.codes)
+    _, bits = token_bits(model.transformer, bare)
+    assert without != pytest.approx(float(bits.sum(1).mean()), rel=1e-3)
 
 
 def test_images_below_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
