@@ -17,7 +17,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dalle1.storage import load_config, load_weights, model_folder, save_weights
+from dalle1.storage import (
+    load_config,
+    load_weights,
+    model_folder,
+    read_kind,
+    save_weights,
+    weights_digest,
+)
 from dvae.losses import Distortion, distortion_of, squeeze_pixels
 from dvae.model import DOWNSAMPLING, DVAE, Decoder, DVAEConfig, Encoder, reconstruction
 
@@ -79,6 +86,7 @@ class AutoencoderLoss:
 class Autoencoder(nn.Module):
     """Images to latents and back."""
 
+    downsampling = DOWNSAMPLING
     latent_mean: Tensor
     latent_std: Tensor
 
@@ -120,7 +128,7 @@ class Autoencoder(nn.Module):
     @property
     def grid_size(self) -> int:
         """Positions along each side of the latents."""
-        return self.config.image_size // DOWNSAMPLING
+        return self.config.image_size // self.downsampling
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -227,3 +235,87 @@ class Autoencoder(nn.Module):
     def file_in(directory: str | Path) -> Path:
         """Return the model's file in a model folder or a training's folder."""
         return model_folder(directory) / FILE_NAME
+
+
+PIXELS = "pixels"
+"""Name instead of a folder, for a decoder that works on pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelsConfig:
+    """The size of images that are not encoded."""
+
+    image_size: int = 64
+    """Side of the images in pixels. Paper: 64."""
+    latent_channels: int = 3
+    """Red, green and blue."""
+
+
+class Pixels(nn.Module):
+    """The paper's way: no autoencoder. The latents are the pixels, in [−1, 1]."""
+
+    downsampling = 1
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: PixelsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("latent_mean", torch.full((3,), 0.5))
+        self.register_buffer("latent_std", torch.full((3,), 0.5))
+
+    @property
+    def image_size(self) -> int:
+        """Side of its images in pixels."""
+        return self.config.image_size
+
+    @property
+    def grid_size(self) -> int:
+        """Positions along each side: pixels."""
+        return self.config.image_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, (3, h, w)."""
+        return 3, self.grid_size, self.grid_size
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Scale images in [0, 1] to [−1, 1]."""
+        return (images - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scale pixels in [−1, 1] to [0, 1]."""
+        scaled = latents * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)
+        return scaled.clamp(0, 1)
+
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the config to `directory`/autoencoder.safetensors."""
+        return save_weights(self, Path(directory) / FILE_NAME, dtype, kind=PIXELS)
+
+
+def is_pixels(directory: str | Path) -> bool:
+    """Whether a folder holds no autoencoder but `Pixels`, or is the name of them."""
+    path = Autoencoder.file_in(directory)
+    return str(directory) == PIXELS or (path.is_file() and read_kind(path) == PIXELS)
+
+
+def load_autoencoder(
+    directory: str | Path, device: str | torch.device = "cpu", image_size: int | None = None
+) -> Autoencoder | Pixels:
+    """Load an autoencoder, or for "pixels" what passes pixels on.
+
+    Args:
+        image_size: side of its images; None is that of the training, and 64 for pixels.
+    """
+    if not is_pixels(directory):
+        return Autoencoder.load(directory, device, image_size)
+    if str(directory) == PIXELS:
+        return Pixels(PixelsConfig(image_size=image_size or PixelsConfig.image_size)).to(device)
+    return load_weights(Pixels, PixelsConfig, Autoencoder.file_in(directory), device)
+
+
+def autoencoder_digest(directory: str | Path) -> str:
+    """Return a hash of an autoencoder's weights, by which decoders know it."""
+    if is_pixels(directory):
+        return PIXELS
+    return weights_digest(Autoencoder.file_in(directory))

@@ -31,8 +31,7 @@ from dalle1.data.sources.mixture import Mixture
 from dalle1.data.spec import split_names
 from dalle1.devices import pick_device
 from dalle1.locking import folder_lock
-from dalle1.storage import weights_digest
-from dalle2.autoencoder import Autoencoder
+from dalle2.autoencoder import Autoencoder, Pixels, autoencoder_digest, load_autoencoder
 from dalle2.conditioning import clip_digest
 
 INDEX_NAME = "embedded.json"
@@ -43,7 +42,7 @@ class EmbedConfig(EncodeOptions):
     """Options of `dalle1 embed`."""
 
     autoencoder: Path
-    """Folder of the autoencoder whose latents are stored."""
+    """Folder of the autoencoder whose latents are stored; "pixels" stores the pixels."""
     clip: str = "bundled"
     """Folder of the CLIP whose image embeddings are stored, or "bundled"."""
 
@@ -51,7 +50,7 @@ class EmbedConfig(EncodeOptions):
 class Embedder:
     """Encodes images as one row of numbers: the latents, then the CLIP embedding."""
 
-    def __init__(self, autoencoder: Autoencoder, clip: Clip) -> None:
+    def __init__(self, autoencoder: Autoencoder | Pixels, clip: Clip) -> None:
         self.autoencoder, self.clip = autoencoder, clip
         self.image_size = autoencoder.config.image_size
 
@@ -81,7 +80,7 @@ class Encoders:
     @classmethod
     def of(cls, autoencoder: str | Path, clip: str | Path) -> Encoders:
         """Return the digests of the models in two folders."""
-        return cls(weights_digest(Autoencoder.file_in(autoencoder)), clip_digest(clip_folder(clip)))
+        return cls(autoencoder_digest(autoencoder), clip_digest(clip_folder(clip)))
 
     def __str__(self) -> str:
         return f"{self.autoencoder}-{self.clip}"
@@ -129,7 +128,7 @@ def open_embedded(data: str, split: str, encoders: Encoders | None) -> EmbeddedS
 def embed(config: EmbedConfig) -> None:
     """Encode all of `config.data`, shard by shard; keep shards that are already complete."""
     device = pick_device(config.device)
-    autoencoder = Autoencoder.load(config.autoencoder, device, config.image_size)
+    autoencoder = load_autoencoder(config.autoencoder, device, config.image_size)
     clip = Clip.from_pretrained(config.clip, device)
     embedder = Embedder(autoencoder, clip)
     width = clip.model.config.projection_dim

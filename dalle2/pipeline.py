@@ -30,7 +30,7 @@ from dalle1.sampling.ranking import RankingPipeline
 from dalle1.sampling.reranking import Candidate
 from dalle1.storage import CLIP_NAME
 from dalle2.ar_prior import Prior, load_prior
-from dalle2.autoencoder import Autoencoder
+from dalle2.autoencoder import Autoencoder, Pixels, load_autoencoder
 from dalle2.conditioning import Caption, CaptionReader
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.samplers import SamplerName
@@ -83,7 +83,7 @@ class Unclip(RankingPipeline):
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        autoencoder: Autoencoder | Pixels,
         decoder: UNet,
         encoder: Clip,
         prior: Prior | None = None,
@@ -166,12 +166,14 @@ class Unclip(RankingPipeline):
                 f"{decoder.config.encoders}, and {found} lie beside it; use those that it was "
                 "trained with"
             )
-        size = 8 * decoder.config.side
+        autoencoder = load_autoencoder(folder, on)
+        size = autoencoder.downsampling * decoder.config.side
+        autoencoder.config = replace(autoencoder.config, image_size=size)  # type: ignore[arg-type]
         has_prior, has_upsampler = (
             (folder / name).is_file() for name in (PRIOR_FILE, UPSAMPLER_FILE)
         )
         return cls(
-            Autoencoder.load(folder, on, size),
+            autoencoder,
             decoder,
             encoder,
             load_prior(folder, on) if has_prior else None,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def add_diffusion_flags(add: Callable[..., Any]) -> None:
     """Add the options of DALL·E 2's decoder."""
     add("--steps", type=int, help="DALL·E 2: number of steps of the decoder (default: 20)")
+    add("--sampler", choices=("dpm-solver", "ddim", "ancestral"), help="DALL·E 2: sampler of the "
+        "decoder (default: dpm-solver); ancestral needs about 250 steps")  # fmt: skip
     add("--embedding", choices=("prior", "caption", "none"), help="DALL·E 2: what the decoder "
         "receives besides the caption: the prior's CLIP embedding (default), the caption's own, or "
         "none")  # fmt: skip
@@ -27,7 +29,7 @@ def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dic
     """Return the options of this kind of model; ValueError for flags of the other kind."""
     from dalle1 import DallE
 
-    names = ("steps", "embedding", "upsampler_steps")
+    names = ("steps", "sampler", "embedding", "upsampler_steps")
     asked = {name: getattr(options, name) for name in names}
     asked = {name: value for name, value in asked.items() if value is not None}
     if not isinstance(model, DallE):

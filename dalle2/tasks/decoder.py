@@ -25,7 +25,7 @@ from dalle1.devices import autocast
 from dalle1.training import distributed
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
-from dalle2.autoencoder import Autoencoder
+from dalle2.autoencoder import PIXELS, Autoencoder, Pixels, load_autoencoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
 from dalle2.diffusion.schedule import Schedule
@@ -40,7 +40,6 @@ from dalle2.tasks.diffusion import (
 )
 from dalle2.tasks.embedded import EmbeddedTask, EmbeddedTrainConfig
 from dalle2.unet import UNet, UNetArch, UNetConfig
-from dvae.model import DOWNSAMPLING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
     """Settings of a decoder's training (§2.1, App. C)."""
 
     autoencoder: Path
-    """Folder of the autoencoder that the data was embedded with."""
+    """Folder of the autoencoder that the data was embedded with, or "pixels"."""
     model: UNetArch = field(default_factory=UNetArch)
     """Architecture of the U-Net."""
     embedding: Literal["image", "text"] = "image"
@@ -94,7 +93,24 @@ _base = replace(
     ema_decay=0.9999,
 )
 
-DECODER_PRESETS: dict[str, DecoderTrainConfig] = {"small": _small, "base": _base}
+# The paper's own, in pixels, table 3: `dalle1 embed --autoencoder pixels` prepares its data.
+_paper = replace(
+    _base,
+    autoencoder=Path(PIXELS),
+    model=UNetArch(
+        width=512,
+        multipliers=(1, 2, 3, 4),
+        blocks=3,
+        attention=(32, 16, 8),
+        head_width=64,
+        dropout=0.1,
+        objective="epsilon",
+        learns_variance=True,
+    ),
+    final_learning_rate=1.2e-4,
+)
+
+DECODER_PRESETS: dict[str, DecoderTrainConfig] = {"small": _small, "base": _base, "paper": _paper}
 
 
 class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
@@ -108,17 +124,19 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
 
     def initial(self) -> UNet:
         config, read = self.config, self.pairs.read
-        channels = Autoencoder.config_of(config.autoencoder).latent_channels
+        autoencoder = load_autoencoder(config.autoencoder, self.device)
+        channels = autoencoder.config.latent_channels
         latents = self.held["numbers"].shape[1] - read.embedding_width
         side = math.isqrt(latents // channels)
-        size = DOWNSAMPLING * side  # that of the images that were embedded
-        self.autoencoder = Autoencoder.load(config.autoencoder, self.device, size)
+        size = autoencoder.downsampling * side  # that of the images that were embedded
+        self.autoencoder = load_autoencoder(config.autoencoder, self.device, size)
         self.schedule = Schedule(config.model.schedule, config.model.times)
         return UNet(
             UNetConfig(
                 **asdict(config.model),
                 channels=channels,
                 side=side,
+                pixels=isinstance(autoencoder, Pixels),
                 embedding_width=read.embedding_width,
                 text_width=read.width,
                 encoders=str(self.encoders()),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dalle2.diffusion.guidance import Denoiser, classifier_free, dynamic_threshold
 from dalle2.diffusion.noise import CandidateNoise
-from dalle2.diffusion.objective import predicted_x0, sample_times, target
+from dalle2.diffusion.objective import predicted_x0, prediction_errors, sample_times, target
 from dalle2.diffusion.samplers import sample
 from dalle2.diffusion.schedule import Schedule
 
@@ -63,6 +63,8 @@ def test_guidance_moves_away_from_the_null_prediction() -> None:
     plain = classifier_free(constant("c", 3.0), constant("null", 1.0), 1.0)
     assert plain(x, t).eq(3).all()
     assert calls == ["c"]
+    both = classifier_free(constant("c", 3.0), constant("null", 1.0), 4.0, channels=1)
+    assert both(x, t).tolist() == [[9, 3]]  # the second channel is the condition's own
     with pytest.raises(ValueError, match="guidance is 2, expected 1: the model has no null"):
         classifier_free(constant("c", 3.0), None, 2.0)
 
@@ -98,3 +100,20 @@ def test_a_candidate_is_the_same_alone_and_in_a_batch() -> None:
     assert not torch.equal(sampled(2, seed=4)[0], batch[2])
     parts = [CandidateNoise(3, [2], (4,), part)() for part in ("prior", "decoder")]
     assert not torch.equal(*parts)
+
+
+def test_a_learned_variance_is_trained_by_its_bound_alone() -> None:
+    schedule, rng = Schedule(times=100), torch.Generator().manual_seed(0)
+    x0, t = torch.randn(4, 3, 2, 2, generator=rng), torch.tensor([0, 1, 50, 99])
+    mean, variance = torch.zeros(2, 4, 3, 2, 2).unbind()
+    mean.requires_grad_(), variance.requires_grad_()
+    found = prediction_errors(
+        lambda x, t: torch.cat([mean, variance], 1), "epsilon", schedule, x0, t, rng, True
+    )
+    assert found.bound is not None
+    torch.testing.assert_close(found.total, found.mse + found.bound / 10)  # T / 1000
+    found.bound.sum().backward(retain_graph=True)
+    assert [bool(x.grad.any()) for x in (mean, variance)] == [False, True]  # type: ignore[union-attr]
+    mean.grad = variance.grad = None
+    found.mse.sum().backward()
+    assert [bool(x.grad.any()) for x in (mean, variance)] == [True, False]  # type: ignore[union-attr]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from dalle1.text.bpe import Tokenizer
 from dalle1.training.checkpoint import TENSORS_NAME
 from dalle2 import embedded
 from dalle2.ar_prior import ARPrior, load_prior
-from dalle2.autoencoder import Autoencoder
+from dalle2.autoencoder import Autoencoder, Pixels
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
 from dalle2.prior_metrics import prior_metrics
@@ -126,6 +126,24 @@ def test_a_training_resumes_to_the_last_digit(
     lines = [json.loads(x) for x in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     numbers = {"loss", "own_image" if module in (prior, ar_prior) else "loss_0"}
     assert {f"validation/{name}" for name in numbers} < lines[-1].keys()
+
+
+def test_a_decoder_of_pixels_learns_its_variance(folders: Folders, tmp_path: Path) -> None:
+    pixels, clip = tmp_path / "embedded", ["--clip", str(folders.clip)]
+    data = ["--data", str(folders.images), "--num-workers", "0", "--image-size", "8"]
+    embedded.main(["--autoencoder", "pixels", *clip, *data, "--out", str(pixels)])
+    paper = ["--model.objective", "epsilon", "--model.learns-variance"]
+    flags = [*DECODER, *paper, "--autoencoder", "pixels", "--data", str(pixels), *clip]
+    decoder.main([*flags, "--out", str(tmp_path / "decoder"), "--steps", "1"])
+    line = json.loads((tmp_path / "decoder/log.jsonl").read_text().splitlines()[0])
+    assert line["total"] == pytest.approx(line["mse"] + line["bound"], rel=1e-4)
+    model = load_pipeline(tmp_path / "decoder", device="cpu")
+    assert isinstance(model.image_tokenizer, Pixels)
+    how: Any = {"num_candidates": 2, "steps": 3, "guidance": 3.0}
+    for sampler in ("ancestral", "dpm-solver"):
+        found = model.candidates("a red cube", sampler=sampler, **how)
+        assert [candidate.image.size for candidate in found] == [(8, 8)] * 2
+        assert found[0].codes.abs().max() <= 1  # x₀ is clipped
 
 
 def test_embeddings_of_another_clip_are_refused(
