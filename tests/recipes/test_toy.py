@@ -24,19 +24,21 @@ TRANSFORMER = (
 )
 FLAGS = {
     "SCENES": "4",
-    "FIRST_SIZE": "32",
+    "FIRST_SIZES": "16 32",
     "DVAE_FLAGS": DVAE,
     "FINETUNE_FLAGS": DVAE,
     "ENCODE_FLAGS": "--num-workers 0 --device cpu",
-    "TOY_128_FLAGS": TRANSFORMER,
+    "TOY_16_FLAGS": TRANSFORMER,
+    "TOY_32_FLAGS": TRANSFORMER,
     "TRANSFORMER_FLAGS": TRANSFORMER,
     "CLIP_FLAGS": f"{RUN} --model.width 8 --model.text-width 32 --model.text-layers 1 "
     "--vocab-size 260 --vocab-captions 3 --validation-pairs 1",
+    "NEGATIVES_FLAGS": f"{RUN} --validation-pairs 1",
     "CLASSIFIER_FLAGS": f"{RUN} --num-scenes 4 --validation-images 2",
 }
 STAGES = [
-    *("scenes", "dvae", "toy-finetune", "codes-128", "codes", "toy-128", "transformer", "clip"),
-    *("classifier", "model"),
+    *("scenes", "dvae", "toy-finetune", "codes-16", "toy-16", "codes-32", "toy-32", "codes"),
+    *("transformer", "clip", "toy-negatives", "classifier", "model"),
 ]
 
 
@@ -65,8 +67,8 @@ def test_the_recipe_trains_a_model_resumes_and_stops_at_an_error(tmp_path: Path)
     sample.main(["a red star", *model, *flags])
     assert Image.open(tmp_path / "images" / "00.png").size == (64, 64)
 
-    second = recipe(out, TOY_128_FLAGS="--dvae nowhere")
+    second = recipe(out, TOY_32_FLAGS="--dvae nowhere")
     assert second.returncode == 2
-    assert stages(second) == STAGES[: STAGES.index("toy-128") + 1]
+    assert stages(second) == STAGES[: STAGES.index("toy-32") + 1]
     assert "no image tokenizer in nowhere" in second.stderr
     assert {p: p.stat().st_mtime_ns for p in made} == made
