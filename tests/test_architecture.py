@@ -51,7 +51,7 @@ LAYERS = [
     ["dalle1.training.loop"],
     ["dalle1.pipeline"],
     ["dalle2.pipeline"],
-    ["dalle2.loading"],
+    ["dalle2.loading", "dalle2.manipulation"],
     ["dalle1", "dalle1.evaluation.*", "dalle1.outputs"],
     ["dalle1.compression.*", "dalle1.baselines.*", "dalle1.scaling.*"],
     ["dalle1.tasks.crops"],
