@@ -22,6 +22,10 @@ TRANSFORMER = (
     f"{RUN} --model.width 16 --model.depth 1 --model.heads 2 --model.text-len 8 "
     "--model.text-vocab 260 --vocab-captions 3 --prompts 'a red star'"
 )
+CLIP = (
+    f"{RUN} --model.width 8 --model.text-width 32 --model.text-layers 1 --validation-pairs 1 "
+    "--warmup-steps 0"
+)
 FLAGS = {
     "SCENES": "4",
     "FIRST_SIZES": "16 32",
@@ -31,9 +35,8 @@ FLAGS = {
     "TOY_16_FLAGS": TRANSFORMER,
     "TOY_32_FLAGS": TRANSFORMER,
     "TRANSFORMER_FLAGS": TRANSFORMER,
-    "CLIP_FLAGS": f"{RUN} --model.width 8 --model.text-width 32 --model.text-layers 1 "
-    "--vocab-size 260 --vocab-captions 3 --validation-pairs 1",
-    "NEGATIVES_FLAGS": f"{RUN} --validation-pairs 1",
+    "CLIP_FLAGS": f"{CLIP} --vocab-size 260 --vocab-captions 3",
+    "NEGATIVES_FLAGS": CLIP,
     "CLASSIFIER_FLAGS": f"{RUN} --num-scenes 4 --validation-images 2",
 }
 STAGES = [
