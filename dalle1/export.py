@@ -60,9 +60,8 @@ def with_parts(model: Unclip, config: ExportConfig) -> Unclip:
     if config.dtype == "bf16":
         raise ValueError("dtype is bf16, expected fp16 or fp32 for DALL·E 2")
     prior = load_prior(config.prior) if config.prior else model.prior
-    upsampler = Upsampler.load(config.upsampler) if config.upsampler else model.upsampler
-    parts = model.image_tokenizer, model.decoder, model.encoder, prior, upsampler
-    return Unclip(*parts, clip=model.clip, generation=model.generation, info=model.info)
+    upsampler = Upsampler.load(config.upsampler) if config.upsampler else None
+    return model.with_prior(prior, upsampler)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from dalle1.hub import find_model
 from dalle1.model_card import ModelInfo
 from dalle1.sampling.batching import batched, check_counts
 from dalle1.sampling.filters import Sampling
-from dalle1.sampling.generation import GenerationConfig, Rerank
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.sampling.ranking import RankingPipeline
 from dalle1.sampling.reranking import Candidate
 from dalle1.storage import CLIP_NAME
@@ -195,14 +195,26 @@ class Unclip(RankingPipeline):
             if part is not None:
                 part.save(folder, dtype)
 
+    def with_prior(self, prior: Prior | None, upsampler: Upsampler | None = None) -> Unclip:
+        """Return the same model with another prior, and perhaps another upsampler."""
+        return Unclip(
+            self.image_tokenizer,
+            self.decoder,
+            self.encoder,
+            prior,
+            upsampler or self.upsampler,
+            clip=self.clip,
+            generation=self.generation,
+            info=self.info,
+        )
+
     def sample(
         self,
         prompts: Sequence[str],
         *,
-        num_candidates: int | None = None,
         seed: int = 0,
         known_codes: Tensor | None = None,
-        rerank: Rerank | None = None,
+        image_embeddings: Tensor | None = None,
         batch_size: int | None = None,
         share: tuple[int, int] = (0, 1),
         on_row: OnRow | None = None,
@@ -211,32 +223,30 @@ class Unclip(RankingPipeline):
         """Sample images for each prompt; options are checked before this returns.
 
         Args:
-            num_candidates: images per prompt; candidate i depends on (seed, i) alone.
+            seed: candidate i depends on (seed, i) alone.
             known_codes: None; this model completes no images.
-            rerank: order of the images, see `reranker`.
+            image_embeddings: z_i of each prompt, unit vectors [P, D], instead of the prior's.
             batch_size: candidates denoised at once; None is 64.
-            share: (r, n) samples candidates r, r + n, r + 2n … only: the part of one of n
-                processes.
-            on_row: called after each row of latents of each batch, with the latents and the row;
-                all rows of a batch are done at once.
-            sampling: `guidance`, or fields of `UnclipOptions`.
+            share, on_row: see `DallE.sample`; all rows of a batch are done at once.
+            sampling: `num_candidates`, `rerank`, `guidance`, or fields of `UnclipOptions`.
 
         Returns: an iterator over the prompts, which yields the candidates of each, best first.
         """
-        names = {field.name for field in fields(UnclipOptions)}
-        changes = {k: sampling.pop(k) for k in names & sampling.keys()}
-        how = replace(self.options, **{k: x for k, x in changes.items() if x is not None})
-        options = self.generation.updated(num_candidates=num_candidates, rerank=rerank, **sampling)
-        self._refuse_codes(options, known_codes)
-        self._refuse_missing(how, changes)
         check_counts(prompts, batch_size, share)
+        if image_embeddings is not None:
+            self._check_embeddings(image_embeddings, len(prompts))
+            sampling["embedding"] = "caption"  # no prior is needed
+        options, how = self._split(sampling)
+        self._refuse_codes(options, known_codes)
         reranker, most = self.reranker(options.rerank), batch_size or MAX_BATCH
-        prompts = [clean_prompt(prompt) for prompt in prompts]
+        prompts = [*map(clean_prompt, prompts)]
         indices = range(options.num_candidates)[share[0] :: share[1]]
 
         def sample_batch(rows: range, columns: range) -> Tensor:
-            caption = self.read(prompts[rows.start : rows.stop])
-            latents = self.latents(caption, columns, seed, options.guidance, how)
+            part = slice(rows.start, rows.stop)
+            known = None if image_embeddings is None else image_embeddings[part]
+            caption = self.read(prompts[part])
+            latents = self.latents(caption, columns, seed, options.guidance, how, known)
             for row in range(latents.shape[-2] if on_row else 0):
                 on_row(latents.flatten(0, 1), row + 1)  # type: ignore[misc]
             return latents
@@ -246,6 +256,14 @@ class Unclip(RankingPipeline):
         fits = range(len(prompts)), indices, lambda rows, columns: rows * columns <= most
         return self._ranked(batched(sample_batch, *fits), prompts, seed, reranker, len(indices))
 
+    def _split(self, sampling: Mapping[str, Any]) -> tuple[GenerationConfig, UnclipOptions]:
+        """Split options into those of all models and those of this one; check the latter."""
+        own = {field.name for field in fields(UnclipOptions)}
+        asked = {k: x for k, x in sampling.items() if k in own and x is not None}
+        how = replace(self.options, **asked)
+        self._refuse_missing(how, asked)
+        return self.generation.updated(**{k: sampling[k] for k in sampling.keys() - own}), how
+
     def latents(
         self,
         caption: Caption,
@@ -253,13 +271,16 @@ class Unclip(RankingPipeline):
         seed: int,
         guidance: float,
         how: UnclipOptions,
+        image_embeddings: Tensor | None = None,
     ) -> Tensor:
         """Sample latents of the candidates `columns` of P captions: [P, C, c, h, w]."""
         prompts, count = len(caption.mask), len(columns)
         each = caption.repeat(count)
         with inference(self.device):
             z = each.embedding
-            if how.embedding == "prior":
+            if image_embeddings is not None:
+                z = image_embeddings.to(self.device).repeat_interleave(count, 0)
+            elif how.embedding == "prior":
                 assert self.prior is not None
                 z = self.prior.sample(
                     caption,
@@ -284,6 +305,15 @@ class Unclip(RankingPipeline):
                 repeat=prompts,
             )
         return latents.unflatten(0, (prompts, count))
+
+    def _check_embeddings(self, embeddings: Tensor, prompts: int) -> None:
+        """Raise ValueError unless there is one embedding of the CLIP's width for each prompt."""
+        shape = prompts, self.read.embedding_width
+        if embeddings.shape != shape:
+            raise ValueError(
+                f"image_embeddings are {tuple(embeddings.shape)}, expected {shape}; use those of "
+                "the model's own CLIP, one for each prompt"
+            )
 
     @staticmethod
     def _refuse_codes(options: GenerationConfig, known_codes: Tensor | None) -> None:

@@ -5,13 +5,15 @@
     dalle1 evaluate clip --clip runs/clip --data toybox
     dalle1 evaluate dvae --model runs/dvae --data toybox --images 1000
     dalle1 evaluate bits --model bundled --data toybox
+    dalle1 evaluate unclip --model runs/unclip/model --beside bundled
     dalle1 evaluate votes --a outputs/ours --b outputs/theirs
     dalle1 evaluate baselines --model bundled --data runs/codes --lstm-steps 1000
 
 `toybox` measures how often samples show what their prompts ask for. `samples` compares any images
 with their prompts and with real images. `clip` measures a CLIP, `dvae` an image tokenizer, `bits`
 how many bits a model needs per text token and per code, `baselines` how many n-grams and an LSTM
-need. `votes` writes a page on which people compare two models, and counts their votes. Each prints
+need. `unclip` exchanges and removes parts of a DALL·E 2.
+`votes` writes a page on which people compare two models, and counts their votes. Each prints
 a table and writes its scores to a JSON file.
 """
 
@@ -44,6 +46,7 @@ from dalle1.evaluation.toybox import (
     evaluate_toybox,
     format_toybox_table,
 )
+from dalle1.evaluation.unclip import UnclipOptions, evaluate_unclip, format_unclip_table
 from dalle1.evaluation.votes import KEY, PAGE, VotesOptions, evaluate_votes
 from dalle1.outputs import check_writable
 
@@ -65,6 +68,7 @@ EVALUATORS = {
     "clip": Evaluator(ClipOptions, evaluate_clip),
     "dvae": Evaluator(DVAEOptions, evaluate_dvae, writes=(RECONSTRUCTIONS,)),
     "bits": Evaluator(BitsOptions, evaluate_bits),
+    "unclip": Evaluator(UnclipOptions, evaluate_unclip, format_unclip_table),
     "votes": Evaluator(VotesOptions, evaluate_votes, writes=(PAGE, KEY)),
     "baselines": Evaluator(BaselinesOptions, evaluate_baselines, format_baselines_table),
 }

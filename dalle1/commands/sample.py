@@ -128,7 +128,7 @@ def add_other_flags(add: Callable[..., Any]) -> None:
     add(
         "--model",
         default="bundled",
-        help="folder of a trained model, its name on Hugging Face (user/name), or bundled",
+        help="folder of a trained model, its name on Hugging Face (user/name), bundled, or unclip",
     )
     add("--clip", help="CLIP that reranks: a folder, a Hugging Face name, or none; "
         "by default, the model's own")  # fmt: skip
