@@ -47,6 +47,11 @@ class UNetArch:
     """Channels of an attention head."""
     image_tokens: int = 4
     """K: tokens made of the CLIP image embedding. Paper: 4."""
+    context_width: int | None = None
+    """Width of the tokens that attention reads. None: that of the time embedding, 4 × width."""
+    karlo: bool = False
+    """Whether captions are read as by karlo: their states are normalized, and z_t is added to the
+    time embedding, too."""
     dropout: float = 0.0
     """Dropout in the residual blocks. Paper: 0.1."""
     objective: Objective = "v"
@@ -108,7 +113,7 @@ class Context:
     vector: Tensor
     """[B, E], added to the time embedding."""
     tokens: Tensor
-    """[B, K + T, E], read by attention."""
+    """[B, K + T, X], read by attention; X is E unless `context_width` is set."""
     mask: Tensor
     """[B, K + T], bool: the tokens that are visible."""
 
@@ -209,8 +214,12 @@ class UNet(nn.Module):
         if c.embedding_width:
             self.null_embedding = nn.Parameter(torch.randn(c.embedding_width))
             self.embedding_vector = nn.Linear(c.embedding_width, e)
-            self.embedding_tokens = nn.Linear(c.embedding_width, c.image_tokens * e)
-            self.text_tokens = nn.Linear(c.text_width, e)
+            context = c.context_width or e
+            self.embedding_tokens = nn.Linear(c.embedding_width, c.image_tokens * context)
+            self.text_tokens = nn.Linear(c.text_width, context)
+            if c.karlo:
+                self.caption_vector = nn.Linear(c.embedding_width, e)
+                self.text_norm = nn.LayerNorm(context)
         self.input = nn.Conv2d(c.channels + c.concat_channels, c.width, 3, padding=1)
         widths, self.down, self.middle = [c.width], nn.ModuleList(), nn.ModuleList()
         channels, side = c.width, c.side
@@ -244,7 +253,8 @@ class UNet(nn.Module):
         c, e = self.config, 4 * self.config.width
         attention = None
         if side in c.attention:
-            attention = Attention(c_out, e if c.embedding_width else 0, c.head_width)
+            context = (c.context_width or e) if c.embedding_width else 0
+            attention = Attention(c_out, context, c.head_width)
         return Stage(ResBlock(c_in, c_out, e, c.dropout), attention)
 
     def condition(
@@ -261,10 +271,14 @@ class UNet(nn.Module):
         z = torch.where(keep_embedding[:, None], scaled, self.null_embedding)
         from_image = self.embedding_tokens(z).unflatten(1, (self.config.image_tokens, -1))
         visible = torch.ones_like(from_image[..., 0], dtype=torch.bool)
+        vector, text = self.embedding_vector(z), self.text_tokens(caption.states)
+        caption = caption.where(keep_caption)
+        if self.config.karlo:
+            vector, text = vector + self.caption_vector(caption.embedding), self.text_norm(text)
         return Context(
-            vector=self.embedding_vector(z),
-            tokens=torch.cat([from_image, self.text_tokens(caption.states)], 1),
-            mask=torch.cat([visible, caption.where(keep_caption).mask], 1),
+            vector=vector,
+            tokens=torch.cat([from_image, text], 1),
+            mask=torch.cat([visible, caption.mask], 1),
         )
 
     def forward(

@@ -1,0 +1,111 @@
+"""Decoders as diffusers' parts: nothing is lost on the way, and diffusers predicts the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_unclip import tiny_decoder
+
+from dalle2.conditioning import Caption
+from dalle2.exchange import read_decoder, write_decoder
+from dalle2.unet import UNet
+
+KARLO: dict[str, Any] = {
+    "width": 32,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (2,),
+    "head_width": 16,
+    "side": 4,
+    "channels": 3,
+    "text_width": 8,
+    "context_width": 24,
+    "karlo": True,
+    "image_tokens": 3,
+    "learns_variance": True,
+    "pixels": True,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> UNet:
+    return tiny_decoder(**KARLO)
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Caption]:
+    rng = torch.Generator().manual_seed(0)
+    x, z, states = (torch.randn(*s, generator=rng) for s in ((2, 3, 4, 4), (2, 8), (2, 5, 8)))
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    return x, torch.tensor([10, 900]), z, Caption(states, mask, torch.randn(2, 8, generator=rng))
+
+
+@torch.no_grad()
+def test_a_decoder_is_the_same_after_writing_and_reading(model: UNet, tmp_path: Path) -> None:
+    write_decoder(model, tmp_path)
+    found = read_decoder(tmp_path, pixels=True, objective="epsilon")
+    changed = {"objective": "epsilon", "encoders": ""}
+    assert {**vars(model.config), **changed} == vars(found.config)
+    state = found.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def test_diffusers_predicts_the_same(model: UNet, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers; `make test` installs it")
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    write_decoder(model, tmp_path)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "decoder").eval()
+    project = UnCLIPTextProjModel.from_pretrained(tmp_path / "text_proj").eval()
+    x, t, z, caption = inputs()
+    keep = torch.ones(2, dtype=torch.bool)
+    for keep_z in (keep, ~keep):
+        embedding = z if keep_z.all() else project.learned_classifier_free_guidance_embeddings
+        tokens, vector = project(
+            image_embeddings=embedding.expand(2, -1),
+            prompt_embeds=caption.embedding,
+            text_encoder_hidden_states=caption.states,
+            do_classifier_free_guidance=False,
+        )
+        mask = torch.nn.functional.pad(caption.mask, (3, 0), value=True)
+        theirs = unet(x, t, tokens, class_labels=vector, attention_mask=mask).sample
+        ours = model(x, t, model.condition(z, caption, keep_z, keep))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    unet.save_pretrained(tmp_path / "again/decoder")
+    project.save_pretrained(tmp_path / "again/text_proj")
+    again = read_decoder(tmp_path / "again")
+    theirs, ours = (m(x, t, m.condition(z, caption, keep, keep)) for m in (again, model))
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"karlo": False}, "karlo is False, expected True in a decoder for diffusers"),
+        ({"width": 48}, "width is 48, expected a multiple of 32"),
+        ({"attention": (4,)}, r"attention is \(4,\), expected to include 2, the smallest side"),
+        ({"text_width": 6}, "text_width is 6, expected that of the embeddings"),
+    ],
+)
+def test_decoders_of_other_sizes_are_refused(
+    sizes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_decoder(tiny_decoder(**{**KARLO, **sizes}), tmp_path)
+
+
+def test_folders_that_hold_something_else_are_refused(model: UNet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="decoder holds no part of a diffusers model"):
+        read_decoder(tmp_path)
+    write_decoder(model, tmp_path)
+    config = tmp_path / "decoder/config.json"
+    config.write_text(config.read_text().replace('"layers_per_block": 1', '"layers_per_block": 2'))
+    with pytest.raises(ValueError, match="holds another architecture than karlo's decoder"):
+        read_decoder(tmp_path)
+    config.write_text("{}")
+    with pytest.raises(ValueError, match="another architecture than karlo's decoder"):
+        read_decoder(tmp_path)
