@@ -248,7 +248,8 @@ def read_decoder(folder: str | Path, **known: Any) -> UNet:
     inlets, more = read_part(Path(folder) / "text_proj")
     try:
         config = read_config(unet, inlets, **known)
-        model, state = UNet(config), {}
+        model = UNet(config)
+        state: dict[str, Tensor] = {}
         for own, name in single_names(config):
             state |= {f"{own}.{kind}": x for kind, x in both(theirs, name)}
         for own, names in stacked_names(config):

@@ -1,7 +1,7 @@
 """Plot which packages import which: python docs/figures/import_graph.py
 
-Reads every import of `dalle1` and `dvae`, those inside functions included. An arrow points from a
-package to one that it imports. Arrows that follow from others are omitted.
+Reads every import of `dalle1`, `dalle2` and `dvae`, those inside functions included. An arrow
+points from a package to one that it imports. Arrows that follow from others are omitted.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def package_of(module: str) -> str:
-    """Return the node of a module: dvae, or a package or single module of dalle1."""
+    """Return the node of a module: dvae, dalle2, or a package or single module of dalle1."""
     parts = module.split(".")
+    if parts[0] == "dalle2":  # its tasks stand above dalle1's, which stand above the rest of it
+        return "dalle2.tasks" if parts[1:2] == ["tasks"] else "dalle2"
     if parts[0] == "dvae" or len(parts) == 1:
         return parts[0]
     return parts[1]
@@ -46,7 +48,7 @@ def imported(source: str, name: str, is_package: bool) -> Iterator[str]:
 
 def package_graph(root: Path) -> Graph:
     """Return package → the packages that it imports."""
-    paths = [*root.glob("dvae/**/*.py"), *root.glob("dalle1/**/*.py")]
+    paths = [*root.glob("dvae/**/*.py"), *root.glob("dalle[12]/**/*.py")]
     paths = [path for path in paths if path.stem != "__main__"]
     modules = {module_name(path, root): path for path in paths}
     graph: Graph = {package_of(name): set() for name in modules}
