@@ -4,6 +4,8 @@ PYTHON ?= python3
 PROMPT ?= an avocado armchair
 ARGS ?=
 OUT ?= runs/toy
+MINUTES ?= 0.5
+SEED ?= 0
 PY := .venv/bin/python
 
 # The prompt travels in the environment, unexpanded, so that $$, quotes and apostrophes survive.
@@ -12,7 +14,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test lint format train-toy bench bench-peers evaluate clean
+.PHONY: help sample test fuzz lint format train-toy bench bench-peers evaluate audit sbom clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,10 +25,26 @@ sample: .venv/runtime.stamp ## Sample images for PROMPT="an avocado armchair"; A
 test: .venv/dev.stamp ## Run the tests; ARGS="tests/test_cli.py -x" runs some of them
 	$(PY) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
-lint: .venv/dev.stamp ## Check style, formatting and types
+fuzz: .venv/dev.stamp ## Run commands with random and damaged input for MINUTES=0.5 from SEED=0
+	PYTHONPATH=.:tests/support OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(PY) -m fuzz --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
+lint: .venv/dev.stamp ## Check style, formatting, types and, after `make audit` ran once, the packages
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	@test ! -e .venv/tools && echo 'audit skipped: run make audit once to install pip-audit' || \
+		$(MAKE) --no-print-directory audit
+
+audit: .venv/tools.stamp ## Look for known vulnerabilities of the pinned packages
+	@$(PY) -c 'import urllib.request as u; u.urlopen("https://pypi.org/pypi/pip/json", timeout=9)' \
+		2>/dev/null && .venv/tools/bin/pip-audit --no-deps --disable-pip -r constraints.txt || \
+		{ test $$? -ne 1 || echo 'audit skipped: pypi.org cannot be reached'; }
+
+sbom: .venv/runtime.stamp .venv/tools.stamp ## Write the installed packages to dist/sbom.json (CycloneDX)
+	mkdir -p dist
+	.venv/tools/bin/cyclonedx-py environment --pyproject pyproject.toml \
+		--output-file dist/sbom.json .venv
 
 format: .venv/dev.stamp ## Format the code and fix what ruff can fix
 	$(PY) -m ruff check --fix .
@@ -57,6 +75,11 @@ clean: ## Remove .venv, caches and builds; trained models in runs/ stay
 		{ echo 'This Python has no venv module: install it (Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -e . -c constraints.txt
+	@touch $@
+
+.venv/tools.stamp: .venv/runtime.stamp
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/python -m pip install -q pip-audit cyclonedx-bom -c constraints.txt
 	@touch $@
 
 .venv/dev.stamp: .venv/runtime.stamp

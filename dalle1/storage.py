@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dalle1.config import check_types
+from dalle1.model_files import check_model_files, refuse_pointer, unfit_files
 from dalle1.tensor_files import (
     MAX_SHARD_BYTES,
     index_of,
@@ -91,11 +92,18 @@ def model_folder(directory: str | Path) -> Path:
 
     `latest` in a path stands for the newest whole checkpoint too, whether the link exists or not:
     syncs drop links, and some file systems have none.
+
+    Raises: ValueError where files of it are links out of the folder, pipes or devices.
     """
-    path = Path(directory)
+    folder = _model_folder(Path(directory))
+    check_model_files(folder)
+    return folder
+
+
+def _model_folder(path: Path) -> Path:
     for i, part in enumerate(path.parts):
         if part == "latest" and checkpoints(run := Path(*path.parts[:i])):
-            return model_folder(run).joinpath(*path.parts[i + 1 :])
+            return _model_folder(run).joinpath(*path.parts[i + 1 :])
     found = checkpoints(path)
     for checkpoint in found:
         if missing_from(checkpoint) is None:
@@ -132,6 +140,8 @@ def missing_from(checkpoint: Path, training: bool = False) -> str | None:
         training: also look for the files that only resuming needs.
     """
     skipped = () if training else TRAINING_FILES
+    if (unfit := next(unfit_files(checkpoint), None)) is not None:
+        return unfit
     files = _manifest(checkpoint).get("files")
     if not isinstance(files, dict):  # an earlier version wrote it, or the manifest is lost
         files = dict.fromkeys(TRAINING_FILES)
@@ -283,16 +293,6 @@ def _refuse_impossible_sizes(config: Any, size: int, tensors: int) -> None:
         most = tensors if counts_modules else max(size, 1 << 16)
         if number > most or modules > tensors:
             raise ValueError(f"{name} is {value}, expected at most {most} in a file of its size")
-
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raise ValueError where a file is a pointer that Git LFS left instead of the content."""
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a Git LFS pointer, expected the file; run git lfs pull")
 
 
 def load_weights(

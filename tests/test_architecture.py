@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module imports from its own layer and from those below; "x.*" is x and all in it.
 LAYERS = [
     [
-        *("dalle1.config", "dalle1.tyro_errors", "dalle1.tensor_files"),
+        *("dalle1.config", "dalle1.tyro_errors", "dalle1.tensor_files", "dalle1.model_files"),
         *("dalle1.storage", "dalle1.console"),
     ],
     ["dalle1.devices", "dalle1.hub", "dalle1.locking", "dalle1.model_card"],

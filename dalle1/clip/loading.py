@@ -34,7 +34,8 @@ from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
 from dalle1.data.cleaning import SURROGATE
 from dalle1.data.images import to_rgb
 from dalle1.devices import inference
-from dalle1.storage import model_folder, refuse_pointer
+from dalle1.model_files import refuse_pointer
+from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is imported where it is used
@@ -323,7 +324,9 @@ def _load(name: str, *, local_files_only: bool) -> tuple[Any, Any, Any]:
 
     from dalle1.clip.towers import ResNetCLIPModel
 
-    config = AutoConfig.from_pretrained(name, local_files_only=local_files_only)
+    # Without trust_remote_code, transformers may ask whether to run code of the folder.
+    safely: Any = {"local_files_only": local_files_only, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(name, **safely)
     models = {"clip": CLIPModel, "siglip": SiglipModel, "clip_resnet": ResNetCLIPModel}
     if config.model_type not in models:
         family, _, rest = config.model_type.partition("_")
@@ -341,11 +344,9 @@ def _load(name: str, *, local_files_only: bool) -> tuple[Any, Any, Any]:
         raise ValueError(f"its weights miss {', '.join(sorted(info['missing_keys'])[:3])} …")
     if (bias := getattr(config, BIAS, None)) is not None:
         model.register_parameter(BIAS, nn.Parameter(torch.tensor(bias)))
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+    tokenizer = AutoTokenizer.from_pretrained(name, **safely)
     # The Pillow backend needs no torchvision, and gives the same pixels with and without it.
-    processor = AutoImageProcessor.from_pretrained(
-        name, local_files_only=local_files_only, backend="pil"
-    )
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil", **safely)
     return model, tokenizer, processor
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from dalle1.data.spec import split_names
 from dalle1.image_tokenizer import ImageTokenizer, image_tokenizer_file
 
 INDEX_NAME = "codes.json"
+COUNT_KEY = "pictures"
+"""Key of the number of images in the index."""
 FILES = (".npy", ".json")
 
 ENTRIES_NAME = "entries.npy"
@@ -57,8 +61,8 @@ class CodeSource(IndexedSource):
     def __init__(self, folder: Path, split: str = "train") -> None:
         try:
             index = json.loads((folder / self.index_name).read_text())
-            self.dvae, images = index[self.model_key], index["pictures"]
-            self.grid_size: int = index["grid_size"]
+            self.dvae, images = index[self.model_key], index[COUNT_KEY]
+            self.grid_size = int(index["grid_size"])
             expected = index.get("shards") or -(-images // index["shard_size"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -71,9 +75,12 @@ class CodeSource(IndexedSource):
                 f"{folder} holds {len(shards)} of {expected} shards: its encoding was stopped; the "
                 "same command resumes it"
             )
-        path = folder / ENTRIES_NAME
-        known = path.is_file() and index.get("bytes") == sizes_of(shards)
-        entries = np.load(path, mmap_mode="r") if known else index_files(shards, FILES)
+        sizes, entries = sizes_of(shards), None
+        if index.get("bytes") == sizes:
+            entries = _read_entries(folder / ENTRIES_NAME, np.array(sizes))
+        if entries is None:
+            entries = index_files(shards, FILES)
+        self.codebook_size: int | None = index.get("codebook_size")
         kept = split_indices(range(len(entries)), split)
         self.shards, self.entries = shards, entries[kept.start : kept.stop]
 
@@ -89,25 +96,70 @@ class CodeSource(IndexedSource):
 
     def captions(self, index: int) -> list[str]:
         """Return all captions of pair `index`."""
-        return json.loads(self._read(index, 3))["captions"]
+        with self._one_error(index):
+            captions = json.loads(self._read(index, 3))["captions"]
+            if not captions or not all(isinstance(caption, str) for caption in captions):
+                raise ValueError("it has no captions")
+            return captions
 
     def caption(self, index: int, rng: random.Random) -> str:
         return rng.choice(self.captions(index))
 
     def crops(self, index: int) -> np.ndarray:
         """Return the codes of all crops of pair `index`: [crops, W, W]."""
-        content = self._read(index, 1)
-        begin = 10 + int.from_bytes(content[8:10], "little")
-        shape, kind = _form(content[:begin])
-        return np.frombuffer(content, kind, offset=begin).reshape(-1, *shape[-2:])
+        with self._one_error(index):
+            content = self._read(index, 1)
+            begin = 10 + int.from_bytes(content[8:10], "little")
+            shape, kind = _form(content[:begin])
+            crops = np.frombuffer(content, kind, offset=begin).reshape(-1, *shape[-2:])
+            if not crops.size or kind.kind not in "uif":
+                raise ValueError(f"it has {kind} of shape {shape}")
+            return crops
 
     def codes(self, index: int, rng: random.Random) -> Tensor:
         """Return the codes of one of the crops of sample `index`: [W, W], int64."""
-        return torch.from_numpy(rng.choice(self.crops(index)).astype(np.int64))
+        codes = rng.choice(self.crops(index)).astype(np.int64)
+        with self._one_error(index):
+            if codes.shape != (self.grid_size, self.grid_size):
+                raise ValueError(f"it has codes of shape {codes.shape}")
+            if codes.min() < 0 or codes.max() >= (self.codebook_size or math.inf):
+                raise ValueError(f"it has codes of {codes.min()} to {codes.max()}")
+        return torch.from_numpy(codes)
+
+    @contextmanager
+    def _one_error(self, index: int) -> Iterator[None]:
+        """Turn what a damaged shard causes into a ValueError that names it."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # damaged bytes fail in any way
+            shard = self.shards[int(self.entries[index, 0])]
+            why = " ".join(str(error).split())[:100]
+            raise ValueError(
+                f"{shard} is damaged: its pair {index} cannot be read ({why}); remove it and run "
+                f"`{self.command}` again"
+            ) from error
 
     def _read(self, index: int, first: int) -> bytes:
         number, offset, size = self.entries[index, [0, first, first + 1]].tolist()
         return read_member(self.shards[number], (offset, size))
+
+
+def _read_entries(path: Path, sizes: np.ndarray) -> np.ndarray | None:
+    """Map the index of pairs, None where it is missing or damaged.
+
+    Args:
+        sizes: bytes of each shard.
+    """
+    try:
+        entries = np.load(path, mmap_mode="r")
+        numbers, ends = entries[:, 0], entries[:, [1, 3]] + entries[:, [2, 4]]
+        inside = entries.min() >= 0 and numbers.max() < len(sizes)
+        is_whole = entries.dtype == np.int64 and entries.shape[1] == 5
+        return entries if is_whole and inside and (ends.max(1) <= sizes[numbers]).all() else None
+    except Exception:  # damaged bytes fail in any way
+        return None
 
 
 @lru_cache(maxsize=8)

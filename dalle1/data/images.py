@@ -29,6 +29,12 @@ MAX_PIXELS = 89_478_485
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
 """First bytes of the commonest formats."""
 
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO"),
+    *("ICNS", "PCX", "DDS", "SGI", "SUN", "QOI", "PSD", "XBM", "XPM"),
+)
+"""Decoders of Pillow that are used: those of `IMAGE_SUFFIXES`, none that starts a program (EPS)."""
+
 TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -81,13 +87,13 @@ def open_image(content: bytes, where: str) -> Image.Image:
 
 def _open(content: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(content))
+        return Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError:
         raise
     except Exception:  # Pillow rejects an image for some damage to its metadata
         if (pixels := without_metadata(content)) == content:
             raise
-        return Image.open(io.BytesIO(pixels))
+        return Image.open(io.BytesIO(pixels), formats=FORMATS)
 
 
 def load_image_file(path: Path) -> Image.Image:
@@ -166,7 +172,7 @@ def _load_pixels(file: object) -> Image.Image | None:
     if (pixels := without_metadata(content)) == content:
         return None
     try:
-        image = Image.open(io.BytesIO(pixels))
+        image = Image.open(io.BytesIO(pixels), formats=FORMATS)
         image.load()
     except Exception:  # the pixels are damaged
         return None

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dalle1.storage import read_tensors, refuse_pointer
+from dalle1.model_files import refuse_pointer
+from dalle1.storage import read_tensors
 
 TRAINING_CLASSES = (
     "argparse.Namespace",

@@ -22,7 +22,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from dalle1.storage import refuse_pointer, write_atomic
+from dalle1.model_files import refuse_pointer
+from dalle1.storage import write_atomic
 from dalle1.text.format import CLEANERS, TextFormat
 from dalle1.text.known_words import Words
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle1.config import check_types
-from dalle1.storage import refuse_pointer, write_atomic
+from dalle1.model_files import refuse_pointer
+from dalle1.storage import write_atomic
 
 MIN_COUNT = 3  # occurrences that make a word known
 _MAX_ENDINGS = 12

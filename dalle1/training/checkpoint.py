@@ -18,17 +18,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from dalle1.model_files import check_model_files
 from dalle1.storage import TRAINING_FILES, checkpoints, missing_from, write_manifest
 
 TENSORS_NAME, STATE_NAME = TRAINING_FILES
 
 RENAMED = {"recipe": "resume_key", "place": "data_state", "scales": "scaler"}
 """Old → new names in `state.pt`."""
+
+STATE_TYPES: dict[str, Any] = {
+    "step": int,
+    "resume_key": dict,
+    "contents": (dict, NoneType),
+    "updates": (int, float),
+    "data_state": (dict, NoneType),
+    "counts": (dict, NoneType),
+}
+"""Name in `state.pt` → its type; earlier versions wrote fewer."""
 
 RENAMED_COUNTS = {
     "left out/": "skipped/",
@@ -186,8 +198,10 @@ class Checkpoint:
 def find_checkpoint(out: Path) -> Checkpoint | None:
     """Load the state of the newest whole checkpoint in `out`; None where there is no checkpoint.
 
-    Raises: ValueError where there are checkpoints, and each is incomplete or damaged.
+    Raises: ValueError where there are checkpoints, and each is incomplete or damaged; or files are
+        pipes or links out of the folder.
     """
+    check_model_files(out)  # its log
     skipped: list[str] = []
     for folder in checkpoints(out):
         missing = missing_from(folder, training=True)
@@ -209,9 +223,13 @@ def _read_state(path: Path) -> dict[str, Any]:
     """Read a `state.pt`, also of earlier versions."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     state = {RENAMED.get(name, name): value for name, value in state.items()}
-    if not isinstance(state["step"], int):
-        raise ValueError("it holds no step")
-    counts = state.get("counts", {})
+    for name, value in {"step": None, **state}.items():
+        kind = STATE_TYPES.get(name, object)
+        if not isinstance(value, kind):
+            raise ValueError(f"its {name} is a {type(value).__name__}")
+    if not all(isinstance(value, str) for value in state.get("resume_key", {}).values()):
+        raise ValueError("its resume_key holds no texts")
+    counts = state.get("counts") or {}
     state["counts"] = {_present_count(name): count for name, count in counts.items()}
     return state
 

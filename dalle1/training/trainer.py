@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalle1.data.loader import Batch, merge_states
 from dalle1.training import distributed
-from dalle1.training.checkpoint import TENSORS_NAME, find_checkpoint, save_checkpoint
+from dalle1.training.checkpoint import TENSORS_NAME, Checkpoint, find_checkpoint, save_checkpoint
 from dalle1.training.config import TrainConfig
 from dalle1.training.engines import make_engine
 from dalle1.training.resume_key import changed_data, changed_settings, resume_key
@@ -126,7 +126,18 @@ class Trainer(Generic[Model]):
             if self.task.initial_weights is not None:
                 self.engine.load_initial(self.task.initial_weights)
             return
-        state = found.state
+        try:
+            self._restore(found)
+        except (LookupError, TypeError, AttributeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(
+                f"{found.folder} is damaged ({reason}); remove it to resume from the one before, "
+                "or use another --out"
+            ) from error
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Load a checkpoint of this training."""
+        out, state = self.config.out, found.state
         before, after = state.get("contents", {}), self.task.contents
         if changed := changed_settings(state["resume_key"], self.config, before, after):
             raise ValueError(

@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dalle1.data import images
+from dalle1.data.cleaning import IMAGE_SUFFIXES
 from dalle1.data.images import (
     load_image_file,
     mask_to_sample,
@@ -300,3 +301,14 @@ def test_every_image_file_is_opened_in_one_module() -> None:
         if re.search(r"Image\.open\(|exif_transpose\(", path.read_text(encoding="utf-8"))
     }
     assert found == own
+
+
+def test_no_decoder_starts_a_program() -> None:
+    """Pillow decodes EPS by Ghostscript."""
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 36\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(content)).format == "EPS"
+    with pytest.raises(BadSample, match="it begins b'%!PS-Adobe-3"):
+        images.open_image(content, "a.png")
+    Image.init()
+    known = {Image.registered_extensions()[suffix] for suffix in IMAGE_SUFFIXES}
+    assert known - {"MPO"} == set(images.FORMATS)  # JPEG's decoder reads it

@@ -8,8 +8,16 @@ import torch
 from PIL import Image
 
 from dalle1 import DallE
+from dalle1.clip import Clip, ClipArch, new_clip
+from dalle1.evaluation.classifier import FILE_NAME as CLASSIFIER_NAME
+from dalle1.evaluation.classifier import ClassifierConfig, ToyboxClassifier, save_classifier
 from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.storage import CLIP_NAME
 from dalle1.text.bpe import Tokenizer
+from dalle2.autoencoder import Autoencoder, AutoencoderConfig
+from dalle2.embedded import Encoders
+from dalle2.prior import DiffusionPrior, PriorConfig
+from dalle2.unet import UNet, UNetConfig
 from dvae import DVAE, DVAEConfig
 
 CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]
@@ -39,3 +47,33 @@ def write_images(folder: Path, count: int = 6) -> list[Path]:
         Image.new("RGB", (40, 36), (40 * i, 250 - 40 * i, 90)).save(path)
         path.with_suffix(".txt").write_text(CAPTIONS[i % len(CAPTIONS)], encoding="utf-8")
     return sorted(folder.glob("*.png"))
+
+
+def tiny_clip(tokenizer: Tokenizer) -> Clip:
+    """Return a CLIP of images of 32 pixels."""
+    size = {"image_size": 32, "layers": 1, "width": 32, "embed_dim": 8}
+    return new_clip(tokenizer, ClipArch(text_len=8, text_width=32, text_layers=1, **size))
+
+
+def save_whole_model(folder: Path) -> None:
+    """Save a model with all its parts: a CLIP that reranks, known words, and a classifier."""
+    model = tiny_model()
+    model.clip = tiny_clip(model.tokenizer)
+    model.save_pretrained(folder)
+    classifier = ClassifierConfig(image_size=16, widths=(4, 8))
+    save_classifier(ToyboxClassifier(classifier), folder / CLASSIFIER_NAME)
+
+
+def save_unclip(folder: Path) -> None:
+    """Save a model of DALL·E 2 with all its parts."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(AutoencoderConfig(image_size=16, width=4, code_width=8))
+    encoder = tiny_clip(Tokenizer.train(CAPTIONS, 270))
+    autoencoder.save(folder)
+    encoder.save_pretrained(folder / CLIP_NAME)
+    encoders = Encoders.of(folder, folder / CLIP_NAME)
+    widths = {"embedding_width": 8, "text_width": 32}
+    levels = {"multipliers": (1,), "blocks": 1, "attention": (2,), "head_width": 8}
+    UNet(UNetConfig(width=8, side=2, **levels, **widths, encoders=str(encoders))).save(folder)
+    prior = PriorConfig(width=16, depth=1, heads=2, **widths, clip=encoders.clip)
+    DiffusionPrior(prior).save(folder)

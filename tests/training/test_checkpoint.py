@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,14 @@ from safetensors.torch import load_file, save_file
 from two_processes import SIZE, config_for, loss
 
 from dalle1.model.transformer import Transformer
-from dalle1.storage import model_folder
+from dalle1.storage import MANIFEST_NAME, model_folder, write_manifest
 from dalle1.training import checkpoint
-from dalle1.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from dalle1.training.checkpoint import (
+    STATE_NAME,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dalle1.training.engines.ddp import DDPEngine
 
 
@@ -308,3 +314,19 @@ def test_parameter_names_of_earlier_versions_are_read(tmp_path: Path) -> None:
     save_file(old, tmp_path / "old.safetensors")
     other.load(tmp_path / "old.safetensors")
     assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "5"}, {"resume_key": []}, {"resume_key": {"seed": 0}}, {"counts": 3}]
+)
+def test_a_state_of_other_types_costs_no_earlier_checkpoint(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    save_checkpoint(tmp_path, 4, {"resume_key": {"seed": "0"}}, write_name("a"), keep=2)
+    folder = save_checkpoint(tmp_path, 5, {"resume_key": {"seed": "0"}}, write_name("a"), keep=2)
+    (folder / MANIFEST_NAME).unlink()
+    torch.save({"step": 5, "resume_key": {}, **change}, folder / STATE_NAME)
+    write_manifest(folder, 5)
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.state["step"], found.skipped) == (4, ["step-5 (state.pt is damaged)"])

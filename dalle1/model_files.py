@@ -1,0 +1,70 @@
+"""Refuse model folders with links out of them, pipes and devices: see docs/security.md."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+READ = (".safetensors", ".json", ".jsonl", ".txt", ".model", ".pt", ".bin")
+"""Ends of the names of files that models and checkpoints consist of."""
+FOLDERS = ("clip", "raw")
+"""Folders in a model folder or a checkpoint that hold such files, too."""
+TEXT = (".json", ".txt", ".model")
+MAX_TEXT = 256 << 20
+"""Most bytes of a text file; the largest published vocabularies have 40 MB."""
+
+CACHE = re.compile(r"/models--[^/]+/blobs/[^/]+$")
+"""Files of Hugging Face's cache, to which the snapshots in it are links."""
+
+
+def unfit_files(folder: Path) -> Iterator[str]:
+    """Yield, for each file of a model folder that is not a plain one inside it, what it is."""
+    root = os.path.realpath(folder)
+    for parent in (folder, *(folder / name for name in FOLDERS)):
+        if not os.path.isdir(parent):
+            continue
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                if entry.name.endswith(READ) or entry.name in FOLDERS:
+                    path = os.path.join(parent, entry.name)
+                    if (what := _unfit(path, entry.is_symlink(), root)) is not None:
+                        yield f"{os.path.relpath(path, folder)} {what}"
+
+
+def _unfit(path: str, is_link: bool, root: str) -> str | None:
+    if is_link:
+        target = os.path.realpath(path)
+        inside = target.startswith(root.rstrip(os.sep) + os.sep)
+        if not inside and not CACHE.search(target.replace(os.sep, "/")):
+            return f"is a link to {os.readlink(path)}, outside the folder"
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None  # whoever reads it reports that
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        return "is a pipe or a device"
+    if path.endswith(TEXT) and found.st_size > MAX_TEXT:
+        return f"has {found.st_size >> 20} MiB of text, more than {MAX_TEXT >> 20}"
+    return None
+
+
+def check_model_files(folder: Path) -> None:
+    """Raise ValueError where a model folder has links out of it, pipes, or text without end."""
+    for what in unfit_files(folder):
+        raise ValueError(
+            f"{folder} holds {what}, expected plain files; get the folder from someone you trust, "
+            "or copy what is linked into it"
+        )
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError where a file is a pointer that Git LFS left instead of the content."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, expected the file; run git lfs pull")
