@@ -48,8 +48,10 @@ class PriorArch:
     """Number of layers. Paper: 24."""
     heads: int = 4
     """Attention heads of each layer. Paper: 32."""
-    mlp: Literal["gelu", "swiglu"] = "swiglu"
+    mlp: Literal["gelu", "swiglu", "gelu-erf"] = "swiglu"
     """Kind of MLP. Paper: gelu."""
+    qk_norm: bool = True
+    """Whether the queries and keys of each head are normalized. Paper: no."""
     schedule: ScheduleName = "cosine"
     """Noise schedule. Paper: cosine."""
     times: int = 1000
@@ -79,7 +81,7 @@ class PriorConfig(PriorArch):
             depth=self.depth,
             heads=self.heads,
             mlp=self.mlp,
-            qk_norm=True,
+            qk_norm=self.qk_norm,
         )
 
 

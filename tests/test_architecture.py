@@ -35,9 +35,10 @@ LAYERS = [
     ["dalle2.autoencoder", "dalle2.conditioning"],
     ["dalle2.unet"],
     [
-        *("dalle2.decoder", "dalle2.embedded", "dalle2.exchange", "dalle2.prior"),
+        *("dalle2.decoder", "dalle2.embedded", "dalle2.prior"),
         "dalle2.prior_metrics",
     ],
+    ["dalle2.exchange.*"],
     ["dalle2.ar_prior", "dalle2.upsampler"],
     ["dalle1.training", "dalle1.training.checkpoint"],
     ["dalle1.training.schedules", "dalle1.training.scaling"],

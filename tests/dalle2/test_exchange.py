@@ -1,4 +1,4 @@
-"""Decoders as diffusers' parts: nothing is lost on the way, and diffusers predicts the same."""
+"""Decoders and priors as parts of diffusers: nothing is lost, and diffusers predicts the same."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_unclip import tiny_decoder
+from safetensors.torch import load_file, save_file
+from tiny_unclip import tiny_decoder, tiny_prior
 
 from dalle2.conditioning import Caption
-from dalle2.exchange import read_decoder, write_decoder
+from dalle2.exchange.decoder import read_decoder, write_decoder
+from dalle2.exchange.parts import WEIGHTS
+from dalle2.exchange.prior import read_prior, write_prior
 from dalle2.unet import UNet
 
 KARLO: dict[str, Any] = {
@@ -85,7 +88,7 @@ def test_diffusers_predicts_the_same(model: UNet, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"karlo": False}, "karlo is False, expected True in a decoder for diffusers"),
+        ({"karlo": False}, "karlo is False, expected True in a model for diffusers"),
         ({"width": 48}, "width is 48, expected a multiple of 32"),
         ({"attention": (4,)}, r"attention is \(4,\), expected to include 2, the smallest side"),
         ({"text_width": 6}, "text_width is 6, expected that of the embeddings"),
@@ -104,8 +107,53 @@ def test_folders_that_hold_something_else_are_refused(model: UNet, tmp_path: Pat
     write_decoder(model, tmp_path)
     config = tmp_path / "decoder/config.json"
     config.write_text(config.read_text().replace('"layers_per_block": 1', '"layers_per_block": 2'))
-    with pytest.raises(ValueError, match="holds another architecture than karlo's decoder"):
+    with pytest.raises(ValueError, match="holds another architecture than expected"):
         read_decoder(tmp_path)
     config.write_text("{}")
-    with pytest.raises(ValueError, match="another architecture than karlo's decoder"):
+    with pytest.raises(ValueError, match="another architecture than expected"):
         read_decoder(tmp_path)
+
+
+PRIOR: dict[str, Any] = {"mlp": "gelu-erf", "qk_norm": False, "depth": 2, "text_width": 8}
+
+
+@torch.no_grad()
+def test_diffusers_predicts_the_same_embeddings(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers; `make test` installs it")
+    model, (_, t, x, caption) = tiny_prior(**PRIOR), inputs()
+    write_prior(model, tmp_path, text_len=5)
+    theirs = diffusers.PriorTransformer.from_pretrained(tmp_path / "prior").eval()
+    found = theirs(x, t, caption.embedding, caption.states, attention_mask=caption.mask)
+    predicted = found.predicted_image_embedding
+    torch.testing.assert_close(model(x, t, caption), predicted, atol=1e-5, rtol=1e-5)
+    z = theirs.post_process_latents(predicted)
+    torch.testing.assert_close(z, predicted / model.scale)
+
+
+@torch.no_grad()
+def test_a_prior_is_the_same_after_writing_and_reading(tmp_path: Path) -> None:
+    model = tiny_prior(**PRIOR)
+    write_prior(model, tmp_path, text_len=5)
+    found = read_prior(tmp_path, clip="clip")
+    assert found.config == model.config
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_priors_that_cannot_be_exchanged_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mlp is swiglu, expected gelu-erf in a model for"):
+        write_prior(tiny_prior(), tmp_path, text_len=5)
+    write_prior(tiny_prior(**PRIOR), tmp_path, text_len=5)
+    path = tmp_path / "prior" / WEIGHTS
+    tensors = load_file(path)
+    for name, message in (
+        ("positional_embedding", "prior has learned positions, expected none"),
+        ("clip_mean", "prior has other statistics of embeddings than mean 0 and std"),
+    ):
+        save_file({**tensors, name: tensors[name] + 1}, path)
+        with pytest.raises(ValueError, match=message):
+            read_prior(tmp_path)
+    del tensors["proj_in.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="prior holds another architecture than expected"):
+        read_prior(tmp_path)

@@ -1,9 +1,7 @@
-"""Exchange decoders with diffusers, by the parts and names of karlo's unCLIP.
+"""Write and read a decoder as two parts of karlo's unCLIP.
 
     FOLDER/decoder     the U-Net: UNet2DConditionModel, with SimpleCrossAttn blocks
     FOLDER/text_proj   its inlets of z_i and caption: UnCLIPTextProjModel
-
-Each part is config.json and diffusion_pytorch_model.safetensors. Nothing of diffusers is imported.
 
 GLIDE's block is the same in both. Only names differ, and how matrices are stacked: `qkv` is three
 matrices there, `context` two; the K tokens of z_i are interleaved there; and z_i, which is scaled
@@ -12,20 +10,24 @@ by √D here, is not.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dalle1.storage import atomic_path, write_atomic
+from dalle2.exchange.parts import (
+    both,
+    other_architecture,
+    read_part,
+    refuse,
+    to_ours,
+    to_theirs,
+    write_part,
+)
 from dalle2.unet import UNet, UNetConfig
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 WITH_ATTENTION = {"down": "SimpleCrossAttnDownBlock2D", "up": "SimpleCrossAttnUpBlock2D"}
 WITHOUT = {"down": "ResnetDownsampleBlock2D", "up": "ResnetUpsampleBlock2D"}
 ENDS = {
@@ -86,20 +88,14 @@ def stages(config: UNetConfig) -> Iterator[Names]:
             number += 1
 
 
-def single_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Yield (own, theirs) of all modules of the U-Net that are one module in both."""
-    yield from ENDS.items()
+def names(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
+    """Yield (ours, theirs) of all modules of the U-Net."""
+    yield from ((ours, [theirs]) for ours, theirs in ENDS.items())
     for stage, block, attention in stages(config):
-        yield from ((f"{stage}.block.{k}", f"{block}.{v}") for k, v in BLOCK.items())
+        yield from ((f"{stage}.block.{k}", [f"{block}.{v}"]) for k, v in BLOCK.items())
         if attention:
-            yield f"{stage}.attention.norm", f"{attention}.group_norm"
-            yield f"{stage}.attention.out", f"{attention}.to_out.0"
-
-
-def stacked_names(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
-    """Yield (own, theirs) of matrices that are stacked here."""
-    for stage, _, attention in stages(config):
-        if attention:
+            yield f"{stage}.attention.norm", [f"{attention}.group_norm"]
+            yield f"{stage}.attention.out", [f"{attention}.to_out.0"]
             yield f"{stage}.attention.qkv", [f"{attention}.to_{x}" for x in "qkv"]
             yield f"{stage}.attention.context", [f"{attention}.add_{x}_proj" for x in "kv"]
 
@@ -107,18 +103,16 @@ def stacked_names(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
 def refuse_other_sizes(config: UNetConfig) -> None:
     """Raise ValueError for a decoder that karlo's parts cannot hold."""
     lowest = config.side >> (len(config.multipliers) - 1)
-    for name, fits, wanted in (
-        ("karlo", config.karlo, "True"),
-        ("width", config.width % 32 == 0, "a multiple of 32"),
-        ("multipliers", config.multipliers[0] == 1, "1 as the first"),
-        ("attention", lowest in config.attention, f"to include {lowest}, the smallest side"),
-        ("text_width", config.text_width == config.embedding_width, "that of the embeddings"),
-    ):
-        if not fits:
-            value = getattr(config, name)
-            raise ValueError(
-                f"{name} is {value}, expected {wanted} in a decoder for diffusers; train another"
-            )
+    refuse(
+        config,
+        [
+            ("karlo", config.karlo, "True"),
+            ("width", config.width % 32 == 0, "a multiple of 32"),
+            ("multipliers", config.multipliers[0] == 1, "1 as the first"),
+            ("attention", lowest in config.attention, f"to include {lowest}, the smallest side"),
+            ("text_width", config.text_width == config.embedding_width, "that of the embeddings"),
+        ],
+    )
 
 
 def decoder_config(config: UNetConfig) -> dict[str, Any]:
@@ -156,13 +150,6 @@ def inlets_config(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def both(state: dict[str, Tensor], name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weight and the bias of a module that a state dict has."""
-    for kind in ("weight", "bias"):
-        if f"{name}.{kind}" in state:
-            yield kind, state[f"{name}.{kind}"]
-
-
 def interleaved(rows: Tensor, tokens: int, back: bool = False) -> Tensor:
     """Reorder the rows of K tokens of X numbers, [K·X, …]: token by token here, mixed there."""
     return rows.unflatten(0, (-1, tokens) if back else (tokens, -1)).transpose(0, 1).flatten(0, 1)
@@ -172,13 +159,7 @@ def write_decoder(model: UNet, folder: str | Path) -> None:
     """Write a decoder as karlo's parts; ValueError for a size that they cannot hold."""
     config, state = model.config, model.state_dict()
     refuse_other_sizes(config)
-    theirs: dict[str, Tensor] = {}
-    for own, name in single_names(config):
-        theirs |= {f"{name}.{kind}": x for kind, x in both(state, own)}
-    for own, names in stacked_names(config):
-        for kind, x in both(state, own):
-            parts = x.chunk(len(names))
-            theirs |= {f"{name}.{kind}": y for name, y in zip(names, parts)}
+    theirs = to_theirs(state, names(config))
     write_part(Path(folder) / "decoder", decoder_config(config), theirs)
     scale = math.sqrt(config.embedding_width)
     inlets = {NULL[1]: state[NULL[0]] / scale}
@@ -188,27 +169,6 @@ def write_decoder(model: UNet, folder: str | Path) -> None:
             reads_image = own.startswith("embedding") and kind == "weight"
             inlets[f"{name}.{kind}"] = y * scale if reads_image else y
     write_part(Path(folder) / "text_proj", inlets_config(config), inlets)
-
-
-def write_part(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write one part: its config and its tensors."""
-    write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    with atomic_path(folder / WEIGHTS) as path:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, path, {"format": "pt"})
-
-
-def read_part(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read one part; ValueError where it is missing or damaged."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-        return config, {name: x.float() for name, x in tensors.items()}
-    except Exception as error:  # damage can fail in any way
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{folder} holds no part of a diffusers model ({reason}); expected {CONFIG} and "
-            f"{WEIGHTS} there"
-        ) from error
 
 
 def read_config(unet: dict[str, Any], inlets: dict[str, Any], **known: Any) -> UNetConfig:
@@ -249,13 +209,7 @@ def read_decoder(folder: str | Path, **known: Any) -> UNet:
     try:
         config = read_config(unet, inlets, **known)
         model = UNet(config)
-        state: dict[str, Tensor] = {}
-        for own, name in single_names(config):
-            state |= {f"{own}.{kind}": x for kind, x in both(theirs, name)}
-        for own, names in stacked_names(config):
-            for kind in ("weight", "bias"):
-                if all(f"{name}.{kind}" in theirs for name in names):
-                    state[f"{own}.{kind}"] = torch.cat([theirs[f"{n}.{kind}"] for n in names])
+        state: dict[str, Tensor] = to_ours(theirs, names(config))
         scale = math.sqrt(config.embedding_width)
         state[NULL[0]] = more[NULL[1]] * scale
         for own, name in INLETS.items():
@@ -265,8 +219,5 @@ def read_decoder(folder: str | Path, **known: Any) -> UNet:
                 state[f"{own}.{kind}"] = y / scale if reads_image else y
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{folder} holds another architecture than karlo's decoder ({reason})"
-        ) from error
+        raise other_architecture(Path(folder), error) from error
     return model.eval()
