@@ -99,6 +99,11 @@ class TrainConfig(CleaningConfig):
     deepspeed: Path | None = None
     """DeepSpeed config file (JSON) that replaces --zero, --offload
     and --weights."""
+    gradient_compression: Literal["none", "powersgd"] = "none"
+    """Compression of the gradients that several processes exchange after the warm-up: none, or
+    powersgd (Vogels et al. 2019), as in the paper's §E."""
+    rank: int = 8
+    """Columns of PowerSGD's matrices: more are more exact, and more to exchange. Paper: 896."""
     tensorboard: bool = False
     """Log to OUT/tensorboard as well (`pip install tensorboard`)."""
     wandb: str | None = None
@@ -124,6 +129,15 @@ class TrainConfig(CleaningConfig):
 
     def _check_engine(self) -> None:
         """Refuse combinations of which one setting would be ignored."""
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, expected at least 1")
+        if self.gradient_compression != "none" and (
+            self.uses_deepspeed or self.precision == "fp16"
+        ):
+            raise ValueError(
+                "gradient_compression is powersgd, which needs whole gradients of one scale; "
+                "remove --zero, --deepspeed and --precision fp16, or compress by none"
+            )
         if self.optimizer == "muon" and self.uses_deepspeed:
             raise ValueError(
                 "optimizer is muon, which needs unsharded matrices, and ZeRO shards them; use "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,14 @@ STEPS, BATCH = 50, 8
 
 HALF = STEPS // 2
 
+LOW_RANK: dict[str, Any] = {
+    "gradient_compression": "powersgd",
+    "rank": 2,
+    "steps": 10,
+    "save_every": 5,
+    "warmup_steps": 2,
+}
+
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "muon": {"optimizer": "muon", "steps": 5},
@@ -43,6 +52,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero3-bf16": {"zero": 3, "weights": "bf16", "precision": "bf16", "steps": 5},
     "zero3-stopped": {"zero": 3},
     "zero3-skipping": {"zero": 3, "steps": 4},
+    "plain-10": {"steps": 10, "save_every": 5, "warmup_steps": 2},
+    "powersgd": LOW_RANK,
+    "powersgd-resumed": LOW_RANK,
+    "powersgd-skipping": {**LOW_RANK, "steps": 5, "warmup_steps": 1},
 }
 
 
@@ -177,8 +190,11 @@ def main(out: Path) -> None:
     if distributed.init("cpu") and distributed.is_main():
         keep_nothing_whole(out / "apart.json")
     distributed.barrier()
-    special = {"zero3-stopped": knock, "zero3-skipping": diverge}
+    special = {"zero3-stopped": knock, "zero3-skipping": diverge, "powersgd-skipping": diverge}
     for name, changes in RUNS.items():
+        if name == "powersgd-resumed" and distributed.is_main():
+            shutil.copytree(out / "powersgd" / "step-5", out / name / "step-5")
+        distributed.barrier()
         try:
             train(out / name, special.get(name, loss), **changes)
         except SystemExit as stop:

@@ -48,7 +48,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return out, in_two_processes(two_processes.__file__, out)
 
 
-EXACT = [name for name in RUNS if not name.endswith(("bf16", "stopped", "skipping", "muon"))]
+INEXACT = ("bf16", "stopped", "skipping", "muon")
+EXACT = [
+    name for name in RUNS if not (name.endswith(INEXACT) or name.startswith(("powersgd", "plain-")))
+]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -159,3 +162,25 @@ def test_a_recipe_is_trained_in_two_processes_that_share_all_weights(tmp_path: P
 def test_only_the_main_process_prints(runs: tuple[Path, list[str]]) -> None:
     assert f"Resuming at step {HALF} of {STEPS}" in runs[1][0]
     assert "step" not in runs[1][1]
+
+
+def test_powersgd_resumes_to_the_last_digit(runs: tuple[Path, list[str]]) -> None:
+    whole, resumed = (runs[0] / name for name in ("powersgd", "powersgd-resumed"))
+    tensors = [load_file(run / "latest" / TENSORS_NAME) for run in (whole, resumed)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert [name for name in tensors[0] if not tensors[0][name].equal(tensors[1][name])] == []
+    errors = [tensors[0][f"powersgd/error/0/{rank}"] for rank in (0, 1)]
+    assert 0 < float(errors[0].norm()) != float(errors[1].norm())
+    assert list(log_of(resumed, "total")) == [*range(6, 11)]
+
+
+def test_powersgd_changes_updates_after_the_warm_up_alone(runs: tuple[Path, list[str]]) -> None:
+    plain, compressed = (log_of(runs[0] / name, "total") for name in ("plain-10", "powersgd"))
+    assert all(compressed[i] == plain[i] for i in (1, 2, 3))
+    assert all(compressed[i] != plain[i] for i in (4, 5, 6))
+    assert compressed[10] < 0.97 * compressed[3]
+
+
+def test_powersgd_survives_a_gradient_that_is_not_finite(runs: tuple[Path, list[str]]) -> None:
+    log = log_of(runs[0] / "powersgd-skipping", "total")
+    assert [step for step, total in log.items() if total != total] == [3]

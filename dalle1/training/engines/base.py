@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,19 @@ class ParamShard:
     """Offset of the shard in the flattened parameter."""
     tensors: Tensors
     """Tensors of equal size by `KINDS`; a frozen parameter has its weights alone."""
+
+
+class ExtraState(Protocol):
+    """What an engine stores beside parameters and their moments; see `powersgd`."""
+
+    def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Return dtype and shape of what `tensors` yields, by its name in the checkpoint."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors, whole in the main process; every process calls this."""
+
+    def load(self, names: Collection[str], read: Callable[[str], Tensor]) -> set[str]:
+        """Restore what a checkpoint with these names holds; return the names that were read."""
 
 
 class LossModule(nn.Module, Generic[Model]):
@@ -121,6 +134,10 @@ class Engine(ABC, Generic[Model]):
     def shards(self) -> list[ParamShard]:
         """Return what this process holds, in the same order in every process."""
 
+    def extra_state(self) -> ExtraState | None:
+        """Return what else is stored, if anything."""
+        return None
+
     def refresh(self) -> None:
         """Make the model compute with the parameters that the shards hold now."""
 
@@ -188,10 +205,13 @@ class Engine(ABC, Generic[Model]):
         sizes = {f"{KINDS[kind]}/{s.name}": (torch.float32, s.shape) for kind, s in listed}
         buffers = {f"buffer/{name}": b for name, b in self.buffers.items()}
         sizes |= {name: (b.dtype, b.shape) for name, b in buffers.items()}
+        extra = self.extra_state()
+        sizes |= extra.shapes() if extra else {}
 
         def tensors() -> Iterator[Tensor]:
             yield from (self._whole(s, kind) for kind, s in listed)
             yield from buffers.values()
+            yield from extra.tensors() if extra else ()
 
         if distributed.is_main():
             write_tensors(path, sizes, tensors())
@@ -231,6 +251,8 @@ class Engine(ABC, Generic[Model]):
             for name, buffer in self.buffers.items():
                 expected.add(f"buffer/{name}")
                 buffer.copy_(file.get_tensor(f"buffer/{name}"))
+            if (state := self.extra_state()) is not None:
+                expected |= state.load(stored.keys(), file.get_tensor)
         if extra := sorted(stored.keys() - expected):
             raise ValueError(f"{path} also has {', '.join(extra[:3])}")
         self.refresh()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig
-from dalle1.training.engines.base import Engine, LossModule, ParamShard, Tensors
+from dalle1.training.engines.base import Engine, ExtraState, LossModule, ParamShard, Tensors
+from dalle1.training.engines.powersgd import PowerSGD
 from dalle1.training.optimizers import adamw, muon
 from dalle1.training.scaling import LossScaler
 from dalle1.training.task import Loss, Model, Task
@@ -36,8 +37,16 @@ class DDPEngine(Engine[Model]):
             if p.requires_grad
         }
         self.root: nn.Module = LossModule(task, config.precision)
+        self.compression: PowerSGD | None = None
         if distributed.world_size() > 1:
-            self.root = nn.parallel.DistributedDataParallel(self.root, gradient_as_bucket_view=True)
+            compresses = config.gradient_compression != "none"
+            self.root = nn.parallel.DistributedDataParallel(
+                self.root,
+                gradient_as_bucket_view=True,
+                # It keeps the buckets as they are, so that errors fit them after resuming.
+                find_unused_parameters=compresses,
+            )
+            self.compression = PowerSGD(self.root, config) if compresses else None
 
     def _allocate_state(self) -> None:
         """Allocate the optimizers' state, so that memory runs out at once or never."""
@@ -73,9 +82,14 @@ class DDPEngine(Engine[Model]):
             for optimizer in self.optimizers:
                 optimizer.step()
             self.clip_variance()
+        elif self.compression:
+            self.compression.forget()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return norm, stepped
+
+    def extra_state(self) -> ExtraState | None:
+        return self.compression
 
     def shards(self) -> list[ParamShard]:
         return [
