@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_unclip import randomized
 from torch import Tensor, nn
 
 from dalle2.ar_prior import RANGE, ARPrior, ARPriorConfig
@@ -21,15 +22,6 @@ from dvae import DVAE, DVAEConfig
 
 D, W = 6, 10
 TINY = {"image_size": 16, "width": 4, "code_width": 8}
-
-
-def randomized(model: nn.Module, std: float = 0.2) -> Any:
-    """Return the model with random parameters, as zero-initialized branches hide their inlets."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(std * torch.randn(parameter.shape))
-    return model.eval()
 
 
 def tiny_unet(**changes: Any) -> UNet:

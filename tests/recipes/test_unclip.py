@@ -23,7 +23,7 @@ FLAGS = {
     "PRIOR_FLAGS": f"{RUN} --model.width 16 --model.depth 1 --model.heads 2 --sampling-steps 1 "
     "--validation-pairs 2",
     "DECODER_FLAGS": f"{RUN} {UNET} --model.attention 8 --model.head-width 8 --validation-pairs 2",
-    "UPSAMPLER_FLAGS": f"{CROPS} {UNET}",
+    "UPSAMPLER_FLAGS": f"{CROPS} {UNET} --model.image-size 64",
 }
 STAGES = ["autoencoder", "embedded", "prior", "decoder", "upsampler", "model"]
 
