@@ -99,7 +99,8 @@ class InsideTab:
 
     def clicked(self, name: str, event: gr.SelectData) -> tuple[int, int]:
         """Return the position of the grid that is clicked."""
-        return position_at(*event.index, self.models.with_codes(name).image_tokenizer.grid_size)
+        x, y = event.index
+        return position_at(x, y, self.models.with_codes(name).image_tokenizer.grid_size)
 
 
 def plot(label: str, elem_id: str) -> gr.Image:

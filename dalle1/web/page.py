@@ -31,8 +31,8 @@ THEME = gr.themes.Soft(
     block_label_text_color="*body_text_color",
 )
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: auto; }
-.gradio-container .fillable { width: 100%; max-width: 1280px !important; }
+.gradio-container { width: 100%; max-width: 1280px !important; margin: 0 auto; }
+.gradio-container .fillable { width: 100%; max-width: 100% !important; }
 progress { display: block; width: 100%; height: 8px; margin-top: 6px; appearance: none; border: 0;
   border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
 progress::-webkit-progress-bar { background: var(--border-color-primary); }
@@ -56,7 +56,8 @@ def build_page(models: Models, names: list[str], clip: str, folder: Path) -> gr.
         title="dalle1", analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as page:
         with gr.Row(equal_height=True):
-            gr.Markdown("# dalle1\nText to image, as in DALL·E v1: codes, one after the other.")
+            with gr.Column(min_width=280):
+                gr.Markdown("# dalle1\nText to image, as in DALL·E v1: codes, one after the other.")
             model = gr.Dropdown(
                 names,
                 value=names[0],

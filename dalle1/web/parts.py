@@ -91,4 +91,4 @@ def painted(editor: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
 
 def is_open(editor: dict[str, Any] | None) -> bool:
     """Whether an editor holds an image."""
-    return bool(editor) and editor.get("background") is not None
+    return editor is not None and editor.get("background") is not None

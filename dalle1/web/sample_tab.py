@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dalle1.outputs import GRID, SCORES, write
 from dalle1.pipeline import DallE
+from dalle1.text.known_words import Words
 from dalle1.web import history as past
 from dalle1.web.parts import AT_ONCE, QUEUE, checked_prompt, is_open, one_line, painted, upload
 from dalle1.web.sampling import Finished, Jobs, Models, read_upload, stream
@@ -40,10 +41,10 @@ def as_note(text: str) -> str:
     return f'<p class="note">{html.escape(text[:1].upper() + text[1:])}.</p>'
 
 
-def message(model: DallE | Any, prompt: str) -> str | None:
-    """Return a message on the unknown words of a prompt; None if all are known."""
+def known_words(model: DallE | Any) -> Words:
+    """Return the words that a model knows; empty where it keeps no list."""
     words = model.tokenizer.words if isinstance(model, DallE) else None
-    return words.unknown_words_message(prompt) if words else None
+    return words or Words({})
 
 
 class SampleTab:
@@ -232,9 +233,10 @@ class SampleTab:
             prompt, model = checked_prompt(prompt), self.models(name)
         except (ValueError, OSError):
             return hidden  # reported when the button is pressed
-        if not (unknown := message(model, prompt)):
+        words = known_words(model)
+        if not (unknown := words.unknown_words_message(prompt)):
             return hidden
-        choices = model.tokenizer.words.suggested_prompts(prompt)
+        choices = words.suggested_prompts(prompt)
         shown = gr.update(visible=bool(choices), choices=choices, value=None)
         return as_note(unknown), shown
 
@@ -322,7 +324,7 @@ class SampleTab:
         captions = [f"{c.index}{score}" for c, score in zip(best, scores, strict=True)]
         entry = past.entry(prompt, name, list(settings), best[0].image)
         history = past.added(history, entry)
-        unknown = message(model, prompt)  # shown under the prompt already
+        unknown = known_words(model).unknown_words_message(prompt)  # shown under the prompt already
         notes = "".join(map(as_note, (note for note in event.notes if note != unknown)))
         return (
             status(f"{len(best)} images in {seconds:.1f} seconds{order}"),

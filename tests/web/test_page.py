@@ -1,0 +1,259 @@
+"""The page in Chromium: what people do there, and what they do by mistake."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_model import tiny_model
+
+from dalle1 import DallE
+
+pytest.importorskip("gradio", reason="needs the extra web")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+if CHROMIUM is None:
+    pytest.skip(f"needs one of {', '.join(BROWSERS)} on the PATH", allow_module_level=True)
+
+SECONDS = 40_000  # of a loaded machine: each step takes a fraction of a second on a quiet one
+ROW_SECONDS = 0.2
+RECORD_PREVIEWS = """() => {
+  window.previews = new Set();
+  new MutationObserver(() => {
+    const image = document.querySelector('#preview img');
+    if (image) window.previews.add(image.src);
+  }).observe(document.body, {subtree: true, childList: true, attributes: true});
+}"""
+
+
+class Redness:
+    """A CLIP that scores how red an image is."""
+
+    def score(self, _: str, images: list[Image.Image], __: int) -> torch.Tensor:
+        return torch.tensor([image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images])
+
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.softmax(0)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve the page of a tiny model that is slow enough to be watched; yield its address."""
+    from dalle1.web.page import build_page, launch_page
+    from dalle1.web.sampling import Models
+
+    model = tiny_model()
+
+    def slow(prompt: str, on_row: Any, **options: Any) -> Any:
+        def after_row(codes: torch.Tensor, rows: int) -> None:
+            time.sleep(ROW_SECONDS)
+            on_row(codes, rows)
+
+        return DallE.candidates(model, prompt, on_row=after_row, **options)
+
+    model.candidates = slow  # type: ignore[assignment]
+    models = Models("cpu", "fp32")
+    models.loaded["tiny"], models.loaded_clip = model, ("redness", Redness())  # type: ignore[assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        page = build_page(models, ["tiny"], "redness", tmp_path_factory.mktemp("samples"))
+        yield launch_page(page, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as play:
+        chromium = play.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def context(browser: Any, address: str) -> Iterator[Any]:
+    """Yield a fresh profile, which must request nothing from elsewhere and run no script."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    context.set_default_timeout(SECONDS)
+    elsewhere: list[str] = []
+    own = (address.rstrip("/"), "data:", "blob:")
+    context.on("request", lambda r: r.url.startswith(own) or elsewhere.append(r.url))
+    context.on("dialog", lambda dialog: elsewhere.append(dialog.message))
+    yield context
+    context.close()
+    assert elsewhere == []
+
+
+@pytest.fixture
+def page(context: Any, address: str) -> Any:
+    return opened(context, address)
+
+
+def opened(context: Any, address: str) -> Any:
+    """Open the page in a new tab, with 2 images to sample."""
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#prompt textarea")
+    fill(page, "#candidates input", "2")
+    return page
+
+
+def fill(page: Any, selector: str, text: str) -> None:
+    page.fill(selector, text)
+    page.press(selector, "Tab")
+
+
+def wait_for_status(page: Any, text: str) -> None:
+    page.wait_for_function(
+        "text => document.querySelector('#status').innerText.includes(text)", arg=text
+    )
+
+
+def sample(page: Any, prompt: str | None = None) -> list[Image.Image]:
+    """Press the button, wait, and return the images as a user would download them."""
+    if prompt is not None:
+        page.fill("#prompt textarea", prompt)
+    page.click("#start")
+    page.wait_for_selector("#cancel")
+    page.wait_for_selector("#start")
+    return images(page)
+
+
+def images(page: Any) -> list[Image.Image]:
+    page.wait_for_selector("#results img")
+    sources = page.locator("#results .thumbnail-item img").evaluate_all(
+        "all => all.map(i => i.src)"
+    )
+    return [Image.open(io.BytesIO(page.request.get(source).body())) for source in sources]
+
+
+def error(page: Any) -> str:
+    """Return the error that the page shows in one line, and close it."""
+    page.wait_for_selector(".toast-body")
+    text = page.inner_text(".toast-body").splitlines()[-1]
+    page.locator(".toast-close").first.click()
+    page.wait_for_selector(".toast-body", state="detached")
+    return text
+
+
+def test_type_sample_watch_and_sample_again(page: Any, tmp_path: Path) -> None:
+    page.fill("#prompt textarea", "a blues")
+    page.wait_for_selector("#suggestions label")
+    assert "does not know 'blues'" in page.inner_text("#unknown")
+    page.locator("#suggestions label", has_text="a blue").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value == 'a blue'")
+    page.evaluate(RECORD_PREVIEWS)
+    page.press("#prompt textarea", "Enter")
+    wait_for_status(page, "2 images")
+    first = images(page)
+    assert page.evaluate("window.previews.size") > 1
+    assert [image.info["prompt"] for image in first] == ["a blue"] * 2
+    assert '"seed": 0' in first[0].info["settings"]
+
+    page.click("#next-seed")
+    page.wait_for_function("document.querySelectorAll('#history img').length == 2")
+    second = images(page)
+    assert '"seed": 1' in second[0].info["settings"]
+    assert second[0].tobytes() != first[0].tobytes()
+
+    page.screenshot(path=tmp_path / "sampled.png", full_page=True)
+    page.reload()
+    page.wait_for_function("document.querySelectorAll('#history img').length == 2")
+    page.locator("#history img").last.click()
+    page.wait_for_selector("#results img")
+    assert images(page)[0].tobytes() == first[0].tobytes()
+    assert page.input_value("#seed input") == "0"
+
+
+def test_cancel_then_sample(page: Any) -> None:
+    fill(page, "#candidates input", "64")
+    page.click("#start")
+    page.click("#cancel")
+    wait_for_status(page, "Cancelled")
+    assert page.locator("#results img").count() == 0
+    fill(page, "#candidates input", "2")
+    assert len(sample(page)) == 2
+
+
+def test_two_tabs_do_not_mix(page: Any, context: Any, address: str) -> None:
+    other = opened(context, address)
+    fill(other, "#seed input", "9")
+    for tab, prompt in ((page, "a red"), (other, "a blue")):
+        tab.fill("#prompt textarea", prompt)
+        tab.click("#start")
+    for tab, prompt, seed in ((other, "a blue", 9), (page, "a red", 0)):
+        wait_for_status(tab, "2 images")
+        for image in images(tab):
+            assert image.info["prompt"] == prompt
+            assert f'"seed": {seed},' in image.info["settings"]
+
+
+def test_large_images_and_markup_are_harmless(page: Any, tmp_path: Path) -> None:
+    name = tmp_path / "<img src=x onerror=alert(1)>.png"
+    Image.new("L", (10_000, 5_000), 200).save(name)
+    page.get_by_role("tab", name="Complete").click()
+    page.set_input_files("#complete input[type=file]", name)
+    page.wait_for_selector("#complete img")
+    prompt = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    assert sample(page, prompt)[0].info["prompt"] == prompt
+    assert "'script'" in page.inner_text("#unknown")
+    page.wait_for_selector("#history img")
+
+
+def test_rerank(page: Any, tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.png" for name in ("blue", "red", "text")]
+    for path, colour in zip(files, ((0, 0, 255), (255, 0, 0)), strict=False):
+        Image.new("RGB", (32, 32), colour).save(path)
+    files[2].write_text("not an image")
+    page.get_by_role("tab", name="Rerank").click()
+    page.set_input_files("#rank-files input[type=file]", files)
+    page.wait_for_function("document.querySelectorAll('#rank-files .file').length == 3")
+    page.fill("#rank-prompt textarea", "red")
+    page.click("#rank")
+    page.wait_for_selector("#ranked img")
+    assert page.locator("#ranked .caption-label").all_inner_texts() == ["1.000", "0.000"]
+    assert "1 of 3 files cannot be read" in error(page)
+
+
+def test_look_inside(page: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (200, 60, 60)).save(tmp_path / "red.png")
+    page.get_by_role("tab", name="Look inside").click()
+    page.click("#encode")
+    assert "no image is open" in error(page)
+    page.set_input_files("#inside-image input[type=file]", tmp_path / "red.png")
+    page.wait_for_selector("#inside-image img")
+    page.click("#encode")
+    page.wait_for_selector("#codes img")
+    page.wait_for_function("document.querySelector('#words').innerText.includes('Row 2, column 2')")
+    assert re.search(r"\d\.\d\d on average", page.inner_text("#mean"))
+    page.click("#seen img", position={"x": 60, "y": 60})
+    page.wait_for_function("document.querySelector('#words').innerText.includes('Row 0, column 0')")
+    page.screenshot(path=tmp_path / "inside.png", full_page=True)
+
+
+def test_phone_and_keyboard(browser: Any, address: str, tmp_path: Path) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
+    context.set_default_timeout(SECONDS)
+    page = opened(context, address)
+    page.focus("#prompt textarea")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a red")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "start"
+    page.keyboard.press("Enter")
+    wait_for_status(page, "2 images")
+    assert images(page)[0].info["prompt"] == "a red"
+    page.screenshot(path=tmp_path / "phone.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    context.close()
