@@ -66,9 +66,9 @@ def build_transformer(
 
     Raises: ValueError where tensors are missing or of another shape.
     """
-    with torch.device("meta"):
-        model = Transformer(config)
-    with one_error(path):
+    with one_error(path):  # absurd sizes fail while the model is built
+        with torch.device("meta"):
+            model = Transformer(config)
         model.load_state_dict(dict(tensors), strict=True, assign=True)
     return model.eval()
 

@@ -16,7 +16,9 @@ from foreign_models import dalle_pytorch_file
 from dalle1.importers import checkpoint, dalle_pytorch, vqgan
 from dalle1.importers.checkpoint import unpickle
 from dalle1.importers.clip_bpe import read_clip_bpe
+from dalle1.importers.state_dict import build_transformer
 from dalle1.importers.yttm import read_yttm
+from dalle1.model.transformer import TransformerConfig
 from dalle1.vqgan import VQGAN, VQGANConfig
 from dalle1.vqgan.strided_dvae import StridedDVAE, StridedDVAEConfig
 
@@ -129,3 +131,10 @@ def test_sizes_that_no_file_holds_are_refused(tmp_path: Path, name: str, value: 
     path.write_bytes(len(head).to_bytes(8, "little") + head + raw[8 + size :])
     with pytest.raises(ValueError, match=re.escape(f"{name} is ")):
         type(model).load(tmp_path)
+
+
+def test_a_size_beyond_all_floats_is_one_error() -> None:
+    sizes = {"text_vocab": 8, "text_len": 4, "codebook_size": 8, "grid_size": 2, "depth": 1}
+    config = TransformerConfig(**sizes, heads=1, width=2 * 10**400)
+    with pytest.raises(ValueError, match=r"a\.pt does not match the expected transformer"):
+        build_transformer(config, {}, "a.pt")

@@ -119,7 +119,7 @@ class Hang(BaseException):
 
 
 @contextlib.contextmanager
-def limited_time(seconds: int = MAX_SECONDS) -> Iterator[None]:
+def limited_time(seconds: int) -> Iterator[None]:
     """Interrupt the block by `Hang`; where that is of no use, end the process with a traceback."""
 
     def stop(*_: object) -> None:
@@ -184,7 +184,7 @@ def ending_of(words: Sequence[str], run: Callable[[Sequence[str]], None]) -> tup
     code, errors, trace = 0, io.StringIO(), ""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:
-            with limited_time():
+            with limited_time(MAX_SECONDS):
                 run(words)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else -1
