@@ -40,13 +40,13 @@ from dalle1.sampling.decoding import (
 )
 from dalle1.sampling.filters import Sampling
 from dalle1.sampling.generation import GenerationConfig, Rerank
-from dalle1.sampling.guidance import Contrasts, num_captions
+from dalle1.sampling.guidance import Contrasts, check_negative_prompt, num_captions
 from dalle1.sampling.packed_linear import intact
 from dalle1.sampling.ranking import RankingPipeline
 from dalle1.sampling.reranking import Candidate, LikelihoodReranker, Reranker
 from dalle1.storage import CLIP_NAME, refuse_other_clip
 from dalle1.text.bpe import Tokenizer
-from dalle1.text.prompt_weights import parse_weights
+from dalle1.text.prompt_weights import WeightedPrompts
 
 BUNDLED = Path(__file__).parent / "bundled" / "toybox"
 VOCABULARY_NAME = "vocab.json"
@@ -187,8 +187,8 @@ class DallE(RankingPipeline):
         options = self.generation.updated(num_candidates=num_candidates, rerank=rerank, **sampling)
         check_counts(prompts, batch_size, share)
         reranker = self.reranker(options.rerank)
-        prompts, contrasts = self._weigh(prompts) if weighted else (prompts, None)
-        prompts = [clean_prompt(prompt) for prompt in prompts]
+        parsed = WeightedPrompts.parse(prompts, weighted)
+        prompts, contrasts = [clean_prompt(text) for text in parsed.texts], self._contrasts(parsed)
         captions = num_captions(options.guidance, contrasts)
         fits = max_batch(self.transformer, batch_size, captions=captions, processes=share[1])
         text, empty = self._encode_prompts(prompts), self._negative(negative_prompt, options)
@@ -271,23 +271,16 @@ class DallE(RankingPipeline):
                 warnings.warn(message, stacklevel=3)
         return torch.stack([self.encode_prompt(prompt) for prompt in prompts])
 
-    def _weigh(self, prompts: Sequence[str]) -> tuple[list[str], Contrasts | None]:
-        """Return the prompts without their weights, and what the weights compare them with."""
-        parsed = [parse_weights(prompt) for prompt in prompts]
-        texts, most = [prompt.text for prompt in parsed], max(len(p.contrasts) for p in parsed)
-        if not most:
-            return texts, None
-        # A prompt of fewer weights is compared with itself, at strength 0.
-        padded = [[*p.contrasts, *[(p.text, 0.0)] * (most - len(p.contrasts))] for p in parsed]
-        captions = [[self._caption(text) for text, _ in of_prompt] for of_prompt in padded]
-        strengths = torch.tensor([[strength for _, strength in of_prompt] for of_prompt in padded])
-        stacked = torch.stack([torch.stack(of_prompt) for of_prompt in captions])
-        return texts, Contrasts(text=stacked.transpose(0, 1), strengths=strengths.T)
+    def _contrasts(self, prompts: WeightedPrompts) -> Contrasts | None:
+        """Tokenize what the weights of prompts compare them with; None without weights."""
+        if not prompts.others:
+            return None
+        tokens = [torch.stack([self._caption(text) for text in each]) for each in prompts.others]
+        return Contrasts(text=torch.stack(tokens), strengths=torch.tensor(prompts.strengths))
 
     def _negative(self, prompt: str, options: Sampling) -> Tensor:
         """Tokenize the caption that guidance leads away from, [1, L]."""
-        if prompt.strip() and options.guidance == 1:
-            raise ValueError("guidance is 1, expected above 1 with a negative prompt, such as 3")
+        check_negative_prompt(prompt, options.guidance)
         return self._caption(prompt)[None]
 
     def _caption(self, prompt: str) -> Tensor:

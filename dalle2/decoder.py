@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,22 +39,32 @@ def decoder_denoiser(
     guidance: float = 1.0,
     keep_embedding: Tensor | None = None,
     keep_caption: Tensor | None = None,
+    negative: Caption | None = None,
+    contrasts: Sequence[tuple[Caption, Tensor]] = (),
 ) -> Denoiser:
     """Return the decoder's denoiser under z_i [B, D] and captions, guided away from neither.
 
     Args:
         keep_embedding, keep_caption: bool [B]; None keeps all.
+        negative: captions that guidance leads away from, rather than from no caption.
+        contrasts: captions without some words, with w − 1 [B] for these words' weight w.
     """
     everything = torch.ones(len(embedding), dtype=torch.bool, device=embedding.device)
     keeps = [everything if k is None else k for k in (keep_embedding, keep_caption)]
     with torch.no_grad():
         context = model.condition(embedding, caption, *keeps)
-        nothing = model.condition(embedding, caption, ~everything, ~everything)
+        keep_negative = everything if negative is not None else ~everything
+        nothing = model.condition(embedding, negative or caption, ~everything, keep_negative)
+        others = [model.condition(embedding, other, *keeps) for other, _ in contrasts]
     predict = classifier_free(
-        lambda x, t: model(x, t, context),
-        lambda x, t: model(x, t, nothing),
+        partial(model, context=context),
+        partial(model, context=nothing),
         guidance,
         channels=model.config.channels,
+        contrasts=[
+            (partial(model, context=other), strength.to(embedding).view(-1, 1, 1, 1))
+            for other, (_, strength) in zip(others, contrasts, strict=True)
+        ],
     )
     return unet_denoiser(model.config, predict)
 

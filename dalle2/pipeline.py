@@ -26,12 +26,14 @@ from dalle1.model_card import ModelInfo
 from dalle1.sampling.batching import batched, check_counts
 from dalle1.sampling.filters import Sampling
 from dalle1.sampling.generation import GenerationConfig
+from dalle1.sampling.guidance import check_negative_prompt
 from dalle1.sampling.ranking import RankingPipeline
 from dalle1.sampling.reranking import Candidate
 from dalle1.storage import CLIP_NAME
+from dalle1.text.prompt_weights import WeightedPrompts
 from dalle2.ar_prior import Prior, load_prior
 from dalle2.autoencoder import Autoencoder, Pixels, load_autoencoder
-from dalle2.conditioning import Caption, CaptionReader
+from dalle2.conditioning import CaptionReader
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.samplers import SamplerName
 from dalle2.embedded import Encoders
@@ -215,6 +217,8 @@ class Unclip(RankingPipeline):
         seed: int = 0,
         known_codes: Tensor | None = None,
         image_embeddings: Tensor | None = None,
+        negative_prompt: str = "",
+        weighted: bool = False,
         batch_size: int | None = None,
         share: tuple[int, int] = (0, 1),
         on_row: OnRow | None = None,
@@ -226,6 +230,9 @@ class Unclip(RankingPipeline):
             seed: candidate i depends on (seed, i) alone.
             known_codes: None; this model completes no images.
             image_embeddings: z_i of each prompt, unit vectors [P, D], instead of the prior's.
+            negative_prompt: text that guidance leads away from, rather than from no caption.
+            weighted: whether prompts have weights, see `dalle1.text.prompt_weights`. They act on
+                the decoder; the prior reads the prompt without them.
             batch_size: candidates denoised at once; None is 64.
             share, on_row: see `DallE.sample`; all rows of a batch are done at once.
             sampling: `num_candidates`, `rerank`, `guidance`, or fields of `UnclipOptions`.
@@ -239,14 +246,15 @@ class Unclip(RankingPipeline):
         options, how = self._split(sampling)
         self._refuse_codes(options, known_codes)
         reranker, most = self.reranker(options.rerank), batch_size or MAX_BATCH
-        prompts = [*map(clean_prompt, prompts)]
+        check_negative_prompt(negative_prompt, options.guidance)
+        parsed = WeightedPrompts.parse([*map(clean_prompt, prompts)], weighted)
         indices = range(options.num_candidates)[share[0] :: share[1]]
 
         def sample_batch(rows: range, columns: range) -> Tensor:
             part = slice(rows.start, rows.stop)
             known = None if image_embeddings is None else image_embeddings[part]
-            caption = self.read(prompts[part])
-            latents = self.latents(caption, columns, seed, options.guidance, how, known)
+            told = parsed.of(rows), negative_prompt
+            latents = self.latents(*told, columns, seed, options.guidance, how, known)
             for row in range(latents.shape[-2] if on_row else 0):
                 on_row(latents.flatten(0, 1), row + 1)  # type: ignore[misc]
             return latents
@@ -254,7 +262,8 @@ class Unclip(RankingPipeline):
         if not indices:
             return ([] for _ in prompts)
         fits = range(len(prompts)), indices, lambda rows, columns: rows * columns <= most
-        return self._ranked(batched(sample_batch, *fits), prompts, seed, reranker, len(indices))
+        batches = batched(sample_batch, *fits)
+        return self._ranked(batches, parsed.texts, seed, reranker, len(indices))
 
     def _split(self, sampling: Mapping[str, Any]) -> tuple[GenerationConfig, UnclipOptions]:
         """Split options into those of all models and those of this one; check the latter."""
@@ -266,16 +275,22 @@ class Unclip(RankingPipeline):
 
     def latents(
         self,
-        caption: Caption,
+        told: WeightedPrompts,
+        negative: str,
         columns: Sequence[int],
         seed: int,
         guidance: float,
         how: UnclipOptions,
         image_embeddings: Tensor | None = None,
     ) -> Tensor:
-        """Sample latents of the candidates `columns` of P captions: [P, C, c, h, w]."""
-        prompts, count = len(caption.mask), len(columns)
+        """Sample latents of the candidates `columns` of P prompts: [P, C, c, h, w]."""
+        prompts, count = len(told.texts), len(columns)
+        caption = self.read(told.texts)
         each = caption.repeat(count)
+        contrasts = [
+            (self.read(texts).repeat(count), torch.tensor(strengths).repeat_interleave(count))
+            for texts, strengths in zip(told.others, told.strengths, strict=True)
+        ]
         with inference(self.device):
             z = each.embedding
             if image_embeddings is not None:
@@ -292,7 +307,13 @@ class Unclip(RankingPipeline):
                 ).flatten(0, 1)
             keep = torch.full((len(z),), how.embedding != "none", device=self.device)
             denoise = decoder_denoiser(
-                self.decoder, z, each, guidance=guidance, keep_embedding=keep
+                self.decoder,
+                z,
+                each,
+                guidance=guidance,
+                keep_embedding=keep,
+                negative=self.read([negative] * prompts).repeat(count) if negative else None,
+                contrasts=contrasts,
             )
             latents = sample_latents(
                 self.decoder,

@@ -1,4 +1,4 @@
-"""The options of sampling that only one kind of model has."""
+"""The flags of `dalle1 sample` that only a DALL·E 2 has."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_diffusion_flags(add: Callable[..., Any]) -> None:
 
 
 def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of this kind of model; ValueError for flags of the other kind."""
+    """Return further options of sampling; ValueError for flags of the other kind of model."""
     from dalle1 import DallE
 
     names = ("steps", "sampler", "embedding", "upsampler_steps")
@@ -35,13 +35,10 @@ def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dic
     if not isinstance(model, DallE):
         if options.preview:
             raise ValueError("--preview shows rows of codes, and a DALL·E 2 has none; remove it")
-        if options.negative_prompt:
-            raise ValueError("--negative-prompt is for DALL·E v1, and the model is a DALL·E 2")
-        return asked
-    if asked:
+    elif asked:
         flag = next(iter(asked)).replace("_", "-")
         raise ValueError(f"--{flag} is for DALL·E 2, and {options.model} is another")
-    return {"weighted": not options.plain, "negative_prompt": options.negative_prompt}
+    return {**asked, "weighted": not options.plain, "negative_prompt": options.negative_prompt}
 
 
 def threads_for(model: DallE | Unclip, candidates: int, most: int) -> int:

@@ -30,6 +30,12 @@ class Contrasts:
         return Contrasts(text=self.text[:, rows], strengths=self.strengths[:, rows])
 
 
+def check_negative_prompt(prompt: str, guidance: float) -> None:
+    """Raise ValueError for a negative prompt without guidance to lead away from it."""
+    if prompt.strip() and guidance == 1:
+        raise ValueError("guidance is 1, expected above 1 with a negative prompt, such as 3")
+
+
 def num_captions(guidance: float, contrasts: Contrasts | None) -> int:
     """Return B, the captions that are read for each prompt."""
     return 1 + (guidance != 1) + (0 if contrasts is None else len(contrasts.text))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -27,6 +28,45 @@ class WeightedPrompt:
     """The prompt without brackets and weights."""
     contrasts: tuple[tuple[str, float], ...] = ()
     """For each part of weight w ≠ 1: the prompt without the part, and w − 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedPrompts:
+    """P prompts, and the same without the parts that are weighted.
+
+    K is the most weighted parts of a prompt. A prompt of fewer is compared with itself, at strength
+    0.
+    """
+
+    texts: list[str]
+    """[P]: the prompts without brackets and weights."""
+    others: list[list[str]]
+    """[K, P]: the prompts without a part."""
+    strengths: list[list[float]]
+    """[K, P]: the part's weight minus 1."""
+
+    @classmethod
+    def parse(cls, prompts: Sequence[str], weighted: bool = True) -> WeightedPrompts:
+        """Parse prompts; those that are not `weighted` are only texts."""
+        if not weighted:
+            return cls(texts=list(prompts), others=[], strengths=[])
+        parsed = [parse_weights(prompt) for prompt in prompts]
+        most = max((len(p.contrasts) for p in parsed), default=0)
+        padded = [[*p.contrasts, *[(p.text, 0.0)] * (most - len(p.contrasts))] for p in parsed]
+        return cls(
+            texts=[p.text for p in parsed],
+            others=[[of_prompt[k][0] for of_prompt in padded] for k in range(most)],
+            strengths=[[of_prompt[k][1] for of_prompt in padded] for k in range(most)],
+        )
+
+    def of(self, rows: range) -> WeightedPrompts:
+        """Return some of the prompts."""
+        part = slice(rows.start, rows.stop)
+        return WeightedPrompts(
+            texts=self.texts[part],
+            others=[texts[part] for texts in self.others],
+            strengths=[strengths[part] for strengths in self.strengths],
+        )
 
 
 def parse_weights(prompt: str) -> WeightedPrompt:

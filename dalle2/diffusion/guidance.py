@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ def classifier_free(
     unconditional: Predict | None,
     scale: float,
     channels: int | None = None,
+    contrasts: Sequence[tuple[Predict, Tensor]] = (),
 ) -> Predict:
     """Return a guided prediction, ∅ + scale·(c − ∅) (Ho & Salimans 2022).
 
@@ -32,15 +33,22 @@ def classifier_free(
     Args:
         channels: number of channels that are guided; those after them, a learned variance, stay the
             condition's own, as in GLIDE. None guides all.
+        contrasts: predictions x under other conditions and strengths s [B, 1, …]; s·(c − x) is
+            added for each, which weights what the other condition lacks.
     """
-    if scale == 1:
+    if scale == 1 and not contrasts:
         return conditional
     if unconditional is None:
         raise ValueError(f"guidance is {scale:g}, expected 1: the model has no null condition")
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
-        null, found = unconditional(x_t, t)[:, :channels], conditional(x_t, t)
-        guided = null + scale * (found[:, :channels] - null)
+        found = conditional(x_t, t)
+        guided = own = found[:, :channels]
+        if scale != 1:
+            null = unconditional(x_t, t)[:, :channels]
+            guided = null + scale * (own - null)
+        for other, strength in contrasts:
+            guided = guided + strength * (own - other(x_t, t)[:, :channels])
         return guided if channels is None else torch.cat([guided, found[:, channels:]], 1)
 
     return predict

@@ -9,36 +9,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_model import CAPTIONS, tiny_model
+from tiny_model import tiny_model
+from tiny_unclip import tiny_unclip
 
-from dalle1.clip import Clip, ClipArch, new_clip
+from dalle1.clip import Clip
 from dalle1.commands import blend, edit, vary
-from dalle1.text.bpe import Tokenizer
 from dalle2 import manipulation
-from dalle2.autoencoder import Autoencoder, AutoencoderConfig
 from dalle2.manipulation import Manipulator, slerp
-from dalle2.pipeline import Unclip
-from dalle2.unet import UNet, UNetConfig
 
 
 @pytest.fixture(scope="module")
 def manipulator() -> Manipulator:
-    torch.manual_seed(0)
-    size = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "embed_dim": 8}
-    arch = ClipArch(**size, text_width=32, text_layers=1, text_len=12)
-    clip = new_clip(Tokenizer.train(CAPTIONS, 270), arch)
-    autoencoder = Autoencoder(AutoencoderConfig(image_size=32, width=4, code_width=8)).eval()
-    sizes = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "head_width": 8}
-    unet = UNet(UNetConfig(**sizes, side=4, embedding_width=8, text_width=32)).eval()
-    with torch.no_grad():  # new ones predict nothing
-        for parameter in unet.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape))
-    return Manipulator(model=Unclip(autoencoder, unet, clip), steps=20)
+    return Manipulator(model=tiny_unclip(), steps=20)
 
 
 def image(seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
+    return Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
 
 
 def difference(a: Image.Image, b: Image.Image) -> float:
@@ -123,7 +110,7 @@ def test_the_commands_write_images(
         out = tmp_path / module.__name__
         module.main([*words, *common, "--out", str(out)])
         assert len(list(out.glob("0*.png"))) == 3
-        assert Image.open(out / "02.png").size == (32, 32)
+        assert Image.open(out / "02.png").size == (16, 16)
 
 
 @pytest.mark.parametrize(
