@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dalle1.clip import Clip
 from dalle1.storage import model_folder, weights_digest
+from dalle1.text.prompt_weights import WeightedPrompts
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ class CaptionReader:
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         # Tensors of inference mode cannot take part in a backward pass.
         return Caption(states.clone(), mask, embedding.clone(), inputs["input_ids"])
+
+    def contrasts(self, prompts: WeightedPrompts, count: int) -> list[tuple[Caption, Tensor]]:
+        """Read P prompts without their weighted parts, `count` times each, with strengths [P·C]."""
+        return [
+            (self(texts).repeat(count), torch.tensor(strengths).repeat_interleave(count))
+            for texts, strengths in zip(prompts.others, prompts.strengths, strict=True)
+        ]
 
     @property
     def width(self) -> int:

@@ -227,14 +227,11 @@ class Unclip(RankingPipeline):
         """Sample images for each prompt; options are checked before this returns.
 
         Args:
-            seed: candidate i depends on (seed, i) alone.
             known_codes: None; this model completes no images.
             image_embeddings: z_i of each prompt, unit vectors [P, D], instead of the prior's.
-            negative_prompt: text that guidance leads away from, rather than from no caption.
-            weighted: whether prompts have weights, see `dalle1.text.prompt_weights`. They act on
-                the decoder; the prior reads the prompt without them.
+            negative_prompt, weighted: see `DallE.sample`; the prior reads prompts without weights.
             batch_size: candidates denoised at once; None is 64.
-            share, on_row: see `DallE.sample`; all rows of a batch are done at once.
+            seed, share, on_row: see `DallE.sample`; all rows of a batch are done at once.
             sampling: `num_candidates`, `rerank`, `guidance`, or fields of `UnclipOptions`.
 
         Returns: an iterator over the prompts, which yields the candidates of each, best first.
@@ -245,16 +242,15 @@ class Unclip(RankingPipeline):
             sampling["embedding"] = "caption"  # no prior is needed
         options, how = self._split(sampling)
         self._refuse_codes(options, known_codes)
-        reranker, most = self.reranker(options.rerank), batch_size or MAX_BATCH
         check_negative_prompt(negative_prompt, options.guidance)
+        reranker, most = self.reranker(options.rerank), batch_size or MAX_BATCH
         parsed = WeightedPrompts.parse([*map(clean_prompt, prompts)], weighted)
         indices = range(options.num_candidates)[share[0] :: share[1]]
 
         def sample_batch(rows: range, columns: range) -> Tensor:
-            part = slice(rows.start, rows.stop)
-            known = None if image_embeddings is None else image_embeddings[part]
-            told = parsed.of(rows), negative_prompt
-            latents = self.latents(*told, columns, seed, options.guidance, how, known)
+            z = None if image_embeddings is None else image_embeddings[rows.start : rows.stop]
+            told = parsed.of(rows), negative_prompt, z
+            latents = self.latents(*told, columns, seed, options.guidance, how)
             for row in range(latents.shape[-2] if on_row else 0):
                 on_row(latents.flatten(0, 1), row + 1)  # type: ignore[misc]
             return latents
@@ -262,8 +258,8 @@ class Unclip(RankingPipeline):
         if not indices:
             return ([] for _ in prompts)
         fits = range(len(prompts)), indices, lambda rows, columns: rows * columns <= most
-        batches = batched(sample_batch, *fits)
-        return self._ranked(batches, parsed.texts, seed, reranker, len(indices))
+        of_prompts = parsed.texts, seed, reranker, len(indices)
+        return self._ranked(batched(sample_batch, *fits), *of_prompts)
 
     def _split(self, sampling: Mapping[str, Any]) -> tuple[GenerationConfig, UnclipOptions]:
         """Split options into those of all models and those of this one; check the latter."""
@@ -277,20 +273,16 @@ class Unclip(RankingPipeline):
         self,
         told: WeightedPrompts,
         negative: str,
+        image_embeddings: Tensor | None,
         columns: Sequence[int],
         seed: int,
         guidance: float,
         how: UnclipOptions,
-        image_embeddings: Tensor | None = None,
     ) -> Tensor:
         """Sample latents of the candidates `columns` of P prompts: [P, C, c, h, w]."""
         prompts, count = len(told.texts), len(columns)
         caption = self.read(told.texts)
         each = caption.repeat(count)
-        contrasts = [
-            (self.read(texts).repeat(count), torch.tensor(strengths).repeat_interleave(count))
-            for texts, strengths in zip(told.others, told.strengths, strict=True)
-        ]
         with inference(self.device):
             z = each.embedding
             if image_embeddings is not None:
@@ -313,7 +305,7 @@ class Unclip(RankingPipeline):
                 guidance=guidance,
                 keep_embedding=keep,
                 negative=self.read([negative] * prompts).repeat(count) if negative else None,
-                contrasts=contrasts,
+                contrasts=self.read.contrasts(told, count),
             )
             latents = sample_latents(
                 self.decoder,

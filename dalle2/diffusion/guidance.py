@@ -38,13 +38,13 @@ def classifier_free(
     """
     if scale == 1 and not contrasts:
         return conditional
-    if unconditional is None:
+    if unconditional is None and scale != 1:
         raise ValueError(f"guidance is {scale:g}, expected 1: the model has no null condition")
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         found = conditional(x_t, t)
         guided = own = found[:, :channels]
-        if scale != 1:
+        if unconditional is not None and scale != 1:
             null = unconditional(x_t, t)[:, :channels]
             guided = null + scale * (own - null)
         for other, strength in contrasts:

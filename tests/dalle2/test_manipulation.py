@@ -10,22 +10,27 @@ import pytest
 import torch
 from PIL import Image
 from tiny_model import tiny_model
-from tiny_unclip import tiny_unclip
+from tiny_unclip import randomized, tiny_clip, tiny_decoder
 
 from dalle1.clip import Clip
 from dalle1.commands import blend, edit, vary
 from dalle2 import manipulation
+from dalle2.autoencoder import Autoencoder, AutoencoderConfig
 from dalle2.manipulation import Manipulator, slerp
+from dalle2.pipeline import Unclip
 
 
 @pytest.fixture(scope="module")
 def manipulator() -> Manipulator:
-    return Manipulator(model=tiny_unclip(), steps=20)
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(AutoencoderConfig(image_size=32, width=4, code_width=8)).eval()
+    decoder = tiny_decoder(side=4, multipliers=(1, 2), attention=(4,))
+    return Manipulator(model=Unclip(autoencoder, randomized(decoder, 0.1), tiny_clip()), steps=20)
 
 
 def image(seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)
+    return Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC)
 
 
 def difference(a: Image.Image, b: Image.Image) -> float:
@@ -110,7 +115,7 @@ def test_the_commands_write_images(
         out = tmp_path / module.__name__
         module.main([*words, *common, "--out", str(out)])
         assert len(list(out.glob("0*.png"))) == 3
-        assert Image.open(out / "02.png").size == (16, 16)
+        assert Image.open(out / "02.png").size == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def model() -> Unclip:
 
 
 def latents(model: Unclip, prompt: str, **how: Any) -> Tensor:
-    options = {"num_candidates": 2, "embedding": "none", "steps": 3, **how}
+    options = {"num_candidates": 2, "embedding": "none", "steps": 3, "guidance": 1, **how}
     return torch.stack([c.codes for c in model.candidates(prompt, **options)])
 
 
@@ -50,7 +50,7 @@ def test_weights_and_negative_prompts_change_what_is_sampled(model: Unclip) -> N
 
 def test_prompts_of_other_numbers_of_weights_are_sampled_as_alone(model: Unclip) -> None:
     prompts = ["a (red:3) (cube:2)", "a red cube", "a [blue] cube"]
-    how = {"num_candidates": 2, "embedding": "none", "steps": 3, "weighted": True}
+    how = {"num_candidates": 2, "embedding": "none", "steps": 3, "weighted": True, "guidance": 1}
     together = model.sample(prompts, **how)
     for prompt, candidates in zip(prompts, together, strict=True):
         alone = latents(model, prompt, weighted=True)
