@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle1.outputs import GRID, SCORES, write
 from dalle1.pipeline import DallE
 from dalle1.text.known_words import Words
+from dalle1.text.prompt_weights import parse_weights
 from dalle1.web import history as past
 from dalle1.web.parts import AT_ONCE, QUEUE, checked_prompt, is_open, one_line, painted, upload
 from dalle1.web.sampling import Finished, Jobs, Models, read_upload, stream
@@ -230,7 +231,8 @@ class SampleTab:
         """Name the unknown words of a prompt, and suggest prompts without them."""
         hidden = "", gr.update(visible=False, choices=[], value=None)
         try:
-            prompt, model = checked_prompt(prompt), self.models(name)
+            prompt = parse_weights(checked_prompt(prompt)).text
+            model = self.models(name)
         except (ValueError, OSError):
             return hidden  # reported when the button is pressed
         words = known_words(model)

@@ -149,7 +149,8 @@ def stream(
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                candidates = model.candidates(prompt, on_row=on_row, **options)
+                options.setdefault("weighted", True)
+                candidates = model.finished(model.candidates(prompt, on_row=on_row, **options))
             notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
             events.put(Finished(candidates=candidates, notes=list(dict.fromkeys(notes))))
         except BaseException as error:

@@ -1,12 +1,16 @@
-"""Fuzz all targets in turn until the time is up; print the number of inputs and the failures.
+"""Fuzz all targets in turn; print the number of inputs and the failures.
 
 python -m fuzz --minutes 10 --seed 0 --targets images shards
+python -m fuzz --rounds 2 --seed 0
+
+With `--rounds`, the same seed runs the same inputs on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -106,9 +110,15 @@ class Fuzzer:
 
 
 def fuzz(
-    targets: Sequence[str], root: Path, *, minutes: float, first: int, keep: Path | None = None
+    targets: Sequence[str],
+    root: Path,
+    *,
+    first: int,
+    minutes: float = math.inf,
+    rounds: float = math.inf,
+    keep: Path | None = None,
 ) -> Fuzzer:
-    """Run rounds of all targets until the time is up, at least one input of each."""
+    """Run rounds of all targets, at most so many and until the time is up."""
     fuzzer = Fuzzer(root, keep)
     begin, number = os.getcwd(), first
     try:
@@ -117,7 +127,7 @@ def fuzz(
         for name in targets:
             fuzzer.round(name, number, 1)
         deadline = time.monotonic() + 60 * minutes
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and number - first < rounds:
             number += 1
             for name in targets:
                 if time.monotonic() < deadline:
@@ -130,7 +140,8 @@ def fuzz(
 def main() -> None:
     """Read the command line and fuzz."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--rounds", type=float, default=math.inf, help="of 10 inputs a target")
     parser.add_argument("--seed", type=int, default=None, help="default: a new one, printed")
     parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=[*TARGETS])
     parser.add_argument("--keep", type=Path, help="folder for the inputs of failures")
@@ -146,8 +157,14 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="fuzz-") as root,
         contextlib.suppress(KeyboardInterrupt),
     ):
-        how = {"minutes": options.minutes, "first": 1_000_000 * first, "keep": keep}
-        fuzzer = fuzz(options.targets, Path(root), **how)
+        fuzzer = fuzz(
+            options.targets,
+            Path(root),
+            first=1_000_000 * first,
+            minutes=options.minutes,
+            rounds=options.rounds,
+            keep=keep,
+        )
         print(fuzzer.report())
         if fuzzer.failures:
             raise SystemExit(1)
