@@ -73,8 +73,13 @@ def upload(label: str, elem_id: str) -> gr.Image:
         label=label, type="filepath", sources=["upload", "clipboard"], elem_id=elem_id, height=260
     )
     # Gradio would open the file first, and fail in its own words where it is no image.
-    image.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+    image.preprocess = _path_of  # type: ignore[method-assign]
     return image
+
+
+def _path_of(payload: Any) -> Any:
+    """Return the path of an upload; None without one."""
+    return payload and payload.path
 
 
 def painted(editor: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
