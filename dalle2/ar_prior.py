@@ -164,13 +164,13 @@ class ARPrior(nn.Module):
         seed: int = 0,
         steps: int = 0,
         guidance: float = 1.0,
-        samples: int = 1,
+        samples: int | None = None,
     ) -> Tensor:
         """Sample z_i for each caption [P] and candidate [C]: unit vectors [P, C, D].
 
         Args:
             steps: ignored; there is one for each code.
-            samples: see `best_of`. Paper: 1, as the first code has the same purpose.
+            samples: see `best_of`. None is 1, as in the paper: the first code has the same purpose.
         """
         chosen, text = list(candidates), self.tokens(caption)
 
@@ -181,7 +181,7 @@ class ARPrior(nn.Module):
             codes = generate(self.transformer, text, uniforms, Sampling(guidance=guidance))
             return self.decode(codes.flatten(0, 1).flatten(1)).unflatten(0, (-1, len(chosen)))
 
-        return best_of(samples, sample_one, caption.embedding)
+        return best_of(1 if samples is None else samples, sample_one, caption.embedding)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the parameters and config to `directory`/prior.safetensors."""

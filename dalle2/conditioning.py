@@ -64,11 +64,17 @@ class CaptionReader:
         return Caption(states.clone(), mask, embedding.clone(), inputs["input_ids"])
 
     def contrasts(self, prompts: WeightedPrompts, count: int) -> list[tuple[Caption, Tensor]]:
-        """Read P prompts without their weighted parts, `count` times each, with strengths [P·C]."""
-        return [
-            (self(texts).repeat(count), torch.tensor(strengths).repeat_interleave(count))
-            for texts, strengths in zip(prompts.others, prompts.strengths, strict=True)
-        ]
+        """Read P prompts without their weighted parts, `count` times each, with strengths [P·C].
+
+        Where nothing is left of a prompt, its caption is dropped, as guidance drops it.
+        """
+        found = []
+        for texts, strengths in zip(prompts.others, prompts.strengths, strict=True):
+            caption = self(texts)
+            keep = torch.tensor([bool(text) for text in texts], device=caption.mask.device)
+            each = torch.tensor(strengths).repeat_interleave(count)
+            found.append((caption.where(keep).repeat(count), each))
+        return found
 
     @property
     def width(self) -> int:

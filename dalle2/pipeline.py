@@ -62,8 +62,9 @@ class UnclipOptions:
     """Embedding that the decoder is told: the prior's, the caption's own z_t, or none, as GLIDE."""
     prior_steps: int = 64
     """Steps of a diffusion prior. Paper: 64."""
-    prior_samples: int = 2
-    """Embeddings that the prior samples for each candidate; the one nearest to z_t is kept."""
+    prior_samples: int | None = None
+    """Embeddings that the prior samples for each candidate; the one nearest to z_t is kept. None:
+    2 of a diffusion prior, 1 of an autoregressive one, as in the paper."""
     prior_guidance: float = 1.0
     """Guidance scale of the prior. Paper: guiding it makes results worse."""
     upsampler_steps: int = 8
@@ -72,7 +73,7 @@ class UnclipOptions:
     def __post_init__(self) -> None:
         check_literals(self)
         for name in ("steps", "prior_steps", "prior_samples"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.upsampler_steps < 0:
             raise ValueError(f"upsampler_steps is {self.upsampler_steps}, expected at least 0")
@@ -249,7 +250,7 @@ class Unclip(RankingPipeline):
 
         def sample_batch(rows: range, columns: range) -> Tensor:
             z = None if image_embeddings is None else image_embeddings[rows.start : rows.stop]
-            told = parsed.of(rows), negative_prompt, z
+            told = parsed.of(rows), negative_prompt.strip(), z
             latents = self.latents(*told, columns, seed, options.guidance, how)
             for row in range(latents.shape[-2] if on_row else 0):
                 on_row(latents.flatten(0, 1), row + 1)  # type: ignore[misc]
@@ -304,7 +305,9 @@ class Unclip(RankingPipeline):
                 each,
                 guidance=guidance,
                 keep_embedding=keep,
-                negative=self.read([negative] * prompts).repeat(count) if negative else None,
+                negative=self.read([negative] * prompts).repeat(count)
+                if negative.strip()
+                else None,
                 contrasts=self.read.contrasts(told, count),
             )
             latents = sample_latents(

@@ -158,13 +158,13 @@ class DiffusionPrior(nn.Module):
         seed: int = 0,
         steps: int = 64,
         guidance: float = 1.0,
-        samples: int = 2,
+        samples: int | None = None,
         error: Callable[[int], float] | None = None,
     ) -> Tensor:
         """Sample z_i for each caption [P] and candidate [C]: unit vectors [P, C, D].
 
         Args:
-            samples: see `best_of`. Paper: 2.
+            samples: see `best_of`. None is 2, as in the paper.
             error: t → mean squared error of the prediction, for Analytic-DPM; None: DDPM's steps.
         """
         prompts, chosen = len(caption.mask), list(candidates)
@@ -183,7 +183,7 @@ class DiffusionPrior(nn.Module):
             )
             return F.normalize(x, dim=-1).unflatten(0, (prompts, len(chosen)))
 
-        return best_of(samples, sample_one, caption.embedding)
+        return best_of(2 if samples is None else samples, sample_one, caption.embedding)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the parameters and config to `directory`/prior.safetensors."""

@@ -152,13 +152,13 @@ def measured(
         more["image_embeddings"] = clip.embed_images(scenes)
     texts = [prompt.text for prompt in prompts]
     number, seed = options.num_candidates, options.seed
-    ranked = row.model.sample(texts, num_candidates=number, seed=seed, **row.how, **more)
-    for prompt, best_first in zip(prompts, ranked, strict=True):
-        verdicts = classifier.classify([candidate.image for candidate in best_first])
-        correct = [bool(verdict.compare(prompt.scene)["all"]) for verdict in verdicts]
-        first = next(i for i, candidate in enumerate(best_first) if candidate.index == 0)
-        embeddings = clip.embed_images([candidate.image for candidate in best_first])
-        yield correct[first], correct[0], mean_distance(embeddings)
+    how = {"num_candidates": number, "seed": seed, "rerank": "none", **row.how, **more}
+    for prompt, candidates in zip(prompts, row.model.sample(texts, **how), strict=True):
+        images = [candidate.image for candidate in candidates]
+        correct = [bool(v.compare(prompt.scene)["all"]) for v in classifier.classify(images)]
+        embeddings = clip.embed_images(images)
+        best = int((embeddings @ clip.embed_text([prompt.text])[0]).argmax())
+        yield correct[0], correct[best], mean_distance(embeddings)
 
 
 def mean_distance(embeddings: Tensor) -> float:

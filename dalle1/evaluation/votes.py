@@ -11,6 +11,7 @@ The second command counts these files. Which image is whose stays in key.json.
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import random
@@ -64,7 +65,10 @@ def evaluate_votes(options: VotesOptions) -> Scores:
     """Write the page, or yield the shares of votes for the first model."""
     key_path = options.out / KEY
     if options.votes:
-        yield from count_votes(read_json(key_path), [read_json(path) for path in options.votes])
+        key = read_json(key_path)
+        if not set(key.get("a_is", [None])) <= {"left", "right"}:
+            raise ValueError(f"{key_path} is damaged; write the page again to another --out")
+        yield from count_votes(key, [read_json(path) for path in options.votes])
         return
     assert options.a is not None
     assert options.b is not None
@@ -74,12 +78,12 @@ def evaluate_votes(options: VotesOptions) -> Scores:
         )
     pairs = pick_pairs(options.a, options.b, options.num_pairs, options.seed)
     rng = random.Random(f"sides {options.seed}")
-    name = f"{rng.getrandbits(64):016x}"
     sides = [rng.choice(("left", "right")) for _ in pairs]
     shown = []
     for (prompt, *both), side in zip(pairs, sides, strict=True):
         left, right = map(inlined, both if side == "left" else both[::-1])
         shown.append({"caption": prompt, "left": left, "right": right})
+    name = hashlib.sha256(json.dumps([sides, shown]).encode()).hexdigest()[:16]
     page = {"page": name, "questions": QUESTIONS, "choices": CHOICES, "pairs": shown}
     # In a script element, only "<" could end it.
     content = json.dumps(page, ensure_ascii=True).replace("<", "\\u003c")
@@ -188,7 +192,8 @@ def checked_votes(content: Mapping[str, Any], pairs: int) -> list[dict[str, Any]
     votes = votes if isinstance(votes, list) else [votes]
     for vote in votes:
         try:
-            is_valid = vote["choice"] in CHOICES[vote["question"]] and vote["pair"] in range(pairs)
+            is_valid = vote["choice"] in CHOICES[vote["question"]]
+            is_valid &= type(vote["pair"]) is int and vote["pair"] in range(pairs)
         except (TypeError, KeyError):
             is_valid = False
         if not is_valid:

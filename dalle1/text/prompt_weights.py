@@ -16,6 +16,8 @@ from itertools import groupby
 
 STEP, LARGEST = 1.1, 10.0
 """The weight of one pair of brackets, and the largest weight, up or down."""
+MOST = 8
+"""Weighted parts of a prompt."""
 _CLOSING = {"(": ")", "[": "]"}
 _TOKEN = re.compile(r"\\([()\[\]\\])|([(\[])|(:[^()\[\]:\\]*)?(\))|(\])|([^\\()\[\]:]+|.)", re.S)
 
@@ -81,14 +83,19 @@ def parse_weights(prompt: str) -> WeightedPrompt:
     ]
     contrasts = []
     for i, (weight, text) in enumerate(runs):
-        if abs(weight) > LARGEST:
+        if not abs(weight) <= LARGEST:  # also nan
             raise ValueError(
                 f"the weight of {text!r} is {weight:g}, expected -{LARGEST:g} to {LARGEST:g}; "
                 r"write \( and \) for brackets that are text"
             )
         if not math.isclose(weight, 1) and text.strip():
-            others = "".join(text for j, (_, text) in enumerate(runs) if j != i)
-            contrasts.append((" ".join(others.split()), weight - 1))
+            before, after = ("".join(t for _, t in part) for part in (runs[:i], runs[i + 1 :]))
+            contrasts.append((" ".join(f"{before} {after}".split()), weight - 1))
+    if len(contrasts) > MOST:
+        raise ValueError(
+            f"the prompt has {len(contrasts)} weighted parts, expected at most {MOST}: the model "
+            "reads it once more for each"
+        )
     text = "".join(text for text, _ in parts)
     if not text.strip() and prompt.strip():
         raise ValueError(f"the prompt {prompt!r} is empty within its brackets; expected a text")

@@ -42,7 +42,9 @@ def readable(history: Any) -> list[Entry]:
     return [
         row
         for row in (history if isinstance(history, list) else [])
-        if isinstance(row, dict) and all(isinstance(row.get(k), kind) for k, kind in kinds.items())
+        if isinstance(row, dict)
+        and all(isinstance(row.get(k), kind) for k, kind in kinds.items())
+        and row["settings"]
     ]
 
 

@@ -181,11 +181,14 @@ class SampleTab:
         page.unload(self.leave)
         said = [self.unknown, self.suggestions]
         gr.on(
-            [self.prompt.change, model.change, page.load], self.words, [model, self.prompt], said,
+            self.prompt.change, self.words, [model, self.prompt], said,
             trigger_mode="always_last", **AT_ONCE,
         )  # fmt: skip
         self.suggestions.input(lambda text: text, self.suggestions, self.prompt, **AT_ONCE)
-        model.change(one_line(self.defaults), model, self.settings[2:], **AT_ONCE)
+        gr.on(
+            [model.change, page.load], one_line(self.defaults), model, self.settings[2:],
+            show_progress="hidden", **QUEUE,
+        ).then(self.words, [model, self.prompt], said, **AT_ONCE)  # fmt: skip
         page.load(past.gallery, kept, self.history, **AT_ONCE)
         self.history.select(
             one_line(self.again), kept, [model, self.prompt, *self.settings], **AT_ONCE
@@ -228,12 +231,17 @@ class SampleTab:
         return [own.guidance, own.temperature, own.top_p, own.rerank or "default"]
 
     def words(self, name: str, prompt: str) -> tuple[Any, Any]:
-        """Name the unknown words of a prompt, and suggest prompts without them."""
+        """Name the unknown words of a prompt, and suggest prompts without them.
+
+        Only where the model is loaded already: this waits for nobody.
+        """
         hidden = "", gr.update(visible=False, choices=[], value=None)
+        model = self.models.peek(name)
+        if model is None:
+            return hidden
         try:
             prompt = parse_weights(checked_prompt(prompt)).text
-            model = self.models(name)
-        except (ValueError, OSError):
+        except ValueError:
             return hidden  # reported when the button is pressed
         words = known_words(model)
         if not (unknown := words.unknown_words_message(prompt)):

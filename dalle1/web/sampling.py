@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,10 @@ class Models:
             while len(self.loaded) > MAX_LOADED:
                 self.loaded.popitem(last=False)
             return self.loaded[name]
+
+    def peek(self, name: str | None) -> DallE | Unclip | None:
+        """Return a model that is loaded already, without waiting for one that is being loaded."""
+        return self.loaded.get((name or "").strip())
 
     def clip(self, name: str) -> Clip:
         """Return the CLIP of that name or folder; see `Clip.from_pretrained`."""
@@ -120,6 +125,25 @@ class Finished:
     notes: list[str] = field(default_factory=list)
 
 
+@contextmanager
+def own_warnings() -> Iterator[list[str]]:
+    """Collect the warnings of this thread, and drop those of others: their prompts are private.
+
+    One thread at a time, as Python's warnings are those of the process.
+    """
+    notes: list[str] = []
+    thread = threading.get_ident()
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        if threading.get_ident() == thread and issubclass(category, UserWarning):
+            notes.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield notes
+
+
 class _Cancelled(Exception):
     """Raised in the sampling thread at the row where its job is cancelled."""
 
@@ -147,11 +171,9 @@ def stream(
 
     def work() -> None:
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
+            with own_warnings() as notes:
                 options.setdefault("weighted", True)
                 candidates = model.finished(model.candidates(prompt, on_row=on_row, **options))
-            notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
             events.put(Finished(candidates=candidates, notes=list(dict.fromkeys(notes))))
         except BaseException as error:
             events.put(error)

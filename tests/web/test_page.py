@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ if CHROMIUM is None:
 
 SECONDS = 40_000  # of a loaded machine: each step takes a fraction of a second on a quiet one
 ROW_SECONDS = 0.2
+ROWS_MAY_END = threading.Event()
+ROWS_MAY_END.set()
 RECORD_PREVIEWS = """() => {
   window.previews = new Set();
   new MutationObserver(() => {
@@ -56,6 +59,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     def slow(prompt: str, on_row: Any, **options: Any) -> Any:
         def after_row(codes: torch.Tensor, rows: int) -> None:
             time.sleep(ROW_SECONDS)
+            ROWS_MAY_END.wait(SECONDS / 1000)
             on_row(codes, rows)
 
         return DallE.candidates(model, prompt, on_row=after_row, **options)
@@ -178,8 +182,11 @@ def test_type_sample_watch_and_sample_again(page: Any, tmp_path: Path) -> None:
 
 def test_cancel_then_sample(page: Any) -> None:
     fill(page, "#candidates input", "64")
+    ROWS_MAY_END.clear()  # so that the job is not over before the click
     page.click("#start")
     page.click("#cancel")
+    wait_for_status(page, "Cancelling")
+    ROWS_MAY_END.set()
     wait_for_status(page, "Cancelled")
     assert page.locator("#results img").count() == 0
     fill(page, "#candidates input", "2")
