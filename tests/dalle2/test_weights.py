@@ -41,6 +41,9 @@ def test_weights_and_negative_prompts_change_what_is_sampled(model: Unclip) -> N
     assert latents(model, "a red (cube:1)", weighted=True).equal(plain)
     assert not latents(model, "a (red:6) cube", weighted=True).equal(plain)
     assert not latents(model, "a red cube", guidance=3, negative_prompt="a blue cube").equal(guided)
+    # As guidance does, a weight of the whole prompt leads away from no caption.
+    whole = latents(model, "(a red cube:3)", weighted=True)
+    torch.testing.assert_close(whole, guided, atol=1e-4, rtol=0)
     # Guidance away from the prompt itself changes nothing.
     same = latents(model, "a red cube", guidance=3, negative_prompt="a red cube")
     torch.testing.assert_close(same, plain, atol=1e-4, rtol=0)

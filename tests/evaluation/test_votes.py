@@ -59,6 +59,21 @@ def test_the_page_shows_pairs_without_their_origin(page: Path) -> None:
     assert all(str(pair["a"]).endswith("00.png") for pair in key["pairs"])
 
 
+def test_pages_of_other_images_have_other_names(page: Path, tmp_path: Path) -> None:
+    c = folder(tmp_path, "others", "green")
+    how = ["--a", str(tmp_path / "ours"), "--b", str(c), "--out", str(tmp_path / "second")]
+    main(["votes", *how])
+    assert shown(page)["page"] != shown(tmp_path / "second")["page"]
+
+
+def test_a_damaged_key_is_one_line(page: Path) -> None:
+    file = page / "x.json"
+    file.write_text(json.dumps({"page": shown(page)["page"], "votes": []}))
+    (page / "key.json").write_text(json.dumps({"page": shown(page)["page"]}))
+    with pytest.raises(ValueError, match=r"key\.json is damaged"):
+        dict(evaluate_votes(VotesOptions(votes=(file,), out=page)))
+
+
 def vote(pair: int, choice: str, question: str = "realism") -> dict[str, Any]:
     return {"pair": pair, "question": question, "choice": choice}
 
@@ -109,6 +124,7 @@ def test_votes_of_a_page_are_read_back(page: Path, capsys: pytest.CaptureFixture
         ),
         ('{"page": "NAME", "votes": [{"pair": [], "question": [], "choice": 1}]}', "has the vote"),
         ('{"page": "NAME"}', "has the vote None"),
+        (json.dumps({"page": "NAME", "votes": [vote(1.0, "left")]}), "has the vote .*1.0"),
     ],
 )
 def test_other_files_are_refused(page: Path, content: str, message: str) -> None:

@@ -25,6 +25,7 @@ CASES = {
     r"a\b": (r"a\b", {}),
     "at 10:30: a [star:2]": ("at 10:30: a star:2", {"at 10:30: a": 1 / 1.1 - 1}),
     "a ( ) star": ("a   star", {}),
+    "two(cats:2)dogs": ("twocatsdogs", {"two dogs": 1.0}),
 }
 
 
@@ -65,6 +66,8 @@ def test_the_matched_brackets_beside_one_without_a_partner_count() -> None:
         ("(10:30)", "the weight of '10' is 30, expected -10 to 10; write"),
         ("(" * 30 + "a" + ")" * 30, "the weight of 'a' is 17.4494, expected -10 to 10"),
         ("([])", "is empty within its brackets"),
+        ("(((x:1e300):1e300):0)", "the weight of 'x' is nan, expected -10 to 10"),
+        ("(a) b " * 9, "the prompt has 9 weighted parts, expected at most 8"),
     ],
 )
 def test_impossible_weights_are_refused(prompt: str, message: str) -> None:

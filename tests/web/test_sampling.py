@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
 from tiny_model import tiny_model
 
 from dalle1.web.plots import attended, attended_image, bits_per_code, codes_image, heat_map
-from dalle1.web.sampling import Finished, Progress, bundled_models, stream
+from dalle1.web.sampling import Finished, Progress, bundled_models, own_warnings, stream
 
 PROMPT = "a red cube"
 
@@ -40,6 +41,15 @@ def test_errors_and_notes_reach_the_page() -> None:
     *_, last = stream(model, "a zebra", num_candidates=1)
     assert isinstance(last, Finished)
     assert any("zebra" in note for note in last.notes)
+
+
+def test_warnings_of_other_threads_are_not_shown() -> None:
+    with own_warnings() as notes:
+        thread = threading.Thread(target=warnings.warn, args=("private",))
+        thread.start()
+        thread.join()
+        warnings.warn("own", stacklevel=1)
+    assert notes == ["own"]
 
 
 def test_plots_have_a_cell_for_each_code() -> None:
