@@ -33,13 +33,13 @@ lint: .venv/dev.stamp ## Check style, formatting, types and, after `make audit` 
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@test ! -e .venv/tools && echo 'audit skipped: run make audit once to install pip-audit' || \
-		$(MAKE) --no-print-directory audit
+	@if test -e .venv/tools; then $(MAKE) --no-print-directory audit; \
+	else echo 'audit skipped: run make audit once to install pip-audit'; fi
 
 audit: .venv/tools.stamp ## Look for known vulnerabilities of the pinned packages
-	@$(PY) -c 'import urllib.request as u; u.urlopen("https://pypi.org/pypi/pip/json", timeout=9)' \
-		2>/dev/null && .venv/tools/bin/pip-audit --no-deps --disable-pip -r constraints.txt || \
-		{ test $$? -ne 1 || echo 'audit skipped: pypi.org cannot be reached'; }
+	@if $(PY) -c 'import urllib.request as u; u.urlopen("https://pypi.org/pypi/pip/json", timeout=9)' \
+		2>/dev/null; then .venv/tools/bin/pip-audit --no-deps --disable-pip -r constraints.txt; \
+	else echo 'audit skipped: pypi.org cannot be reached'; fi
 
 sbom: .venv/runtime.stamp .venv/tools.stamp ## Write the installed packages to dist/sbom.json (CycloneDX)
 	mkdir -p dist

@@ -8,21 +8,21 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-READ = (".safetensors", ".json", ".jsonl", ".txt", ".model", ".pt", ".bin")
+READ = (".safetensors", ".json", ".jsonl", ".txt", ".model", ".jinja", ".pt", ".bin")
 """Ends of the names of files that models and checkpoints consist of."""
-FOLDERS = ("clip", "raw")
+FOLDERS = ("clip", "raw", "additional_chat_templates", "clip/additional_chat_templates")
 """Folders in a model folder or a checkpoint that hold such files, too."""
-TEXT = (".json", ".txt", ".model")
+TEXT = (".json", ".txt", ".model", ".jinja")
 MAX_TEXT = 256 << 20
 """Most bytes of a text file; the largest published vocabularies have 40 MB."""
 
-CACHE = re.compile(r"/models--[^/]+/blobs/[^/]+$")
-"""Files of Hugging Face's cache, to which the snapshots in it are links."""
+SNAPSHOT = re.compile(r"(.*)(/models--[^/]+)/snapshots/[^/]+(/|$)")
+"""Folder of a download in Hugging Face's cache; its files are links to blobs."""
 
 
 def unfit_files(folder: Path) -> Iterator[str]:
     """Yield, for each file of a model folder that is not a plain one inside it, what it is."""
-    root = os.path.realpath(folder)
+    roots = _roots(folder)
     for parent in (folder, *(folder / name for name in FOLDERS)):
         if not os.path.isdir(parent):
             continue
@@ -30,15 +30,24 @@ def unfit_files(folder: Path) -> Iterator[str]:
             for entry in entries:
                 if entry.name.endswith(READ) or entry.name in FOLDERS:
                     path = os.path.join(parent, entry.name)
-                    if (what := _unfit(path, entry.is_symlink(), root)) is not None:
+                    if (what := _unfit(path, entry.is_symlink(), roots)) is not None:
                         yield f"{os.path.relpath(path, folder)} {what}"
 
 
-def _unfit(path: str, is_link: bool, root: str) -> str | None:
+def _roots(folder: Path) -> list[str]:
+    """Return the folders that links may lead to: itself, and the blobs of its own download."""
+    roots = [os.path.realpath(folder)]
+    for path in (os.path.abspath(folder), roots[0]):
+        if found := SNAPSHOT.match(path.replace(os.sep, "/")):
+            cache, repository = found[1], found[1] + found[2]
+            roots += [os.path.realpath(f"{parent}/blobs") for parent in (repository, cache)]
+    return roots
+
+
+def _unfit(path: str, is_link: bool, roots: list[str]) -> str | None:
     if is_link:
         target = os.path.realpath(path)
-        inside = target.startswith(root.rstrip(os.sep) + os.sep)
-        if not inside and not CACHE.search(target.replace(os.sep, "/")):
+        if not target.startswith(tuple(root.rstrip(os.sep) + os.sep for root in roots)):
             return f"is a link to {os.readlink(path)}, outside the folder"
     try:
         found = os.stat(path)

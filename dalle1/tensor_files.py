@@ -39,10 +39,17 @@ def tensor_files(path: Path) -> list[Path]:
     if path.is_file() or not index.is_file():
         return [path]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({str(name) for name in found})
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged, expected the index of a model's files") from error
-    files = [path.with_name(Path(str(name)).name) for name in names]
+    fit = re.compile(rf"[^/\\]+{re.escape(path.suffix)}")
+    if wrong := [name for name in names if not fit.fullmatch(name)]:
+        raise ValueError(
+            f"{index} lists {wrong[0][:80]!r}, expected names of {path.suffix} files beside it; "
+            "get the model again"
+        )
+    files = [path.with_name(name) for name in names]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(
             f"{index} lists {', '.join(missing[:3])}, which {path.parent} does not hold; copy all "

@@ -14,7 +14,7 @@ set -euo pipefail
 OUT=${OUT:-runs/toy}              # folder of all stages
 SCENES=${SCENES:-40000}           # rendered scenes, 29 kB each
 PROCESSES=${PROCESSES:-1}         # processes that train the transformer together, by torchrun
-FIRST_SIZES=${FIRST_SIZES-64 128} # image sides of the transformer's first stages
+FIRST_SIZES=${FIRST_SIZES-${FIRST_SIZE-64 128}} # image sides of the transformer's first stages
 PYTHON=${PYTHON:-python}          # the Python that dalle1 is installed for
 
 # More flags of single stages, quoted as in a shell.

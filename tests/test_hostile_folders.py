@@ -77,16 +77,57 @@ def test_a_pipe_is_refused_instead_of_waited_for(model: Path, name: str) -> None
         load_pipeline(model, device="cpu")
 
 
+def in_cache(model: Path, cache: Path) -> Path:
+    """Move a model into Hugging Face's cache: a link to a blob, and one to a link of hf-xet."""
+    repository, shared = cache / "models--user--name", cache / "blobs" / "01"
+    for folder in (repository / "blobs", repository / "snapshots", shared):
+        folder.mkdir(parents=True)
+    snapshot = repository / "snapshots" / "rev"
+    os.rename(model, snapshot)
+    for name, blob in (("words.json", "12"), ("transformer.safetensors", "34")):
+        os.rename(snapshot / name, repository / "blobs" / blob)
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    os.rename(repository / "blobs" / "34", shared / "34")
+    (repository / "blobs" / "34").symlink_to("../../blobs/01/34")
+    return snapshot
+
+
+@pytest.mark.parametrize("name", ["models--user--name", "models--user--name/blobs", "blobs"])
+def test_a_cache_may_continue_on_another_disk(model: Path, tmp_path: Path, name: str) -> None:
+    snapshot = in_cache(model, tmp_path / "hub")
+    moved = tmp_path / "hub" / name
+    os.rename(moved, tmp_path / "disk")
+    moved.symlink_to(tmp_path / "disk")
+    if name == "models--user--name":  # relative links of the moved folder
+        (tmp_path / "blobs").symlink_to(tmp_path / "hub" / "blobs")
+    if name == "models--user--name/blobs":
+        (tmp_path / "disk" / "34").unlink()
+        (tmp_path / "disk" / "34").symlink_to(tmp_path / "hub" / "blobs" / "01" / "34")
+    check_model_files(snapshot)
+    check_model_files(snapshot / "clip")
+
+
+def test_blobs_of_other_downloads_are_refused(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "hub" / "models--other--name" / "blobs" / "56"
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
+    (model / "vocab.json").unlink()
+    (model / "vocab.json").symlink_to(other)
+    message = r"vocab\.json is a link to .*56, outside the folder"
+    with pytest.raises(ValueError, match=message):
+        check_model_files(model)
+    snapshot = in_cache(model, tmp_path / "hub")
+    with pytest.raises(ValueError, match=message):
+        check_model_files(snapshot)
+
+
 def test_links_within_the_folder_and_into_the_cache_of_downloads_are_read(
     model: Path, tmp_path: Path
 ) -> None:
     os.rename(model / "vocab.json", model / "words-and-codes.json")
     (model / "vocab.json").symlink_to("words-and-codes.json")
-    blobs = tmp_path / "hub" / "models--user--name" / "blobs"
-    blobs.mkdir(parents=True)
-    os.rename(model / "transformer.safetensors", blobs / "0123")
-    (model / "transformer.safetensors").symlink_to(blobs / "0123")
-    (tmp_path / "link").symlink_to(model)
+    snapshot = in_cache(model, tmp_path / "hub")
+    (tmp_path / "link").symlink_to(snapshot)
     load_pipeline(tmp_path / "link", device="cpu")
 
 
@@ -118,8 +159,28 @@ def test_an_index_leads_to_no_other_folder(model: Path, tmp_path: Path) -> None:
     os.rename(model / "transformer.safetensors", tmp_path / "other.safetensors")
     index = {"weight_map": {"a": "../other.safetensors", "b": "/etc/hostname"}}
     (model / "transformer.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"lists other\.safetensors, hostname, which"):
+    with pytest.raises(ValueError, match=r"lists '\.\./other\.safetensors', expected names of"):
         Transformer.load(model)
+
+
+def test_the_index_of_a_clip_leads_to_no_other_folder(model: Path, tmp_path: Path) -> None:
+    os.rename(model / "clip" / "model.safetensors", tmp_path / "other.safetensors")
+    index = model / "clip" / "model.safetensors.index.json"
+    for name in ("../../other.safetensors", str(tmp_path / "other.safetensors"), "config.json", 3):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {"logit_scale": name}}))
+        with pytest.raises(ValueError, match=r"index\.json lists .*, expected names of"):
+            load_pipeline(model, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/a.jinja"])
+def test_templates_of_a_clip_lie_in_its_folder(model: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.jinja").write_text("secret")
+    template = model / "clip" / name
+    template.parent.mkdir(exist_ok=True)
+    template.symlink_to(tmp_path / "secret.jinja")
+    for folder in (model, model / "clip"):
+        with pytest.raises(ValueError, match=r"\.jinja is a link to .*, outside the folder"):
+            check_model_files(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])

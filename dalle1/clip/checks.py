@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from dalle1.tensor_files import INDEX_SUFFIX, tensor_files
+
 CAPTIONS = ("a red cube", "seven blue zebras", "the sea at night")
 SHAPES = ((8, 8), (40, 3), (3, 40))
 """Width and height of the images that the processor is checked with."""
@@ -20,6 +22,9 @@ SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 def check_files(folder: Path) -> None:
     """Raise a ValueError that names the files that a CLIP's folder misses."""
     names = {path.name for path in folder.iterdir()}
+    for name in names:
+        if name.endswith((f".safetensors{INDEX_SUFFIX}", f".bin{INDEX_SUFFIX}")):
+            tensor_files(folder / name.removesuffix(INDEX_SUFFIX))  # ValueError for other folders
     has_vocabulary = bool(names & {"tokenizer.json", *SENTENCEPIECE})
     missing = {
         "config.json": "config.json" in names,

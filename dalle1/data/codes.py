@@ -59,30 +59,34 @@ class CodeSource(IndexedSource):
     """Name in the index of what identifies the model that encoded the images."""
 
     def __init__(self, folder: Path, split: str = "train") -> None:
+        self.folder = folder
         try:
             index = json.loads((folder / self.index_name).read_text())
             self.dvae, images = index[self.model_key], index[COUNT_KEY]
-            self.grid_size = int(index["grid_size"])
-            expected = index.get("shards") or -(-images // index["shard_size"])
+            self.grid_size, shards = index["grid_size"], index.get("shards")
+            numbers = (images, self.grid_size, shards or index["shard_size"])
+            if not all(isinstance(number, int) and number >= 1 for number in numbers):
+                raise ValueError(f"it has sizes of {numbers}")
+            expected = shards or -(-images // index["shard_size"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{folder} holds no codes: expected {self.index_name} and shards, as "
                 f"`{self.command}` writes them"
             ) from error
-        shards = shards_in(folder)
-        if len(shards) != expected:
+        self.shards = shards_in(folder)
+        if len(self.shards) != expected:
             raise ValueError(
-                f"{folder} holds {len(shards)} of {expected} shards: its encoding was stopped; the "
-                "same command resumes it"
+                f"{folder} holds {len(self.shards)} of {expected} shards: its encoding was "
+                "stopped; the same command resumes it"
             )
-        sizes, entries = sizes_of(shards), None
-        if index.get("bytes") == sizes:
-            entries = _read_entries(folder / ENTRIES_NAME, np.array(sizes))
+        self.sizes, entries = sizes_of(self.shards), None
+        if index.get("bytes") == self.sizes:
+            entries = _read_entries(folder / ENTRIES_NAME)
         if entries is None:
-            entries = index_files(shards, FILES)
+            entries = index_files(self.shards, FILES)
         self.codebook_size: int | None = index.get("codebook_size")
         kept = split_indices(range(len(entries)), split)
-        self.shards, self.entries = shards, entries[kept.start : kept.stop]
+        self.entries = entries[kept.start : kept.stop]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -128,13 +132,22 @@ class CodeSource(IndexedSource):
 
     @contextmanager
     def _one_error(self, index: int) -> Iterator[None]:
-        """Turn what a damaged shard causes into a ValueError that names it."""
+        """Turn what a damaged index or shard causes into a ValueError that names it."""
+        number, *spans = self.entries[index].tolist()
+        if not 0 <= number < len(self.shards) or not all(
+            offset >= 0 and 0 <= size <= self.sizes[number] - offset
+            for offset, size in (spans[:2], spans[2:])
+        ):
+            raise ValueError(
+                f"{self.folder / ENTRIES_NAME} is damaged: its pair {index} lies in no shard; move "
+                "it away, and the same command builds it again"
+            )
         try:
             yield
         except OSError:
             raise
         except Exception as error:  # damaged bytes fail in any way
-            shard = self.shards[int(self.entries[index, 0])]
+            shard = self.shards[number]
             why = " ".join(str(error).split())[:100]
             raise ValueError(
                 f"{shard} is damaged: its pair {index} cannot be read ({why}); remove it and run "
@@ -146,18 +159,11 @@ class CodeSource(IndexedSource):
         return read_member(self.shards[number], (offset, size))
 
 
-def _read_entries(path: Path, sizes: np.ndarray) -> np.ndarray | None:
-    """Map the index of pairs, None where it is missing or damaged.
-
-    Args:
-        sizes: bytes of each shard.
-    """
+def _read_entries(path: Path) -> np.ndarray | None:
+    """Map the index of pairs, None where it is missing or no such index."""
     try:
         entries = np.load(path, mmap_mode="r")
-        numbers, ends = entries[:, 0], entries[:, [1, 3]] + entries[:, [2, 4]]
-        inside = entries.min() >= 0 and numbers.max() < len(sizes)
-        is_whole = entries.dtype == np.int64 and entries.shape[1] == 5
-        return entries if is_whole and inside and (ends.max(1) <= sizes[numbers]).all() else None
+        return entries if entries.dtype == np.int64 and entries.shape[1:] == (5,) else None
     except Exception:  # damaged bytes fail in any way
         return None
 

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -87,13 +88,20 @@ def open_image(content: bytes, where: str) -> Image.Image:
 
 def _open(content: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        return Image.open(io.BytesIO(content), formats=formats())
     except Image.DecompressionBombError:
         raise
     except Exception:  # Pillow rejects an image for some damage to its metadata
         if (pixels := without_metadata(content)) == content:
             raise
-        return Image.open(io.BytesIO(pixels), formats=FORMATS)
+        return Image.open(io.BytesIO(pixels), formats=formats())
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that the installed Pillow has; before 11.3 it has no AVIF."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def load_image_file(path: Path) -> Image.Image:
@@ -172,8 +180,7 @@ def _load_pixels(file: object) -> Image.Image | None:
     if (pixels := without_metadata(content)) == content:
         return None
     try:
-        image = Image.open(io.BytesIO(pixels), formats=FORMATS)
-        image.load()
+        (image := Image.open(io.BytesIO(pixels), formats=formats())).load()
     except Exception:  # the pixels are damaged
         return None
     return image

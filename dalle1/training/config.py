@@ -196,6 +196,6 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     if stored in PRECISIONS:
         return replace(config, precision=stored)
     precision: Any = "bf16" if config.weights == "bf16" else names[pick_precision("auto", device)]
-    if precision == "fp16" and config.uses_deepspeed:
+    if precision == "fp16" and (config.uses_deepspeed or config.gradient_compression != "none"):
         precision = "fp32"
     return replace(config, precision=precision)

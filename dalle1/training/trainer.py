@@ -126,20 +126,16 @@ class Trainer(Generic[Model]):
             if self.task.initial_weights is not None:
                 self.engine.load_initial(self.task.initial_weights)
             return
-        try:
-            self._restore(found)
-        except (LookupError, TypeError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise ValueError(
-                f"{found.folder} is damaged ({reason}); remove it to resume from the one before, "
-                "or use another --out"
-            ) from error
+        self._restore(found)
 
     def _restore(self, found: Checkpoint) -> None:
         """Load a checkpoint of this training."""
-        out, state = self.config.out, found.state
-        before, after = state.get("contents", {}), self.task.contents
-        if changed := changed_settings(state["resume_key"], self.config, before, after):
+        out, state, after = self.config.out, found.state, self.task.contents
+        with _one_error(found.folder):
+            before = state.get("contents", {})
+            changed = changed_settings(state["resume_key"], self.config, before, after)
+            note = changed_data(before.get("data"), after.get("data"))
+        if changed:
             raise ValueError(
                 f"{out} holds a training with other settings: {'; '.join(changed)}. "
                 "Use the same settings to resume it, or another --out"
@@ -151,17 +147,18 @@ class Trainer(Generic[Model]):
                 f"{out} holds a training of another model, or a damaged one ({error}); use the "
                 "same preset and sizes to resume it, or another --out"
             ) from error
-        self.engine.updates = state["updates"]
-        for name, part in self._extra_state().items():
-            part.load_state_dict(state[name])
-        if (data_state := state.get("data_state")) is not None:
-            self.task.loader.load_state_dict(data_state)
-        self.step = state["step"]
-        if distributed.is_main():  # one process continues the sums of all
-            self.counts.update(state["counts"])
+        with _one_error(found.folder):
+            self.engine.updates, self.step = state["updates"], state["step"]
+            for name, part in self._extra_state().items():
+                part.load_state_dict(state[name])
+            if (data_state := state.get("data_state")) is not None:
+                self.task.loader.load_state_dict(data_state)
+            if distributed.is_main():  # one process continues the sums of all
+                self.counts.update(state["counts"])
+        if distributed.is_main():
             newer = f"; incomplete: {', '.join(found.skipped)}" if found.skipped else ""
             print(f"Resuming at step {self.step} of {self.config.steps} in {out}{newer}")
-            if note := changed_data(before.get("data"), after.get("data")):
+            if note:
                 print(note)
 
     @contextmanager
@@ -179,6 +176,19 @@ class Trainer(Generic[Model]):
         distributed.barrier()
         self.engine.swap_ema()
         return self.engine.model.eval()
+
+
+@contextmanager
+def _one_error(folder: Path) -> Iterator[None]:
+    """Turn what missing or wrong values in a checkpoint's state cause into a ValueError."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"{folder} is damaged ({reason}); move it away to resume from the one before, or use "
+            "another --out"
+        ) from error
 
 
 def step_rng(seed: int, step: int, device: torch.device, part: int = 0) -> torch.Generator:

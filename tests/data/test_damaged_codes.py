@@ -38,10 +38,8 @@ def write_codes(folder: Path, codes: bytes = GOOD, captions: bytes = CAPTIONS) -
 @pytest.mark.parametrize(
     "damaged",
     [
-        np.array([[5, 0, 9, 0, 9]] * 2),
-        np.array([[0, 0, 10**9, 0, 9]] * 2),
-        np.array([[0, -1, 9, 0, 9]] * 2),
         np.zeros((2, 4), np.int64),
+        np.zeros(5, np.int64),
         np.zeros((2, 5), np.float32),
         np.array([None]),
     ],
@@ -52,6 +50,38 @@ def test_a_damaged_index_is_built_again(tmp_path: Path, damaged: np.ndarray) -> 
     assert np.array_equal(CodeSource(tmp_path, "encode").entries, expected)
     (tmp_path / ENTRIES_NAME).write_bytes(b"\x93NUMPY")
     assert np.array_equal(CodeSource(tmp_path, "encode").entries, expected)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [5, 0, 9, 0, 9],
+        [-1, 0, 9, 0, 9],
+        [0, 0, 10**9, 0, 9],
+        [0, -1, 9, 0, 9],
+        [0, 0, 9, 1, -1],
+        [0, 2**63 - 1, 2**63 - 1, 0, 9],  # their sum overflows
+    ],
+)
+def test_an_index_that_leads_out_of_the_shards_is_named(tmp_path: Path, entry: list[int]) -> None:
+    np.save(write_codes(tmp_path) / ENTRIES_NAME, np.array([entry] * 2))
+    source = CodeSource(tmp_path, "encode")
+    for read in (source.captions, source.crops):
+        with pytest.raises(
+            ValueError, match=r"entries\.npy is damaged: its pair 1 .* move it away"
+        ):
+            read(1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ['"grid_size": 1e999', '"grid_size": 0', '"shards": 0, "shard_size": 0', f'"{COUNT_KEY}": "2"'],
+)
+def test_sizes_that_are_no_numbers_are_refused(tmp_path: Path, damage: str) -> None:
+    index = write_codes(tmp_path) / INDEX_NAME
+    index.write_text(f"{index.read_text()[:-1]}, {damage}}}")  # the last value of a key counts
+    with pytest.raises(ValueError, match=r"holds no codes: expected codes\.json"):
+        CodeSource(tmp_path)
 
 
 @pytest.mark.parametrize(

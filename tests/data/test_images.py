@@ -312,3 +312,10 @@ def test_no_decoder_starts_a_program() -> None:
     Image.init()
     known = {Image.registered_extensions()[suffix] for suffix in IMAGE_SUFFIXES}
     assert known - {"MPO"} == set(images.FORMATS)  # JPEG's decoder reads it
+
+
+def test_a_pillow_without_avif_opens_other_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    monkeypatch.setattr(images, "formats", images.formats.__wrapped__)  # not the cached ones
+    assert images.open_image(b"P6 1 1 255\nabc", "a.ppm").getpixel((0, 0)) == (97, 98, 99)

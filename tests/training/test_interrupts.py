@@ -14,6 +14,7 @@ from torch import nn
 
 from dalle1.console import keep_freed_memory
 from dalle1.training import distributed
+from dalle1.training.checkpoint import find_checkpoint
 from dalle1.training.config import TrainConfig
 from dalle1.training.interrupts import explain_failure, graceful_run
 from dalle1.training.trainer import Trainer
@@ -47,6 +48,25 @@ def test_processes_that_find_different_checkpoints_are_stopped(
     monkeypatch.setattr(distributed, "all_gather_object", lambda value: [0, value])
     with pytest.raises(ValueError, match=r"checkpoints of steps 0, 3 in .*all machines share"):
         Trainer(task, config_for(tmp_path)).resume()
+
+
+def test_only_values_of_a_checkpoint_count_as_its_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = FunctionTask(nn.Linear(1, 1), lambda *_: [])
+    trainer = Trainer(task, config_for(tmp_path))
+    trainer.step = 3
+    trainer.save()
+    found = find_checkpoint(tmp_path)
+    assert found is not None
+    with monkeypatch.context() as context:
+        context.setattr(trainer.engine, "load", lambda path: {}["a mistake in the code"])
+        with pytest.raises(KeyError, match="a mistake"):
+            trainer.resume()
+    del found.state["updates"]
+    monkeypatch.setattr("dalle1.training.trainer.find_checkpoint", lambda out: found)
+    with pytest.raises(ValueError, match=r"step-3 is damaged .*'updates'\); move it away"):
+        trainer.resume()
 
 
 def test_a_full_disk_is_reported_in_a_line(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def test_precision_auto_is_what_the_machine_computes_fast(
     # A GPU without bf16: fp16 where gradients can be scaled, which ZeRO does not support.
     monkeypatch.setattr("dalle1.training.config.pick_precision", lambda *_: torch.float16)
     assert resolve_precision(config, CPU).precision == "fp16"
-    assert resolve_precision(TrainConfig(out=tmp_path, zero=2), CPU).precision == "fp32"
+    for flags in ({"zero": 2}, {"gradient_compression": "powersgd"}):
+        assert resolve_precision(TrainConfig(out=tmp_path, **flags), CPU).precision == "fp32"
 
 
 def test_literals_are_checked_by_their_annotations(tmp_path: Path) -> None:
