@@ -25,7 +25,7 @@ sample: .venv/runtime.stamp ## Sample images for PROMPT="an avocado armchair"; A
 test: .venv/dev.stamp ## Run the tests; ARGS="tests/test_cli.py -x" runs some of them
 	$(PY) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
-fuzz: .venv/dev.stamp ## Run commands with damaged input, from SEED=0, for MINUTES; else 220 inputs
+fuzz: .venv/dev.stamp ## Run commands with damaged input, from SEED=0, for MINUTES; else 231 inputs
 	PYTHONPATH=.:tests/support OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(PY) -m fuzz $(if $(MINUTES),--minutes $(MINUTES),--rounds 2) --seed $(SEED) $(ARGS)
 

@@ -59,11 +59,13 @@ class Fuzzer:
         self.endings: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.failures: defaultdict[str, list[str]] = defaultdict(list)
 
-    def one(self, name: str, choose: text.Choose) -> None:
-        """Run one input of a target."""
+    def one(self, name: str, choose: text.Choose, *, is_known: bool = False) -> None:
+        """Run one input of a target; where it is known from earlier, only make it."""
         began = time.process_time()
         self.runner.clear()
         words = TARGETS[name](choose, self.world, self.runner.scratch)
+        if is_known:
+            return
         has_pipe = any(word.startswith("pipe:") for word in words)
         wrong, last = self.runner.check(words, may_start_programs=has_pipe)
         self.inputs[name] += 1
@@ -80,11 +82,15 @@ class Fuzzer:
                 (to / "what.txt").write_text(f"{words!r}\n{wrong}\n", errors="backslashreplace")
 
     def round(self, name: str, number: int, count: int) -> None:
-        """Run `count` inputs of a target of seed `number`."""
+        """Run `count` inputs of a target of seed `number`.
+
+        Hypothesis begins each round with the same, simplest input. Only the round of one runs it.
+        """
+        is_known = count > 1
 
         @seed(number)
         @settings(
-            max_examples=count,
+            max_examples=count + is_known,
             deadline=None,
             database=None,
             phases=[Phase.generate],
@@ -92,7 +98,9 @@ class Fuzzer:
         )
         @given(st.data())
         def test(data: st.DataObject) -> None:
-            self.one(name, data.draw)
+            nonlocal is_known
+            known, is_known = is_known, False
+            self.one(name, data.draw, is_known=known)
 
         test()
 
@@ -116,9 +124,10 @@ def fuzz(
     first: int,
     minutes: float = math.inf,
     rounds: float = math.inf,
+    per_round: int = PER_ROUND,
     keep: Path | None = None,
 ) -> Fuzzer:
-    """Run rounds of all targets, at most so many and until the time is up."""
+    """Run the simplest input of each target, then rounds of `per_round`, until the time is up."""
     fuzzer = Fuzzer(root, keep)
     begin, number = os.getcwd(), first
     try:
@@ -131,7 +140,7 @@ def fuzz(
             number += 1
             for name in targets:
                 if time.monotonic() < deadline:
-                    fuzzer.round(name, number, PER_ROUND)
+                    fuzzer.round(name, number, per_round)
     finally:
         os.chdir(begin)
     return fuzzer

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from damage import VALUES, damage
 
-from dalle1.compression.container import MAGIC
 from fuzz.media import SEEDS, damaged
 from fuzz.text import Choose
 from fuzz.world import World
@@ -79,22 +78,36 @@ def checkpoints(choose: Choose, world: World, scratch: Path) -> list[str]:
     return ["fit-scaling", str(run), str(world.training), "--out", str(scratch / "out")]
 
 
+def parts(archive: bytes) -> tuple[bytes, dict[str, Any], bytes]:
+    """Return a compressed file's magic and version, its header, and the rest up to the CRC-32."""
+    head = struct.unpack_from("<I", archive, 4)[0]
+    return archive[:4], json.loads(zlib.decompress(archive[8 : 8 + head])), archive[8 + head : -4]
+
+
+def joined(begin: bytes, header: dict[str, Any], rest: bytes) -> bytes:
+    """Return a compressed file of such parts, without its CRC-32."""
+    packed = zlib.compress(json.dumps(header).encode())
+    return begin + struct.pack("<I", len(packed)) + packed + rest
+
+
+def summed(content: bytes) -> bytes:
+    """Return a compressed file with its CRC-32."""
+    return content + struct.pack("<I", zlib.crc32(content))
+
+
 def archives(choose: Choose, world: World, scratch: Path) -> list[str]:
     """Decompress damaged files, most of them with checksums that fit."""
     rng = random.Random(choose(SEEDS))
     content = world.archives[rng.choice(sorted(world.archives))]
     if rng.random() < 0.5:
-        head = struct.unpack_from("<I", content, 4)[0]
-        header = json.loads(zlib.decompress(content[8 : 8 + head]))
+        begin, header, rest = parts(content)
         if rng.random() < 0.7:
             header[rng.choice([*header, "x"])] = rng.choice(VALUES)
-        packed = zlib.compress(json.dumps(header).encode())
-        rest = damaged(content[8 + head : -4], rng)
-        content = MAGIC + struct.pack("<I", len(packed)) + packed + rest
+        content = joined(begin, header, damaged(rest, rng))
     else:
         content = damaged(content[:-4], rng)
     if rng.random() < 0.85:
-        content += struct.pack("<I", zlib.crc32(content))
+        content = summed(content)
     path = scratch / "in" / "a.d1c"
     path.write_bytes(content)
     model = ["--model", str(world.model), "--device", "cpu"]
