@@ -299,15 +299,14 @@ class Unclip(RankingPipeline):
                     samples=how.prior_samples,
                 ).flatten(0, 1)
             keep = torch.full((len(z),), how.embedding != "none", device=self.device)
+            against = self.read([negative] * prompts).repeat(count) if negative.strip() else None
             denoise = decoder_denoiser(
                 self.decoder,
                 z,
                 each,
                 guidance=guidance,
                 keep_embedding=keep,
-                negative=self.read([negative] * prompts).repeat(count)
-                if negative.strip()
-                else None,
+                negative=against,
                 contrasts=self.read.contrasts(told, count),
             )
             latents = sample_latents(
