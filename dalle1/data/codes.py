@@ -64,7 +64,8 @@ class CodeSource(IndexedSource):
             index = json.loads((folder / self.index_name).read_text())
             self.dvae, images = index[self.model_key], index[COUNT_KEY]
             self.grid_size, shards = index["grid_size"], index.get("shards")
-            numbers = (images, self.grid_size, shards or index["shard_size"])
+            # A stream has no number of images.
+            numbers = [self.grid_size, *([shards] if shards else [images, index["shard_size"]])]
             if not all(isinstance(number, int) and number >= 1 for number in numbers):
                 raise ValueError(f"it has sizes of {numbers}")
             expected = shards or -(-images // index["shard_size"])

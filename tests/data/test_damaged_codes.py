@@ -75,7 +75,12 @@ def test_an_index_that_leads_out_of_the_shards_is_named(tmp_path: Path, entry: l
 
 @pytest.mark.parametrize(
     "damage",
-    ['"grid_size": 1e999', '"grid_size": 0', '"shards": 0, "shard_size": 0', f'"{COUNT_KEY}": "2"'],
+    [
+        '"grid_size": 1e999',
+        '"grid_size": 0',
+        '"shards": 0, "shard_size": 0',
+        f'"shards": 0, "shard_size": 2, "{COUNT_KEY}": "2"',
+    ],
 )
 def test_sizes_that_are_no_numbers_are_refused(tmp_path: Path, damage: str) -> None:
     index = write_codes(tmp_path) / INDEX_NAME
