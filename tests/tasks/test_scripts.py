@@ -226,6 +226,7 @@ def test_images_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> None:
         "top_p": 1.0,
         "typical": 1.0,
         "guidance": 1.0,
+        "negative_prompt": "",
         "rerank": "none",
         "precision": automatic,
         "image": None,
