@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 NOTEBOOK = Path(__file__).resolve().parent.parent / "docs" / "tour.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("TOUR" not in os.environ, reason="takes minutes; TOUR=1 runs it")
 def test_every_cell_runs(capsys: pytest.CaptureFixture[str]) -> None:
     cells = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
     names: dict[str, Any] = {"__name__": "tour"}
