@@ -206,6 +206,36 @@ def test_two_tabs_do_not_mix(page: Any, context: Any, address: str) -> None:
             assert f'"seed": {seed},' in image.info["settings"]
 
 
+def test_bad_input_gets_one_line(page: Any, tmp_path: Path) -> None:
+    page.fill("#prompt textarea", "x" * 10_000)
+    page.click("#start")
+    assert "prompt has 10000 characters" in error(page)
+    for selector, text, message in (
+        ("#candidates input", "1000", "number of images is 1000, expected 1 to 64"),
+        ("#seed input", "9" * 23, "seed is"),
+        ("#guidance input", "-2", "guidance is -2"),
+    ):
+        before = page.input_value(selector)
+        page.fill("#prompt textarea", "a red")
+        fill(page, selector, text)
+        page.click("#start")
+        assert message in error(page)
+        fill(page, selector, before)
+
+    page.get_by_role("tab", name="Complete").click()
+    page.click("#start")
+    assert "no image is open" in error(page)
+    (tmp_path / "text.png").write_text("not an image")
+    page.set_input_files("#complete input[type=file]", tmp_path / "text.png")
+    page.wait_for_selector("#complete img")
+    page.click("#start")
+    assert "text.png is not a readable image" in error(page)
+    assert "Nothing was sampled" in page.inner_text("#status")
+
+    fill(page, "#model input", "/no/such/<b>folder</b>")
+    assert "no model at /no/such/<b>folder</b>" in error(page)
+
+
 def test_large_images_and_markup_are_harmless(page: Any, tmp_path: Path) -> None:
     name = tmp_path / "<img src=x onerror=alert(1)>.png"
     Image.new("L", (10_000, 5_000), 200).save(name)
