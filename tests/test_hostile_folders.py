@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import save_whole_model
 
-from dalle1 import model_files
+from dalle1 import DallE, model_files
 from dalle1.clip import Clip
 from dalle1.data.codes import COUNT_KEY, ENTRIES_NAME, CodeSource
 from dalle1.model.transformer import Transformer
@@ -128,7 +128,9 @@ def test_links_within_the_folder_and_into_the_cache_of_downloads_are_read(
     (model / "vocab.json").symlink_to("words-and-codes.json")
     snapshot = in_cache(model, tmp_path / "hub")
     (tmp_path / "link").symlink_to(snapshot)
-    load_pipeline(tmp_path / "link", device="cpu")
+    loaded = load_pipeline(tmp_path / "link", device="cpu")
+    assert isinstance(loaded, DallE)
+    assert loaded.tokenizer.vocab_size == loaded.transformer.config.text_vocab
 
 
 def test_text_without_end_is_not_read(model: Path) -> None:

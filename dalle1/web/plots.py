@@ -50,7 +50,7 @@ def bits_per_code(model: DallE, prompt: str, codes: Tensor) -> Tensor:
 
 
 def heat_map(values: Tensor, image: Image.Image, highest: float | None = None) -> Image.Image:
-    """Lay values [W, W] over an image: blue is 0, red is `highest`, by default the largest."""
+    """Overlay an image with values [W, W]: blue is 0, red is `highest`, by default the largest."""
     top = float(values.max()) if highest is None else highest
     share = (values / max(top, 1e-9)).clamp(0, 1)
     red, blue = share, 1 - share
