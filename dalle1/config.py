@@ -25,7 +25,7 @@ def read_optional(cls: type[Config], path: Path) -> Config:
         stored = json.loads(path.read_text(encoding="utf-8"))
         config = cls(**{name: x for name, x in stored.items() if name in known})
         check_types(config)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); remove it to use the model without"
         ) from error

@@ -177,7 +177,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint; {} where it is missing or damaged."""
     try:
         found = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -41,7 +41,7 @@ def tensor_files(path: Path) -> list[Path]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         names = sorted({str(name) for name in found})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged, expected the index of a model's files") from error
     fit = re.compile(rf"[^/\\]+{re.escape(path.suffix)}")
     if wrong := [name for name in names if not fit.fullmatch(name)]:

@@ -21,7 +21,7 @@ from dalle1.clip import Clip
 from dalle1.data.codes import COUNT_KEY, ENTRIES_NAME, CodeSource
 from dalle1.model.transformer import Transformer
 from dalle1.model_files import check_model_files
-from dalle1.storage import missing_from, model_folder
+from dalle1.storage import MANIFEST_NAME, checkpoint_step, missing_from, model_folder
 from dalle1.training.checkpoint import STATE_NAME, TENSORS_NAME, find_checkpoint
 from dalle2.loading import load_pipeline
 
@@ -137,6 +137,21 @@ def test_text_without_end_is_not_read(model: Path) -> None:
     os.truncate(model / "vocab.json", model_files.MAX_TEXT + (1 << 20))  # takes no disk space
     with pytest.raises(ValueError, match=r"vocab\.json has 257 MiB of text, more than 256"):
         load_pipeline(model, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["generation.json", "model.safetensors.index.json"])
+def test_endless_nesting_is_one_line(model: Path, name: str) -> None:
+    if "index" in name:
+        (model / "transformer.safetensors").unlink()
+        name = "transformer.safetensors.index.json"
+    (model / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        load_pipeline(model, device="cpu")
+
+
+def test_a_manifest_without_end_is_that_of_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_text("[" * 100_000)
+    assert checkpoint_step(tmp_path) is None
 
 
 def test_other_files_of_a_user_do_not_matter(model: Path) -> None:

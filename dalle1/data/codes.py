@@ -28,6 +28,8 @@ INDEX_NAME = "codes.json"
 COUNT_KEY = "pictures"
 """Key of the number of images in the index."""
 FILES = (".npy", ".json")
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged index raises."""
 
 ENTRIES_NAME = "entries.npy"
 """Index of the pairs: shard, and offset and size of the codes and of the captions; int64 [N, 5]."""
@@ -69,7 +71,14 @@ class CodeSource(IndexedSource):
             if not all(isinstance(number, int) and number >= 1 for number in numbers):
                 raise ValueError(f"it has sizes of {numbers}")
             expected = shards or -(-images // index["shard_size"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ValueError(
                 f"{folder} holds no codes: expected {self.index_name} and shards, as "
                 f"`{self.command}` writes them"

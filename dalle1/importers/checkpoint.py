@@ -98,6 +98,8 @@ def _tensors_in(content: Any) -> Iterator[Tensor]:
 
 def _refuse_more_than_stored(tensor: Tensor, path: str | Path) -> None:
     """Raise ValueError for a tensor that takes more memory than the file has bytes for it."""
+    if tensor.is_complex():
+        raise ValueError(f"{path} has a tensor of {tensor.dtype}, expected real numbers")
     plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
     if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ValueError(

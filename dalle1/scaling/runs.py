@@ -120,7 +120,7 @@ def _values(log: Path, field: str) -> list[tuple[int, float]]:
     """Return (step, value) of each line of a log that has a field; broken lines have none."""
     found = []
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
             found.append((int(entry["step"]), float(entry[field])))
     return found

@@ -16,6 +16,9 @@ from dalle1.training.schedules import warmup_cosine
 
 Config = TypeVar("Config", bound="TrainConfig")
 
+MAX_LEARNING_RATE = 1e3
+"""Largest learning rate; far larger ones overflow in the optimizers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(CleaningConfig):
@@ -116,6 +119,11 @@ class TrainConfig(CleaningConfig):
         for name in ("steps", "batch_size", "accumulate", *intervals, "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("learning_rate", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= MAX_LEARNING_RATE:
+                raise ValueError(
+                    f"{name} is {getattr(self, name):g}, expected 0 to {MAX_LEARNING_RATE:g}"
+                )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate is {self.accumulate}, expected a divisor of batch_size, "

@@ -65,6 +65,12 @@ def test_tensors_without_stored_numbers_are_refused(tmp_path: Path, tensor: Any)
         unpickle(tmp_path / "a.ckpt")
 
 
+def test_complex_numbers_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a tensor of torch\.complex64, expected real numbers"):
+        unpickle(tmp_path / "a.ckpt")
+
+
 def test_compressed_archives_are_refused(tmp_path: Path) -> None:
     path, small = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     torch.save({"a": torch.zeros(1 << 16)}, path)

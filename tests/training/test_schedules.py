@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from dalle1.training.config import TrainConfig
 from dalle1.training.schedules import Plateau, cosine, warmup_cosine
 
 
@@ -42,3 +44,10 @@ def test_plateaus_by_hand() -> None:
     other = Plateau(window=2, max_halvings=2, min_drop=0.1)
     other.load_state_dict(plateau.state_dict())
     assert other.state_dict() == plateau.state_dict()
+
+
+@pytest.mark.parametrize("rate", [-1e-3, 2.6e281, math.nan])
+@pytest.mark.parametrize("name", ["learning_rate", "final_learning_rate"])
+def test_rates_that_no_optimizer_can_use_are_refused(name: str, rate: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is .*, expected 0 to 1000"):
+        TrainConfig(out=Path("runs"), **{name: rate})
