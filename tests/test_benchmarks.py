@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -137,3 +140,28 @@ def test_a_busy_process_ends_by_itself() -> None:
     source = loaded.BUSY.replace(str(loaded.LONGEST), "0.01")
     assert source != loaded.BUSY
     exec(source, {})
+
+
+def test_the_rows_of_a_gpu_are_commands_that_the_benchmarks_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    script = f"#!/bin/sh\nfor x; do printf '%s|' \"$x\"; done >> {calls}; echo >> {calls}\n"
+    python.write_text(script)
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path), "PEERS": "1"}
+    subprocess.run([ROOT / "benchmarks" / "gpu_rows.sh"], env=environment, check=True)
+    lines = [line for line in calls.read_text().splitlines() if line.startswith("benchmarks/")]
+    parsed, parse = [], argparse.ArgumentParser.parse_args
+
+    def parse_only(parser: argparse.ArgumentParser, args: list[str] | None = None) -> None:
+        parsed.append(parse(parser, args))
+        raise InterruptedError
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    for line in lines:
+        monkeypatch.setattr("sys.argv", line.rstrip("|").split("|"))
+        with pytest.raises(InterruptedError):
+            benchmark(Path(sys.argv[0]).stem).main()
+    assert len(parsed) == 6
