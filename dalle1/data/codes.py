@@ -160,7 +160,7 @@ class CodeSource(IndexedSource):
             shard = self.shards[number]
             why = " ".join(str(error).split())[:100]
             raise ValueError(
-                f"{shard} is damaged: its pair {index} cannot be read ({why}); remove it and run "
+                f"{shard} is damaged: its pair {index} cannot be read ({why}); move it away and run "
                 f"`{self.command}` again"
             ) from error
 
