@@ -197,6 +197,10 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, c, h, w] to images [B, 3, H, W] in [0, 1]."""
+        return self.reconstruct(latents)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Decode latents as `decode` does, with gradients."""
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"latents are {tuple(latents.shape)}, expected [B, {self.config.latent_channels}, "
@@ -287,6 +291,10 @@ class Pixels(nn.Module):
         """Scale pixels in [−1, 1] to [0, 1]."""
         scaled = latents * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)
         return scaled.clamp(0, 1)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """Scale pixels as `decode` does, with gradients."""
+        return self.decode(latents)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the config to `directory`/autoencoder.safetensors."""

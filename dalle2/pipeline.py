@@ -8,16 +8,15 @@ P prompts, C candidates of each, D width of CLIP embeddings, c h w latents of an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip
-from dalle1.config import check_literals
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import to_float, to_pil, to_tensor
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
@@ -33,10 +32,12 @@ from dalle1.storage import CLIP_NAME
 from dalle1.text.prompt_weights import WeightedPrompts
 from dalle2.ar_prior import Prior, load_prior
 from dalle2.autoencoder import Autoencoder, Pixels, load_autoencoder
-from dalle2.conditioning import CaptionReader
+from dalle2.clip_guidance import ClipGuide
+from dalle2.conditioning import Caption, CaptionReader
 from dalle2.decoder import decoder_denoiser, sample_latents
-from dalle2.diffusion.samplers import SamplerName
+from dalle2.diffusion.schedule import Schedule
 from dalle2.embedded import Encoders
+from dalle2.options import UnclipOptions
 from dalle2.prior import FILE_NAME as PRIOR_FILE
 from dalle2.unet import UNet
 from dalle2.upsampler import FILE_NAME as UPSAMPLER_FILE
@@ -46,39 +47,6 @@ COMPLETES_NOTHING = "a DALL·E 2 completes no images; use a model that samples c
 MAX_BATCH = 64
 """Most candidates that are denoised at once."""
 OnRow = Callable[[Tensor, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnclipOptions:
-    """How prior and decoder sample; which embedding the decoder is told."""
-
-    steps: int = 20
-    """Steps of the decoder. Paper: 250, ancestral."""
-    sampler: SamplerName = "dpm-solver"
-    """Sampler of the decoder: dpm-solver, ddim or ancestral."""
-    eta: float = 0.0
-    """Noise that ddim adds, from 0 to 1."""
-    embedding: Literal["prior", "caption", "none"] = "prior"
-    """Embedding that the decoder is told: the prior's, the caption's own z_t, or none, as GLIDE."""
-    prior_steps: int = 64
-    """Steps of a diffusion prior. Paper: 64."""
-    prior_samples: int | None = None
-    """Embeddings that the prior samples for each candidate; the one nearest to z_t is kept. None:
-    2 of a diffusion prior, 1 of an autoregressive one, as in the paper."""
-    prior_guidance: float = 1.0
-    """Guidance scale of the prior. Paper: guiding it makes results worse."""
-    upsampler_steps: int = 8
-    """Steps of the upsampler, by DDIM; 0 skips it. Paper: 27."""
-
-    def __post_init__(self) -> None:
-        check_literals(self)
-        for name in ("steps", "prior_steps", "prior_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.upsampler_steps < 0:
-            raise ValueError(f"upsampler_steps is {self.upsampler_steps}, expected at least 0")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}, expected a number in [0, 1]")
 
 
 class Unclip(RankingPipeline):
@@ -285,19 +253,7 @@ class Unclip(RankingPipeline):
         caption = self.read(told.texts)
         each = caption.repeat(count)
         with inference(self.device):
-            z = each.embedding
-            if image_embeddings is not None:
-                z = image_embeddings.to(self.device).repeat_interleave(count, 0)
-            elif how.embedding == "prior":
-                assert self.prior is not None
-                z = self.prior.sample(
-                    caption,
-                    columns,
-                    seed=seed,
-                    steps=how.prior_steps,
-                    guidance=how.prior_guidance,
-                    samples=how.prior_samples,
-                ).flatten(0, 1)
+            z = self._embeddings(caption, image_embeddings, columns, seed, how)
             keep = torch.full((len(z),), how.embedding != "none", device=self.device)
             against = self.read([negative] * prompts).repeat(count) if negative.strip() else None
             denoise = decoder_denoiser(
@@ -309,6 +265,9 @@ class Unclip(RankingPipeline):
                 negative=against,
                 contrasts=self.read.contrasts(told, count),
             )
+            if how.clip_guidance:
+                guide = self._guide(told.texts, how.clip_guidance, count)
+                denoise = replace(denoise, guide=guide)
             latents = sample_latents(
                 self.decoder,
                 denoise,
@@ -320,6 +279,40 @@ class Unclip(RankingPipeline):
                 repeat=prompts,
             )
         return latents.unflatten(0, (prompts, count))
+
+    def _embeddings(
+        self,
+        caption: Caption,
+        image_embeddings: Tensor | None,
+        columns: Sequence[int],
+        seed: int,
+        how: UnclipOptions,
+    ) -> Tensor:
+        """Return the embeddings that the decoder is told, of all candidates: [P · C, D]."""
+        if image_embeddings is not None:
+            return image_embeddings.to(self.device).repeat_interleave(len(columns), 0)
+        if how.embedding != "prior":
+            return caption.embedding.repeat_interleave(len(columns), 0)
+        assert self.prior is not None
+        return self.prior.sample(
+            caption,
+            columns,
+            seed=seed,
+            steps=how.prior_steps,
+            guidance=how.prior_guidance,
+            samples=how.prior_samples,
+        ).flatten(0, 1)
+
+    def _guide(self, texts: Sequence[str], weight: float, count: int = 1) -> ClipGuide:
+        """Return what moves `count` candidates of each text towards it, by the reranking CLIP."""
+        clip, config = self.clip or self.encoder, self.decoder.config
+        return ClipGuide(
+            clip=clip,
+            autoencoder=self.image_tokenizer,
+            schedule=Schedule(config.schedule, config.times),
+            text=clip.embed_text(texts).to(self.device).repeat_interleave(count, 0),
+            weight=weight,
+        )
 
     def _check_embeddings(self, embeddings: Tensor, prompts: int) -> None:
         """Raise ValueError unless there is one embedding of the CLIP's width for each prompt."""
@@ -345,6 +338,8 @@ class Unclip(RankingPipeline):
 
     def _refuse_missing(self, how: UnclipOptions, asked: Mapping[str, Any]) -> None:
         """Raise ValueError for options of parts that this model lacks."""
+        if how.clip_guidance:
+            self._guide([""], how.clip_guidance).check()
         if how.embedding == "prior" and self.prior is None:
             raise ValueError(
                 "embedding is 'prior', and this model has no prior; use none or caption, or join "

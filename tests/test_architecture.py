@@ -39,7 +39,7 @@ LAYERS = [
         "dalle2.prior_metrics",
     ],
     ["dalle2.exchange.*"],
-    ["dalle2.ar_prior", "dalle2.upsampler"],
+    ["dalle2.ar_prior", "dalle2.clip_guidance", "dalle2.options", "dalle2.upsampler"],
     ["dalle1.training", "dalle1.training.checkpoint"],
     ["dalle1.training.schedules", "dalle1.training.scaling"],
     ["dalle1.training.config", "dalle1.training.distributed"],

@@ -21,6 +21,9 @@ def add_diffusion_flags(add: Callable[..., Any]) -> None:
     add("--embedding", choices=("prior", "caption", "none"), help="DALL·E 2: what the decoder "
         "receives besides the caption: the prior's CLIP embedding (default), the caption's own, or "
         "none")  # fmt: skip
+    add("--clip-guidance", type=float, metavar="WEIGHT", help="DALL·E 2: weight of CLIP's gradient "
+        "in each step of the decoder, by the CLIP that reranks; 1 is CLIP's own scale "
+        "(default: 0)")  # fmt: skip
     add("--upsampler-steps", type=int, metavar="N", help="DALL·E 2: number of steps of the "
         "upsampler, for the images that are saved; 0 skips it (default: 8)")  # fmt: skip
 
@@ -29,7 +32,7 @@ def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dic
     """Return further options of sampling; ValueError for flags of the other kind of model."""
     from dalle1 import DallE
 
-    names = ("steps", "sampler", "embedding", "upsampler_steps")
+    names = ("steps", "sampler", "clip_guidance", "embedding", "upsampler_steps")
     asked = {name: getattr(options, name) for name in names}
     asked = {name: value for name, value in asked.items() if value is not None}
     if not isinstance(model, DallE):

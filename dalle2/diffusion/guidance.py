@@ -73,6 +73,8 @@ class Denoiser:
     predict: Predict
     schedule: Schedule
     objective: Objective
+    guide: Callable[[Tensor, int], Tensor] | None = None
+    """(x₀, t) → x₀ after a step along a gradient, such as `ClipGuide`."""
     clip: Callable[[Tensor], Tensor] | None = None
     """Function that restricts x₀ to what data can be, such as `dynamic_threshold`."""
     learns_variance: bool = False
@@ -85,6 +87,8 @@ class Denoiser:
             prediction, variance = prediction.chunk(2, dim=1)
             share = (variance + 1) / 2
         x0 = predicted_x0(self.objective, prediction, x_t, self.schedule, times)
+        if self.guide is not None:
+            x0 = self.guide(x0, t)
         if self.clip is not None:
             x0 = self.clip(x0)
         return Denoised(x0, implied_noise(x0, x_t, self.schedule, times), share)

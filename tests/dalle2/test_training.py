@@ -192,7 +192,7 @@ def test_a_trained_decoder_and_prior_are_joined_and_sampled_by_command(
     out = ["--out", str(tmp_path / "red")]
     command.main(["a red cube", *flags, str(tmp_path / "model"), *out])
     assert [Image.open(tmp_path / f"red/0{i}.png").size for i in range(2)] == [(32, 32)] * 2
-    no = ["--upsampler-steps", "0", "--num-images", "1"]
+    no = ["--upsampler-steps", "0", "--num-images", "1", "--clip-guidance", "1"]
     command.main(["a red cube", *flags, str(tmp_path / "model"), *out, *no])
     assert Image.open(tmp_path / "red/00.png").size == (16, 16)
     model = load_pipeline(tmp_path / "model", device="cpu")
