@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dalle1.json_files import parse_json
 
 Config = TypeVar("Config")
 
@@ -22,10 +23,10 @@ def read_optional(cls: type[Config], path: Path) -> Config:
         return cls()
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse_json(path.read_bytes(), dict)
         config = cls(**{name: x for name, x in stored.items() if name in known})
         check_types(config)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); remove it to use the model without"
         ) from error

@@ -20,6 +20,8 @@ from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
+from dalle1.json_files import parse_json
+
 LOCK_NAME = "run.lock"
 
 TOUCHED_EVERY = 30.0
@@ -133,7 +135,7 @@ def _remove_stale(lock: Path) -> None:
     """Remove the lock of a dead process; ValueError where its process is alive."""
     content = _read(lock)
     try:
-        owner = json.loads(content)
+        owner = parse_json(content, dict)
         pid, host, machine = int(owner["pid"]), str(owner["host"]), owner["machine"]
         name = f"process {pid} on {host}, since {owner.get('since', 'an unknown time')}"
         here = machine == _machine()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from dalle1.json_files import parse_json
 from dalle1.locking import folder_lock
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def check_writable(folder: Path, names: Iterable[str] = ()) -> None:
 def scored_files(folder: Path) -> list[str] | None:
     """Return the image names in a folder's scores.json, best first; None if it has no scores."""
     try:
-        entries = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        entries = parse_json(folder / SCORES, list)
         return [str(entry["file"]) for entry in entries]
     except (OSError, ValueError, TypeError, KeyError):
         return None

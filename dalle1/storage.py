@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dalle1.config import check_types
+from dalle1.json_files import parse_json
 from dalle1.model_files import check_model_files, refuse_pointer, unfit_files
 from dalle1.tensor_files import (
     MAX_SHARD_BYTES,
@@ -69,8 +70,8 @@ def claim(path: Path, settings: Mapping[str, Any]) -> None:
 
     Raises: ValueError where `path` holds other settings: results of both would be mixed.
     """
-    settings = json.loads(json.dumps(settings))
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    settings = parse_json(json.dumps(settings))
+    before = parse_json(path, dict) if path.exists() else settings
     if before != settings:
         names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         raise ValueError(
@@ -176,10 +177,9 @@ def _is_whole_zip(path: Path) -> bool:
 def _manifest(checkpoint: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint; {} where it is missing or damaged."""
     try:
-        found = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_json(checkpoint / MANIFEST_NAME, dict)
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -275,7 +275,7 @@ def load_config(model_class: type[Any], config_class: type[Config], path: Path) 
             with safe_open(path, "pt") as file:
                 size, tensors = size + path.stat().st_size, tensors + len(file.keys())
                 metadata = file.metadata() or {}
-        config = config_class(**json.loads(metadata["config"]))
+        config = config_class(**parse_json(metadata["config"], dict))
         check_types(config)
         _refuse_impossible_sizes(config, size, tensors)
         return config

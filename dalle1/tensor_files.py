@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dalle1.json_files import parse_json
+
 MAX_SHARD_BYTES = 5 * 10**9
 """Most bytes in a file of a model, as on Hugging Face."""
 INDEX_SUFFIX = ".index.json"
@@ -39,9 +41,9 @@ def tensor_files(path: Path) -> list[Path]:
     if path.is_file() or not index.is_file():
         return [path]
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        found = parse_json(index, dict)["weight_map"].values()
         names = sorted({str(name) for name in found})
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged, expected the index of a model's files") from error
     fit = re.compile(rf"[^/\\]+{re.escape(path.suffix)}")
     if wrong := [name for name in names if not fit.fullmatch(name)]:
@@ -125,7 +127,7 @@ def read_tensors(path: Path, dtype: torch.dtype | None = None) -> Iterator[tuple
     with safe_open(path, "pt"):
         pass  # it checks that everything is there and fits, and explains what does not
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = parse_json(file.read(int.from_bytes(file.read(8), "little")))
         base = file.tell()
         header.pop("__metadata__", None)
         for name, entry in header.items():

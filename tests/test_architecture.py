@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module imports from its own layer and from those below; "x.*" is x and all in it.
 LAYERS = [
     [
-        *("dalle1.config", "dalle1.tyro_errors", "dalle1.tensor_files", "dalle1.model_files"),
-        *("dalle1.storage", "dalle1.console"),
+        *("dalle1.config", "dalle1.json_files", "dalle1.model_files", "dalle1.tensor_files"),
+        *("dalle1.storage", "dalle1.console", "dalle1.tyro_errors"),
     ],
     ["dalle1.devices", "dalle1.hub", "dalle1.locking", "dalle1.model_card"],
     ["dvae.*", "dalle1.vqgan.*"],
@@ -234,6 +234,18 @@ def check_deepspeed_has_one_door(root: Path) -> list[str]:
     ]
 
 
+def check_json_has_one_door(root: Path) -> list[str]:
+    """Only dalle1/json_files.py parses JSON: it turns every mistake into one clear line."""
+    return [
+        f"{name}:{node.lineno} calls json.{node.attr}: use dalle1.json_files.parse_json"
+        for name, path in modules(root).items()
+        if name != "dalle1.json_files"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("load", "loads", "JSONDecoder")
+        if isinstance(node.value, ast.Name) and node.value.id == "json"
+    ]
+
+
 def check_names(root: Path) -> list[str]:
     """Names describe their content."""
     return [
@@ -274,6 +286,7 @@ CHECKS = [
     check_dvae_stands_alone,
     check_toybox_stands_alone,
     check_deepspeed_has_one_door,
+    check_json_has_one_door,
     check_names,
     check_sizes,
 ]
@@ -386,6 +399,14 @@ VIOLATIONS: list[tuple[Check, dict[str, str], str]] = [
             "dalle1/training/loop.py": "def f():\n    from deepspeed.ops import adam\n",
         },
         "dalle1.training.loop:2 imports deepspeed: only dalle1.training.engines.deepspeed may",
+    ),
+    (
+        check_json_has_one_door,
+        {
+            "dalle1/json_files.py": "import json\njson.loads('1')\n",
+            "sample.py": "import json\njson.dumps(1)\njson.load(open('a'))\n",
+        },
+        "sample:3 calls json.load: use dalle1.json_files.parse_json",
     ),
     (
         check_names,

@@ -40,6 +40,7 @@ from dalle1.data.sources.shard_members import (
 )
 from dalle1.data.spec import is_remote, shards_of
 from dalle1.devices import pick_device
+from dalle1.json_files import parse_json
 from dalle1.locking import folder_lock
 from dalle1.storage import claim, write_atomic
 
@@ -192,7 +193,7 @@ def filter_shard(clip: Clip, shard: Path, options: FilterOptions) -> list[Skippe
     files = ShardFiles.of(shard, options.out)
     if files.shard.exists() and files.skipped.exists():
         lines = files.skipped.read_text(encoding="utf-8").splitlines()
-        earlier = [SkippedSample(**json.loads(line)) for line in lines]
+        earlier = [SkippedSample(**parse_json(line, dict)) for line in lines]
         if not any(x.cause == CUT_SHORT for x in earlier):
             return earlier
     index = index_shard(shard)
@@ -282,8 +283,8 @@ def with_similarity(sample: Sample, match: Match) -> Sample:
     """
     content = sample.files.get(".json", b"")
     try:
-        metadata: Any = json.loads(content or json.dumps(match.caption))
-    except (ValueError, RecursionError):
+        metadata: Any = parse_json(content or json.dumps(match.caption))
+    except ValueError:
         metadata = {"json": content.decode("utf-8", "replace"), "caption": match.caption}
     if isinstance(metadata, str):
         metadata = {"caption": metadata}

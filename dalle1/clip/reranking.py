@@ -21,6 +21,7 @@ from dalle1.data.cleaning import clean_prompt, visible
 from dalle1.data.images import grid, read_image_file, save_png
 from dalle1.data.sources.base import image_paths
 from dalle1.devices import pick_device
+from dalle1.json_files import parse_json
 from dalle1.storage import write_atomic
 
 
@@ -137,8 +138,7 @@ def check_own(out: Path) -> None:
     if not scores.exists() and not (out / "grid.png").exists():
         return
     with suppress(OSError, ValueError):
-        report = json.loads(scores.read_text(encoding="utf-8"))
-        if isinstance(report, dict) and {"prompt", "images"} <= set(report):
+        if {"prompt", "images"} <= set(parse_json(scores, dict)):
             return
     raise ValueError(
         f"{out} holds a grid.png or scores.json that is not of a ranking, and is kept; use another "

@@ -8,7 +8,6 @@ Legend: B captions or images, T tokens of a caption, D width, H heads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from dalle1.clip.checks import check_clip
 from dalle1.clip.loading import BUNDLED, Clip
 from dalle1.clip.resnet import WIDENING, ModifiedResNet
+from dalle1.json_files import parse_json
 from dalle1.storage import model_folder, without_storage
 from dalle1.tensor_files import read_tensors
 
@@ -135,7 +135,7 @@ class ScoringTokenizer:
     """The tokenizer of our CLIPs, called as those of transformers are."""
 
     def __init__(self, folder: Path) -> None:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = parse_json(folder / "tokenizer_config.json", dict)
         self.init_kwargs: dict[str, Any] = {}
         self.bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.pad = settings["pad_token"], self.bpe.token_to_id(settings["pad_token"])
@@ -167,7 +167,7 @@ class ScoringProcessor:
 
     def __init__(self, folder: Path) -> None:
         path = folder / "preprocessor_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(path, dict)
         self.image_mean, self.image_std = settings.pop("image_mean"), settings.pop("image_std")
         self.side = settings.pop("size")["shortest_edge"]
         crop = settings.pop("crop_size")
@@ -215,12 +215,15 @@ def load_scoring_clip(
         return Clip.from_pretrained(name_or_dir, device, precision)
 
 
-def _load_ours(folder: Path, device: str | torch.device, precision: str) -> ScoringClip:
-    def namespace(values: dict[str, Any]) -> Any:
-        return SimpleNamespace(**values)
+def _namespace(value: Any) -> Any:
+    """Return a JSON value whose objects have attributes."""
+    if not isinstance(value, dict):
+        return value
+    return SimpleNamespace(**{name: _namespace(item) for name, item in value.items()})
 
-    text = (folder / "config.json").read_text(encoding="utf-8")
-    config = json.loads(text, object_hook=namespace)
+
+def _load_ours(folder: Path, device: str | torch.device, precision: str) -> ScoringClip:
+    config = _namespace(parse_json(folder / "config.json", dict))
     if config.model_type != MODEL_TYPE or config.text_config.hidden_act != "gelu":
         raise ValueError(f"{folder} holds no CLIP of this project")
     tokenizer, processor = ScoringTokenizer(folder), ScoringProcessor(folder)

@@ -19,7 +19,6 @@ a table and writes its scores to a JSON file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from dalle1.evaluation.toybox import (
 )
 from dalle1.evaluation.unclip import UnclipOptions, evaluate_unclip, format_unclip_table
 from dalle1.evaluation.votes import KEY, PAGE, VotesOptions, evaluate_votes
+from dalle1.json_files import parse_json
 from dalle1.outputs import check_writable
 
 
@@ -90,8 +90,7 @@ def run(options: Any) -> dict[str, float]:
 def check_own(report: Path, others: Sequence[str]) -> None:
     """Raise ValueError where files to be written exist, and are not of an earlier evaluation."""
     with suppress(OSError, ValueError):
-        content = json.loads(report.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and {"settings", "scores"} <= set(content):
+        if {"settings", "scores"} <= set(parse_json(report, dict)):
             return
     for path in (report, *(report.parent / name for name in others)):
         if path.exists():

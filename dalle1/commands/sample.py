@@ -22,6 +22,7 @@ from dalle1.commands.diffusion_flags import add_diffusion_flags, diffusion_optio
 from dalle1.commands.idle_processors import IdleProcessors
 from dalle1.config import image_counts
 from dalle1.console import bar, command_line, expand_home_in, name_flags, one_line_errors
+from dalle1.json_files import parse_json
 from dalle1.outputs import GRID, SCORES, check_writable, preview_path, slug, to_json, write
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ def sample(
 
 def as_json(folder: Path, prompt: str, settings: Mapping[str, object]) -> str:
     """Return what was written to `folder` as one line of JSON: paths, scores and settings."""
-    images = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    images = parse_json(folder / SCORES, list)
     for image in images:
         image["file"] = str(folder / image["file"])
     report = {"prompt": prompt, "grid": str(folder / GRID), "images": images}

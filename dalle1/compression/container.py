@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from dalle1.config import check_types
+from dalle1.json_files import parse_json
 from dalle1.storage import write_atomic
 
 MAGIC = b"d1c"
@@ -126,14 +127,15 @@ def unpack(content: bytes, name: str) -> tuple[Header, list[Message]]:
         raise ValueError(f"{name} is damaged or cut short: its checksum differs; copy it again")
     try:
         return _split(whole)
-    except (ValueError, TypeError, RecursionError, struct.error, zlib.error) as error:
+    except (ValueError, TypeError, struct.error, zlib.error) as error:
         raise ValueError(f"{name} is damaged ({error}); compress the images again") from error
 
 
 def _split(whole: bytes) -> tuple[Header, list[Message]]:
     size, start = struct.unpack_from("<I", whole, 4)[0], 8
     unpacker = zlib.decompressobj()
-    header = Header(**json.loads(unpacker.decompress(whole[start : start + size], MAX_HEADER)))
+    packed = unpacker.decompress(whole[start : start + size], MAX_HEADER)
+    header = Header(**parse_json(packed, dict))
     start += size
     messages = []
     while start < len(whole):

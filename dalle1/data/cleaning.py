@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import random
 import re
 import unicodedata
@@ -15,6 +14,7 @@ from PIL import Image
 
 from dalle1.data.images import open_image, to_rgb
 from dalle1.data.skipped import BadSample
+from dalle1.json_files import parse_json
 
 # Not what Pillow only writes, hands to another program (.eps, .wmf), or has no decoder for (.mpg).
 IMAGE_SUFFIXES = (
@@ -133,9 +133,9 @@ def captions_in(content: bytes, suffix: str, where: str) -> list[str]:
     if suffix == ".txt":
         return visible(re.split("\r\n|\r|\n", text))  # U+0085 or U+2028 ends no caption
     try:
-        return visible(as_captions(json.loads(text)) if text.strip() else [])
-    except (ValueError, RecursionError) as error:
-        raise BadSample("damaged captions", f"its JSON cannot be used: {error}", where) from error
+        return visible(as_captions(parse_json(text)) if text.strip() else [])
+    except ValueError as error:
+        raise BadSample("damaged captions", str(error), where) from error
 
 
 def as_captions(found: Any) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import os
 import random
@@ -23,12 +22,13 @@ from dalle1.data.sources.indexed_shards import index_files, read_member
 from dalle1.data.sources.mixture import Mixture
 from dalle1.data.spec import split_names
 from dalle1.image_tokenizer import ImageTokenizer, image_tokenizer_file
+from dalle1.json_files import parse_json
 
 INDEX_NAME = "codes.json"
 COUNT_KEY = "pictures"
 """Key of the number of images in the index."""
 FILES = (".npy", ".json")
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 """What reading a damaged index raises."""
 
 ENTRIES_NAME = "entries.npy"
@@ -63,7 +63,7 @@ class CodeSource(IndexedSource):
     def __init__(self, folder: Path, split: str = "train") -> None:
         self.folder = folder
         try:
-            index = json.loads((folder / self.index_name).read_text())
+            index = parse_json(folder / self.index_name, dict)
             self.dvae, images = index[self.model_key], index[COUNT_KEY]
             self.grid_size, shards = index["grid_size"], index.get("shards")
             # A stream has no number of images.
@@ -71,14 +71,7 @@ class CodeSource(IndexedSource):
             if not all(isinstance(number, int) and number >= 1 for number in numbers):
                 raise ValueError(f"it has sizes of {numbers}")
             expected = shards or -(-images // index["shard_size"])
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except DAMAGE as error:
             raise ValueError(
                 f"{folder} holds no codes: expected {self.index_name} and shards, as "
                 f"`{self.command}` writes them"
@@ -111,7 +104,7 @@ class CodeSource(IndexedSource):
     def captions(self, index: int) -> list[str]:
         """Return all captions of pair `index`."""
         with self._one_error(index):
-            captions = json.loads(self._read(index, 3))["captions"]
+            captions = parse_json(self._read(index, 3), dict)["captions"]
             if not captions or not all(isinstance(caption, str) for caption in captions):
                 raise ValueError("it has no captions")
             return captions

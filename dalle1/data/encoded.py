@@ -43,6 +43,7 @@ from dalle1.devices import autocast, pick_device, pick_precision
 from dalle1.image_tokenizer import (
     load_image_tokenizer,
 )
+from dalle1.json_files import parse_json
 from dalle1.locking import folder_lock
 
 
@@ -107,7 +108,7 @@ def _write_entries(path: Path) -> None:
     with (folder / "entries.partial").open("wb") as file:
         np.save(file, index_files(shards, FILES))
     os.replace(file.name, folder / ENTRIES_NAME)
-    _write_json(path, {**json.loads(path.read_text()), "bytes": sizes_of(shards)})
+    _write_json(path, {**parse_json(path, dict), "bytes": sizes_of(shards)})
 
 
 def _write_json(path: Path, thing: Any) -> None:
@@ -235,7 +236,7 @@ def _claim(
     }
     del index["max_bad_fraction"]
     config.out.mkdir(parents=True, exist_ok=True)
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = parse_json(path, dict) if path.exists() else {}
     if changed := ", ".join(k for k in index if stored.get(k, index[k]) != index[k]):
         raise ValueError(
             f"{config.out} holds codes of another dVAE or other data or settings ({changed} "
@@ -271,7 +272,7 @@ def _encoded(
         grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(dtype)
         numbers = batch.tensors["number"].tolist()
         for number, grid, captions in zip(numbers, grids, batch.texts["captions"], strict=True):
-            yield number, grid, json.loads(captions)
+            yield number, grid, parse_json(captions)
 
 
 def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> int:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dalle1.json_files import parse_json
+
 LOST = ("shard cut short", "unreadable shard")
 """Causes by which an unknown number of samples is lost."""
 
@@ -257,7 +259,7 @@ def _logged_in(file: Path) -> set[str]:
     names = set()
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
-            names.add(json.loads(line)["where"])
-        except (json.JSONDecodeError, TypeError, KeyError):  # a crash left the line incomplete
+            names.add(parse_json(line, dict)["where"])
+        except (ValueError, TypeError, KeyError):  # a crash left the line incomplete
             continue
     return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from dalle1.data.cleaning import NO_CLEANING, captions_in, clean_captions
 from dalle1.data.images import open_image, read_image_file
 from dalle1.data.sources.base import image_paths
 from dalle1.data.sources.indexed import IndexedSource
+from dalle1.json_files import parse_json
 from dalle1.outputs import SCORES, is_preview, scored_files
 
 BLUR_WIDTH = 256  # width of the images that blur radii refer to
@@ -85,8 +85,8 @@ def prompt_of(path: Path) -> str | None:
 def is_json(text: str) -> bool:
     """Whether a text is a JSON object or list, as ComfyUI stores its workflow under "prompt"."""
     try:
-        return isinstance(json.loads(text), dict | list)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(text), dict | list)
+    except ValueError:
         return False
 
 

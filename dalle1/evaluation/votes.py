@@ -23,6 +23,7 @@ from typing import Any
 from dalle1.data.images import read_image_file
 from dalle1.evaluation.image_sets import prompt_of, sampled_image_paths
 from dalle1.evaluation.report import Scores, wilson_interval
+from dalle1.json_files import parse_json
 from dalle1.storage import write_atomic
 
 PAGE, KEY = "votes.html", "key.json"
@@ -136,13 +137,13 @@ def inlined(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a key or a voter's file; ValueError where it is missing or another file."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(path, dict)
     except FileNotFoundError:
         remedy = "--a and --b write the page and its key" if path.name == KEY else "check --votes"
         raise ValueError(f"{path} is missing; {remedy}") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("page"), str):
+    except ValueError:
+        content = {}
+    if not isinstance(content.get("page"), str):
         raise ValueError(f"{path} is no file of votes, expected one that the page saved")
     return content | {"path": str(path)}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle1.clip import Clip
+from dalle1.json_files import parse_json
 from dalle1.model.transformer import Transformer
 from dalle1.training.checkpoint import Checkpoint, find_checkpoint
 from dalle1.training.logging import LOG_NAME
@@ -84,7 +84,7 @@ def _clip_run(folder: Path, found: Checkpoint, field: str | None) -> Run:
         raise ValueError(f"{folder} trains no transformer and no CLIP; name trainings of these")
     field = field or "training/zero-shot/noun"
     try:
-        report = json.loads((folder / CLIP_REPORT).read_text(encoding="utf-8"))
+        report = parse_json(folder / CLIP_REPORT, dict)
         accuracy = float(report["scores"][field])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
@@ -120,7 +120,7 @@ def _values(log: Path, field: str) -> list[tuple[int, float]]:
     """Return (step, value) of each line of a log that has a field; broken lines have none."""
     found = []
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        with suppress(ValueError, TypeError, KeyError, RecursionError):
-            entry = json.loads(line)
+        with suppress(ValueError, TypeError, KeyError):
+            entry = parse_json(line, dict)
             found.append((int(entry["step"]), float(entry[field])))
     return found

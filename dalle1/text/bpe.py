@@ -22,6 +22,7 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from dalle1.json_files import parse_json
 from dalle1.model_files import refuse_pointer
 from dalle1.storage import write_atomic
 from dalle1.text.format import CLEANERS, TextFormat
@@ -51,7 +52,7 @@ class Tokenizer:
         self.bpe, self.words, self.format = bpe, words, format or TextFormat()
         self.vocab_size: int = self.format.vocab_size or bpe.get_vocab_size()
         self._ids: dict[str, int] = bpe.get_vocab()
-        model = json.loads(bpe.to_str())["model"]
+        model = parse_json(bpe.to_str())["model"]
         self._suffix: str = model["end_of_word_suffix"] or ""
         self._unknown: int | None = self._ids.get(model["unk_token"] or "")
         self._ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
@@ -97,7 +98,7 @@ class Tokenizer:
             content = path.read_text(encoding="utf-8")
             text_format = None
             if content.startswith(FORMAT_START):
-                values = json.loads(content)
+                values = parse_json(content, dict)
                 text_format = TextFormat.of(values["format"])
                 content = json.dumps(values["tokenizer"])
             bpe = tokenizers.Tokenizer.from_str(content)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle1.config import check_types
+from dalle1.json_files import parse_json
 from dalle1.model_files import refuse_pointer
 from dalle1.storage import write_atomic
 
@@ -105,11 +106,11 @@ class Words:
         """Load what `save` wrote; ValueError if the file is damaged."""
         refuse_pointer(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_bytes(), dict)
             words = cls(values["counts"], tuple(values["endings"]))
             check_types(words)
             return words
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged ({error!r:.100}), expected words and their counts; fetch it "
                 "again or remove it"

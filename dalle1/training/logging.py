@@ -19,6 +19,7 @@ from torch import Tensor
 from dalle1.console import bar
 from dalle1.data.images import read_image_file
 from dalle1.devices import matmul_flops_per_second, peak_memory
+from dalle1.json_files import parse_json
 from dalle1.storage import write_atomic
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig
@@ -216,7 +217,7 @@ def _cut_log(out: Path, start: int) -> None:
 def _step_of(line: bytes) -> float:
     """Return the step of a log line; infinity where a crash left the line incomplete."""
     try:
-        return float(json.loads(line)["step"])
+        return float(parse_json(line, dict)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dalle1.json_files import parse_json
 from dalle1.storage import atomic_path, write_atomic
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -54,7 +55,7 @@ def write_part(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
 def read_part(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read one part; ValueError where it is missing or damaged."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json(folder / CONFIG, dict)
         tensors = load_file(folder / WEIGHTS)
         return config, {name: x.float() for name, x in tensors.items()}
     except Exception as error:  # damage can fail in any way

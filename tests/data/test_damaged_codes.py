@@ -102,7 +102,7 @@ def test_sizes_that_are_no_numbers_are_refused(tmp_path: Path, damage: str) -> N
         (GOOD, b"", "."),
         (GOOD, b'{"captions": []}', "it has no captions"),
         (GOOD, b'{"captions": [3]}', "it has no captions"),
-        (GOOD, b"[]", "list indices"),
+        (GOOD, b"[]", "expected an object"),
     ],
 )
 def test_a_damaged_pair_is_named(tmp_path: Path, codes: bytes, captions: bytes, why: str) -> None:

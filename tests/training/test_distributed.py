@@ -98,7 +98,7 @@ def test_a_batch_is_shared_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"zero_force_ds_cpu_optimizer": True}, "asks for DeepSpeed's own AdamW"),
         ({"bf16": True}, "bf16 is true in .*, expected an object"),
         ({"bf16": {"enabled": True}}, "check_grad_overflow"),
-        ([1], "holds a list, expected an object"),
+        ([1], "mine.json is a list, expected an object"),
     ],
 )
 def test_a_deepspeed_config_is_honoured_or_refused(

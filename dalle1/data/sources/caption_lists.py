@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import IO, Any
 
 from dalle1.data.cleaning import CAPTION_KEYS, IMAGE_SUFFIXES, as_captions
 from dalle1.data.skipped import BadSample
+from dalle1.json_files import parse_json
 
 FILE_KEYS = (
     *("file", "filename", "image", "path", "filepath", "imagefile", "imagepath", "imagename"),
@@ -225,8 +225,8 @@ def _cell(text: str) -> Any:
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
+            found = parse_json(text)
+        except ValueError:
             try:
                 found = ast.literal_eval(text)
                 found = found if repr(found) == text else None  # else joined strings: ['a' 'b']
@@ -245,10 +245,10 @@ def _json_rows(path: Path, file: IO[str]) -> Rows:
     file.seek(0)
     if path.suffix.lower() == ".json" or begin == "[":
         try:
-            found = json.loads(file.read().lstrip("\ufeff"))
-        except (ValueError, RecursionError) as error:
+            found = parse_json(file.read())
+        except ValueError as error:
             if path.suffix.lower() == ".json":
-                raise ValueError(f"{path} is not JSON: {error}") from error
+                raise ValueError(f"{path} holds no captions: {error}") from error
             found = None
         if isinstance(found, dict):
             found = [{"file": name, "caption": text} for name, text in found.items()]
@@ -259,9 +259,9 @@ def _json_rows(path: Path, file: IO[str]) -> Rows:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                row = _object_row(json.loads(line.lstrip("\ufeff")))
-            except (ValueError, RecursionError) as error:
-                row = BadSample("damaged captions", f"{line.strip()[:40]!r} is not JSON: {error}")
+                row = _object_row(parse_json(line))
+            except ValueError as error:
+                row = BadSample("damaged captions", f"{line.strip()[:40]!r}: {error}")
             yield f"{path}:{number}", row
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from array import array
@@ -14,6 +13,7 @@ from dalle1.data.images import open_image
 from dalle1.data.skipped import SkippedFiles, SkippedSample
 from dalle1.data.sources.base import is_hidden
 from dalle1.data.sources.packed import PackedStrings
+from dalle1.json_files import parse_json
 
 LISTS = ("captions.csv", "captions.jsonl")
 """Lists of captions that are read whatever else there is."""
@@ -171,8 +171,8 @@ def _has_settings(image: Path) -> bool:
 def _scored(scores: Path, files: Collection[str]) -> set[str]:
     """Return a scores.json, its grid, and the samples that it names; nothing of another program."""
     try:
-        found = json.loads(scores.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse_json(scores)
+    except (OSError, ValueError):
         return set()
     is_ranking = isinstance(found, dict) and {"prompt", "images"} <= found.keys()
     entries = found if isinstance(found, list) else []

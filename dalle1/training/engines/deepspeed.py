@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle1.devices import pick_device
+from dalle1.json_files import parse_json
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig
 from dalle1.training.engines.base import (
@@ -85,12 +86,7 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
 
 def _checked(path: Path, known: dict[str, Any], precision: str) -> dict[str, Any]:
     """Read a DeepSpeed config file; ValueError for unsupported keys and values."""
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}, expected an object")
+    settings = parse_json(path, dict)
     for name, value in settings.items():
         if name in known:
             if value not in (known[name], "auto"):
