@@ -31,19 +31,26 @@ from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer, replace
 from dalle1.model.transformer import Transformer
 from dalle1.model_card import ModelInfo
 from dalle1.sampling.batching import batched, check_counts, max_batch
+from dalle1.sampling.captions import complete_text
 from dalle1.sampling.decoding import (
     UNKNOWN,
     candidate_uniforms,
     check_known,
-    complete_text,
     generate,
 )
 from dalle1.sampling.filters import Sampling
-from dalle1.sampling.generation import GenerationConfig, Rerank
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.sampling.guidance import Contrasts, check_negative_prompt, num_captions
 from dalle1.sampling.packed_linear import intact
 from dalle1.sampling.ranking import RankingPipeline
 from dalle1.sampling.reranking import Candidate, LikelihoodReranker, Reranker
+from dalle1.sampling.resampling import (
+    ClipRowScore,
+    LikelihoodRowScore,
+    Resampler,
+    RowScore,
+    sampled_whole,
+)
 from dalle1.storage import CLIP_NAME, refuse_other_clip
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.prompt_weights import WeightedPrompts
@@ -159,7 +166,6 @@ class DallE(RankingPipeline):
         known_codes: Tensor | None = None,
         negative_prompt: str = "",
         weighted: bool = False,
-        rerank: Rerank | None = None,
         batch_size: int | None = None,
         share: tuple[int, int] = (0, 1),
         on_row: OnRow | None = None,
@@ -174,31 +180,32 @@ class DallE(RankingPipeline):
             known_codes: codes to keep, from `encode_known`.
             negative_prompt: text that guidance leads away from, rather than from no text.
             weighted: whether prompts have weights, see `dalle1.text.prompt_weights`.
-            rerank: order of the images, see `reranker`.
             batch_size: candidates sampled at once; None is as many as fit in memory.
             share: (r, n) samples candidates r, r + n, r + 2n … only: the part of one of n
                 processes.
             on_row: called after each row of codes of each batch with the codes, [B, N], and the
                 number of rows.
-            sampling: fields of `dalle1.sampling.filters.Sampling`.
+            sampling: other fields of `GenerationConfig`, such as `rerank` and `temperature`.
 
         Returns: an iterator over the prompts, which yields the candidates of each, best first.
         """
-        options = self.generation.updated(num_candidates=num_candidates, rerank=rerank, **sampling)
+        options = self.generation.updated(num_candidates=num_candidates, **sampling)
         check_counts(prompts, batch_size, share)
         reranker = self.reranker(options.rerank)
         parsed = WeightedPrompts.parse(prompts, weighted)
         prompts, contrasts = [clean_prompt(text) for text in parsed.texts], self._contrasts(parsed)
-        captions = num_captions(options.guidance, contrasts)
+        captions = num_captions(options.guidance, contrasts, options.resample == "likelihood")
         fits = max_batch(self.transformer, batch_size, captions=captions, processes=share[1])
         text, empty = self._encode_prompts(prompts), self._negative(negative_prompt, options)
         known = check_known(known_codes, self.transformer)
         sample = partial(generate, sampling=options, known_codes=known, empty=empty)
-        sample_batch = partial(self._sample_batch, sample, text, contrasts, seed, on_row)
+        resampler = self._resampler(options, prompts, seed)
+        sample_batch = partial(self._sample_batch, sample, text, contrasts, seed, resampler, on_row)
         indices = range(options.distinct(options.num_candidates))[share[0] :: share[1]]
         if not indices:
             return ([] for _ in prompts)
-        batches = batched(sample_batch, range(len(prompts)), indices, fits)
+        grid = sample_batch, range(len(prompts)), indices, fits
+        batches = sampled_whole(*grid, batch_size) if resampler else batched(*grid)
         return self._ranked(batches, prompts, seed, reranker, len(indices))
 
     def _sample_batch(
@@ -207,6 +214,7 @@ class DallE(RankingPipeline):
         text: Tensor,
         contrasts: Contrasts | None,
         seed: int,
+        resampler: Callable[[range], Resampler] | None,
         on_row: OnRow | None,
         rows: range,
         columns: range,
@@ -215,7 +223,29 @@ class DallE(RankingPipeline):
         uniforms = candidate_uniforms(seed, columns, self.transformer.config.image_len)
         each = on_row and (lambda codes, count: on_row(codes.flatten(0, 1), count))
         part, of_rows = text[rows.start : rows.stop], contrasts and contrasts.of(rows)
-        return sample(self.transformer, part, uniforms, contrasts=of_rows, on_row=each)
+        resample = resampler and resampler(rows)
+        how = {"contrasts": of_rows, "on_row": each, "resample": resample}
+        return sample(self.transformer, part, uniforms, **how)
+
+    def _resampler(
+        self, options: GenerationConfig, prompts: Sequence[str], seed: int
+    ) -> Callable[[range], Resampler] | None:
+        """Return rows of prompts → what resamples their candidates; None without `resample`."""
+        if options.resample == "none":
+            return None
+        if options.resample == "clip" and self.clip is None:
+            raise ValueError(
+                "resample is clip, and this model has no CLIP; name one, or use likelihood"
+            )
+
+        def resampler(rows: range) -> Resampler:
+            score: RowScore = LikelihoodRowScore()
+            if options.resample == "clip":
+                assert self.clip is not None
+                score = ClipRowScore(self.clip, prompts[rows.start : rows.stop], self.decode)
+            return Resampler(score, options.resample_every, seed)
+
+        return resampler
 
     def decode(self, codes: Tensor, batch_size: int = 16) -> list[Image.Image]:
         """Decode codes [B, W, W], `batch_size` at once; in bf16 like the model where it is fast."""

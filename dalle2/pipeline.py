@@ -326,12 +326,12 @@ class Unclip(RankingPipeline):
     @staticmethod
     def _refuse_codes(options: GenerationConfig, known_codes: Tensor | None) -> None:
         """Raise ValueError for options of models that sample codes."""
-        plain = Sampling()
-        for field in fields(Sampling):
-            value, wanted = getattr(options, field.name), getattr(plain, field.name)
-            if field.name != "guidance" and value != wanted:
+        plain = GenerationConfig()
+        for name in (*(field.name for field in fields(Sampling)), "resample"):
+            value, wanted = getattr(options, name), getattr(plain, name)
+            if name != "guidance" and value != wanted:
                 raise ValueError(
-                    f"{field.name} is {value}, expected {wanted}: a diffusion model has no codes"
+                    f"{name} is {value}, expected {wanted}: a diffusion model has no codes"
                 )
         if known_codes is not None:
             raise ValueError(COMPLETES_NOTHING)

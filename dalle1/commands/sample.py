@@ -16,10 +16,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from dalle1.commands.diffusion_flags import add_diffusion_flags, diffusion_options, threads_for
 from dalle1.commands.idle_processors import IdleProcessors
+from dalle1.commands.parser import HelpFormatter, Parser
 from dalle1.config import image_counts
 from dalle1.console import bar, command_line, expand_home_in, name_flags, one_line_errors
 from dalle1.json_files import parse_json
@@ -45,27 +46,14 @@ SETTINGS = (
     "guidance",
     "negative_prompt",
     "rerank",
+    "resample",
+    "resample_every",
     "precision",
     "image",
     "keep_rows",
     "mask",
 )
 DEFAULT_OUT = Path("outputs")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """A formatter that appends the defaults, except of flags that are off or unset."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises its errors, for one line instead of the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see dalle1 sample --help")
 
 
 def add_sampling_flags(add: Callable[..., Any]) -> None:
@@ -88,6 +76,13 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
     add("--rerank", choices=("clip", "likelihood", "none"), help="ranking of candidates: "
         "by CLIP, by the gain in likelihood from the prompt, or none "
         "(plain: clip if the model has one)")  # fmt: skip
+    add(
+        "--resample",
+        choices=("clip", "likelihood", "none"),
+        help="replace unlikely candidates by "
+        "copies of others while they are sampled, weighted by clip or likelihood (plain: none)",
+    )
+    add("--resample-every", type=int, metavar="ROWS", help="rows between resamplings (plain: 4)")
     add("--seed", type=int, default=0, help="random seed; the same seed samples the same images")
     add("--temperature", type=float, help="sampling temperature; 0 takes the most likely code "
         "(plain: 1)")  # fmt: skip

@@ -15,16 +15,22 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle1.devices import cuda_graphed, inference
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.filters import MIN_TEMPERATURE, PAPER, Sampling, filter_logits
 from dalle1.sampling.fused_step import fused
-from dalle1.sampling.guidance import Contrasts, all_captions, mixed_logits, num_captions
+from dalle1.sampling.guidance import (
+    Contrasts,
+    all_captions,
+    likelihood_gain,
+    mixed_logits,
+    num_captions,
+)
 from dalle1.sampling.kv_cache import Caches
 from dalle1.sampling.packed_linear import packed, restored
 
@@ -98,6 +104,26 @@ class DecodeState:
     """[P, C]: number of codes of each candidate that are known or sampled, with windows."""
     finite: Tensor
     """[1], bool: whether the largest logit of every step was finite."""
+    gain: Tensor | None
+    """[P, C]: nats that the prompt saves of each candidate's codes so far; None: not computed."""
+
+    def continue_from(self, candidates: Tensor) -> None:
+        """Let each candidate continue the codes of another, or its own: [P, C]."""
+        self.codes.copy_(self.codes.gather(1, candidates[..., None].expand_as(self.codes)))
+        if self.gain is not None:
+            self.gain.copy_(self.gain.gather(1, candidates))
+        self.caches.continue_from(candidates.repeat(self.captions, 1))
+
+
+class Resample(Protocol):
+    """Decides after a row which candidates continue, such as `Resampler`."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it reads `DecodeState.gain`."""
+
+    def __call__(self, state: DecodeState, rows: int) -> Tensor | None:
+        """Return the candidate that each continues, [P, C]; None where all continue their own."""
 
 
 def prefill(
@@ -109,18 +135,20 @@ def prefill(
     empty: Tensor | None = None,
     window: int = 1,
     contrasts: Contrasts | None = None,
+    compares: bool = False,
 ) -> DecodeState:
     """Read captions [P, L] and the codes before the first unknown one, and sample that one.
 
     Args:
         empty: the caption that guidance leads away from, [1, L]; None is padding throughout.
+        compares: whether to compute `DecodeState.gain`.
     """
     prompts, candidates = len(text), len(uniforms)
     model = packed(fused(model), prompts * candidates * window)
     codes = known.repeat(prompts, candidates, 1)
     position = (known == UNKNOWN).nonzero()[:1, 0]
     empty = null_caption(model) if empty is None else empty
-    text, strengths = all_captions(text, empty, sampling.guidance, contrasts)
+    text, strengths = all_captions(text, empty, sampling.guidance, contrasts, compares)
     state = DecodeState(
         model=model,
         caches=Caches(model, len(text), candidates, window),
@@ -134,6 +162,7 @@ def prefill(
         position=position,
         front=(position + 1).repeat(prompts, candidates),
         finite=torch.ones(1, dtype=torch.bool, device=text.device),
+        gain=torch.zeros(prompts, candidates, device=text.device) if compares else None,
     )
     # The last of these codes is the one to sample; `embed` does not read it.
     first = known[: int(position) + 1].expand(len(text), -1)
@@ -159,18 +188,21 @@ def sample_next(state: DecodeState, states: Tensor) -> None:
     With guidance and weights the states of other captions follow, and P counts all.
     """
     prompts, candidates, _ = state.codes.shape
-    logits = guided_logits(state, states).expand(-1, candidates, -1)
+    every = state.model.image_head(states).float()
+    logits = guided_logits(state, every).expand(-1, candidates, -1)
     uniforms = state.uniforms.index_select(1, state.position)[:, 0].expand(prompts, -1)
     tokens = sample_token(logits.flatten(0, 1), uniforms.flatten(), state.sampling)
     known = state.known.index_select(0, state.position)
     tokens = torch.where(known == UNKNOWN, tokens, known).view(prompts, candidates, 1)
+    if state.gain is not None:
+        state.gain.add_(likelihood_gain(every, tokens[..., 0]))
     state.codes.index_copy_(2, state.position, tokens)
 
 
-def guided_logits(state: DecodeState, states: Tensor) -> Tensor:
-    """Score states of all captions [B·P, n, D] in fp32, [P, n, V]."""
-    logits = state.model.image_head(states).float()
-    logits = mixed_logits(logits, state.sampling.guidance, state.strengths)
+def guided_logits(state: DecodeState, logits: Tensor) -> Tensor:
+    """Combine the logits of all captions, [B·P, n, V] → [P, n, V]."""
+    compares = state.gain is not None
+    logits = mixed_logits(logits, state.sampling.guidance, state.strengths, compares)
     state.finite.logical_and_(logits.amax().isfinite())
     return logits
 
@@ -201,7 +233,7 @@ def decode_window(state: DecodeState) -> None:
     state.caches.seek(reads)
     inputs, reads = inputs.flatten(1), reads.flatten(1)
     states = model.run(model.embed_codes(inputs, reads), state.caches.step, config.text_len + reads)
-    logits = guided_logits(state, states).flatten(0, 1)
+    logits = guided_logits(state, model.image_head(states).float()).flatten(0, 1)
     uniforms = state.uniforms.expand(len(codes), -1, -1).gather(2, positions)
     tokens = sample_token(logits, uniforms.flatten(), state.sampling).view(positions.shape)
     known = state.known[positions]
@@ -233,6 +265,7 @@ def generate(
     contrasts: Contrasts | None = None,
     on_row: OnRow | None = None,
     window: int | None = None,
+    resample: Resample | None = None,
 ) -> Tensor:
     """Sample codes for captions.
 
@@ -245,6 +278,7 @@ def generate(
         on_row: called after each row of codes, with the codes [P, C, N] and the number of rows.
         window: codes of each candidate to compute at once, at most W; it changes the time, and
             not the codes. None is the fastest.
+        resample: called after each row but the last, see `Resampler`; it excludes windows.
 
     Returns: [P, C, W, W].
     """
@@ -254,18 +288,25 @@ def generate(
     unknown, grid = (known == UNKNOWN).nonzero(), (config.grid_size, config.grid_size)
     if not len(unknown):
         return known.repeat(len(text), len(uniforms), 1).unflatten(2, grid)
-    if window is None:
+    if resample is not None:
+        window = 1
+    elif window is None:
         captions = num_captions(sampling.guidance, contrasts)
         window = pick_window(model, captions * len(text) * len(uniforms))
     on_gpu = torch.cuda.device(text.device) if text.is_cuda else nullcontext()
     with inference(text.device), on_gpu, restored(model):
-        state = prefill(model, text, uniforms, sampling, known, empty, window, contrasts)
-        decode = decode_steps if window == 1 else decode_windows
-        decode(state, int(unknown[0]), on_row)
+        compares = resample is not None and resample.compares
+        state = prefill(model, text, uniforms, sampling, known, empty, window, contrasts, compares)
+        if window == 1:
+            decode_steps(state, int(unknown[0]), on_row, resample)
+        else:
+            decode_windows(state, int(unknown[0]), on_row)
     return state.codes.unflatten(2, grid)
 
 
-def decode_steps(state: DecodeState, first: int, on_row: OnRow | None) -> None:
+def decode_steps(
+    state: DecodeState, first: int, on_row: OnRow | None, resample: Resample | None = None
+) -> None:
     """Sample the codes after the first unknown one, one position after another."""
     config = state.model.config
     step: Callable[[], None] = partial(decode_one, state)
@@ -276,8 +317,13 @@ def decode_steps(state: DecodeState, first: int, on_row: OnRow | None) -> None:
             step()
         if position == first or (position + 1) % config.grid_size == 0:
             check_finite(state)
-        if on_row and (position + 1) % config.grid_size == 0:
-            on_row(state.codes, (position + 1) // config.grid_size)
+        row, column = divmod(position + 1, config.grid_size)
+        if resample and column == 0 and row < config.grid_size:
+            candidates = resample(state, row)
+            if candidates is not None:
+                state.continue_from(candidates.to(state.codes.device))
+        if on_row and column == 0:
+            on_row(state.codes, row)
 
 
 def decode_windows(state: DecodeState, first: int, on_row: OnRow | None) -> None:
@@ -352,48 +398,3 @@ def null_caption(model: Transformer, device: str | torch.device = "cpu") -> Tens
     """Return the empty caption, [1, L]: padding at every position."""
     config = model.config
     return torch.arange(config.text_len, device=device)[None] + config.text_vocab
-
-
-@torch.no_grad()
-def complete_text(
-    model: Transformer, text: Tensor, uniforms: Tensor, sampling: Sampling = PAPER
-) -> Tensor:
-    """Continue the beginning of a caption, since the model predicts captions too.
-
-    Args:
-        text: [L], the beginning with its padding.
-        uniforms: [C, L], the random number of each candidate at each position.
-        sampling: without guidance.
-
-    Returns: [C, L], each with its padding. The first padding token ends a
-    caption; a model trained without `pad_targets` fills all positions but the last.
-    """
-    if sampling.guidance != 1:
-        raise ValueError(f"guidance is {sampling.guidance}, expected 1 for captions")
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    config = model.config
-    text, padding = text.repeat(len(uniforms), 1), null_caption(model, text.device)[0]
-    tokens = (text[0] < config.text_vocab).nonzero()
-    start = int(tokens[-1]) + 1 if len(tokens) else 0
-    ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
-    for position in range(start, config.text_len - 1):  # the last is always padding
-        # Captions are short: recomputing all positions for each token needs no cache.
-        read = position + (config.image_start != "none")
-        states = model.run(model.embed_text(text)[:, :read], [attend] * config.depth)
-        logits = model.text_head(states[:, -1]).float()
-        if not logits.isfinite().all():
-            raise not_finite(model, sampling.guidance)
-        allowed = torch.zeros_like(logits[0], dtype=torch.bool)
-        allowed[: config.text_vocab] = True
-        allowed[padding[position]] = config.pad_targets  # otherwise it was never learned
-        tokens = sample_token(
-            logits.masked_fill(~allowed, -torch.inf),
-            uniforms[:, position].to(text.device),
-            sampling,
-        )
-        text[:, position] = torch.where(ended, padding[position], tokens)
-        ended |= tokens == padding[position]
-    return text

@@ -28,12 +28,17 @@ class GenerationConfig(Sampling):
     rerank: Rerank | None = None
     """Order of the images; None is clip if the model has one, else the order of sampling."""
 
+    resample: Rerank = "none"
+    """Weights of unfinished candidates, by which likelier ones replace others; see `Resampler`."""
+    resample_every: int = 4
+    """Rows of codes after which candidates are resampled."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_candidates < 1:
-            raise ValueError(f"num_candidates is {self.num_candidates}, expected at least 1")
-        if self.rerank is not None:
-            check_literals(self)
+        for name in ("num_candidates", "resample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_literals(self)
 
     @classmethod
     def load(cls, folder: Path) -> GenerationConfig:

@@ -36,21 +36,27 @@ def check_negative_prompt(prompt: str, guidance: float) -> None:
         raise ValueError("guidance is 1, expected above 1 with a negative prompt, such as 3")
 
 
-def num_captions(guidance: float, contrasts: Contrasts | None) -> int:
-    """Return B, the captions that are read for each prompt."""
-    return 1 + (guidance != 1) + (0 if contrasts is None else len(contrasts.text))
+def num_captions(guidance: float, contrasts: Contrasts | None, compares: bool = False) -> int:
+    """Return B, the captions that are read for each prompt; see `all_captions`."""
+    reads_empty = guidance != 1 or compares
+    return 1 + reads_empty + (0 if contrasts is None else len(contrasts.text))
 
 
 def all_captions(
-    text: Tensor, empty: Tensor, guidance: float, contrasts: Contrasts | None
+    text: Tensor,
+    empty: Tensor,
+    guidance: float,
+    contrasts: Contrasts | None,
+    compares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the captions of prompts [P, L], by kind, [B·P, L]; and strengths [K, P, 1, 1].
 
     Args:
         empty: the caption that guidance leads away from, [1, L].
+        compares: whether it is read without guidance, too, for `likelihood_gain`.
     """
     captions, strengths = [text], None
-    if guidance != 1:
+    if guidance != 1 or compares:
         captions.append(empty.to(text.device).expand_as(text))
     if contrasts is not None:
         captions.append(contrasts.text.to(text.device).flatten(0, 1))
@@ -58,20 +64,35 @@ def all_captions(
     return torch.cat(captions) if len(captions) > 1 else text, strengths
 
 
-def mixed_logits(logits: Tensor, guidance: float, strengths: Tensor | None) -> Tensor:
+def mixed_logits(
+    logits: Tensor, guidance: float, strengths: Tensor | None, compares: bool = False
+) -> Tensor:
     """Combine the logits of all captions, [B·P, n, V] → [P, n, V].
 
     Args:
         strengths: [K, P, 1, 1], see `Contrasts`.
+        compares: see `all_captions`.
     """
-    count = 1 + (guidance != 1) + (0 if strengths is None else len(strengths))
+    reads_empty = guidance != 1 or compares
+    count = 1 + reads_empty + (0 if strengths is None else len(strengths))
     if count == 1:
         return logits
     own, *others = logits.chunk(count)
-    mixed = own
+    empty, mixed = others.pop(0) if reads_empty else own, own
     if guidance != 1:
-        empty = others.pop(0)
         mixed = empty + guidance * (own - empty)
     for strength, without in zip([] if strengths is None else strengths, others, strict=True):
         mixed = mixed + strength * (own - without)
     return mixed
+
+
+def likelihood_gain(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return ln p(token | prompt) − ln p(token | empty caption), [P, C].
+
+    Args:
+        logits: those of all captions, of which the second is the empty one, [B·P, C or 1, V].
+        tokens: [P, C].
+    """
+    prompts, candidates = tokens.shape
+    own, empty = logits[: 2 * prompts].log_softmax(-1).expand(-1, candidates, -1).chunk(2)
+    return (own - empty).gather(2, tokens[..., None])[..., 0]

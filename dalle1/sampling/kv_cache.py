@@ -157,6 +157,15 @@ class Cache:
         )
         return keys, values
 
+    def continue_from(self, candidates: Tensor) -> None:
+        """Copy the codes' keys and values of the candidates that others continue: [P, C]."""
+        own = torch.arange(candidates.shape[1], device=candidates.device)
+        for prompt, of_prompt in enumerate(candidates):
+            moved = (of_prompt != own).nonzero()[:, 0]
+            if len(moved):
+                codes = self.codes[:, prompt]
+                codes.index_copy_(2, moved, codes.index_select(2, of_prompt[moved]))
+
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float, added: Tensor) -> Tensor:
     """Compute a·b·scale + added in one operation, but not what is added where that is a scalar."""
@@ -212,6 +221,11 @@ class Caches:
                     layer.view = view
                     if position.ndim > 1:
                         layer.flat_slots, layer.flat_groups = flat
+
+    def continue_from(self, candidates: Tensor) -> None:
+        """Let each candidate continue the codes of another, or its own: [P, C]."""
+        for layer in self.layers:
+            layer.continue_from(candidates)
 
 
 def decode_memory(model: Transformer) -> tuple[int, int]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling import decoding as sampler
+from dalle1.sampling.captions import complete_text
 from dalle1.sampling.decoding import (
     UNKNOWN,
     candidate_uniforms,
-    complete_text,
     generate,
     null_caption,
     sample_token,
