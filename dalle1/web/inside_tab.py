@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from dalle1.web.parts import AT_ONCE, QUEUE, one_line, upload
+from dalle1.web.parts import PARALLEL, QUEUE, one_line, upload
 from dalle1.web.plots import (
     attended,
     attended_image,
@@ -51,10 +51,10 @@ class InsideTab:
             [start.click, prompt.submit], one_line(self.look), [model, self.image, prompt],
             [codes, bits, mean, layer, decoded, position], **QUEUE,
         )  # fmt: skip
-        looked.then(one_line(self.mask), inputs, [seen, words], **AT_ONCE)
-        layer.input(one_line(self.mask), inputs, [seen, words], **AT_ONCE)
-        seen.select(self.clicked, model, position, **AT_ONCE).then(
-            one_line(self.mask), inputs, [seen, words], **AT_ONCE
+        looked.then(one_line(self.mask), inputs, [seen, words], **PARALLEL)
+        layer.input(one_line(self.mask), inputs, [seen, words], **PARALLEL)
+        seen.select(one_line(self.clicked), model, position, **PARALLEL).then(
+            one_line(self.mask), inputs, [seen, words], **PARALLEL
         )
 
     def look(self, name: str, image: str | None, prompt: str) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The page: tabs to sample, complete, inpaint, rerank and look inside. Gradio shows it.
+"""The page: tabs to sample, rerank, look inside, and for a DALL·E 2, to change images.
 
 Each tab is a class that adds its components and connects them. Handlers raise ValueError for what a
 user can correct; `one_line` shows it on the page.
@@ -12,9 +12,12 @@ from typing import Any
 import gradio as gr
 
 from dalle1.web.inside_tab import InsideTab
+from dalle1.web.parts import AT_ONCE
 from dalle1.web.rerank_tab import RerankTab
 from dalle1.web.sample_tab import SampleTab
 from dalle1.web.sampling import Models
+from dalle1.web.unclip_tab import UnclipTab
+from dalle2.pipeline import Unclip
 
 # Fonts of the system: Gradio's own would be fetched from the internet.
 THEME = gr.themes.Soft(
@@ -65,13 +68,30 @@ def build_page(models: Models, names: list[str], clip: str, folder: Path) -> gr.
                 allow_custom_value=True,
                 elem_id="model",
             )
-        inside = InsideTab(models)
-        with gr.Tab("Sample"):
-            SampleTab(models, folder).build(page, model)
-        with gr.Tab("Rerank"):
-            RerankTab(models, clip).build()
-        with gr.Tab("Look inside"):
-            inside.build(model)
+        sample, unclip = SampleTab(models, folder), UnclipTab(models, folder)
+        is_unclip = isinstance(models.peek(names[0]), Unclip)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Sample", id="sample"):
+                sample.build(page, model)
+            with gr.Tab("Rerank", id="rerank"):
+                RerankTab(models, clip).build()
+            with gr.Tab("Look inside", id="inside"):
+                InsideTab(models).build(model)
+            with gr.Tab("DALL·E 2", id="unclip", visible=is_unclip) as tab:
+                unclip.build(page, model)
+
+        def fit(name: str) -> list[Any]:
+            """Show what the model can do with an image: complete and inpaint it, or vary it."""
+            is_unclip = isinstance(models.peek(name), Unclip)
+            of_codes, of_unclip = gr.update(visible=not is_unclip), gr.update(visible=is_unclip)
+            return [of_codes, of_codes, of_unclip, of_unclip]
+
+        changing = [sample.to_complete, sample.to_inpaint, sample.to_vary, tab]
+        sample.model_loaded.then(fit, model, changing, **AT_ONCE)
+        sample.to_vary.click(
+            lambda images, i: (gr.Tabs(selected="unclip"), images[i][0]),
+            [sample.results, sample.chosen], [tabs, unclip.image], **AT_ONCE,
+        )  # fmt: skip
     return page.queue()
 
 

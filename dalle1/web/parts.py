@@ -5,21 +5,31 @@ from __future__ import annotations
 import functools
 import html
 import inspect
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
 from dalle1.data.cleaning import visible
+from dalle1.outputs import GRID, SCORES, write
+from dalle1.sampling.reranking import Candidate
 
 MAX_PROMPT = 1000
 """Characters of a prompt that the page accepts; a model reads far fewer."""
+MAX_SEED = 2**53 - 1
+"""Largest integer that a browser keeps."""
+MAX_IMAGES = 64
+"""Images of one job: others wait for it."""
 QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 """Options of events that compute with a model: they wait for each other."""
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-"""Options of events that only change the page."""
+"""Options of events that only change the page. They cannot fail: only queued ones show errors."""
+PARALLEL: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
+"""Options of events that may fail, and wait for nobody."""
 Handler = Callable[..., Any]
 
 
@@ -65,6 +75,54 @@ def checked_prompt(prompt: str | None) -> str:
     if not (texts := visible([prompt or ""])):
         raise ValueError("the prompt is empty; expected a text such as: an avocado armchair")
     return texts[0]
+
+
+def checked_seed(seed: float | None) -> int:
+    """Return a seed, 0 for an empty field; ValueError for one that a browser does not keep."""
+    seed = int(seed or 0)
+    if abs(seed) > MAX_SEED:
+        raise ValueError(f"seed is {seed}, expected at most {MAX_SEED}")
+    return seed
+
+
+def checked_count(count: float | None) -> int:
+    """Return a number of images, 1 for an empty field; ValueError for one that is too large."""
+    count = 1 if count is None else int(count)
+    if not 1 <= count <= MAX_IMAGES:
+        raise ValueError(f"the number of images is {count}, expected 1 to {MAX_IMAGES}")
+    return count
+
+
+def as_note(text: str) -> str:
+    """Return a note for the page."""
+    return f'<p class="note">{html.escape(text[:1].upper() + text[1:])}.</p>'
+
+
+def gallery(label: str, elem_id: str) -> gr.Gallery:
+    """Add a gallery of images that were sampled."""
+    return gr.Gallery(
+        label=label,
+        show_label=False,
+        interactive=False,
+        format="png",
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        buttons=["download", "fullscreen"],
+        elem_id=elem_id,
+    )
+
+
+def stored(
+    root: Path, title: str, images: list[Candidate], settings: dict[str, Any]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Write images to a new folder in `root`; return a gallery of them, and all files."""
+    folder = write(Path(tempfile.mkdtemp(dir=root)) / "images", title, images, settings)
+    paths = [str(folder / f"{rank:02d}.png") for rank in range(len(images))]
+    scores = ["" if c.score is None else f": {c.score:.3f}" for c in images]
+    captions = [f"{c.index}{score}" for c, score in zip(images, scores, strict=True)]
+    files = [*paths, str(folder / GRID), str(folder / SCORES)]
+    return list(zip(paths, captions, strict=True)), files
 
 
 def upload(label: str, elem_id: str) -> gr.Image:

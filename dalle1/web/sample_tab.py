@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -11,35 +9,43 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 from torch import Tensor
 
-from dalle1.outputs import GRID, SCORES, write
+from dalle1.data.images import centre_square
 from dalle1.pipeline import DallE
 from dalle1.text.known_words import Words
 from dalle1.text.prompt_weights import parse_weights
 from dalle1.web import history as past
-from dalle1.web.parts import AT_ONCE, QUEUE, checked_prompt, is_open, one_line, painted, upload
-from dalle1.web.sampling import Finished, Jobs, Models, read_upload, stream
+from dalle1.web.jobs import Jobs, status
+from dalle1.web.parts import (
+    AT_ONCE,
+    PARALLEL,
+    QUEUE,
+    as_note,
+    checked_count,
+    checked_prompt,
+    checked_seed,
+    gallery,
+    is_open,
+    one_line,
+    painted,
+    stored,
+    upload,
+)
+from dalle1.web.sampling import Finished, Models, read_upload, stream
 
 EXAMPLES = ["an avocado armchair", "a teapot made of watermelon", "three purple stars"]
-MAX_SEED = 2**53 - 1
-"""Largest integer that a browser keeps."""
-MAX_IMAGES = 64
-"""Images of one job: others wait for it."""
 SETTINGS = ("seed", "num_candidates", "guidance", "temperature", "top_p", "rerank")
+CANVAS = 512
+"""Side of the image that is painted on, in pixels."""
 NEW, COMPLETE, INPAINT = "New image", "Complete", "Inpaint"
 CLICK_START = "() => { setTimeout(() => document.querySelector('#start').click(), 100) }"
 
 
-def status(text: str, share: float | None = None) -> str:
-    """Return a line for the page, with a bar below while something is sampled."""
-    bar = "" if share is None else f'<progress max="1" value="{share:.3f}"></progress>'
-    return f'<div role="status">{html.escape(text)}{bar}</div>'
-
-
-def as_note(text: str) -> str:
-    """Return a note for the page."""
-    return f'<p class="note">{html.escape(text[:1].upper() + text[1:])}.</p>'
+def square(path: str) -> Image.Image:
+    """Return the central square of an upload, which is what a model encodes."""
+    return centre_square(read_upload(path), CANVAS, allow_upscale=True)
 
 
 def known_words(model: DallE | Any) -> Words:
@@ -107,18 +113,23 @@ class SampleTab:
                     0, 100, 50, step=1, label="Upper part to keep, in %", elem_id="keep"
                 )
             with gr.Tab(INPAINT, id=INPAINT) as inpaint:
+                # The editor's own upload shows black what its browser cannot hold, in any format.
+                opener = gr.UploadButton(
+                    "Open an image", file_types=["image"], size="sm", elem_id="inpaint-open"
+                )
                 self.editor = gr.ImageEditor(
                     label="Paint over what is sampled again",
                     type="pil",
-                    sources=("upload", "clipboard"),
+                    sources=(),
                     brush=gr.Brush(colors=["#ff2d78"], color_mode="fixed", default_size=48),
                     transforms=(),
                     layers=False,
-                    canvas_size=(512, 512),
+                    canvas_size=(CANVAS, CANVAS),
                     fixed_canvas=True,
                     height=420,
                     elem_id="inpaint",
                 )
+                opener.upload(one_line(square), opener, self.editor, **PARALLEL)
         for tab, name in ((new, NEW), (complete, COMPLETE), (inpaint, INPAINT)):
             tab.select(partial(str, name), None, self.mode, **AT_ONCE)
 
@@ -132,22 +143,13 @@ class SampleTab:
             buttons=[],
             elem_id="preview",
         )  # fmt: skip
-        self.results = gr.Gallery(
-            label="Images, best first",
-            show_label=False,
-            interactive=False,
-            format="png",
-            columns=4,
-            height="auto",
-            object_fit="contain",
-            buttons=["download", "fullscreen"],
-            elem_id="results",
-        )
+        self.results = gallery("Images, best first", "results")
         self.notes = gr.HTML(elem_id="notes", padding=False)
         self.chosen = gr.State(0)
         with gr.Row(visible=False, elem_id="actions") as self.actions:
             self.to_complete = gr.Button("Complete it", size="sm", min_width=80)
             self.to_inpaint = gr.Button("Inpaint it", size="sm", min_width=80)
+            self.to_vary = gr.Button("Vary it", size="sm", min_width=80, visible=False)
             self.new_seed = gr.Button("Next seed", size="sm", min_width=80, elem_id="next-seed")
         with gr.Accordion("Download: PNG files with prompt and settings", open=False):
             self.files = gr.File(show_label=False, file_count="multiple", elem_id="files")
@@ -172,26 +174,29 @@ class SampleTab:
             *(self.status, self.preview, self.results, self.files, self.notes, self.actions),
             *(self.chosen, kept, self.history, *buttons),
         ]
-        asked = gr.on([self.start.click, self.prompt.submit], self.begin, None, buttons, **AT_ONCE)
+        asked = gr.on(
+            [self.start.click, self.prompt.submit], self.jobs.begin, None, buttons, **AT_ONCE
+        )
         asked.then(
             one_line(self.sample), [*inputs, *self.settings], outputs,
             show_progress="minimal", show_progress_on=[self.status], **QUEUE,
         )  # fmt: skip
-        self.cancel.click(self.stop, None, self.status, **AT_ONCE)
-        page.unload(self.leave)
+        self.cancel.click(self.jobs.cancel, None, self.status, **AT_ONCE)
+        page.unload(self.jobs.leave)
         said = [self.unknown, self.suggestions]
         gr.on(
             self.prompt.change, self.words, [model, self.prompt], said,
             trigger_mode="always_last", **AT_ONCE,
         )  # fmt: skip
         self.suggestions.input(lambda text: text, self.suggestions, self.prompt, **AT_ONCE)
-        gr.on(
+        self.model_loaded = gr.on(
             [model.change, page.load], one_line(self.defaults), model, self.settings[2:],
             show_progress="hidden", **QUEUE,
-        ).then(self.words, [model, self.prompt], said, **AT_ONCE)  # fmt: skip
+        )  # fmt: skip
+        self.model_loaded.then(self.words, [model, self.prompt], said, **AT_ONCE)
         page.load(past.gallery, kept, self.history, **AT_ONCE)
         self.history.select(
-            one_line(self.again), kept, [model, self.prompt, *self.settings], **AT_ONCE
+            one_line(self.again), kept, [model, self.prompt, *self.settings], **PARALLEL
         ).then(None, js=CLICK_START)
         self.results.select(self.choose, None, self.chosen, **AT_ONCE)
         best = [self.results, self.chosen]
@@ -207,23 +212,9 @@ class SampleTab:
             lambda seed: int(seed or 0) + 1, self.settings[0], self.settings[0], **AT_ONCE
         ).then(None, js=CLICK_START)
 
-    def begin(self, request: gr.Request) -> tuple[Any, Any]:
-        """Show the button that cancels."""
-        self.jobs.begin(str(request.session_hash))
-        return gr.update(visible=False), gr.update(visible=True)
-
-    def stop(self, request: gr.Request) -> str:
-        """Cancel the job of this session."""
-        self.jobs.cancel(str(request.session_hash))
-        return status("Cancelling …")
-
     def choose(self, event: gr.SelectData) -> int:
         """Return the number of the image that is clicked."""
         return int(event.index)
-
-    def leave(self, request: gr.Request) -> None:
-        """Cancel the job of a page that is closed."""
-        self.jobs.cancel(str(request.session_hash))
 
     def defaults(self, name: str) -> list[Any]:
         """Return the settings that a model samples best with, from guidance to reranking."""
@@ -263,8 +254,7 @@ class SampleTab:
         *settings: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Sample for the page: yield progress and previews, then the results."""
-        session = str(request.session_hash)
-        cancelled, skip, hidden = self.jobs.flag(session), gr.skip(), gr.update(visible=False)
+        cancelled, skip, hidden = self.jobs.flag(request), gr.skip(), gr.update(visible=False)
         unchanged = [skip] * 9  # results and what is below
         ended = [hidden, *[skip] * 7, gr.update(visible=True), hidden]
         try:
@@ -282,14 +272,13 @@ class SampleTab:
                 shown = skip
                 if event.preview is not None:
                     shown = gr.update(value=event.preview, visible=True)
-                text = f"Row {event.done} of {event.total}"
-                yield status(text, event.done / event.total), shown, *unchanged
+                yield status(event.text, event.share), shown, *unchanged
             yield status("Cancelled."), *ended
         except Exception:
             yield status("Nothing was sampled."), *ended
             raise
         finally:
-            self.jobs.end(session)
+            self.jobs.end(request)
 
     def known(
         self,
@@ -325,13 +314,9 @@ class SampleTab:
     ) -> tuple[Any, ...]:
         """Write the images, and return what the page shows."""
         best = event.candidates
-        stored = {**options_of(settings), "model": name, "precision": model.precision}
-        folder = Path(tempfile.mkdtemp(dir=self.folder)) / "images"
-        folder = write(folder, prompt, best, stored)
-        paths = [folder / f"{rank:02d}.png" for rank in range(len(best))]
-        scores = ["" if c.score is None else f": {c.score:.3f}" for c in best]
-        order = ", best first: number and score" if any(scores) else ""
-        captions = [f"{c.index}{score}" for c, score in zip(best, scores, strict=True)]
+        settings_used = {**options_of(settings), "model": name, "precision": model.precision}
+        shown, files = stored(self.folder, prompt, best, settings_used)
+        order = ", best first: number and score" if best[0].score is not None else ""
         entry = past.entry(prompt, name, list(settings), best[0].image)
         history = past.added(history, entry)
         unknown = known_words(model).unknown_words_message(prompt)  # shown under the prompt already
@@ -339,8 +324,8 @@ class SampleTab:
         return (
             status(f"{len(best)} images in {seconds:.1f} seconds{order}"),
             gr.update(visible=False),
-            [(str(path), text) for path, text in zip(paths, captions, strict=True)],
-            [str(path) for path in (*paths, folder / GRID, folder / SCORES)],
+            shown,
+            files,
             notes,
             gr.update(visible=True),
             0,
@@ -362,11 +347,9 @@ class SampleTab:
 def options_of(settings: tuple[Any, ...]) -> dict[str, Any]:
     """Return the options of sampling by name; an empty field is the model's own value."""
     options = dict(zip(SETTINGS, settings, strict=True))
-    options["seed"] = seed = int(options["seed"] or 0)
-    if abs(seed) > MAX_SEED:
-        raise ValueError(f"seed is {seed}, expected at most {MAX_SEED}")
-    if not 1 <= (count := options["num_candidates"] or 1) <= MAX_IMAGES:
-        raise ValueError(f"the number of images is {count}, expected 1 to {MAX_IMAGES}")
+    options["seed"] = checked_seed(options["seed"])
+    if options["num_candidates"] is not None:
+        checked_count(options["num_candidates"])
     if options["rerank"] == "default":
         options["rerank"] = None
     return {name: value for name, value in options.items() if value is not None}

@@ -7,14 +7,14 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle1.clip import Clip
 from dalle1.data.images import grid, read_image_file
@@ -77,6 +77,13 @@ class Models:
             raise ValueError(f"model is {name}, a DALL·E 2 without codes; choose a DALL·E 1")
         return model
 
+    def unclip(self, name: str | None) -> Unclip:
+        """Return a DALL·E 2; ValueError for a DALL·E 1."""
+        model = self(name)
+        if isinstance(model, DallE):
+            raise ValueError(f"model is {name}, a DALL·E 1, expected a DALL·E 2; choose another")
+        return model
+
 
 def bundled_models() -> list[str]:
     """Return the names of the models that ship with the project, the default first."""
@@ -84,37 +91,28 @@ def bundled_models() -> list[str]:
     return ["bundled", *(name for name in names if name != BUNDLED.name)]
 
 
-class Jobs:
-    """The job of each session; it can be cancelled, also while it waits for its turn."""
-
-    def __init__(self) -> None:
-        self.cancelled: dict[str, threading.Event] = {}
-
-    def begin(self, session: str) -> None:
-        """Note that a session asks for a job; a second click changes nothing."""
-        self.cancelled.setdefault(session, threading.Event())
-
-    def cancel(self, session: str) -> None:
-        """Cancel the session's job; do nothing where it has none."""
-        if session in self.cancelled:
-            self.cancelled[session].set()
-
-    def end(self, session: str) -> None:
-        """Forget the session's job."""
-        self.cancelled.pop(session, None)
-
-    def flag(self, session: str) -> threading.Event:
-        """Return the event that is set when the session's job is cancelled."""
-        return self.cancelled.setdefault(session, threading.Event())
-
-
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Rows of codes that are sampled, of how many; the images so far, every now and then."""
+    """Rows of codes, or steps, that are done, of how many; the images so far, now and then."""
 
     done: int
     total: int
-    preview: Image.Image | None
+    preview: Image.Image | None = None
+    unit: str = "Row"
+
+    @property
+    def text(self) -> str:
+        """A line such as: Row 3 of 32."""
+        return f"{self.unit} {self.done} of {self.total}"
+
+    @property
+    def share(self) -> float:
+        """What is done, from 0 to 1."""
+        return self.done / self.total
+
+
+Report = Callable[[Progress], None]
+"""Called with the progress of a job; raises where the job is cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ def own_warnings() -> Iterator[list[str]]:
 
 
 class _Cancelled(Exception):
-    """Raised in the sampling thread at the row where its job is cancelled."""
+    """Raised in the thread of a job, at the row or step where it is cancelled."""
 
 
 def stream(
@@ -154,35 +152,55 @@ def stream(
     cancelled: threading.Event | None = None,
     **options: Any,
 ) -> Iterator[Progress | Finished]:
-    """Sample in a thread; yield its progress, then the candidates.
+    """Sample in a thread; yield its progress, then the candidates; see `events`.
 
-    Sampling ends at the next row, without candidates, once `cancelled` is set or the iterator is
-    closed. Options are those of `DallE.sample`. Raises: what sampling raises.
+    Options are those of `DallE.sample`. Raises: what sampling raises.
     """
-    events: queue.Queue[Progress | Finished | BaseException] = queue.Queue()
-    stop = cancelled or threading.Event()
-    preview = _Previews(model)
+    options.setdefault("weighted", True)
 
-    def on_row(codes: Tensor, rows: int) -> None:
+    def job(report: Report) -> list[Candidate]:
+        if not isinstance(model, DallE):
+            with steps_reported(model, options.get("steps") or model.options.steps, report):
+                return model.finished(model.candidates(prompt, **options))
+        preview, total = _Previews(model), model.image_tokenizer.grid_size
+
+        def on_row(codes: Tensor, rows: int) -> None:
+            report(Progress(done=rows, total=total, preview=preview(codes, rows)))
+
+        return model.candidates(prompt, on_row=on_row, **options)
+
+    return events(job, cancelled)
+
+
+def events(
+    job: Callable[[Report], list[Candidate]], cancelled: threading.Event | None = None
+) -> Iterator[Progress | Finished]:
+    """Run a job in a thread; yield its progress, then its candidates.
+
+    It ends at its next report, without candidates, once `cancelled` is set or the iterator is
+    closed. Raises: what the job raises.
+    """
+    found: queue.Queue[Progress | Finished | BaseException] = queue.Queue()
+    stop = cancelled or threading.Event()
+
+    def report(progress: Progress) -> None:
         if stop.is_set():
             raise _Cancelled
-        shown = preview(codes, rows)
-        events.put(Progress(done=rows, total=model.image_tokenizer.grid_size, preview=shown))
+        found.put(progress)
 
     def work() -> None:
         try:
             with own_warnings() as notes:
-                options.setdefault("weighted", True)
-                candidates = model.finished(model.candidates(prompt, on_row=on_row, **options))
-            events.put(Finished(candidates=candidates, notes=list(dict.fromkeys(notes))))
+                candidates = job(report)
+            found.put(Finished(candidates=candidates, notes=list(dict.fromkeys(notes))))
         except BaseException as error:
-            events.put(error)
+            found.put(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while True:
-            event = events.get()
+            event = found.get()
             if isinstance(event, _Cancelled):
                 return
             if isinstance(event, BaseException):
@@ -195,16 +213,33 @@ def stream(
         thread.join()
 
 
+@contextmanager
+def steps_reported(model: Unclip, total: int, report: Report) -> Iterator[None]:
+    """Report the steps of a DALL·E 2's decoder, each of which calls it once or several times."""
+    times: list[int] = []
+
+    def on_call(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        time_of_step = int(inputs[1][0])
+        if times[-1:] != [time_of_step]:
+            times.append(time_of_step)
+        report(Progress(done=min(len(times), total), total=total, unit="Step"))
+
+    handle = model.decoder.register_forward_pre_hook(on_call)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _Previews:
     """Decodes the rows so far, as often as it costs little time beside sampling."""
 
-    def __init__(self, model: DallE | Unclip) -> None:
+    def __init__(self, model: DallE) -> None:
         self.model, self.start, self.spent = model, time.monotonic(), 0.0
 
     def __call__(self, codes: Tensor, rows: int) -> Image.Image | None:
         begin = time.monotonic()
-        is_late = self.spent > PREVIEW_SHARE * (begin - self.start)
-        if is_late or not isinstance(self.model, DallE):  # a DALL·E 2 finishes all rows at once
+        if self.spent > PREVIEW_SHARE * (begin - self.start):
             return None
         width = self.model.image_tokenizer.grid_size
         known = codes[:MAX_PREVIEWED].clamp_min(0).unflatten(1, (width, width))

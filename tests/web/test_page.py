@@ -8,13 +8,16 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_model import tiny_model
+from tiny_unclip import tiny_unclip
 
 from dalle1 import DallE
 
@@ -66,11 +69,14 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     model.candidates = slow  # type: ignore[assignment]
     models = Models("cpu", "fp32")
-    models.loaded["tiny"], models.loaded_clip = model, ("redness", Redness())  # type: ignore[assignment]
+    unclip = tiny_unclip()
+    unclip.options = replace(unclip.options, steps=2, prior_steps=2)
+    models.loaded |= {"tiny": model, "unclip": unclip}
+    models.loaded_clip = "redness", Redness()  # type: ignore[assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        page = build_page(models, ["tiny"], "redness", tmp_path_factory.mktemp("samples"))
+        page = build_page(models, ["tiny", "unclip"], "redness", tmp_path_factory.mktemp("samples"))
         yield launch_page(page, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
         page.close()
 
@@ -118,10 +124,14 @@ def fill(page: Any, selector: str, text: str) -> None:
     page.press(selector, "Tab")
 
 
-def wait_for_status(page: Any, text: str) -> None:
+def wait_for_text(page: Any, selector: str, text: str) -> None:
     page.wait_for_function(
-        "text => document.querySelector('#status').innerText.includes(text)", arg=text
+        "([at, text]) => document.querySelector(at)?.innerText.includes(text)", arg=[selector, text]
     )
+
+
+def wait_for_status(page: Any, text: str) -> None:
+    wait_for_text(page, "#status", text)
 
 
 def sample(page: Any, prompt: str | None = None) -> list[Image.Image]:
@@ -204,6 +214,93 @@ def test_two_tabs_do_not_mix(page: Any, context: Any, address: str) -> None:
         for image in images(tab):
             assert image.info["prompt"] == prompt
             assert f'"seed": {seed},' in image.info["settings"]
+
+
+def test_complete_and_inpaint_a_sample(page: Any, tmp_path: Path) -> None:
+    sample(page, "a red")
+    page.get_by_role("button", name="Complete it").click()
+    page.wait_for_selector("#complete img")
+    upper, lower = changes(sample(page))  # the slider is at one half
+    assert upper < lower / 4
+
+    page.get_by_role("button", name="Inpaint it").click()
+    page.wait_for_selector("#inpaint canvas")
+    page.click("#start")
+    assert "nothing is painted" in error(page)
+    paint_the_bottom(page)
+    page.screenshot(path=tmp_path / "painted.png", full_page=True)
+    upper, lower = changes(sample(page))
+    assert upper < lower / 4
+
+
+def changes(two: list[Image.Image]) -> tuple[float, float]:
+    """Return how far two images differ in their upper quarter, and in the lower one."""
+    first, second = (np.asarray(image, np.float32) for image in two)
+    differences, quarter = np.abs(first - second), len(first) // 4
+    return float(differences[:quarter].mean()), float(differences[-quarter:].mean())
+
+
+def paint_the_bottom(page: Any) -> None:
+    """Paint a stroke along the lower edge of the image in the editor, by the mouse."""
+    canvas = page.locator("#inpaint canvas").last  # above the one that shows the background
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    middle, y = box["x"] + box["width"] / 2, box["y"] + 0.85 * box["height"]
+    page.mouse.move(middle - 100, y)
+    page.mouse.down()
+    page.mouse.move(middle + 100, y, steps=5)
+    page.mouse.up()
+
+
+def test_the_inpainted_image_may_be_of_any_size(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not an image")
+    Image.new("L", (10_000, 5_000), 200).save(tmp_path / "large.png")
+    page.get_by_role("tab", name="Inpaint").click()
+    open_in_editor(page, tmp_path / "text.png")
+    assert "text.png is not a readable image" in error(page)
+    open_in_editor(page, tmp_path / "large.png")
+    page.wait_for_selector("#inpaint [aria-label='Brush Size']")
+    paint_the_bottom(page)
+    assert len(sample(page, "a red")) == 2
+
+
+def open_in_editor(page: Any, path: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.click("#inpaint-open")
+    chooser.value.set_files(path)
+
+
+def test_a_dalle_2_samples_varies_blends_and_edits(page: Any, tmp_path: Path) -> None:
+    for name in ("cat", "sky"):
+        Image.new("RGB", (40, 30), (200, 60, 60)).save(tmp_path / f"{name}.png")
+    tab = page.get_by_role("tab", name="DALL·E 2")
+    assert not tab.is_visible()
+    fill(page, "#model input", "unclip")
+    tab.wait_for()
+    assert len(sample(page, "a red")) == 2
+    page.get_by_role("button", name="Vary it").click()
+    page.wait_for_selector("#unclip-image img")
+    fill(page, "#unclip-steps input", "2")
+    page.click("#vary")
+    wait_for_text(page, "#unclip-status", "variations of 00: 4 images")
+    assert page.locator("#unclip-results .thumbnail-item img").count() == 4
+
+    page.set_input_files("#unclip-image input[type=file]", tmp_path / "cat.png")
+    page.get_by_role("tab", name="Blend").click()
+    page.click("#blend")
+    assert "no image is open" in error(page)
+    page.set_input_files("#other-end input[type=file]", tmp_path / "sky.png")
+    page.wait_for_selector("#other-end img")
+    page.click("#blend")
+    wait_for_text(page, "#unclip-status", "cat to sky: 4 images")
+
+    page.get_by_role("tab", name="Text diff").click()
+    page.click("#edit")
+    assert "prompt is empty" in error(page)
+    page.fill("#after textarea", "a blue")
+    page.press("#after textarea", "Enter")
+    wait_for_text(page, "#unclip-status", "cat from nothing to a blue: 4 images")
+    page.screenshot(path=tmp_path / "unclip.png", full_page=True)
 
 
 def test_bad_input_gets_one_line(page: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from tiny_model import tiny_model
+from tiny_unclip import tiny_unclip
 
 from dalle1.web.plots import attended, attended_image, bits_per_code, codes_image, heat_map
 from dalle1.web.sampling import Finished, Progress, bundled_models, own_warnings, stream
@@ -32,6 +33,20 @@ def test_closing_it_ends_the_thread() -> None:
     next(events)
     events.close()
     assert threading.active_count() == before
+
+
+def test_a_dalle_2_reports_steps_and_can_be_cancelled() -> None:
+    model, cancelled = tiny_unclip(), threading.Event()
+    how = {"num_candidates": 2, "steps": 3, "prior_steps": 2}
+    *steps, last = stream(model, PROMPT, **how)  # guided: a step calls the decoder twice
+    assert isinstance(last, Finished)
+    assert len(last.candidates) == 2
+    assert steps[-1] == Progress(done=3, total=3, unit="Step")
+    events = stream(model, PROMPT, cancelled, **how)
+    next(events)
+    cancelled.set()
+    assert not any(isinstance(event, Finished) for event in events)
+    assert not model.decoder._forward_pre_hooks
 
 
 def test_errors_and_notes_reach_the_page() -> None:
