@@ -120,8 +120,9 @@ class UnclipTab:
             yield from self.run(way, request, *inputs)
 
         asked = gr.on([start.click, *submits], self.jobs.begin, None, buttons, **AT_ONCE)
+        shown = [self.status, self.results, self.files, *buttons]
         asked.then(
-            one_line(run), [*self.inputs, *extra], [self.status, self.results, self.files, *buttons],
+            one_line(run), [*self.inputs, *extra], shown,
             show_progress="minimal", show_progress_on=[self.status], **QUEUE,
         )  # fmt: skip
         cancel.click(self.jobs.cancel, None, self.status, **AT_ONCE)
