@@ -6,13 +6,15 @@
     dalle1 evaluate dvae --model runs/dvae --data toybox --images 1000
     dalle1 evaluate bits --model bundled --data toybox
     dalle1 evaluate unclip --model runs/unclip/model --beside bundled
+    dalle1 evaluate ways --models bundled --ways plain guidance=2 guidance=2,resample=clip
     dalle1 evaluate votes --a outputs/ours --b outputs/theirs
     dalle1 evaluate baselines --model bundled --data runs/codes --lstm-steps 1000
 
 `toybox` measures how often samples show what their prompts ask for. `samples` compares any images
 with their prompts and with real images. `clip` measures a CLIP, `dvae` an image tokenizer, `bits`
 how many bits a model needs per text token and per code, `baselines` how many n-grams and an LSTM
-need. `unclip` exchanges and removes parts of a DALL·E 2.
+need. `unclip` exchanges and removes parts of a DALL·E 2. `ways` compares models, and ways of
+sampling from them, on the same prompts.
 `votes` writes a page on which people compare two models, and counts their votes. Each prints
 a table and writes its scores to a JSON file.
 """
@@ -47,6 +49,7 @@ from dalle1.evaluation.toybox import (
 )
 from dalle1.evaluation.unclip import UnclipOptions, evaluate_unclip, format_unclip_table
 from dalle1.evaluation.votes import KEY, PAGE, VotesOptions, evaluate_votes
+from dalle1.evaluation.ways import WaysOptions, evaluate_ways, format_ways_table
 from dalle1.json_files import parse_json
 from dalle1.outputs import check_writable
 
@@ -69,6 +72,7 @@ EVALUATORS = {
     "dvae": Evaluator(DVAEOptions, evaluate_dvae, writes=(RECONSTRUCTIONS,)),
     "bits": Evaluator(BitsOptions, evaluate_bits),
     "unclip": Evaluator(UnclipOptions, evaluate_unclip, format_unclip_table),
+    "ways": Evaluator(WaysOptions, evaluate_ways, format_ways_table),
     "votes": Evaluator(VotesOptions, evaluate_votes, writes=(PAGE, KEY)),
     "baselines": Evaluator(BaselinesOptions, evaluate_baselines, format_baselines_table),
 }

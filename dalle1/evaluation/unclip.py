@@ -10,28 +10,21 @@ A classifier that never reads the prompt decides which images are correct, as in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from dalle1.clip import Clip
 from dalle1.console import bar
-from dalle1.evaluation.classifier import ToyboxClassifier, load_classifier
+from dalle1.evaluation.classifier import load_classifier
 from dalle1.evaluation.report import Scores, wilson_interval
-from dalle1.evaluation.toybox_prompts import MAX_PROMPTS, SPLITS, Prompt, choose_prompts
-from dalle1.sampling.ranking import RankingPipeline
-from dalle1.toybox import render
+from dalle1.evaluation.toybox_prompts import MAX_PROMPTS, SPLITS, choose_prompts
+from dalle1.evaluation.variants import Variant, measured
 from dalle2.ar_prior import load_prior
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
 
 FULL = "full stack"
 MEASURES = ("first", "best", "diversity")
-PROMPTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +64,6 @@ class UnclipOptions:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if any(scale < 0 for scale in self.guidance):
             raise ValueError(f"guidance is {self.guidance}, expected numbers of at least 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A row of the table: a model, and how it samples."""
-
-    name: str
-    model: RankingPipeline
-    how: Mapping[str, Any] = field(default_factory=dict)
-    reads_images: bool = False
-    """Whether it is told the embedding of a rendering of each prompt's scene."""
 
 
 def variants(options: UnclipOptions) -> Iterator[Variant]:
@@ -129,42 +111,12 @@ def evaluate_unclip(options: UnclipOptions) -> Scores:
     with bar(total=len(rows) * len(prompts), unit="prompt") as progress:
         for row in rows:
             found: list[tuple[float, ...]] = []
-            for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-                part = prompts[start : start + PROMPTS_AT_ONCE]
-                found += measured(row, part, classifier, full.encoder, options)
-                progress.update(len(part))
+            number, seed = options.num_candidates, options.seed
+            for r in measured(row, prompts, classifier, full.encoder, number, seed):
+                found.append((r.correct[0], r.correct[r.best], r.diversity))
+                progress.update()
             for name, values in zip(MEASURES, zip(*found)):
                 yield f"{row.name}/{name}", sum(values) / len(values)
-
-
-def measured(
-    row: Variant,
-    prompts: Sequence[Prompt],
-    classifier: ToyboxClassifier,
-    clip: Clip,
-    options: UnclipOptions,
-) -> Iterator[tuple[float, ...]]:
-    """Yield the `MEASURES` of each prompt, all by the same CLIP."""
-    more: dict[str, Any] = {}
-    if row.reads_images:
-        size = row.model.image_tokenizer.image_size
-        scenes = [render(prompt.scene, size) for prompt in prompts]
-        more["image_embeddings"] = clip.embed_images(scenes)
-    texts = [prompt.text for prompt in prompts]
-    number, seed = options.num_candidates, options.seed
-    how = {"num_candidates": number, "seed": seed, "rerank": "none", **row.how, **more}
-    for prompt, candidates in zip(prompts, row.model.sample(texts, **how), strict=True):
-        images = [candidate.image for candidate in candidates]
-        correct = [bool(v.compare(prompt.scene)["all"]) for v in classifier.classify(images)]
-        embeddings = clip.embed_images(images)
-        best = int((embeddings @ clip.embed_text([prompt.text])[0]).argmax())
-        yield correct[0], correct[best], mean_distance(embeddings)
-
-
-def mean_distance(embeddings: Tensor) -> float:
-    """Return the mean cosine distance between different unit vectors [N, D]."""
-    pairs = torch.triu_indices(len(embeddings), len(embeddings), 1)
-    return float(1 - (embeddings @ embeddings.T)[pairs[0], pairs[1]].mean())
 
 
 def format_unclip_table(scores: Mapping[str, float]) -> str:

@@ -19,6 +19,7 @@ from dalle1.evaluation.classifier import Verdict, true_verdict
 from dalle1.evaluation.report import wilson_interval
 from dalle1.evaluation.toybox_prompts import SPLITS, choose_prompts
 from dalle1.evaluation.unclip import UnclipOptions, evaluate_unclip, format_unclip_table
+from dalle1.evaluation.variants import mean_distance
 
 SETTINGS: dict[str, Any] = {"num_prompts": 2, "num_candidates": 2, "steps": 1}
 ROWS = [
@@ -90,8 +91,8 @@ def test_each_row_samples_from_what_it_names(
 
 def test_diversity_is_the_mean_distance_of_pairs() -> None:
     same, opposite = torch.eye(2)[[0, 0, 0]], torch.tensor([[1.0, 0], [-1, 0], [0, 1]])
-    assert unclip.mean_distance(same) == 0
-    assert unclip.mean_distance(opposite) == pytest.approx((2 + 1 + 1) / 3)
+    assert mean_distance(same) == 0
+    assert mean_distance(opposite) == pytest.approx((2 + 1 + 1) / 3)
 
 
 def test_models_that_cannot_be_compared_are_refused(
