@@ -40,9 +40,9 @@ LAYERS = [
     ],
     ["dalle2.exchange.*"],
     ["dalle2.ar_prior", "dalle2.clip_guidance", "dalle2.options", "dalle2.upsampler"],
-    ["dalle1.training", "dalle1.training.checkpoint"],
+    ["dalle1.training", "dalle1.training.checkpoint", "dalle1.training.heartbeat"],
     ["dalle1.training.schedules", "dalle1.training.scaling"],
-    ["dalle1.training.config", "dalle1.training.distributed"],
+    ["dalle1.training.config", "dalle1.training.distributed", "dalle1.training.shared_folder"],
     ["dalle1.training.task"],
     [
         *("dalle1.training.fine_tuning", "dalle1.training.optimizers"),

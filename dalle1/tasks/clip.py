@@ -47,11 +47,11 @@ from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle1.toybox.exchangeable import WORD_CLASSES, adds_held_out_pair
 from dalle1.training import distributed
-from dalle1.training.checkpoint import find_checkpoint
 from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit, train_loader
 from dalle1.training.resume_key import contents_of
+from dalle1.training.shared_folder import shared_checkpoint
 from dalle1.training.task import Task
 
 
@@ -220,7 +220,7 @@ class ClipTask(Task[nn.Module]):
         A resumed training keeps its vocabulary, even if the data has changed.
         """
         config = self.config
-        found = find_checkpoint(config.out)
+        found = shared_checkpoint(config.out)
         if config.init is None and found is not None:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(found.folder)
             return new_clip(tokenizer, config.model)

@@ -56,13 +56,13 @@ from dalle1.tasks.transformer_config import TRANSFORMER_PRESETS, TransformerTrai
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.known_words import Words
 from dalle1.training import distributed, resblocks
-from dalle1.training.checkpoint import find_checkpoint
 from dalle1.training.config import resolve_precision
 from dalle1.training.engines.deepspeed import partitioned
 from dalle1.training.fine_tuning import prepare_fine_tuning, training_flops
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit, train_loader
 from dalle1.training.resume_key import contents_of
+from dalle1.training.shared_folder import shared_checkpoint
 from dalle1.training.task import SampleCost, Task
 
 
@@ -189,7 +189,7 @@ class TransformerTask(Task[Transformer]):
 
     def vocabulary(self) -> Tokenizer:
         """Learn the BPE from the data; a resumed training keeps its own."""
-        if (found := find_checkpoint(self.config.out)) is not None:
+        if (found := shared_checkpoint(self.config.out)) is not None:
             return Tokenizer.load(found.folder / VOCABULARY_NAME)
         first = partial(first_captions, self.source, self.config.vocab_captions)
         captions = distributed.broadcast_from_main(first)

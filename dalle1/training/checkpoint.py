@@ -207,7 +207,7 @@ def find_checkpoint(out: Path) -> Checkpoint | None:
         missing = missing_from(folder, training=True)
         if missing is None:
             try:
-                return Checkpoint(folder, _read_state(folder / STATE_NAME), skipped)
+                return Checkpoint(folder, read_state(folder / STATE_NAME), skipped)
             except Exception:  # damaged bytes cause errors of any kind
                 missing = f"{STATE_NAME} is damaged"
         skipped.append(f"{folder.name} ({missing})")
@@ -219,7 +219,7 @@ def find_checkpoint(out: Path) -> Checkpoint | None:
     return None
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     """Read a `state.pt`, also of earlier versions."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     state = {RENAMED.get(name, name): value for name, value in state.items()}

@@ -11,8 +11,8 @@ import torch
 from dalle1.config import check_literals
 from dalle1.data.cleaning import CleaningConfig
 from dalle1.devices import PRECISIONS, pick_precision
-from dalle1.training.checkpoint import load_checkpoint
 from dalle1.training.schedules import warmup_cosine
+from dalle1.training.shared_folder import shared_checkpoint
 
 Config = TypeVar("Config", bound="TrainConfig")
 
@@ -199,7 +199,8 @@ def resolve_precision(config: Config, device: torch.device) -> Config:
     if config.precision != "auto":
         return config
     names = {dtype: name for name, dtype in PRECISIONS.items()}
-    state = load_checkpoint(config.out) or {}
+    found = shared_checkpoint(config.out)
+    state = found.state if found else {}
     stored = state.get("resume_key", {}).get("precision")
     if stored in PRECISIONS:
         return replace(config, precision=stored)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from threading import Timer
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle1.devices import pick_device
+from dalle1.training.heartbeat import Heartbeat, leave
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=60)
 """Time that a process waits for the others, which may have to list a large dataset."""
+
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""Time in which all processes must have started."""
+
+_heartbeats: list[Heartbeat] = []
 
 _SLURM = {
     "RANK": "SLURM_PROCID",
@@ -70,12 +78,58 @@ def init_process_group(backend: str) -> None:
     its arguments, if it is first imported after the group was made. So it is imported before.
     """
     importlib.import_module("torch.distributed.nn")
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    # torch waits without end for an answer of another program that has the port.
+    late = Timer(JOIN_TIMEOUT.total_seconds() + 5, leave, [_not_found("no answer")])
+    late.daemon = True
+    late.start()
+    store, rank, world_size = _join()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    late.cancel()
+    _heartbeats.append(Heartbeat(store, rank, world_size))
     atexit.register(shutdown)
+
+
+def _join() -> tuple[Any, int, int]:
+    """Find the other processes; return the store that all share, the rank and their number."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise ValueError(
+                f"{address} is in use by another program, expected a free port; set MASTER_PORT "
+                "(torchrun: --master-port) to another one"
+            ) from error
+        raise ValueError(_not_found(" ".join(str(error).split())[:99])) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if store.add(f"joined/{attempt}", 1) > world_size:
+        raise ValueError(
+            f"more than {world_size} processes joined at {address}, expected WORLD_SIZE of them: "
+            "another training uses this port; set MASTER_PORT (torchrun: --master-port)"
+        )
+    return dist.PrefixStore(f"attempt/{attempt}", store), rank, world_size
+
+
+def _not_found(reason: str) -> str:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return (
+        f"rank {os.environ['RANK']} did not find the other processes at {address} within "
+        f"{JOIN_TIMEOUT.total_seconds() / 60:g} minutes ({reason}); see their messages, and check "
+        "MASTER_ADDR and MASTER_PORT"
+    )
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an exchange failed because another process ended, or cannot be reached."""
+    return isinstance(error, dist.DistError) or bool(
+        re.search(r"gloo/transport|[Cc]onnection (closed|reset|refused)|[Tt]imed out", str(error))
+    )
 
 
 def shutdown() -> None:
     """Destroy the process group."""
+    while _heartbeats:
+        _heartbeats.pop().stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -94,7 +148,8 @@ def end_process(code: int = 0) -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
-        shutdown()
+        if code == 0:  # else others may be lost, and disconnecting may wait for them
+            shutdown()
     finally:
         os._exit(code)
 

@@ -110,7 +110,7 @@ class NonFiniteGuard:
 
 @contextmanager
 def explain_failure(config: TrainConfig) -> Iterator[None]:
-    """Turn out-of-memory and disk errors into a ValueError with what to do."""
+    """Turn errors of memory, disk and connections into a ValueError with what to do."""
     try:
         yield
     except OSError as error:
@@ -122,6 +122,12 @@ def explain_failure(config: TrainConfig) -> Iterator[None]:
             f"command resumes. {last_checkpoint(config.out)}"
         ) from error
     except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
+            raise ValueError(
+                f"rank {distributed.rank()} lost the connection to another process, which ended or "
+                "cannot be reached; see the messages of the others. The same command resumes. "
+                f"{last_checkpoint(config.out)}"
+            ) from error
         if not out_of_memory(error):
             raise
         part = config.batch_size // (config.accumulate * distributed.world_size())

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from dalle1.data.loader import Batch, merge_states
 from dalle1.training import distributed
-from dalle1.training.checkpoint import TENSORS_NAME, Checkpoint, find_checkpoint, save_checkpoint
+from dalle1.training.checkpoint import TENSORS_NAME, Checkpoint, save_checkpoint
 from dalle1.training.config import TrainConfig
 from dalle1.training.engines import make_engine
 from dalle1.training.resume_key import changed_data, changed_settings, resume_key
 from dalle1.training.scaling import GradientScaler
 from dalle1.training.schedules import Plateau
+from dalle1.training.shared_folder import shared_checkpoint
 from dalle1.training.task import Loss, Model, Task
 
 RAW_NAME = "raw"
@@ -113,16 +114,7 @@ class Trainer(Generic[Model]):
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if any; ValueError for one of another training."""
-        self._resume()
-        if len(steps := set(distributed.all_gather_object(self.step))) > 1:
-            raise ValueError(
-                f"processes found checkpoints of steps {', '.join(map(str, sorted(steps)))} in "
-                f"{self.config.out}, expected one folder that all machines share"
-            )
-
-    def _resume(self) -> None:
-        out = self.config.out
-        if (found := find_checkpoint(out)) is None:
+        if (found := shared_checkpoint(self.config.out)) is None:
             if self.task.initial_weights is not None:
                 self.engine.load_initial(self.task.initial_weights)
             return

@@ -41,10 +41,14 @@ def test_a_slurm_step_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.init("cpu")
     asked: list[Any] = []
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **_: asked.append(a))
+    found = (torch.distributed.HashStore(), 5, 16)
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *_, **__: iter([found]))
+    monkeypatch.setattr(distributed, "Heartbeat", lambda *a: asked.append(a[1:]))
+    monkeypatch.setattr(distributed, "_heartbeats", [])
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     distributed.init("cpu")
-    assert asked == [("gloo",)]
+    assert asked == [("gloo",), (5, 16)]
     assert [os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "16", "1"]
 
 

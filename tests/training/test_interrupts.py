@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from function_task import FunctionTask
 from torch import nn
 
 from dalle1.console import keep_freed_memory
-from dalle1.training import distributed
+from dalle1.training import distributed, shared_folder
 from dalle1.training.checkpoint import find_checkpoint
 from dalle1.training.config import TrainConfig
 from dalle1.training.interrupts import explain_failure, graceful_run
@@ -38,16 +39,37 @@ def test_before_the_first_step_there_is_nothing_to_save(
     assert capfd.readouterr().out.startswith("Stopped with nothing to save")
 
 
-def test_processes_that_find_different_checkpoints_are_stopped(
+def test_a_process_that_does_not_see_the_checkpoint_of_rank_0_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = FunctionTask(nn.Linear(1, 1), lambda *_: [])
     trainer = Trainer(task, config_for(tmp_path))
     trainer.step = 3
     trainer.save()
-    monkeypatch.setattr(distributed, "all_gather_object", lambda value: [0, value])
-    with pytest.raises(ValueError, match=r"checkpoints of steps 0, 3 in .*all machines share"):
+    monkeypatch.setattr(shared_folder, "LAG", 0.01)
+    monkeypatch.setattr(distributed, "broadcast_from_main", lambda find: "step-4")
+    with pytest.raises(ValueError, match=r"not see .*step-4 of rank 0 after .*all machines share"):
         Trainer(task, config_for(tmp_path)).resume()
+
+
+def test_a_checkpoint_that_appears_late_is_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = FunctionTask(nn.Linear(1, 1), lambda *_: [])
+    trainer = Trainer(task, config_for(tmp_path / "main"))
+    trainer.step = 3
+    trainer.save()
+    out = tmp_path / "late"
+    (out / "step-3").mkdir(parents=True)
+
+    def appear(seconds: float) -> None:
+        shutil.copytree(tmp_path / "main/step-3", out / "step-3", dirs_exist_ok=True)
+
+    monkeypatch.setattr(shared_folder.time, "sleep", appear)
+    monkeypatch.setattr(distributed, "broadcast_from_main", lambda find: "step-3")
+    found = shared_folder.shared_checkpoint(out)
+    assert found is not None
+    assert found.state["step"] == 3
 
 
 def test_only_values_of_a_checkpoint_count_as_its_damage(
@@ -64,7 +86,7 @@ def test_only_values_of_a_checkpoint_count_as_its_damage(
         with pytest.raises(KeyError, match="a mistake"):
             trainer.resume()
     del found.state["updates"]
-    monkeypatch.setattr("dalle1.training.trainer.find_checkpoint", lambda out: found)
+    monkeypatch.setattr("dalle1.training.trainer.shared_checkpoint", lambda out: found)
     with pytest.raises(ValueError, match=r"step-3 is damaged .*'updates'\); move it away"):
         trainer.resume()
 
@@ -92,6 +114,22 @@ def test_out_of_memory_names_what_to_lower(tmp_path: Path, error: Exception) -> 
         pytest.raises(ValueError, match=expected),
         explain_failure(TrainConfig(out=tmp_path, device="cpu")),
     ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:24779."),
+        RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3600000ms"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1."),
+        torch.distributed.DistNetworkError("failed to recv, got 0 bytes"),
+    ],
+)
+def test_a_lost_process_is_reported_in_a_line(tmp_path: Path, error: Exception) -> None:
+    expected = "^rank 0 lost the connection to another process.*same command resumes"
+    config = TrainConfig(out=tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=expected), explain_failure(config):
         raise error
 
 
