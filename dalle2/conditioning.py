@@ -1,13 +1,15 @@
-"""What a prior and a decoder are told: captions as a CLIP reads them, and CLIP embeddings.
+"""What a prior and a decoder are told: captions as a text encoder reads them, and embeddings.
 
 B batch, T tokens of the longest caption, W width of the CLIP's text tower, D of its shared space.
 
 The paper trains a text encoder with each network. Here the frozen text tower of the CLIP reads
-captions: its last states are the tokens, and its embedding is z_t.
+captions: its last states are the tokens, and its embedding is z_t. `dalle2.text_encoders` has
+others.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +24,20 @@ from dalle1.text.prompt_weights import WeightedPrompts
 
 @dataclass(frozen=True)
 class Caption:
-    """Captions as a CLIP's text tower reads them."""
+    """Captions as a text encoder reads them."""
 
     states: Tensor
     """[B, T, W]: the last state of each token."""
     mask: Tensor
     """[B, T], bool: True at tokens, False at padding."""
     embedding: Tensor
-    """[B, D]: z_t, unit vectors."""
+    """[B, D]: a CLIP's z_t, unit vectors; or the pooled states of another text encoder."""
     ids: Tensor | None = None
     """[B, T]: the CLIP's own tokens, for networks that do not read its states."""
+
+    sizes: Tensor | None = None
+    """[B, 6]: original height and width, top and left of the crop, target height and width, in
+    pixels, in the order of SDXL."""
 
     def repeat(self, count: int) -> Caption:
         """Return each caption `count` times in a row."""
@@ -44,24 +50,22 @@ class Caption:
         return replace(self, mask=mask, embedding=embedding)
 
 
-class CaptionReader:
-    """Reads captions by the text tower of a CLIP."""
+class TextEncoder(ABC):
+    """Reads captions; it is not trained."""
 
-    def __init__(self, clip: Clip) -> None:
-        self.clip = clip
+    width: int
+    """W: width of the states."""
+    embedding_width: int
+    """D: width of the pooled embedding."""
+    folders: Sequence[Path | None] = ()
+    """Folder of each part, None for one with a name; empty where no part is copied to models."""
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> Caption:
+        """Read captions."""
 
     def __call__(self, captions: Sequence[str]) -> Caption:
-        """Read captions."""
-        inputs = self.clip.tokenize(captions)
-        return self.read({k: x.to(self.clip.model.device) for k, x in inputs.items()})
-
-    @torch.no_grad()
-    def read(self, inputs: dict[str, Tensor]) -> Caption:
-        """Read what `Clip.tokenize` returned."""
-        states, embedding = self.clip.read(**inputs)
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        # Tensors of inference mode cannot take part in a backward pass.
-        return Caption(states.clone(), mask, embedding.clone(), inputs["input_ids"])
+        return self.encode(captions)
 
     def contrasts(self, prompts: WeightedPrompts, count: int) -> list[tuple[Caption, Tensor]]:
         """Read P prompts without their weighted parts, `count` times each, with strengths [P·C].
@@ -76,15 +80,29 @@ class CaptionReader:
             found.append((caption.where(keep).repeat(count), each))
         return found
 
-    @property
-    def width(self) -> int:
-        """W: width of the states."""
-        return self.clip.model.config.text_config.hidden_size
 
-    @property
-    def embedding_width(self) -> int:
-        """D: width of the embeddings."""
-        return self.clip.model.config.projection_dim
+class CaptionReader(TextEncoder):
+    """Reads captions by the text tower of a CLIP or SigLIP."""
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip, config = clip, clip.model.config
+        self.width = config.text_config.hidden_size
+        is_siglip = config.model_type == "siglip"
+        self.embedding_width = (
+            config.text_config.projection_size if is_siglip else config.projection_dim
+        )
+
+    def encode(self, captions: Sequence[str]) -> Caption:
+        inputs = self.clip.tokenize(captions)
+        return self.read({k: x.to(self.clip.model.device) for k, x in inputs.items()})
+
+    @torch.no_grad()
+    def read(self, inputs: dict[str, Tensor]) -> Caption:
+        """Read what `Clip.tokenize` returned."""
+        states, embedding = self.clip.read(**inputs)
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        # Tensors of inference mode cannot take part in a backward pass.
+        return Caption(states.clone(), mask, embedding.clone(), inputs["input_ids"])
 
 
 def clip_digest(folder: str | Path) -> str:

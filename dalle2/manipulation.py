@@ -46,6 +46,12 @@ class Manipulator:
     steps: int = 50
     """Steps of DDIM, from 1 to the decoder's number of times."""
 
+    def __post_init__(self) -> None:
+        if not self.model.decoder.config.embedding_width:
+            raise ValueError(
+                "the decoder reads no image embedding; use one of the presets small, base or paper"
+            )
+
     def invert(self, images: Sequence[Image.Image]) -> Inverted:
         """Return the embeddings of images, cut to their central squares, and their noise."""
         autoencoder, size = self.model.image_tokenizer, self.model.image_tokenizer.image_size
@@ -122,7 +128,8 @@ class Manipulator:
         return self.restore(Inverted(z, _repeat(one.noise, count)))
 
     def _denoiser(self, z: Tensor) -> Denoise:
-        caption = self.model.read([NO_CAPTION]).repeat(len(z))
+        read = self.model.text or self.model.read
+        caption = read([NO_CAPTION]).repeat(len(z))
         keep = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         return decoder_denoiser(self.model.decoder, z, caption, keep_caption=keep)
 

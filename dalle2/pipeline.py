@@ -33,12 +33,14 @@ from dalle1.text.prompt_weights import WeightedPrompts
 from dalle2.ar_prior import Prior, load_prior
 from dalle2.autoencoder import Autoencoder, Pixels, load_autoencoder
 from dalle2.clip_guidance import ClipGuide
-from dalle2.conditioning import Caption, CaptionReader
+from dalle2.compatibility import check_parts
+from dalle2.conditioning import Caption, CaptionReader, TextEncoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.schedule import Schedule
 from dalle2.embedded import Encoders
 from dalle2.options import UnclipOptions
 from dalle2.prior import FILE_NAME as PRIOR_FILE
+from dalle2.text_encoders import copy_folders, load_text_encoders
 from dalle2.unet import UNet
 from dalle2.upsampler import FILE_NAME as UPSAMPLER_FILE
 from dalle2.upsampler import Upsampler
@@ -60,6 +62,7 @@ class Unclip(RankingPipeline):
         prior: Prior | None = None,
         upsampler: Upsampler | None = None,
         *,
+        text: TextEncoder | None = None,
         clip: Clip | None = None,
         generation: GenerationConfig | None = None,
         info: ModelInfo | None = None,
@@ -68,33 +71,16 @@ class Unclip(RankingPipeline):
 
         Args:
             encoder: the CLIP of prior and decoder.
+            text: what the decoder reads captions by; None is the CLIP.
             clip: the CLIP that reranks; None for no reranking.
         """
         self.image_tokenizer, self.decoder, self.prior = autoencoder, decoder, prior
         self.encoder, self.read, self.clip = encoder, CaptionReader(encoder), clip
-        self.upsampler = upsampler
+        self.upsampler, self.text = upsampler, text
         self.info = info or ModelInfo()
         self.generation = generation or GenerationConfig(guidance=2.0)
         self.options = UnclipOptions(embedding="none" if prior is None else "prior")
-        config, shape = decoder.config, autoencoder.latent_shape
-        if shape != (config.channels, config.side, config.side):
-            raise ValueError(
-                f"the autoencoder's latents are {shape}, the decoder expects "
-                f"{(config.channels, config.side, config.side)}; use the autoencoder that it was "
-                "trained with"
-            )
-        widths = self.read.embedding_width, self.read.width
-        if (found := (config.embedding_width, config.text_width)) != widths:
-            raise ValueError(
-                f"the CLIP has embeddings and states of {widths} numbers, the decoder expects "
-                f"{found}; use the CLIP that it was trained with"
-            )
-        trained_with = decoder.config.encoders.split("-")[-1]
-        if prior is not None and prior.config.clip != trained_with:
-            raise ValueError(
-                f"the prior was trained with the CLIP {prior.config.clip}, the decoder with "
-                f"{trained_with}; expected the same CLIP: train one of them again"
-            )
+        check_parts(autoencoder, decoder, self.read, text, prior)
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +126,7 @@ class Unclip(RankingPipeline):
         autoencoder = load_autoencoder(folder, on)
         size = autoencoder.downsampling * decoder.config.side
         autoencoder.config = replace(autoencoder.config, image_size=size)  # type: ignore[arg-type]
+        names = decoder.config.text_encoders
         has_prior, has_upsampler = (
             (folder / name).is_file() for name in (PRIOR_FILE, UPSAMPLER_FILE)
         )
@@ -149,6 +136,7 @@ class Unclip(RankingPipeline):
             encoder,
             load_prior(folder, on) if has_prior else None,
             Upsampler.load(folder, on) if has_upsampler else None,
+            text=load_text_encoders(names, on, size, folder) if names else None,
             clip=reranker,
             generation=GenerationConfig.load(folder),
             info=ModelInfo.load(folder),
@@ -162,6 +150,8 @@ class Unclip(RankingPipeline):
         self.encoder.save_pretrained(folder / CLIP_NAME, dtype)
         self.generation.save(folder)
         self.info.save(folder)
+        if self.text is not None:
+            copy_folders(self.text, folder)
         for part in (self.prior, self.upsampler):
             if part is not None:
                 part.save(folder, dtype)
@@ -174,6 +164,7 @@ class Unclip(RankingPipeline):
             self.encoder,
             prior,
             upsampler or self.upsampler,
+            text=self.text,
             clip=self.clip,
             generation=self.generation,
             info=self.info,
@@ -250,20 +241,19 @@ class Unclip(RankingPipeline):
     ) -> Tensor:
         """Sample latents of the candidates `columns` of P prompts: [P, C, c, h, w]."""
         prompts, count = len(told.texts), len(columns)
-        caption = self.read(told.texts)
-        each = caption.repeat(count)
+        caption, read = self.read(told.texts), self.text or self.read
         with inference(self.device):
             z = self._embeddings(caption, image_embeddings, columns, seed, how)
             keep = torch.full((len(z),), how.embedding != "none", device=self.device)
-            against = self.read([negative] * prompts).repeat(count) if negative.strip() else None
+            against = read([negative] * prompts).repeat(count) if negative.strip() else None
             denoise = decoder_denoiser(
                 self.decoder,
                 z,
-                each,
+                (read(told.texts) if self.text else caption).repeat(count),
                 guidance=guidance,
                 keep_embedding=keep,
                 negative=against,
-                contrasts=self.read.contrasts(told, count),
+                contrasts=read.contrasts(told, count),
             )
             if how.clip_guidance:
                 guide = self._guide(told.texts, how.clip_guidance, count)
@@ -340,6 +330,10 @@ class Unclip(RankingPipeline):
         """Raise ValueError for options of parts that this model lacks."""
         if how.clip_guidance:
             self._guide([""], how.clip_guidance).check()
+        if how.embedding != "none" and not self.decoder.config.embedding_width:
+            raise ValueError(
+                f"embedding is {how.embedding!r}, expected none: this decoder reads captions alone"
+            )
         if how.embedding == "prior" and self.prior is None:
             raise ValueError(
                 "embedding is 'prior', and this model has no prior; use none or caption, or join "

@@ -29,6 +29,8 @@ from dalle2.diffusion.objective import Objective
 from dalle2.diffusion.schedule import ScheduleName
 
 FILE_NAME = "decoder.safetensors"
+SIZES = 6
+"""Numbers of `Caption.sizes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,13 @@ class UNetArch:
     context_width: int | None = None
     """Width of the tokens that attention reads. None: that of the time embedding, 4 × width."""
     karlo: bool = False
-    """Whether captions are read as by karlo: their states are normalized, and z_t is added to the
-    time embedding, too."""
+    """Whether captions are read as by karlo: `text_norm` and `text_pool`."""
+    text_norm: bool = False
+    """Whether the caption's tokens are normalized by a LayerNorm, as in Imagen."""
+    text_pool: bool = False
+    """Whether the caption's pooled embedding is added to the time embedding, as in SDXL."""
+    size_features: int = 0
+    """Fourier features of each of the six sizes that are added to the time embedding; SDXL: 256."""
     dropout: float = 0.0
     """Dropout in the residual blocks. Paper: 0.1."""
     objective: Objective = "v"
@@ -74,6 +81,8 @@ class UNetArch:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         channels = [m * self.width for m in self.multipliers]
+        if self.size_features % 2 or self.size_features < 0:
+            raise ValueError(f"size_features is {self.size_features}, expected an even number")
         if self.attention and any(c % self.head_width for c in channels):
             raise ValueError(f"head_width is {self.head_width}, expected a divisor of {channels}")
 
@@ -91,14 +100,19 @@ class UNetConfig(UNetArch):
     concat_channels: int = 0
     """Channels of an image beside x_t: the low resolution of an upsampler."""
     embedding_width: int = 0
-    """D: width of CLIP embeddings; 0 for a network without condition."""
+    """D: width of the CLIP embeddings z_i; 0 for a network that reads none."""
     text_width: int = 0
     """W: width of the caption's states; 0 for a network without condition."""
+    pooled_width: int = 0
+    """Width of the caption's pooled embedding, with `text_pool`; 0 is `embedding_width`."""
+    text_encoders: tuple[str, ...] = ()
+    """Text encoders of captions, see `dalle2.text_encoders`; none: the CLIP's text tower."""
     encoders: str = ""
     """Digests of the autoencoder and the CLIP that it was trained with."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "text_encoders", tuple(self.text_encoders))
         if self.side % (1 << (len(self.multipliers) - 1)):
             raise ValueError(
                 f"side is {self.side}, expected a multiple of {1 << (len(self.multipliers) - 1)} "
@@ -211,14 +225,17 @@ class UNet(nn.Module):
         self.config = config
         c, e = config, 4 * config.width
         self.time = nn.Sequential(nn.Linear(c.width, e), nn.SiLU(), nn.Linear(e, e))
+        context = c.context_width or e
         if c.embedding_width:
             self.null_embedding = nn.Parameter(torch.randn(c.embedding_width))
             self.embedding_vector = nn.Linear(c.embedding_width, e)
-            context = c.context_width or e
             self.embedding_tokens = nn.Linear(c.embedding_width, c.image_tokens * context)
+        if c.text_width:
             self.text_tokens = nn.Linear(c.text_width, context)
-            if c.karlo:
-                self.caption_vector = nn.Linear(c.embedding_width, e)
+            pooled = (c.pooled_width or c.embedding_width) if c.karlo or c.text_pool else 0
+            if pooled or c.size_features:
+                self.caption_vector = nn.Linear(pooled + SIZES * c.size_features, e)
+            if c.karlo or c.text_norm:
                 self.text_norm = nn.LayerNorm(context)
         self.input = nn.Conv2d(c.channels + c.concat_channels, c.width, 3, padding=1)
         widths, self.down, self.middle = [c.width], nn.ModuleList(), nn.ModuleList()
@@ -253,7 +270,7 @@ class UNet(nn.Module):
         c, e = self.config, 4 * self.config.width
         attention = None
         if side in c.attention:
-            context = (c.context_width or e) if c.embedding_width else 0
+            context = (c.context_width or e) if c.text_width else 0
             attention = Attention(c_out, context, c.head_width)
         return Stage(ResBlock(c_in, c_out, e, c.dropout), attention)
 
@@ -263,23 +280,44 @@ class UNet(nn.Module):
         """Embed a condition for `forward`.
 
         Args:
-            embedding: z_i, unit vectors [B, D].
+            embedding: z_i, unit vectors [B, D]; ignored without `embedding_width`.
             keep_embedding, keep_caption: bool [B]; what is not kept is dropped from every inlet.
         """
-        # Unit vectors have small entries; √D gives each the variance 1.
-        scaled = embedding * math.sqrt(self.config.embedding_width)
-        z = torch.where(keep_embedding[:, None], scaled, self.null_embedding)
-        from_image = self.embedding_tokens(z).unflatten(1, (self.config.image_tokens, -1))
-        visible = torch.ones_like(from_image[..., 0], dtype=torch.bool)
-        vector, text = self.embedding_vector(z), self.text_tokens(caption.states)
+        c, text = self.config, self.text_tokens(caption.states)
         caption = caption.where(keep_caption)
-        if self.config.karlo:
-            vector, text = vector + self.caption_vector(caption.embedding), self.text_norm(text)
+        if c.karlo or c.text_norm:
+            text = self.text_norm(text)
+        tokens, mask, vector = [text], [caption.mask], [self.caption_embedding(caption)]
+        if c.embedding_width:
+            # Unit vectors have small entries; √D gives each the variance 1.
+            scaled = embedding * math.sqrt(c.embedding_width)
+            z = torch.where(keep_embedding[:, None], scaled, self.null_embedding)
+            from_image = self.embedding_tokens(z).unflatten(1, (c.image_tokens, -1))
+            visible = torch.ones_like(from_image[..., 0], dtype=torch.bool)
+            tokens, mask = [from_image, text], [visible, caption.mask]
+            vector = [self.embedding_vector(z), *vector]
+        present = [v for v in vector if v is not None]
         return Context(
-            vector=vector,
-            tokens=torch.cat([from_image, text], 1),
-            mask=torch.cat([visible, caption.mask], 1),
+            vector=sum(present[1:], present[0]) if present else text.new_zeros(len(text), 1),
+            tokens=torch.cat(tokens, 1),
+            mask=torch.cat(mask, 1),
         )
+
+    def caption_embedding(self, caption: Caption) -> Tensor | None:
+        """Embed what a caption adds to the time embedding, [B, E]: pooled states and sizes.
+
+        A caption that was dropped has neither: its sizes count as those of no image.
+        """
+        c, parts = self.config, []
+        if c.karlo or c.text_pool:
+            parts.append(caption.embedding)
+        if c.size_features:
+            if caption.sizes is None:
+                raise ValueError("the caption has no sizes, expected six for each")
+            features = time_embedding(caption.sizes.flatten(), c.size_features)
+            features = features.view(len(caption.sizes), -1).to(caption.states.dtype)
+            parts.append(features * caption.mask.any(1)[:, None])
+        return self.caption_vector(torch.cat(parts, 1)) if parts else None
 
     def forward(
         self, x: Tensor, t: Tensor, context: Context | None = None, beside: Tensor | None = None

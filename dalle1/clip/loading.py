@@ -105,7 +105,7 @@ class Clip:
         failure: Exception | None = None
         for local_only in (True,) if is_folder else (True, False):
             try:
-                with _quiet_transformers():
+                with quiet_transformers():
                     parts = _load(name, local_files_only=local_only)
                 break
             except Exception as error:  # tokenizers raises nothing more special
@@ -140,7 +140,7 @@ class Clip:
                 setattr(model.config, BIAS, float(weights.pop(BIAS)))
         unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 model.save_pretrained(unfinished, state_dict=weights)
                 for part in (self.tokenizer, self.processor):
                     part.save_pretrained(unfinished)
@@ -285,7 +285,7 @@ def new_clip(tokenizer: Tokenizer | PreTrainedTokenizerBase, arch: ClipArch) -> 
     is_ours = isinstance(tokenizer, Tokenizer)
     text_tokenizer = _tokenizer_with_ends(tokenizer, arch.text_len) if is_ours else tokenizer
     side = arch.image_size
-    with _quiet_transformers():
+    with quiet_transformers():
         from dalle1.clip.towers import new_model
 
         model = new_model(arch, text_tokenizer)
@@ -370,7 +370,7 @@ _ONE_AT_A_TIME = RLock()
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hide the messages and progress bars of transformers and the hub, then restore them.
 
     One thread at a time: while it loads, transformers replaces functions of torch. A second thread

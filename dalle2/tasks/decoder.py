@@ -26,6 +26,7 @@ from dalle1.training import distributed
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
 from dalle2.autoencoder import PIXELS, Autoencoder, Pixels, load_autoencoder
+from dalle2.conditioning import TextEncoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
 from dalle2.diffusion.schedule import Schedule
@@ -39,6 +40,7 @@ from dalle2.tasks.diffusion import (
     validation_times,
 )
 from dalle2.tasks.embedded import EmbeddedTask, EmbeddedTrainConfig
+from dalle2.text_encoders import Cached, load_text_encoders, located
 from dalle2.unet import UNet, UNetArch, UNetConfig
 
 
@@ -50,8 +52,12 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
     """Folder of the autoencoder that the data was embedded with, or "pixels"."""
     model: UNetArch = field(default_factory=UNetArch)
     """Architecture of the U-Net."""
-    embedding: Literal["image", "text"] = "image"
-    """Embedding that the decoder is trained on: the image's, or its caption's, an ablation."""
+    text_encoders: tuple[str, ...] = ()
+    """Frozen text encoders of captions, concatenated: clip:WHERE, t5:WHERE or dalle:WHERE, WHERE a
+    folder, a Hugging Face name or bundled. None: the text tower of --clip."""
+    embedding: Literal["image", "text", "none"] = "image"
+    """Embedding that the decoder is trained on: the image's; its caption's, an ablation; or none,
+    as in LDM, Imagen and SDXL."""
     embedding_dropout: float = 0.1
     """Share of samples whose embedding is dropped, for guidance. Paper: 0.1."""
     caption_dropout: float = 0.5
@@ -62,6 +68,10 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
         for name in ("embedding_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
+        if self.model.size_features and not self.text_encoders:
+            raise ValueError("model.size_features needs text_encoders, such as clip:bundled")
+        if self.embedding == "text" and self.text_encoders:
+            raise ValueError("embedding is text, the ablation of z_t; it reads no text_encoders")
 
 
 _small = DecoderTrainConfig(
@@ -110,7 +120,29 @@ _paper = replace(
     final_learning_rate=1.2e-4,
 )
 
-DECODER_PRESETS: dict[str, DecoderTrainConfig] = {"small": _small, "base": _base, "paper": _paper}
+# Other families' conditions for the U-Net of `small`: captions alone, dropped in a tenth.
+_ldm = replace(
+    _small, embedding="none", text_encoders=("clip:bundled",), caption_dropout=0.1
+)  # Rombach et al. 2022, as in Stable Diffusion
+_imagen = replace(
+    _ldm,
+    text_encoders=("dalle:bundled",),  # Paper: a T5, as by t5:google/t5-v1_1-xxl
+    model=replace(_small.model, text_norm=True, text_pool=True),
+)  # Saharia et al. 2022
+_sdxl = replace(
+    _ldm,
+    text_encoders=("clip:bundled", "dalle:bundled"),
+    model=replace(_small.model, text_pool=True, size_features=256),
+)  # Podell et al. 2023
+
+DECODER_PRESETS: dict[str, DecoderTrainConfig] = {
+    "small": _small,
+    "base": _base,
+    "paper": _paper,
+    "ldm": _ldm,
+    "imagen": _imagen,
+    "sdxl": _sdxl,
+}
 
 
 class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
@@ -118,6 +150,14 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
 
     def encoders(self) -> Encoders:
         return Encoders.of(self.config.autoencoder, self.config.clip)
+
+    def text_encoder(self) -> TextEncoder | None:
+        self.text: TextEncoder | None = None
+        if self.config.text_encoders:
+            size = load_autoencoder(self.config.autoencoder).config.image_size
+            text = load_text_encoders(self.config.text_encoders, self.device, size)
+            self.text = Cached(text)
+        return self.text
 
     def files(self) -> Mapping[str, Path]:
         return {"autoencoder": Autoencoder.file_in(self.config.autoencoder)}
@@ -131,14 +171,17 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
         size = autoencoder.downsampling * side  # that of the images that were embedded
         self.autoencoder = load_autoencoder(config.autoencoder, self.device, size)
         self.schedule = Schedule(config.model.schedule, config.model.times)
+        reads_image, text = config.embedding != "none", self.text or read
         return UNet(
             UNetConfig(
                 **asdict(config.model),
                 channels=channels,
                 side=side,
                 pixels=isinstance(autoencoder, Pixels),
-                embedding_width=read.embedding_width,
-                text_width=read.width,
+                embedding_width=read.embedding_width if reads_image else 0,
+                text_width=text.width,
+                pooled_width=text.embedding_width if self.text else 0,
+                text_encoders=tuple(map(located, config.text_encoders)),
                 encoders=str(self.encoders()),
             )
         )
@@ -206,7 +249,7 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
         save_png(grid(images, count), path)
 
     def save(self, model: UNet, folder: Path) -> None:
-        Unclip(self.autoencoder, model, self.pairs.clip).save_pretrained(folder)
+        Unclip(self.autoencoder, model, self.pairs.clip, text=self.text).save_pretrained(folder)
 
 
 def main(args: Sequence[str] | None = None) -> None:

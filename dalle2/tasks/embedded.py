@@ -20,8 +20,11 @@ from dalle1.training.config import TrainConfig, resolve_precision
 from dalle1.training.loop import train_loader
 from dalle1.training.resume_key import contents_of
 from dalle1.training.task import Model, Task
-from dalle2.conditioning import Caption, CaptionReader, clip_digest
+from dalle2.conditioning import Caption, CaptionReader, TextEncoder, clip_digest
 from dalle2.embedded import EmbeddedSource, Encoders, clip_folder, open_embedded
+
+MAX_BYTES = 1024
+"""Bytes of a caption that a text encoder reads, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,23 +61,46 @@ class Paired:
         }
 
 
+class PairedText:
+    """Prepares one example: the stored numbers, and a caption's UTF-8 bytes."""
+
+    def __call__(self, sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
+        text = sample.caption(rng).encode("utf-8", "replace")[:MAX_BYTES]
+        padded = torch.zeros(MAX_BYTES, dtype=torch.uint8)
+        padded[: len(text)] = torch.tensor([*text], dtype=torch.uint8)
+        return {"numbers": sample.codes(rng), "caption": padded}
+
+
+def texts_of(captions: Tensor) -> list[str]:
+    """Return the captions that `PairedText` stored: [B, MAX_BYTES] → B texts."""
+    return [bytes(row[row > 0].tolist()).decode("utf-8", "ignore") for row in captions.cpu()]
+
+
 class EmbeddedPairs:
-    """Batches of embedded data, and the CLIP that reads their captions."""
+    """Batches of embedded data, and what reads their captions."""
 
     def __init__(
-        self, config: EmbeddedTrainConfig, encoders: Encoders | None, device: torch.device
+        self,
+        config: EmbeddedTrainConfig,
+        encoders: Encoders | None,
+        device: torch.device,
+        text: TextEncoder | None = None,
     ) -> None:
         """Open the data; ValueError where other models than those of `config` embedded it.
 
         Args:
             encoders: autoencoder and CLIP; None compares the CLIP alone.
+            text: reader of the captions; None is the CLIP.
         """
         self.clip = Clip.from_pretrained(config.clip, device)
         self.read = CaptionReader(self.clip)
         source, held = (open_embedded(config.data, s, encoders) for s in ("train", "validation"))
         if encoders is None:
             self._refuse_other_clip(config)
-        self.prepare = Paired(self.clip.tokenizer, self.clip.text_len)
+        self.text = text
+        self.prepare: Any = (
+            PairedText() if text else Paired(self.clip.tokenizer, self.clip.text_len)
+        )
         self.loader: Loader = train_loader(source, self.prepare, config)
         self.source, self.device = source, device
         self.held = self.first(held, config.validation_pairs)
@@ -107,7 +133,10 @@ class EmbeddedPairs:
     def split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Caption]:
         """Return the latents [B, c·h·w], the embeddings z_i [B, D] and the captions of a batch."""
         width = self.read.embedding_width
-        numbers, length = batch["numbers"], int(batch["attention_mask"].sum(1).max())
+        numbers = batch["numbers"]
+        if self.text is not None:
+            return numbers[:, :-width], numbers[:, -width:], self.text(texts_of(batch["caption"]))
+        length = int(batch["attention_mask"].sum(1).max())
         inputs = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
         return numbers[:, :-width], numbers[:, -width:], self.read.read(inputs)
 
@@ -121,7 +150,7 @@ class EmbeddedTask(Task[Model], Generic[Model, Config]):
     def __init__(self, config: Config) -> None:
         self.device = distributed.init(config.device)
         self.config = config = resolve_precision(config, self.device)
-        self.pairs = EmbeddedPairs(config, self.encoders(), self.device)
+        self.pairs = EmbeddedPairs(config, self.encoders(), self.device, self.text_encoder())
         self.loader, self.held = self.pairs.loader, self.pairs.held
         self.contents = self.pairs.contents(config, **self.files())
         torch.manual_seed(config.seed)
@@ -129,6 +158,10 @@ class EmbeddedTask(Task[Model], Generic[Model, Config]):
 
     def encoders(self) -> Encoders | None:
         """Return the models that must have embedded the data; None compares the CLIP alone."""
+        return None
+
+    def text_encoder(self) -> TextEncoder | None:
+        """Return the reader of captions; None is the CLIP."""
         return None
 
     def files(self) -> Mapping[str, Path]:

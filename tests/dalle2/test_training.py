@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_model import CAPTIONS, write_images
+from tiny_model import CAPTIONS, tiny_model, write_images
 
 from dalle1 import export
 from dalle1.clip import ClipArch, new_clip
@@ -144,6 +144,34 @@ def test_a_decoder_of_pixels_learns_its_variance(folders: Folders, tmp_path: Pat
         found = model.candidates("a red cube", sampler=sampler, **how)
         assert [candidate.image.size for candidate in found] == [(8, 8)] * 2
         assert found[0].codes.abs().max() <= 1  # x₀ is clipped
+
+
+@pytest.mark.parametrize("preset", ["imagen", "sdxl"])  # ldm is a part of sdxl
+def test_a_decoder_learns_by_other_text_encoders(
+    preset: str, folders: Folders, tmp_path: Path
+) -> None:
+    """It resumes to the last digit, also with captions that it no longer remembers."""
+    tiny_model().save_pretrained(tmp_path / "dalle")
+    clip = f"clip:{folders.clip}"
+    names = {"imagen": [f"dalle:{tmp_path}/dalle"]}
+    names["sdxl"] = [clip, *names["imagen"]]
+    out, data = tmp_path / "out", ["--data", str(folders.embedded), "--clip", str(folders.clip)]
+    flags = [preset, *DECODER[1:], *data, "--autoencoder", str(folders.autoencoder)]
+    flags += ["--text-encoders", *names[preset]]
+    decoder.main([*flags, "--out", str(out), "--steps", "3"])
+    decoder.main([*flags, "--out", str(tmp_path / "parts"), "--steps", "1"])
+    decoder.main([*flags, "--out", str(tmp_path / "parts"), "--steps", "3"])
+    whole, parts = (load_file(x / "latest" / TENSORS_NAME) for x in (out, tmp_path / "parts"))
+    assert [name for name in whole if not parts[name].equal(whole[name])] == []
+    model = load_pipeline(out, device="cpu")
+    assert model.decoder.config.text_encoders == tuple(names[preset])
+    assert model.decoder.config.size_features == (256 if preset == "sdxl" else 0)
+    exported = tmp_path / "model"
+    export.main(["--model", str(out), "--out", str(exported)])
+    assert (exported / f"text-{len(names[preset]) - 1}").is_dir()
+    few = ["--num-candidates", "2", "--steps", "2", "--device", "cpu", "--guidance", "3"]
+    command.main(["a (red:2) cube", "--model", str(exported), "--out", str(tmp_path / "x"), *few])
+    assert Image.open(tmp_path / "x/00.png").size == (16, 16)
 
 
 def test_embeddings_of_another_clip_are_refused(

@@ -1,0 +1,249 @@
+"""Frozen text encoders that a decoder reads captions by: CLIP, SigLIP, T5, a DALL·E's transformer.
+
+B batch, T tokens of the longest caption, W width of the states, D of the pooled embedding.
+
+One is written KIND:WHERE, where WHERE is a folder, a Hugging Face name or "bundled":
+
+    clip:bundled                  the text tower of a CLIP or SigLIP       (LDM, SDXL)
+    t5:google/t5-v1_1-small       the encoder of a T5                      (Imagen)
+    dalle:bundled                 the text states of a DALL·E's transformer, offline in place of T5
+
+Several are concatenated by channel, as in SDXL.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle1.clip import Clip
+from dalle1.clip.loading import BUNDLED as BUNDLED_CLIP
+from dalle1.clip.loading import quiet_transformers
+from dalle1.data.cleaning import clean_prompt
+from dalle1.hub import find_model
+from dalle1.model.transformer import Transformer
+from dalle1.storage import model_folder
+from dalle1.text.bpe import Tokenizer
+from dalle2.conditioning import Caption, CaptionReader, TextEncoder
+
+KINDS = ("clip", "t5", "dalle")
+BUNDLED = "bundled"
+MAX_T5_TOKENS = 256
+CACHE_BYTES = 256 * 2**20
+"""Memory for the states of captions that were read before."""
+
+
+class T5Text(TextEncoder):
+    """The encoder of a T5; its pooled embedding is the mean state."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.width = self.embedding_width = model.config.d_model
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Caption:
+        how = {"truncation": True, "max_length": MAX_T5_TOKENS, "padding": True}
+        inputs = self.tokenizer(list(captions), return_tensors="pt", **how)
+        ids, mask = (inputs[k].to(self.model.device) for k in ("input_ids", "attention_mask"))
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        mask = mask.bool()
+        states = states * mask[..., None]
+        pooled = states.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return Caption(states, mask, pooled)
+
+
+class TransformerText(TextEncoder):
+    """The text states of a DALL·E's transformer; its pooled embedding is the last token's."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.width = self.embedding_width = model.config.width
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Caption:
+        config = self.model.config
+        cleaned = [clean_prompt(caption) for caption in captions]
+        device = self.model.text_embedding.weight.device
+        text = self.tokenizer.encode(cleaned, config.text_len).to(device)
+        states = self.model.run(self.model.embed_text(text), [_causal] * config.depth).float()
+        mask = text < config.text_vocab
+        if config.image_start != "none":  # state i + 1 is the first that reads token i
+            states, mask = states[:, 1:], mask[:, :-1]
+        longest = max(1, int(mask.sum(1).max()))
+        states, mask = states[:, :longest] * mask[:, :longest, None], mask[:, :longest]
+        last = (mask.sum(1) - 1).clamp_min(0)
+        return Caption(states, mask, states[torch.arange(len(states)), last])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Concatenated(TextEncoder):
+    """Encoders side by side: states by channel, padded to the longest; the last one's embedding.
+
+    Its captions have the sizes of square images that were neither scaled nor cropped.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder], image_size: int) -> None:
+        self.encoders, self.image_size = encoders, image_size
+        self.width = sum(encoder.width for encoder in encoders)
+        self.embedding_width = encoders[-1].embedding_width
+
+    def encode(self, captions: Sequence[str]) -> Caption:
+        read = [encoder.encode(captions) for encoder in self.encoders]
+        found, longest = read[0], max(caption.mask.shape[1] for caption in read)
+        if len(read) > 1:
+            padded = [
+                (F.pad(c.states, (0, 0, 0, longest - n)), F.pad(c.mask, (0, longest - n)))
+                for c in read
+                for n in [c.mask.shape[1]]
+            ]
+            states = torch.cat([states for states, _ in padded], -1)
+            mask = torch.stack([mask for _, mask in padded]).any(0)
+            found = Caption(states, mask, read[-1].embedding)
+        side = self.image_size
+        sizes = torch.tensor(size_numbers((side, side), (0, 0), (side, side)))
+        return replace(found, sizes=sizes.to(found.mask.device).expand(len(captions), -1))
+
+
+def size_numbers(
+    original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
+) -> list[float]:
+    """Return `Caption.sizes` of an image.
+
+    Args:
+        original, target: (height, width) in pixels, before scaling and of the result.
+        crop: (top, left) of the crop, in pixels.
+    """
+    return [float(number) for pair in (original, crop, target) for number in pair]
+
+
+class Cached(TextEncoder):
+    """An encoder that remembers the captions it read, up to some memory.
+
+    Each caption is read alone, so its states depend on no other: a resumed training repeats them.
+    """
+
+    def __init__(self, encoder: TextEncoder, most_bytes: int = CACHE_BYTES) -> None:
+        self.encoder, self.most_bytes, self.bytes = encoder, most_bytes, 0
+        self.width, self.embedding_width = encoder.width, encoder.embedding_width
+        self.known: OrderedDict[str, Caption] = OrderedDict()
+
+    def encode(self, captions: Sequence[str]) -> Caption:
+        found = [self._one(caption) for caption in captions]
+        longest = max(caption.mask.shape[1] for caption in found)
+        padding = [longest - caption.mask.shape[1] for caption in found]
+        sizes = [caption.sizes for caption in found if caption.sizes is not None]
+        return Caption(
+            torch.cat([F.pad(c.states, (0, 0, 0, n)) for c, n in zip(found, padding)]),
+            torch.cat([F.pad(c.mask, (0, n)) for c, n in zip(found, padding)]),
+            torch.cat([c.embedding for c in found]),
+            sizes=torch.cat(sizes) if sizes else None,
+        )
+
+    def _one(self, text: str) -> Caption:
+        if text in self.known:
+            self.known.move_to_end(text)
+            return self.known[text]
+        caption = self.encoder.encode([text])
+        self.known[text] = caption
+        self.bytes += caption.states.nbytes
+        while self.bytes > self.most_bytes and len(self.known) > 1:
+            self.bytes -= self.known.popitem(last=False)[1].states.nbytes
+        return caption
+
+
+def located(name: str) -> str:
+    """Return a name with the full path of a folder, for a model that is loaded elsewhere."""
+    kind, _, where = name.partition(":")
+    return f"{kind}:{Path(where).resolve()}" if Path(where).is_dir() else name
+
+
+def load_text_encoders(
+    names: Sequence[str],
+    device: str | torch.device,
+    image_size: int,
+    folder: str | Path | None = None,
+) -> TextEncoder:
+    """Load text encoders, see the top of this file.
+
+    Args:
+        image_size: side of the images that the captions describe.
+        folder: model folder whose text-0, text-1 … take precedence over the names.
+
+    Raises: ValueError where one is missing or damaged.
+    """
+    folders: list[Path | None] = []
+    for number, name in enumerate(names):
+        own = Path(folder or "") / f"text-{number}"
+        where = own if folder is not None and own.is_dir() else Path(name.partition(":")[2])
+        folders.append(model_folder(where) if where.is_dir() else None)
+    found = [load_text_encoder(*each) for each in zip(names, [device] * len(names), folders)]
+    text = Concatenated(found, image_size)
+    text.folders = folders
+    return text
+
+
+def load_text_encoder(
+    name: str, device: str | torch.device, folder: Path | None = None
+) -> TextEncoder:
+    """Load one text encoder, KIND:WHERE, or of that kind from `folder`."""
+    kind, has_where, where = name.partition(":")
+    if kind not in KINDS or not has_where or not where:
+        raise ValueError(
+            f"text encoder is {name!r}, expected KIND:WHERE with the kind {', '.join(KINDS)}, such "
+            "as clip:bundled"
+        )
+    if kind == "clip":
+        bundled = BUNDLED_CLIP if where == BUNDLED else where
+        return CaptionReader(Clip.from_pretrained(folder or bundled, device))
+    if kind == "dalle":
+        found = folder or find_model(BUNDLED_CLIP.parent if where == BUNDLED else where)
+        vocabulary = Tokenizer.load(found / "vocab.json")
+        return TransformerText(Transformer.load(found, device), vocabulary)
+    return load_t5(folder or where, device)
+
+
+def load_t5(where: str | Path, device: str | torch.device) -> T5Text:
+    """Load the encoder of a T5 from a folder or by its Hugging Face name."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    folder = model_folder(where)
+    name = str(folder if folder.is_dir() else where)
+    try:
+        with quiet_transformers():
+            safely: Any = {"trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(name, **safely)
+            model, info = T5EncoderModel.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"cannot load a T5 from {where} ({why}); use a folder or Hugging Face name of a "
+            "T5EncoderModel with its tokenizer"
+        ) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"the T5 in {where} misses weights ({missing}); copy all of its files")
+    return T5Text(model.to(device), tokenizer)
+
+
+def copy_folders(text: TextEncoder, folder: Path) -> None:
+    """Copy the files of encoders that were loaded from folders to text-0, text-1 … of a model."""
+    for number, source in enumerate(text.folders):
+        target = folder / f"text-{number}"
+        if source is not None and source.resolve() != target.resolve():
+            target.mkdir(parents=True, exist_ok=True)
+            for file in source.iterdir():
+                if file.is_file():
+                    shutil.copyfile(file, target / file.name)

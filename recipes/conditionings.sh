@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Train one small decoder for each kind of condition on Toybox, and compare how they bind fills to
+# objects: captions by CLIP (ldm), by a transformer (imagen), by both with sizes (sdxl), and unCLIP.
+#
+#     recipes/conditionings.sh
+#     PRESETS="ldm imagen" IMAGEN_FLAGS="--text-encoders t5:google/t5-v1_1-small" recipes/conditionings.sh
+#
+# Stop it with Ctrl-C; the same command resumes. It shares the autoencoder and the embeddings of
+# recipes/unclip.sh, and trains them where they are missing. OUT/ways/ways.json has the table.
+set -euo pipefail
+
+OUT=${OUT:-runs/conditionings}      # folder of the decoders and the table
+UNCLIP=${UNCLIP:-runs/unclip}       # folder of recipes/unclip.sh: autoencoder and embeddings
+DATA=${DATA:-toybox:40000}          # images with captions, as for --data
+CLIP=${CLIP:-bundled}               # CLIP of the embeddings, which also reranks
+PRESETS=${PRESETS:-ldm imagen sdxl small}
+PYTHON=${PYTHON:-python}            # the Python that dalle1 is installed for
+DVAE=${DVAE:-$("$PYTHON" -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)')}
+
+# More flags of single stages, quoted as in a shell; DECODER_FLAGS are those of all decoders.
+eval "autoencoder_flags=(${AUTOENCODER_FLAGS:-})"
+eval "embed_flags=(${EMBED_FLAGS:-})"
+eval "decoder_flags=(${DECODER_FLAGS:-})"
+eval "ways_flags=(${WAYS_FLAGS:-})"
+
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+
+# Run the command of one stage. A training that was stopped exits with 0, so its output is read.
+stage() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$PYTHON" -m dalle1 "$@" | tee -i "$output"
+    if grep -q "^Stopped" "$output"; then
+        echo "Stopped in stage $name; the same command resumes" >&2
+        exit 130
+    fi
+}
+
+stage autoencoder train autoencoder small --init "$DVAE" --data "$DATA" \
+    --out "$UNCLIP/autoencoder" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}
+stage embedded embed --autoencoder "$UNCLIP/autoencoder" --clip "$CLIP" --data "$DATA" \
+    --out "$UNCLIP/embedded" ${embed_flags[@]+"${embed_flags[@]}"}
+models=()
+for preset in $PRESETS; do
+    name=$(echo "$preset" | tr '[:lower:]' '[:upper:]')_FLAGS
+    eval "preset_flags=(${!name:-})"
+    stage "$preset" train decoder "$preset" --data "$UNCLIP/embedded" --clip "$CLIP" \
+        --autoencoder "$UNCLIP/autoencoder" --out "$OUT/$preset" \
+        ${decoder_flags[@]+"${decoder_flags[@]}"} ${preset_flags[@]+"${preset_flags[@]}"}
+    models+=("$OUT/$preset")
+done
+# Without a prior, a decoder of unCLIP samples from the caption alone, as GLIDE does.
+stage ways evaluate ways --models "${models[@]}" --out "$OUT/ways" \
+    ${ways_flags[@]+"${ways_flags[@]}"}

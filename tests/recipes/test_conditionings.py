@@ -1,0 +1,50 @@
+"""recipes/conditionings.sh at a tiny size: a decoder for each preset, and one table; it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dalle2.unet import UNet
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = "--steps 1 --batch-size 2 --num-workers 0 --device cpu --precision fp32"
+FLAGS = {
+    "DATA": "toybox:40",
+    "PRESETS": "ldm imagen sdxl",
+    "AUTOENCODER_FLAGS": f"{RUN} --crop-size 32 --validation-images 1",
+    "EMBED_FLAGS": "--num-workers 0 --device cpu",
+    "DECODER_FLAGS": f"{RUN} --model.width 8 --model.multipliers 1 2 --model.blocks 1 "
+    "--model.attention 8 --model.head-width 8 --validation-pairs 2",
+    "WAYS_FLAGS": "--num-prompts 1 --num-candidates 1 --ways steps=1 --device cpu",
+}
+
+
+def recipe(out: Path, **changed: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **FLAGS, "PYTHON": sys.executable, **changed}
+    environment |= {"OUT": str(out / "decoders"), "UNCLIP": str(out / "unclip")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    script = str(ROOT / "recipes" / "conditionings.sh")
+    return subprocess.run([script], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_each_preset_and_compares_them(tmp_path: Path) -> None:
+    first = recipe(tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    decoders = tmp_path / "decoders"
+    scores = json.loads((decoders / "ways/ways.json").read_text())["scores"]
+    names = {"ldm": 1, "imagen": 1, "sdxl": 2}
+    for name, count in names.items():
+        assert len(UNet.config_of(decoders / name).text_encoders) == count
+        assert 0 <= scores[f"{decoders / name}/correct"] <= 1
+    made = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    second = recipe(tmp_path, SDXL_FLAGS="--text-encoders nothing")
+    assert second.returncode == 2
+    assert "text encoder is 'nothing', expected KIND:WHERE" in second.stderr
+    assert {p: p.stat().st_mtime_ns for p in made} == made
