@@ -18,6 +18,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
+from dalle1.memory_errors import out_of_memory
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -147,6 +149,12 @@ def one_line_errors() -> Iterator[None]:
             yield
     except (ValueError, OSError) as error:
         _print_error(error)
+        raise SystemExit(2) from error
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        why = "out of memory; end other programs, lower --batch-size, or use a smaller model"
+        _print_error(ValueError(f"{why} ({str(error)[:200] or 'of the machine'})"))
         raise SystemExit(2) from error
     except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
@@ -320,5 +328,10 @@ def bar(**options: Any) -> tqdm:
     """Return a progress bar; in a log file it updates only every 30 seconds."""
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            self.delay = 0  # what was shown, by tqdm.write, too, is ended by a new line
+            return super().display(msg, pos)
+
     interval = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(dynamic_ncols=True, mininterval=interval, maxinterval=interval, **options)
+    return Bar(dynamic_ncols=True, mininterval=interval, maxinterval=interval, **options)

@@ -109,13 +109,6 @@ def _numbers(path: Path) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` reports that memory is exhausted."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
 def matmul_flops_per_second(device: torch.device, precision: str, size: int = 2048) -> float:
     """Return the floating-point operations per second of matrix products: the best of five."""
     a = torch.ones(size, size, dtype=PRECISIONS[precision], device=device)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from dalle1.cli import main
-from dalle1.console import let_no_print_fail
+from dalle1.console import bar, let_no_print_fail, one_line_errors
 from dalle1.pipeline import BUNDLED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,3 +121,40 @@ def test_help_and_errors_are_shown_on_any_console(words: list[str]) -> None:
     assert done.returncode == (2 if words[0].startswith("paint") else 0)
     assert "Traceback" not in done.stderr
     assert done.stdout if done.returncode == 0 else "'paint\\udce9'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_exhausted_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop, one_line_errors():
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory; end other programs")
+
+
+def test_other_runtime_errors_are_raised() -> None:
+    with pytest.raises(RuntimeError, match="a mistake"), one_line_errors():
+        raise RuntimeError("a mistake in the code")
+
+
+def test_an_error_below_a_bar_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with one_line_errors(), bar(total=3, delay=0.1) as progress:
+            progress.write("a message")
+            raise ValueError("width is 0, expected more")
+
+    with pytest.raises(SystemExit):
+        fail()
+    assert capsys.readouterr().err.splitlines()[-1] == "error: width is 0, expected more"
+
+
+def test_a_bar_that_was_not_shown_leaves_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), one_line_errors(), bar(total=3, delay=9):
+        raise ValueError("width is 0, expected more")
+    assert capsys.readouterr().err == "error: width is 0, expected more\n"

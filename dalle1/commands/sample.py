@@ -247,6 +247,10 @@ def processes() -> Iterator[tuple[int, int]]:
     distributed.init_process_group("gloo")
     try:
         yield rank, world
+    except RuntimeError as error:
+        if distributed.is_lost_connection(error):
+            raise ValueError(f"{distributed.lost_connection()}, and start again") from error
+        raise
     finally:
         distributed.shutdown()
 

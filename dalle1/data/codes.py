@@ -153,8 +153,8 @@ class CodeSource(IndexedSource):
             shard = self.shards[number]
             why = " ".join(str(error).split())[:100]
             raise ValueError(
-                f"{shard} is damaged: its pair {index} cannot be read ({why}); move it away and run "
-                f"`{self.command}` again"
+                f"{shard} is damaged: its pair {index} cannot be read ({why}); move it away and "
+                f"run `{self.command}` again"
             ) from error
 
     def _read(self, index: int, first: int) -> bytes:

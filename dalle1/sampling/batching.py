@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from dalle1.devices import free_memory, out_of_memory
+from dalle1.devices import free_memory
+from dalle1.memory_errors import out_of_memory
 from dalle1.model.transformer import Transformer
 from dalle1.sampling.kv_cache import decode_memory
 

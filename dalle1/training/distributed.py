@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -121,8 +120,16 @@ def _not_found(reason: str) -> str:
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether an exchange failed because another process ended, or cannot be reached."""
-    return isinstance(error, dist.DistError) or bool(
-        re.search(r"gloo/transport|[Cc]onnection (closed|reset|refused)|[Tt]imed out", str(error))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/" in str(error)
+    )
+
+
+def lost_connection() -> str:
+    """Return the message for an exchange that failed."""
+    return (
+        f"rank {rank()} lost the connection to another process, which ended or cannot be reached, "
+        "expected all to run; see the messages of the others"
     )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dalle1.devices import out_of_memory, peak_memory, pick_device
+from dalle1.devices import peak_memory, pick_device
 from dalle1.locking import folder_lock
+from dalle1.memory_errors import out_of_memory
 from dalle1.training import distributed
 from dalle1.training.checkpoint import explain_write_error, last_checkpoint
 from dalle1.training.config import TrainConfig
@@ -122,11 +123,10 @@ def explain_failure(config: TrainConfig) -> Iterator[None]:
             f"command resumes. {last_checkpoint(config.out)}"
         ) from error
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
+        if distributed.is_lost_connection(error):
             raise ValueError(
-                f"rank {distributed.rank()} lost the connection to another process, which ended or "
-                "cannot be reached; see the messages of the others. The same command resumes. "
-                f"{last_checkpoint(config.out)}"
+                f"{distributed.lost_connection()}. {last_checkpoint(config.out)}; the same command "
+                "resumes from it"
             ) from error
         if not out_of_memory(error):
             raise
