@@ -268,6 +268,10 @@ class Unclip(RankingPipeline):
                 eta=how.eta,
                 repeat=prompts,
             )
+        if how.clip_guidance and not latents.isfinite().all():
+            raise ValueError(
+                f"clip_guidance is {how.clip_guidance:g}, and latents are nan; use a smaller one"
+            )
         return latents.unflatten(0, (prompts, count))
 
     def _embeddings(

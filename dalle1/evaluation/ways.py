@@ -173,6 +173,8 @@ def check_row(row: Variant, prompt: str, number: int) -> None:
     try:
         row.model.sample([prompt], **{"num_candidates": number, **row.how})
     except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise ValueError(f"way is {row.name}, expected a number for a number") from error
         unknown = str(error).rpartition(" ")[2]
         raise ValueError(
             f"way is {row.name}, and the model has no option {unknown}; expected guidance, "

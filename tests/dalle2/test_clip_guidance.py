@@ -133,5 +133,7 @@ def test_a_clip_without_gradients_is_refused_in_one_line(model: Unclip) -> None:
     message = r"the CLIP of clip_guidance cannot be differentiated \(.*\); use another --clip"
     with pytest.raises(ValueError, match=message):
         other.sample([PROMPT], clip_guidance=1.0)
+    with pytest.raises(ValueError, match=r"clip_guidance is 1e\+30, and latents are nan"):
+        latents(model, clip_guidance=1e30)
     with pytest.raises(ValueError, match="clip_guidance is nan, expected a finite number"):
         replace(UnclipOptions(), clip_guidance=float("nan"))

@@ -125,6 +125,7 @@ def test_bad_options_are_refused_in_one_line(
         (["--ways", "negative=swapped", "--kinds", "one"], "expected --kinds two: it exchanges"),
         (["--ways", "resample=best"], "resample is 'best', expected clip or likelihood or none"),
         (["--num-candidates", "0"], "--num-candidates is 0, expected at least 1"),
+        (["--ways", "guidance=much"], "way is guidance=much, expected a number for a number"),
         (["--ways", "guidence=2"], "guidence"),
     ):
         with pytest.raises(SystemExit):
