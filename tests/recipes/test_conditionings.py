@@ -44,7 +44,7 @@ def test_the_recipe_trains_each_preset_and_compares_them(tmp_path: Path) -> None
         assert len(UNet.config_of(decoders / name).text_encoders) == count
         assert 0 <= scores[f"{decoders / name}/correct"] <= 1
     made = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    second = recipe(tmp_path, SDXL_FLAGS="--text-encoders nothing")
+    second = recipe(tmp_path, PRESETS="sdxl", SDXL_FLAGS="--text-encoders nothing")
     assert second.returncode == 2
     assert "text encoder is 'nothing', expected KIND:WHERE" in second.stderr
     assert {p: p.stat().st_mtime_ns for p in made} == made
