@@ -54,4 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
         names = [*config.model, *bundled_models()]
         for name in config.model or names[:1]:
             models(name)  # what cannot be loaded is reported now
-        launch_page(build_page(models, names, config.clip, Path(folder)), config.host, config.port)
+        page = build_page(models, names, config.clip, Path(folder))
+        address = launch_page(page, config.host, config.port, prevent_thread_lock=True, quiet=True)
+        print(f"the page is at {address} until you press Ctrl+C", flush=True)
+        page.block_thread()
