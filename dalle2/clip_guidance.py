@@ -8,8 +8,8 @@ without noise. So it reads the image that the decoder predicts, not x_t:
     x̂₀ ← x̂₀ + w σ_t² ∇ ln p(y | x̂₀),    ln p(y | x̂₀) = scale · cos(CLIP(decode(x̂₀)), z_t) + const
 
 σ_t² is the variance of x₀ for x_t, as latents have variance 1. At w = 1, y has the weight that
-CLIP's learned scale gives it. The gradient stops at x̂₀: that through the U-Net would take three
-times as long, and at the noisiest times it is mostly the network's error.
+CLIP's learned scale gives it. The gradient stops at x̂₀: through the U-Net it would be divided by
+the signal α_t, and at the noisiest times that multiplies the network's error.
 """
 
 from __future__ import annotations
