@@ -6,6 +6,7 @@ ARGS ?=
 OUT ?= runs/toy
 MINUTES ?=
 SEED ?= 0
+HASHES ?=
 PY := .venv/bin/python
 
 # The prompt travels in the environment, unexpanded, so that $$, quotes and apostrophes survive.
@@ -14,7 +15,7 @@ export PROMPT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sample test fuzz lint format train-toy bench bench-peers evaluate audit sbom clean
+.PHONY: help sample test fuzz lint format train-toy bench bench-peers evaluate audit sbom lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +47,12 @@ sbom: .venv/runtime.stamp .venv/tools.stamp ## Write the installed packages to d
 	.venv/tools/bin/cyclonedx-py environment --pyproject pyproject.toml \
 		--output-file dist/sbom.json .venv
 
+lock: .venv/tools.stamp ## Write the hashes of all packages but torch to locks/ again
+	.venv/tools/bin/python -m pip install -q uv -c constraints.txt
+	$(LOCK) pyproject.toml -o locks/runtime.txt
+	echo '$(COMPARED)' | tr ' ' '\n' | $(LOCK) --no-deps - -o locks/compared.txt
+	$(LOCK) pyproject.toml --extra dev -o locks/dev.txt
+
 format: .venv/dev.stamp ## Format the code and fix what ruff can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
@@ -67,6 +74,20 @@ clean: ## Remove .venv, caches and builds; trained models in runs/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# The projects that tests compare with.
+COMPARED = DALL-E open_clip_torch taming-transformers-rom1504 rudalle rudolph PyWavelets \
+	dalle-pytorch axial-positional-embedding rotary-embedding-torch
+
+# With HASHES=1, pip installs only files whose hashes are in locks/; torch is pinned by version.
+hashed = $(PY) -m pip install torch -c constraints.txt && \
+	$(PY) -m pip install --no-deps --require-hashes -r $(1) && \
+	$(PY) -m pip install --no-deps --no-build-isolation -e .
+UNHASHED = torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-,cublas \
+	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse \
+	cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+LOCK = .venv/tools/bin/uv pip compile -q --universal --generate-hashes --python-version 3.10 \
+	--no-annotate --no-header -c constraints.txt $(UNHASHED:%=--no-emit-package=%)
+
 # A stamp is written last, so an install that fails or is interrupted starts again next time.
 .venv/runtime.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
@@ -74,7 +95,7 @@ clean: ## Remove .venv, caches and builds; trained models in runs/ stay
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo 'This Python has no venv module: install it (Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -e . -c constraints.txt
+	$(if $(HASHES),$(call hashed,locks/runtime.txt),$(PY) -m pip install -e . -c constraints.txt)
 	@touch $@
 
 .venv/tools.stamp: .venv/runtime.stamp
@@ -83,9 +104,7 @@ clean: ## Remove .venv, caches and builds; trained models in runs/ stay
 	@touch $@
 
 .venv/dev.stamp: .venv/runtime.stamp
-	$(PY) -m pip install -e '.[dev]' -c constraints.txt
+	$(if $(HASHES),$(call hashed,locks/dev.txt),$(PY) -m pip install -e '.[dev]' -c constraints.txt)
 	@# --no-deps: they require torchvision and old packages, which the tests never import.
-	$(PY) -m pip install --no-deps DALL-E open_clip_torch taming-transformers-rom1504 rudalle \
-		rudolph PyWavelets dalle-pytorch axial-positional-embedding \
-		rotary-embedding-torch -c constraints.txt
+	$(PY) -m pip install --no-deps $(if $(HASHES),--require-hashes -r locks/compared.txt,$(COMPARED) -c constraints.txt)
 	@touch $@

@@ -202,16 +202,14 @@ def _lines(path: Path) -> list[bytes]:
 def _cut_log(out: Path, start: int) -> None:
     """Move the lines of steps past `start` from the log to superseded.jsonl."""
     path = out / LOG_NAME
-    kept, moved = b"", b""
+    kept: list[bytes] = []
+    moved: list[bytes] = []
     for line in _lines(path):
-        if _step_of(line) <= start:
-            kept += line + b"\n"
-        else:
-            moved += line + b"\n"
+        (kept if _step_of(line) <= start else moved).append(line + b"\n")
     if moved:
         with (out / SUPERSEDED_NAME).open("ab") as file:
-            file.write(moved)
-    write_atomic(path, kept)
+            file.writelines(moved)
+    write_atomic(path, b"".join(kept))
 
 
 def _step_of(line: bytes) -> float:

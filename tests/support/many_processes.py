@@ -37,7 +37,8 @@ from dalle1.cli import run
 from dalle1.training import distributed
 from dvae import DVAE, DVAEConfig
 
-WORLD, STEPS, SAVE_EVERY = 4, 24, 5
+WORLD, STEPS = int(os.environ.get("PROCESSES", 4)), int(os.environ.get("STEPS", 24))
+SAVE_EVERY = 5
 FLAGS = [
     *("--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--precision", "fp32"),
     *("--data", "toybox:64", "--device", "cpu", "--num-workers", "0", "--batch-size", "8"),

@@ -3,8 +3,8 @@
 PYTHONPATH=.:tests/support python tests/support/sampling_under_load.py [--rounds 3] [--only NAME …]
 
 Each process must end with the images of an undisturbed run, or with one line that begins with
-`error:` and exit code 2. Whatever has a final name must be whole: all images of a scores.json, as in
-the undisturbed run. Processes are forked from this one, which has imported everything.
+`error:` and exit code 2. Whatever has a final name must be whole: all images of a scores.json, as
+in the undisturbed run. Processes are forked from this one, which has imported everything.
 """
 
 from __future__ import annotations

@@ -127,9 +127,7 @@ def test_out_of_memory_names_what_to_lower(tmp_path: Path, error: Exception) -> 
     ],
 )
 def test_a_lost_process_is_reported_in_a_line(tmp_path: Path, error: Exception) -> None:
-    expected = (
-        "^rank 0 lost the connection to another process.*checkpoint is [n]one.*resumes from it"
-    )
+    expected = "^rank 0 lost the connection to another process.*checkpoint is [n]one.*resumes"
     config = TrainConfig(out=tmp_path, device="cpu")
     with pytest.raises(ValueError, match=expected), explain_failure(config):
         raise error
