@@ -1,4 +1,4 @@
-"""Of two processes one is killed: the other ends in a line, and a restart goes on exactly.
+"""Of two processes one is killed: the other ends in a line, and a restart continues exactly.
 
 `tests/support/many_processes.py` does this and much more with four.
 """
