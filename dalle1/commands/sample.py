@@ -249,7 +249,7 @@ def processes() -> Iterator[tuple[int, int]]:
         yield rank, world
     except RuntimeError as error:
         if distributed.is_lost_connection(error):
-            raise ValueError(f"{distributed.lost_connection()}, and start again") from error
+            raise ValueError(f"{distributed.lost_connection(error)}, and start again") from error
         raise
     finally:
         distributed.shutdown()

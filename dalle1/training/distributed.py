@@ -13,14 +13,17 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from threading import Timer
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dalle1.devices import pick_device
+from dalle1.memory_errors import out_of_memory
 from dalle1.training.heartbeat import Heartbeat, leave
 
 T = TypeVar("T")
@@ -32,6 +35,7 @@ JOIN_TIMEOUT = timedelta(minutes=10)
 """Time in which all processes must have started."""
 
 _heartbeats: list[Heartbeat] = []
+_groups = count()
 
 _SLURM = {
     "RANK": "SLURM_PROCID",
@@ -81,10 +85,14 @@ def init_process_group(backend: str) -> None:
     late = Timer(JOIN_TIMEOUT.total_seconds() + 5, leave, [_not_found("no answer")])
     late.daemon = True
     late.start()
-    store, rank, world_size = _join()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    late.cancel()
-    _heartbeats.append(Heartbeat(store, rank, world_size))
+    try:
+        store, rank, size = _join()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    finally:
+        late.cancel()
+    # torchrun's store outlives a group, and may have the beats of an earlier one.
+    group = broadcast_from_main(lambda: uuid4().hex)
+    _heartbeats.append(Heartbeat(dist.PrefixStore(group, store), rank, size))
     atexit.register(shutdown)
 
 
@@ -100,8 +108,10 @@ def _join() -> tuple[Any, int, int]:
                 "(torchrun: --master-port) to another one"
             ) from error
         raise ValueError(_not_found(" ".join(str(error).split())[:99])) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if store.add(f"joined/{attempt}", 1) > world_size:
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_groups)}"
+    # No other training uses torchrun's own store, where workers that were replaced joined, too.
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if is_shared and store.add(f"joined/{attempt}", 1) > world_size:
         raise ValueError(
             f"more than {world_size} processes joined at {address}, expected WORLD_SIZE of them: "
             "another training uses this port; set MASTER_PORT (torchrun: --master-port)"
@@ -120,16 +130,16 @@ def _not_found(reason: str) -> str:
 
 def is_lost_connection(error: Exception) -> bool:
     """Whether an exchange failed because another process ended, or cannot be reached."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/" in str(error)
-    )
+    by_gloo = isinstance(error, RuntimeError) and "gloo/" in str(error)
+    return (isinstance(error, dist.DistError) or by_gloo) and not out_of_memory(error)
 
 
-def lost_connection() -> str:
+def lost_connection(error: Exception) -> str:
     """Return the message for an exchange that failed."""
+    cause = " ".join(str(error).split())[:100]
     return (
         f"rank {rank()} lost the connection to another process, which ended or cannot be reached, "
-        "expected all to run; see the messages of the others"
+        f"expected all to run; see the messages of the others ({cause})"
     )
 
 

@@ -3,7 +3,8 @@
 A connection to a process that ended is closed, and whoever waits for it fails at once. Nothing
 closes one to a machine without a cable: its peers would wait for the timeout of an exchange, an
 hour. So every process writes a counter to the store by which the processes found each other, and
-reads that of the next one. Time is counted in rounds, so that a suspended process reports no other.
+reads that of the next one that still works. Time is counted in rounds, so that a suspended process
+reports no other.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Heartbeat:
             store: torch's store of the process group; in use elsewhere, so it is cloned.
             leave: what is called with an error, in another thread; by default, end the process.
         """
-        self.store, self.rank, self.next = store.clone(), rank, (rank + 1) % world_size
+        self.store, self.rank, self.world_size = store.clone(), rank, world_size
+        self.next = (rank + 1) % world_size
         self.leave, self.every, self.limit = leave, every, silence / every
         self.done, self.rounds = Event(), 0
         self.store.set(f"beat/{rank}", "0")
@@ -56,7 +58,9 @@ class Heartbeat:
             Thread(target=target, daemon=True).start()
 
     def stop(self) -> None:
-        """Stop watching; the other processes may end now."""
+        """Stop watching; this process may end now, and the others too."""
+        with suppress(RuntimeError):  # rank 0 ended, which has the store
+            self.store.set(f"done/{self.rank}", "")
         self.done.set()
 
     def _beat(self) -> None:
@@ -67,6 +71,10 @@ class Heartbeat:
                 self.store.set(f"beat/{self.rank}", str(count))
                 if self.store.check([LOST]):
                     self._report(int(self.store.get(LOST)))
+                elif self.store.check(["done/0"]):  # with it, the store may end
+                    self.done.set()
+                elif self.store.check([f"done/{self.next}"]):
+                    self.next, silent = (self.next + 1) % self.world_size, 0
                 elif self.store.check([f"beat/{self.next}"]):
                     beat = self.store.get(f"beat/{self.next}")
                     silent = silent + 1 if beat == seen else 0

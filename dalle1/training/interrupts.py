@@ -125,8 +125,8 @@ def explain_failure(config: TrainConfig) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if distributed.is_lost_connection(error):
             raise ValueError(
-                f"{distributed.lost_connection()}. {last_checkpoint(config.out)}; the same command "
-                "resumes from it"
+                f"{distributed.lost_connection(error)}. {last_checkpoint(config.out)}; the same "
+                "command resumes from it"
             ) from error
         if not out_of_memory(error):
             raise

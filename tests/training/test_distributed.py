@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,42 @@ def test_a_slurm_step_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     distributed.init("cpu")
     assert asked == [("gloo",), (5, 16)]
     assert [os.environ[n] for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "16", "1"]
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launched process that finds a store, which stays."""
+    found = (torch.distributed.HashStore(), 0, 1)
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *_, **__: iter([found]))
+    monkeypatch.setattr(distributed, "_groups", count())
+    for name, value in (("RANK", "0"), ("MASTER_ADDR", "node1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def test_a_process_that_cannot_join_is_not_killed_later(
+    one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no group")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", fail)
+    with pytest.raises(ValueError, match="no group"):
+        distributed.init_process_group("gloo")
+    timers = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)
+
+
+def test_a_process_may_join_again_but_no_second_training(
+    one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):  # two groups of one process
+        distributed._join()
+    monkeypatch.setattr(distributed, "_groups", count())
+    with pytest.raises(ValueError, match="more than 1 processes joined at node1:29500"):
+        distributed._join()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    distributed._join()  # a worker that replaces another one
 
 
 @pytest.mark.parametrize(

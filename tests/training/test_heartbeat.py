@@ -73,10 +73,26 @@ def test_processes_that_run_are_left_alone(world: World) -> None:
 
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_silent_process_ends_all_others(world: World, lost: int) -> None:
-    world.beats[lost].stop()
+    world.beats[lost].done.set()
     others = {0, 1, 2} - {lost}
     assert world.ended(2) == dict.fromkeys(others, f"rank {lost} has not answered fo")
     assert "same command resumes" in world.errors[0]
+
+
+def test_a_process_that_finished_is_not_lost(world: World) -> None:
+    world.beats[1].stop()
+    time.sleep(2 * SILENCE)
+    assert world.errors == {}
+    world.beats[2].done.set()  # rank 0 watches it now
+    assert world.ended(1) == {0: "rank 2 has not answered fo"}
+
+
+def test_the_store_may_end_with_rank_0(world: World) -> None:
+    world.beats[0].stop()
+    time.sleep(10 * EVERY)
+    world.store.reachable.clear()
+    time.sleep(2 * SILENCE)
+    assert world.errors == {}
 
 
 def test_a_store_that_cannot_be_reached_ends_all(world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_a_full_disk_is_reported_in_a_line(tmp_path: Path) -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         MemoryError(),
+        torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'out of memory'"),
     ],
 )
 def test_out_of_memory_names_what_to_lower(tmp_path: Path, error: Exception) -> None:
@@ -127,7 +129,10 @@ def test_out_of_memory_names_what_to_lower(tmp_path: Path, error: Exception) -> 
     ],
 )
 def test_a_lost_process_is_reported_in_a_line(tmp_path: Path, error: Exception) -> None:
-    expected = "^rank 0 lost the connection to another process.*checkpoint is [n]one.*resumes"
+    expected = (
+        rf"^rank 0 lost the connection to another process.*\({re.escape(str(error))}\).*"
+        "checkpoint is [n]one.*resumes from it"
+    )
     config = TrainConfig(out=tmp_path, device="cpu")
     with pytest.raises(ValueError, match=expected), explain_failure(config):
         raise error
