@@ -113,12 +113,13 @@ class SampleTab:
                     0, 100, 50, step=1, label="Upper part to keep, in %", elem_id="keep"
                 )
             with gr.Tab(INPAINT, id=INPAINT) as inpaint:
+                gr.Markdown("Open an image, then paint over what is sampled again.")
                 # The editor's own upload shows black what its browser cannot hold, in any format.
                 opener = gr.UploadButton(
                     "Open an image", file_types=["image"], size="sm", elem_id="inpaint-open"
                 )
                 self.editor = gr.ImageEditor(
-                    label="Paint over what is sampled again",
+                    show_label=False,
                     type="pil",
                     sources=(),
                     brush=gr.Brush(colors=["#ff2d78"], color_mode="fixed", default_size=48),
