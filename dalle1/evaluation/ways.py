@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +24,21 @@ import numpy as np
 
 from dalle1.clip import Clip
 from dalle1.console import bar
+from dalle1.devices import pick_device
 from dalle1.evaluation.classifier import load_classifier
 from dalle1.evaluation.report import Scores
 from dalle1.evaluation.toybox_prompts import MAX_PROMPTS, SPLITS, Prompt, choose_prompts
 from dalle1.evaluation.variants import Measured, Variant, measured
+from dalle1.sampling.generation import GenerationConfig
 from dalle2.loading import load_pipeline
+from dalle2.options import UnclipOptions
 
 PLAIN = "plain"
+OPTIONS = dict.fromkeys(
+    [f.name for kind in (GenerationConfig, UnclipOptions) for f in fields(kind)]
+    + ["seed", "weight", "negative"]
+)
+"""Names of the options of a way."""
 SHARES = ("correct", "pairs", "best")
 """Columns with an interval and a difference to the first row."""
 
@@ -66,8 +74,10 @@ class WaysOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("models", "ways", "kinds"):
-            if not getattr(self, name):
+            if not (values := getattr(self, name)):
                 raise ValueError(f"{name} is empty, expected at least one")
+            if len({*values}) < len(values):
+                raise ValueError(f"{name} is {' '.join(values)}, expected different ones")
         for way in self.ways:
             options = parse_way(way)
             if "negative" in options and self.kinds != ("two",):
@@ -81,6 +91,8 @@ def parse_way(way: str) -> dict[str, Any]:
         name, is_option, value = part.partition("=")
         if not is_option or not name.isidentifier() or not value:
             raise ValueError(f"way is {way!r}, expected plain or NAME=VALUE,NAME=VALUE")
+        if name not in OPTIONS:
+            raise ValueError(f"way is {way}, expected one of {', '.join(OPTIONS)}, not {name}")
         found[name] = value
         for kind in (float, int):  # the last that reads it
             try:
@@ -91,6 +103,8 @@ def parse_way(way: str) -> dict[str, Any]:
         raise ValueError(f"weight is {found['weight']!r}, expected a number such as 1.5")
     if found.get("negative", "swapped") != "swapped":
         raise ValueError(f"negative is {found['negative']!r}, expected swapped")
+    if not isinstance(found.get("seed", 0), int):
+        raise ValueError(f"seed is {found['seed']!r}, expected a whole number")
     return found
 
 
@@ -147,7 +161,7 @@ def evaluate_ways(options: WaysOptions) -> Scores:
     classifier = load_classifier(options.classifier) if options.classifier else load_classifier()
     prompts, rows, clip = chosen_prompts(options), [*rows_of(options)], load_clip(options)
     for row in rows:
-        check_row(row, prompts[0].text, options.num_candidates)
+        check_row(row, prompts[0], options.num_candidates)
     yield "prompts", len(prompts)
     first: dict[str, np.ndarray] = {}
     with bar(total=len(rows) * len(prompts), unit="prompt") as progress:
@@ -168,23 +182,20 @@ def evaluate_ways(options: WaysOptions) -> Scores:
             yield f"{row.name}/diversity", float(np.mean([r.diversity for r in results]))
 
 
-def check_row(row: Variant, prompt: str, number: int) -> None:
+def check_row(row: Variant, prompt: Prompt, number: int) -> None:
     """Raise ValueError for options that the model does not have, before the work."""
+    text = row.rewrite(prompt) if row.rewrite else prompt.text
+    negative = {"negative_prompt": row.negative(prompt)} if row.negative else {}
     try:
-        row.model.sample([prompt], **{"num_candidates": number, **row.how})
+        row.model.sample([text], **{"num_candidates": number, **row.how, **negative})
     except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise ValueError(f"way is {row.name}, expected a number for a number") from error
         unknown = str(error).rpartition(" ")[2]
-        raise ValueError(
-            f"way is {row.name}, and the model has no option {unknown}; expected guidance, "
-            "temperature or others of dalle1 sample"
-        ) from error
+        raise ValueError(f"way is {row.name}, and the model has no option {unknown}") from error
 
 
 def load_clip(options: WaysOptions) -> Clip:
     """Load the CLIP that selects the best candidates."""
-    return Clip.from_pretrained(options.clip)
+    return Clip.from_pretrained(options.clip, pick_device(options.device))
 
 
 def shares(results: Sequence[Measured]) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_model import tiny_clip, tiny_model
 
@@ -65,10 +66,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, Any
 def test_rows_are_compared_on_the_same_prompts(
     told: list[tuple[list[str], dict[str, Any]]],
 ) -> None:
-    options = WaysOptions(ways=("plain", "guidance=2,resample=likelihood"), **SETTINGS)
+    second = "guidance=2,resample=likelihood,resample_every=1"
+    options = WaysOptions(ways=("plain", second), **SETTINGS)
     scores = dict(evaluate_ways(options))
     assert scores["prompts"] == 4
-    second = "guidance=2,resample=likelihood"
     assert scores["plain/correct"] == 0.5
     assert scores[f"{second}/correct"] == 0.25
     assert scores[f"{second}/correct/difference"] == -0.25
@@ -125,9 +126,27 @@ def test_bad_options_are_refused_in_one_line(
         (["--ways", "negative=swapped", "--kinds", "one"], "expected --kinds two: it exchanges"),
         (["--ways", "resample=best"], "resample is 'best', expected clip or likelihood or none"),
         (["--num-candidates", "0"], "--num-candidates is 0, expected at least 1"),
-        (["--ways", "guidance=much"], "way is guidance=much, expected a number for a number"),
-        (["--ways", "guidence=2"], "guidence"),
+        (["--ways", "guidance=much"], "guidance is 'much', expected a finite number"),
+        (["--ways", "guidence=2"], "way is guidence=2, expected one of temperature, top_k"),
+        (["--ways", "known_codes=1"], "way is known_codes=1, expected one of temperature, top_k"),
+        (["--ways", "seed=abc"], "seed is 'abc', expected a whole number"),
+        (["--ways", "steps=3"], "way is steps=3, and the model has no option 'steps'"),
+        (["--ways", "plain", "negative=swapped"], "guidance is 1"),
+        (["--ways", "plain", "weight=nan"], "'nan', expected a number such as 1.4"),
+        (["--ways", "plain", "guidance=2", "plain"], "expected different ones"),
+        (["--models", "bundled", "bundled"], "models is bundled bundled, expected different ones"),
     ):
+        told.clear()
         with pytest.raises(SystemExit):
             evaluate.main(["ways", *flags, "--out", str(tmp_path)])
         assert message in capsys.readouterr().err
+        assert all(len(prompts) == 1 for prompts, _ in told)  # nothing was sampled before
+
+
+def test_the_clip_is_loaded_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+    monkeypatch.setattr(ways.Clip, "from_pretrained", lambda *args: found.append(args))
+    monkeypatch.setattr(ways, "pick_device", torch.device)
+    ways.load_clip(WaysOptions(device="cpu"))
+    ways.load_clip(WaysOptions(device="meta"))
+    assert found == [("bundled", torch.device("cpu")), ("bundled", torch.device("meta"))]
