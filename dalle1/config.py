@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -44,12 +45,22 @@ def check_literals(config: Any) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Raise ValueError where a field of a config from a file has a value of another type."""
+    """Raise ValueError where a field of a config has a value of another type.
+
+    Scalars of NumPy are numbers.
+    """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _is_of(value, kind):
-            expected = getattr(kind, "__name__", None) if isinstance(kind, type) else kind
-            raise ValueError(f"{name} is {repr(value)[:40]}, expected {expected}")
+            raise ValueError(f"{name} is {repr(value)[:40]}, expected {_expected(kind)}")
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) in (Literal, Union, UnionType):
+        return " or ".join(x if isinstance(x, str) else _expected(x) for x in get_args(kind))
+    if kind in (float, type(None)):
+        return "a finite number" if kind is float else "None"
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def _is_of(value: Any, kind: Any) -> bool:
@@ -65,7 +76,10 @@ def _is_of(value: Any, kind: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_of(item, args[0]) for item in value)
     if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        return is_number and -math.inf < value < math.inf
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
     return type(value) is (type(None) if kind is None else kind)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,8 @@ class DallE(RankingPipeline):
         self.image_tokenizer, self.transformer = image_tokenizer, transformer
         self.tokenizer, self.clip, self.info = tokenizer, clip, info or ModelInfo()
         self.generation = generation or GenerationConfig()
-        if clip is None and self.generation.rerank == "clip":
-            self.generation = replace(self.generation, rerank=None)
+        if clip is None:
+            self.generation = self.generation.without_clip()
         config = transformer.config
         codes, grid = image_tokenizer.codebook_size, image_tokenizer.grid_size
         if (codes, grid) != (config.codebook_size, config.grid_size):
@@ -195,7 +194,7 @@ class DallE(RankingPipeline):
         parsed = WeightedPrompts.parse(prompts, weighted)
         prompts, contrasts = [clean_prompt(text) for text in parsed.texts], self._contrasts(parsed)
         captions = num_captions(options.guidance, contrasts, options.resample == "likelihood")
-        fits = max_batch(self.transformer, batch_size, captions=captions, processes=share[1])
+        fits = max_batch(self.transformer, batch_size, captions, share[1], options.together)
         text, empty = self._encode_prompts(prompts), self._negative(negative_prompt, options)
         known = check_known(known_codes, self.transformer)
         sample = partial(generate, sampling=options, known_codes=known, empty=empty)
@@ -236,6 +235,11 @@ class DallE(RankingPipeline):
         if options.resample == "clip" and self.clip is None:
             raise ValueError(
                 "resample is clip, and this model has no CLIP; name one, or use likelihood"
+            )
+        if options.resample_every >= (rows := self.transformer.config.grid_size):
+            raise ValueError(
+                f"resample_every is {options.resample_every}, expected less than the model's "
+                f"{rows} rows of codes: candidates are resampled before the last row ends"
             )
 
         def resampler(rows: range) -> Resampler:

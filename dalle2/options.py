@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle1.config import check_literals
+from dalle1.config import check_types
 from dalle2.diffusion.samplers import SamplerName
 
 
@@ -35,7 +34,7 @@ class UnclipOptions:
     """Steps of the upsampler, by DDIM; 0 skips it. Paper: 27."""
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        check_types(self)
         for name in ("steps", "prior_steps", "prior_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -43,5 +42,3 @@ class UnclipOptions:
             raise ValueError(f"upsampler_steps is {self.upsampler_steps}, expected at least 0")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}, expected a number in [0, 1]")
-        if not math.isfinite(self.clip_guidance):
-            raise ValueError(f"clip_guidance is {self.clip_guidance}, expected a finite number")

@@ -30,12 +30,16 @@ def check_counts(prompts: Sequence[str], batch_size: int | None, share: tuple[in
 
 
 def max_batch(
-    model: Transformer, batch_size: int | None, *, captions: int = 1, processes: int = 1
+    model: Transformer,
+    batch_size: int | None,
+    captions: int = 1,
+    processes: int = 1,
+    together: int = 1,
 ) -> FitsInMemory:
     """Return a test of the size of a batch: `batch_size` candidates, or what fits in memory.
 
     Each candidate counts once for each of the captions that are read for its prompt. At most 128
-    candidates in half of the free memory fit; on a CPU, in this process's share of it.
+    candidates (or `together`) in half of the free memory fit; on a CPU, in this process's share.
     """
     if batch_size is not None:
         return lambda prompts, candidates: prompts * candidates <= batch_size
@@ -45,7 +49,7 @@ def max_batch(
 
     def fits_in_memory(prompts: int, candidates: int) -> bool:
         needed = prompts * (prompt_bytes + candidates * candidate_bytes)
-        return prompts * candidates <= MAX_CANDIDATES and needed <= free / 2
+        return prompts * candidates <= max(MAX_CANDIDATES, together) and needed <= free / 2
 
     return fits_in_memory
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dalle1.config import check_types
+
 MIN_TEMPERATURE = 1e-20
 """Temperature below which the likeliest token is taken: float32 cannot divide by less."""
 
@@ -33,6 +35,7 @@ class Sampling:
     turns it off."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature is {self.temperature}, expected at least 0 (0: the likeliest)"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle1.config import check_literals, read_optional
+from dalle1.config import read_optional
 from dalle1.sampling.filters import Sampling
 from dalle1.storage import write_atomic
 
@@ -38,7 +38,11 @@ class GenerationConfig(Sampling):
         for name in ("num_candidates", "resample_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        check_literals(self)
+
+    @property
+    def together(self) -> int:
+        """Number of candidates of a prompt that must be in one batch."""
+        return 1 if self.resample == "none" else self.num_candidates
 
     @classmethod
     def load(cls, folder: Path) -> GenerationConfig:
@@ -53,6 +57,15 @@ class GenerationConfig(Sampling):
             write_atomic(folder / GENERATION_NAME, json.dumps(changed, indent=1) + "\n")
         else:
             (folder / GENERATION_NAME).unlink(missing_ok=True)
+
+    def without_clip(self) -> GenerationConfig:
+        """Return the defaults of a model without a CLIP."""
+        rerank, resample = self.rerank, self.resample
+        return replace(
+            self,
+            rerank=None if rerank == "clip" else rerank,
+            resample="none" if resample == "clip" else resample,
+        )
 
     def updated(self, **changes: Any) -> GenerationConfig:
         """Return a copy with the changes that are not None."""

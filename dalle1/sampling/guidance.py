@@ -87,10 +87,11 @@ def mixed_logits(
 
 
 def likelihood_gain(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return ln p(token | prompt) − ln p(token | empty caption), [P, C].
+    """Return ln p(token | prompt) − ln p(token | empty caption or negative prompt), [P, C].
 
     Args:
-        logits: those of all captions, of which the second is the empty one, [B·P, C or 1, V].
+        logits: those of all captions, of which the second is what the prompt is compared with,
+            [B·P, C or 1, V].
         tokens: [P, C].
     """
     prompts, candidates = tokens.shape

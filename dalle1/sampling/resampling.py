@@ -5,9 +5,13 @@ P prompts, C candidates of each, r rows of W codes that are sampled, N = W² cod
 Reranking chooses among whole images. Here candidates are weighted while they are sampled, by how
 well their rows so far fit the prompt. Where few candidates hold most of the weight, they are
 resampled in proportion to it: some are copied, others end. A copy has the random numbers of the
-candidate that it replaces, so the two differ from the next code on. The samples are then those of
-p(image | prompt) · exp(score of the rows), as C grows (sequential Monte Carlo; Doucet & Johansen
-2009). All C candidates of a prompt depend on each other.
+candidate that it replaces, so the two differ from the next code on. All C candidates of a prompt
+depend on each other.
+
+This is sequential Monte Carlo (Doucet & Johansen 2009): were weights resampled after every row, the
+samples would be those of q(image) · exp(score of the rows) as C grows, q the distribution that is
+sampled from, after guidance, temperature and filters. Here weights that do not differ enough, and
+rows after the last resampling, do not count.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip
+from dalle1.memory_errors import out_of_memory
 from dalle1.sampling.batching import FitsInMemory, batched
-from dalle1.sampling.decoding import DecodeState
+from dalle1.sampling.decoding import UNKNOWN, DecodeState
 
 THRESHOLD = 0.5
 """Share of C below which the effective number of candidates is resampled."""
@@ -77,7 +82,8 @@ def sampled_whole(
 ) -> Iterator[tuple[range, range, Tensor]]:
     """Return batches as `batched` does, each with all candidates of its prompts.
 
-    Raises: ValueError where the candidates are split among processes, or exceed `batch_size`.
+    Raises: ValueError where the candidates are split among processes, exceed `batch_size` or do
+        not fit in memory.
     """
     count = len(candidates)
     if candidates.step > 1:
@@ -91,8 +97,23 @@ def sampled_whole(
             "compares all candidates of a prompt"
         )
 
+    if not fits(1, count):
+        raise ValueError(
+            f"num_candidates is {count}, expected fewer: resample compares all candidates of a "
+            f"prompt, which need more than half of the free memory; set batch_size to {count} to "
+            "try nevertheless"
+        )
+
     def sample_all(rows: range, _: range) -> Tensor:
-        return sample(rows, candidates)
+        try:
+            return sample(rows, candidates)
+        except (RuntimeError, MemoryError) as error:
+            if len(rows) > 1 or not out_of_memory(error):
+                raise
+            raise ValueError(
+                f"num_candidates is {count}, and memory is exhausted: resample compares all "
+                "candidates of a prompt; use fewer"
+            ) from error
 
     batches = batched(sample_all, prompts, range(1), lambda p, _: fits(p, count))
     return ((rows, candidates, codes) for rows, _, codes in batches)
@@ -130,16 +151,19 @@ class ClipRowScore:
 
     def __call__(self, state: DecodeState, rows: int) -> Tensor:
         width = state.model.config.grid_size
-        grids = state.codes.unflatten(2, (width, width)).clone()
+        grids = state.codes.unflatten(2, (width, width))
         frequent = grids[:, :, :rows].flatten(2).mode(-1).values
-        grids[:, :, rows:] = frequent[..., None, None]
+        grids = torch.where(grids == UNKNOWN, frequent[..., None, None], grids)
         scale = float(self.clip.model.logit_scale.exp())
         scores = [self.clip.score(p, self.decode(g)) for p, g in zip(self.prompts, grids)]
         return scale * torch.stack(scores)
 
 
 class LikelihoodRowScore:
-    """Nats that the prompt saves: ln p(rows | prompt) − ln p(rows), as computed in sampling."""
+    """Nats that the prompt saves: ln p(rows | prompt) − ln p(rows), as computed in sampling.
+
+    The second is that of the empty caption, or of the negative prompt.
+    """
 
     compares = True
 

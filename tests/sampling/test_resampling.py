@@ -12,8 +12,9 @@ import torch
 from tiny_model import tiny_clip, tiny_model
 from torch import Tensor
 
-from dalle1 import DallE
+from dalle1 import DallE, pipeline
 from dalle1.model.transformer import Transformer, TransformerConfig
+from dalle1.sampling import batching
 from dalle1.sampling.decoding import (
     DecodeState,
     candidate_uniforms,
@@ -21,6 +22,7 @@ from dalle1.sampling.decoding import (
     null_caption,
 )
 from dalle1.sampling.filters import Sampling
+from dalle1.sampling.generation import GenerationConfig
 from dalle1.sampling.resampling import ClipRowScore, LikelihoodRowScore, Resampler, resampled
 
 L, W, V = 5, 4, 11
@@ -196,9 +198,10 @@ def test_clip_scores_unfinished_images(model: DallE) -> None:
     state = type("State", (), {"model": model.transformer})()
     state.codes = torch.full((1, 2, 16), -1)
     state.codes[0, :, :4] = torch.tensor([[5, 5, 2, 5], [1, 9, 9, 9]])
+    state.codes[0, :, 12:] = 7  # codes of an image that are kept
     assert model.clip is not None
     found = ClipRowScore(model.clip, ["a red cube"], decode)(state, 1)
-    assert seen[0][:, 1:].flatten(1).tolist() == [[5] * 12, [9] * 12]
+    assert seen[0][:, 1:].flatten(1).tolist() == [[5] * 8 + [7] * 4, [9] * 8 + [7] * 4]
     assert seen[0][1, 0].tolist() == [1, 9, 9, 9]
     expected = SCALE * model.clip.score("a red cube", model.decode(seen[0]))
     torch.testing.assert_close(found[0], expected, atol=1e-2, rtol=1e-4)
@@ -210,7 +213,6 @@ def test_a_model_resamples_by_option_and_repeats_itself(model: DallE) -> None:
         found = sampled(model, resample=by, resample_every=1, seed=0)
         assert found.equal(sampled(model, resample=by, resample_every=1, batch_size=12))
         assert not found.equal(plain)
-        assert sampled(model, resample=by, resample_every=99).equal(plain)
     prompts = ["a red cube", "a blue star"]
     how = {"num_candidates": 12, "rerank": "none", "resample": "likelihood", "resample_every": 1}
     for size in (12, 24):  # prompts in one batch or in two
@@ -231,6 +233,37 @@ def test_what_cannot_be_resampled_is_refused_in_one_line(model: DallE) -> None:
             "batch_size is 3, expected at least num_candidates, 4: resample compares all",
         ),
         (model, {"resample": "clip", "share": (0, 2)}, "expected one process; run it without"),
+        (
+            model,
+            {"resample": "clip", "resample_every": 4},
+            "resample_every is 4, expected less than the model's 4 rows of codes",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            of.sample(["a"], num_candidates=4, **options)  # type: ignore[arg-type]
+            of.sample(["a"], num_candidates=4, **{"resample_every": 1, **options})  # type: ignore[arg-type]
+
+
+def test_defaults_that_need_a_clip_are_not_those_of_a_model_without(model: DallE) -> None:
+    by_clip = GenerationConfig(rerank="clip", resample="clip", resample_every=1)
+    parts = model.image_tokenizer, model.transformer, model.tokenizer
+    assert DallE(*parts, model.clip, generation=by_clip).generation == by_clip
+    without = DallE(*parts, generation=by_clip)
+    assert without.generation == GenerationConfig(resample_every=1)
+
+
+def test_candidates_that_do_not_fit_in_memory_are_refused(
+    model: DallE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = {"num_candidates": 140, "resample": "likelihood", "resample_every": 1}
+    model.sample(["a"], **how)  # type: ignore[arg-type]  # more than other batches hold
+    with monkeypatch.context() as patched:
+        patched.setattr(batching, "free_memory", lambda device: 100_000)
+        with pytest.raises(ValueError, match="num_candidates is 140, expected fewer"):
+            model.sample(["a"], **how)  # type: ignore[arg-type]
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "generate", exhausted)
+    with pytest.raises(ValueError, match="num_candidates is 140, and memory is exhausted"):
+        next(model.sample(["a"], **how))  # type: ignore[arg-type]
