@@ -18,7 +18,7 @@ MODEL_FILES = (
     *("autoencoder.safetensors", "decoder*.safetensors", "decoder.safetensors.index.json"),
     *("prior*.safetensors", "prior.safetensors.index.json"),
     *("upsampler*.safetensors", "upsampler.safetensors.index.json"),
-    *("vocab.json", "words.json", "model_info.json", "generation.json", "clip/*"),
+    *("vocab.json", "words.json", "model_info.json", "generation.json", "clip/*", "text-*/*"),
 )
 """Files of a model folder; others in a repository are neither downloaded nor replaced."""
 CARD_NAME = "README.md"

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 READ = (".safetensors", ".json", ".jsonl", ".txt", ".model", ".jinja", ".pt", ".bin")
 """Ends of the names of files that models and checkpoints consist of."""
-FOLDERS = ("clip", "raw", "additional_chat_templates", "clip/additional_chat_templates")
+FOLDERS = (
+    *("clip", "raw", "text-[0-9]*", "additional_chat_templates"),
+    *("clip/additional_chat_templates", "text-[0-9]*/additional_chat_templates"),
+)
 """Folders in a model folder or a checkpoint that hold such files, too."""
+CHECKPOINTS = ("latest", "step-*")
+"""Folders that are loaded instead of the one that they are in."""
 TEXT = (".json", ".txt", ".model", ".jinja")
 MAX_TEXT = 256 << 20
 """Most bytes of a text file; the largest published vocabularies have 40 MB."""
@@ -23,15 +29,20 @@ SNAPSHOT = re.compile(r"(.*)(/models--[^/]+)/snapshots/[^/]+(/|$)")
 def unfit_files(folder: Path) -> Iterator[str]:
     """Yield, for each file of a model folder that is not a plain one inside it, what it is."""
     roots = _roots(folder)
-    for parent in (folder, *(folder / name for name in FOLDERS)):
+    for parent in (folder, *(path for name in FOLDERS for path in folder.glob(name))):
         if not os.path.isdir(parent):
             continue
         with os.scandir(parent) as entries:
             for entry in entries:
-                if entry.name.endswith(READ) or entry.name in FOLDERS:
+                if entry.name.endswith(READ) or fnmatches(entry.name, (*FOLDERS, *CHECKPOINTS)):
                     path = os.path.join(parent, entry.name)
                     if (what := _unfit(path, entry.is_symlink(), roots)) is not None:
                         yield f"{os.path.relpath(path, folder)} {what}"
+
+
+def fnmatches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name has one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _roots(folder: Path) -> list[str]:

@@ -9,13 +9,14 @@ others.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle1.clip import Clip
 from dalle1.storage import model_folder, weights_digest
@@ -57,12 +58,25 @@ class TextEncoder(ABC):
     """W: width of the states."""
     embedding_width: int
     """D: width of the pooled embedding."""
-    folders: Sequence[Path | None] = ()
-    """Folder of each part, None for one with a name; empty where no part is copied to models."""
+    models: Sequence[nn.Module]
+    """Networks that it reads by."""
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> Caption:
         """Read captions."""
+
+    @abstractmethod
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write what a model folder needs to load it, weights rounded to `dtype`."""
+
+    def digest(self) -> str:
+        """Return a hash of the first 1,024 numbers of each weight."""
+        found = hashlib.sha256()
+        for model in self.models:
+            for name, x in model.state_dict().items():
+                found.update(f"{name} {tuple(x.shape)}\n".encode())
+                found.update(x.flatten()[:1024].float().cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def __call__(self, captions: Sequence[str]) -> Caption:
         return self.encode(captions)
@@ -86,6 +100,7 @@ class CaptionReader(TextEncoder):
 
     def __init__(self, clip: Clip) -> None:
         self.clip, config = clip, clip.model.config
+        self.models = (clip.model,)
         self.width = config.text_config.hidden_size
         is_siglip = config.model_type == "siglip"
         self.embedding_width = (
@@ -95,6 +110,9 @@ class CaptionReader(TextEncoder):
     def encode(self, captions: Sequence[str]) -> Caption:
         inputs = self.clip.tokenize(captions)
         return self.read({k: x.to(self.clip.model.device) for k, x in inputs.items()})
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self.clip.save_pretrained(folder, dtype)
 
     @torch.no_grad()
     def read(self, inputs: dict[str, Tensor]) -> Caption:

@@ -40,7 +40,7 @@ from dalle2.diffusion.schedule import Schedule
 from dalle2.embedded import Encoders
 from dalle2.options import UnclipOptions
 from dalle2.prior import FILE_NAME as PRIOR_FILE
-from dalle2.text_encoders import copy_folders, load_text_encoders
+from dalle2.text_encoders import load_text_encoders
 from dalle2.unet import UNet
 from dalle2.upsampler import FILE_NAME as UPSAMPLER_FILE
 from dalle2.upsampler import Upsampler
@@ -151,7 +151,7 @@ class Unclip(RankingPipeline):
         self.generation.save(folder)
         self.info.save(folder)
         if self.text is not None:
-            copy_folders(self.text, folder)
+            self.text.save(folder, dtype)
         for part in (self.prior, self.upsampler):
             if part is not None:
                 part.save(folder, dtype)

@@ -13,9 +13,13 @@ Several are concatenated by channel, as in SDXL.
 
 from __future__ import annotations
 
+import copy
+import os
 import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle1.clip import Clip
+from dalle1.clip.checks import check_weights
 from dalle1.clip.loading import BUNDLED as BUNDLED_CLIP
 from dalle1.clip.loading import quiet_transformers
 from dalle1.data.cleaning import clean_prompt
@@ -47,6 +52,7 @@ class T5Text(TextEncoder):
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.width = self.embedding_width = model.config.d_model
+        self.models = (self.model,)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Caption:
@@ -59,6 +65,12 @@ class T5Text(TextEncoder):
         pooled = states.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
         return Caption(states, mask, pooled)
 
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        model = self.model if dtype is None else copy.deepcopy(self.model).to(dtype)
+        with quiet_transformers():
+            for part in (model, self.tokenizer):
+                part.save_pretrained(folder)
+
 
 class TransformerText(TextEncoder):
     """The text states of a DALL·E's transformer; its pooled embedding is the last token's."""
@@ -66,6 +78,7 @@ class TransformerText(TextEncoder):
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.width = self.embedding_width = model.config.width
+        self.models = (self.model,)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Caption:
@@ -82,6 +95,10 @@ class TransformerText(TextEncoder):
         last = (mask.sum(1) - 1).clamp_min(0)
         return Caption(states, mask, states[torch.arange(len(states)), last])
 
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self.model.save(folder, dtype)
+        self.tokenizer.save(folder / "vocab.json")
+
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -93,10 +110,13 @@ class Concatenated(TextEncoder):
     Its captions have the sizes of square images that were neither scaled nor cropped.
     """
 
-    def __init__(self, encoders: Sequence[TextEncoder], image_size: int) -> None:
-        self.encoders, self.image_size = encoders, image_size
+    def __init__(
+        self, encoders: Sequence[TextEncoder], image_size: int, names: Sequence[str] = ()
+    ) -> None:
+        self.encoders, self.image_size, self.names = encoders, image_size, names
         self.width = sum(encoder.width for encoder in encoders)
         self.embedding_width = encoders[-1].embedding_width
+        self.models = [model for encoder in encoders for model in encoder.models]
 
     def encode(self, captions: Sequence[str]) -> Caption:
         read = [encoder.encode(captions) for encoder in self.encoders]
@@ -113,6 +133,22 @@ class Concatenated(TextEncoder):
         side = self.image_size
         sizes = torch.tensor(size_numbers((side, side), (0, 0), (side, side)))
         return replace(found, sizes=sizes.to(found.mask.device).expand(len(captions), -1))
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write all but the bundled ones to text-0, text-1 …, and remove older ones."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            made = {}
+            for number, (encoder, name) in enumerate(zip(self.encoders, self.names)):
+                if not is_bundled(name):
+                    unfinished = tempfile.mkdtemp(prefix=f".text-{number}.", dir=folder)
+                    stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
+                    made[f"text-{number}"] = path = Path(unfinished) / "model"
+                    encoder.save(path, dtype)
+            for old in folder.glob("text-[0-9]*"):
+                old.unlink() if old.is_symlink() else shutil.rmtree(old)
+            for name, path in made.items():
+                os.replace(path, folder / name)
 
 
 def size_numbers(
@@ -136,6 +172,7 @@ class Cached(TextEncoder):
     def __init__(self, encoder: TextEncoder, most_bytes: int = CACHE_BYTES) -> None:
         self.encoder, self.most_bytes, self.bytes = encoder, most_bytes, 0
         self.width, self.embedding_width = encoder.width, encoder.embedding_width
+        self.models = encoder.models
         self.known: OrderedDict[str, Caption] = OrderedDict()
 
     def encode(self, captions: Sequence[str]) -> Caption:
@@ -150,6 +187,9 @@ class Cached(TextEncoder):
             sizes=torch.cat(sizes) if sizes else None,
         )
 
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self.encoder.save(folder, dtype)
+
     def _one(self, text: str) -> Caption:
         if text in self.known:
             self.known.move_to_end(text)
@@ -162,10 +202,18 @@ class Cached(TextEncoder):
         return caption
 
 
-def located(name: str) -> str:
-    """Return a name with the full path of a folder, for a model that is loaded elsewhere."""
-    kind, _, where = name.partition(":")
-    return f"{kind}:{Path(where).resolve()}" if Path(where).is_dir() else name
+def is_bundled(name: str) -> bool:
+    """Whether a text encoder is the bundled one of its kind."""
+    return name.partition(":")[2] == BUNDLED
+
+
+def stored_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names for a model: folders are those in it, such as t5:text-0."""
+    found = [name.partition(":") for name in names]
+    return tuple(
+        f"{kind}:text-{number}" if Path(where).is_dir() else f"{kind}:{where}"
+        for number, (kind, _, where) in enumerate(found)
+    )
 
 
 def load_text_encoders(
@@ -178,19 +226,23 @@ def load_text_encoders(
 
     Args:
         image_size: side of the images that the captions describe.
-        folder: model folder whose text-0, text-1 … take precedence over the names.
+        folder: model folder whose text-0, text-1 … are loaded; its names may be a stranger's, so
+            of them only the bundled ones are.
 
     Raises: ValueError where one is missing or damaged.
     """
-    folders: list[Path | None] = []
+    found = []
     for number, name in enumerate(names):
-        own = Path(folder or "") / f"text-{number}"
-        where = own if folder is not None and own.is_dir() else Path(name.partition(":")[2])
-        folders.append(model_folder(where) if where.is_dir() else None)
-    found = [load_text_encoder(*each) for each in zip(names, [device] * len(names), folders)]
-    text = Concatenated(found, image_size)
-    text.folders = folders
-    return text
+        own = None
+        if folder is not None and not is_bundled(name):
+            own = Path(folder) / f"text-{number}"
+            if not own.is_dir():
+                raise ValueError(
+                    f"{folder} has no {own.name}, expected the files of the text encoder {name}; "
+                    f"copy them to {own} if you trust them"
+                )
+        found.append(load_text_encoder(name, device, own))
+    return Concatenated(found, image_size, names)
 
 
 def load_text_encoder(
@@ -219,13 +271,17 @@ def load_t5(where: str | Path, device: str | torch.device) -> T5Text:
 
     folder = model_folder(where)
     name = str(folder if folder.is_dir() else where)
+    if folder.is_dir():
+        check_weights(folder)
     try:
         with quiet_transformers():
-            safely: Any = {"trust_remote_code": False}
+            safely: Any = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
             tokenizer = AutoTokenizer.from_pretrained(name, **safely)
             model, info = T5EncoderModel.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
+                name, dtype=torch.float32, output_loading_info=True, **safely
             )
+            found = T5Text(model.to(device), tokenizer)
+            _check_tokenizer(found)
     except Exception as error:  # transformers and tokenizers raise many kinds
         why = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -235,15 +291,13 @@ def load_t5(where: str | Path, device: str | torch.device) -> T5Text:
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"the T5 in {where} misses weights ({missing}); copy all of its files")
-    return T5Text(model.to(device), tokenizer)
+    return found
 
 
-def copy_folders(text: TextEncoder, folder: Path) -> None:
-    """Copy the files of encoders that were loaded from folders to text-0, text-1 … of a model."""
-    for number, source in enumerate(text.folders):
-        target = folder / f"text-{number}"
-        if source is not None and source.resolve() != target.resolve():
-            target.mkdir(parents=True, exist_ok=True)
-            for file in source.iterdir():
-                if file.is_file():
-                    shutil.copyfile(file, target / file.name)
+def _check_tokenizer(text: T5Text) -> None:
+    """Raise an error where a tokenizer is not that of its T5, or cannot read all captions."""
+    tokens, vocabulary = len(text.tokenizer), text.model.config.vocab_size
+    if tokens > vocabulary:
+        raise ValueError(f"its tokenizer has {tokens} tokens, expected at most {vocabulary}")
+    for captions in ([""], ["a", "a longer caption"]):  # needs an end token, and one for padding
+        text.encode(captions)

@@ -61,6 +61,17 @@ def test_a_link_out_of_the_folder_is_refused(model: Path, tmp_path: Path, name: 
         load_pipeline(model, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["text-0", "text-0/config.json", "text-0/latest", "clip/step-9"])
+def test_a_text_encoder_is_not_linked_from_elsewhere(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    (outside := tmp_path / "outside").mkdir()
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).symlink_to(outside)
+    with pytest.raises(ValueError, match=rf"holds {name} is a link to .*, outside the folder"):
+        check_model_files(model)
+
+
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/stdin", "../../../etc/hostname"])
 def test_a_link_to_anything_else_is_refused(model: Path, target: str) -> None:
     (model / "vocab.json").unlink()

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle1.model_files import refuse_pointer
 from dalle1.tensor_files import INDEX_SUFFIX, tensor_files
 
 CAPTIONS = ("a red cube", "seven blue zebras", "the sea at night")
@@ -19,12 +20,18 @@ SHAPES = ((8, 8), (40, 3), (3, 40))
 SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 
 
+def check_weights(folder: Path) -> None:
+    """Raise a ValueError for pointers of Git LFS, and for an index of files in other folders."""
+    for path in folder.iterdir():
+        if path.is_file():
+            refuse_pointer(path)
+        if path.name.endswith((f".safetensors{INDEX_SUFFIX}", f".bin{INDEX_SUFFIX}")):
+            tensor_files(folder / path.name.removesuffix(INDEX_SUFFIX))
+
+
 def check_files(folder: Path) -> None:
     """Raise a ValueError that names the files that a CLIP's folder misses."""
     names = {path.name for path in folder.iterdir()}
-    for name in names:
-        if name.endswith((f".safetensors{INDEX_SUFFIX}", f".bin{INDEX_SUFFIX}")):
-            tensor_files(folder / name.removesuffix(INDEX_SUFFIX))  # ValueError for other folders
     has_vocabulary = bool(names & {"tokenizer.json", *SENTENCEPIECE})
     missing = {
         "config.json": "config.json" in names,

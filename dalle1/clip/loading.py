@@ -29,12 +29,11 @@ from tokenizers import processors
 from torch import Tensor, nn
 
 from dalle1.clip.arch import ClipArch
-from dalle1.clip.checks import UnfitClip, check_clip, check_files, lower_cases
+from dalle1.clip.checks import UnfitClip, check_clip, check_files, check_weights, lower_cases
 from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
 from dalle1.data.cleaning import SURROGATE
 from dalle1.data.images import to_rgb
 from dalle1.devices import inference
-from dalle1.model_files import refuse_pointer
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 
@@ -93,14 +92,12 @@ class Clip:
         is_folder = os.path.isdir(name)
         if not is_folder and (isinstance(name_or_dir, Path) or not _is_hub_name(name)):
             raise ValueError(f"no CLIP at {name}: the folder does not exist")
-        for file in folder.iterdir() if is_folder else ():
-            if file.is_file():
-                refuse_pointer(file)
         if not is_folder and "/" not in name:
             raise ValueError(
                 f"no CLIP at {name}: the folder does not exist; on Hugging Face, names have a /"
             )
         if is_folder:
+            check_weights(folder)
             check_files(folder)
         failure: Exception | None = None
         for local_only in (True,) if is_folder else (True, False):

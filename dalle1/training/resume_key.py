@@ -20,7 +20,7 @@ MAY_CHANGE = {
 }
 """Settings that may change on resuming: none of them changes what was learned so far."""
 
-PATHS = ("data", "dvae", "init", "hard_negatives", "autoencoder", "clip")
+PATHS = ("data", "dvae", "init", "hard_negatives", "autoencoder", "clip", "text_encoders")
 """Settings that are compared by what is found behind them."""
 
 Contents = Mapping[str, int | str | None]

@@ -110,6 +110,7 @@ def refuse_other_sizes(config: UNetConfig) -> None:
             ("width", config.width % 32 == 0, "a multiple of 32"),
             ("multipliers", config.multipliers[0] == 1, "1 as the first"),
             ("attention", lowest in config.attention, f"to include {lowest}, the smallest side"),
+            ("text_encoders", not config.text_encoders, "none"),
             ("text_width", config.text_width == config.embedding_width, "that of the embeddings"),
         ],
     )

@@ -40,7 +40,7 @@ from dalle2.tasks.diffusion import (
     validation_times,
 )
 from dalle2.tasks.embedded import EmbeddedTask, EmbeddedTrainConfig
-from dalle2.text_encoders import Cached, load_text_encoders, located
+from dalle2.text_encoders import Cached, load_text_encoders, stored_names
 from dalle2.unet import UNet, UNetArch, UNetConfig
 
 
@@ -181,7 +181,7 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
                 embedding_width=read.embedding_width if reads_image else 0,
                 text_width=text.width,
                 pooled_width=text.embedding_width if self.text else 0,
-                text_encoders=tuple(map(located, config.text_encoders)),
+                text_encoders=stored_names(config.text_encoders),
                 encoders=str(self.encoders()),
             )
         )

@@ -126,9 +126,10 @@ class EmbeddedPairs:
     def contents(self, config: EmbeddedTrainConfig, **files: Any) -> Any:
         """Return what identifies the data and the models, for resuming."""
         clip = clip_folder(config.clip) / "model.safetensors"
-        return distributed.broadcast_from_main(
+        found = distributed.broadcast_from_main(
             partial(contents_of, self.source, clip=clip, **files)
         )
+        return found | ({"text_encoders": {"digest": self.text.digest()}} if self.text else {})
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Caption]:
         """Return the latents [B, c·h·w], the embeddings z_i [B, D] and the captions of a batch."""

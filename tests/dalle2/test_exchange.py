@@ -88,6 +88,7 @@ def test_diffusers_predicts_the_same(model: UNet, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
+        ({"text_encoders": ["t5:text-0"]}, "text_encoders is .* expected none in a model for diff"),
         ({"karlo": False}, "karlo is False, expected True in a model for diffusers"),
         ({"width": 48}, "width is 48, expected a multiple of 32"),
         ({"attention": (4,)}, r"attention is \(4,\), expected to include 2, the smallest side"),

@@ -13,6 +13,7 @@ from tiny_model import CAPTIONS, tiny_model
 from tiny_unclip import tiny_clip, tiny_decoder, tiny_unclip
 
 from dalle1.clip import Clip
+from dalle1.model_files import LFS_POINTER
 from dalle1.sampling.generation import GenerationConfig
 from dalle1.text.bpe import Tokenizer
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
@@ -25,6 +26,7 @@ from dalle2.text_encoders import (
     load_text_encoder,
     load_text_encoders,
     size_numbers,
+    stored_names,
 )
 from dalle2.unet import UNet
 
@@ -32,13 +34,19 @@ TEXTS = ["a red cube", "a blue teapot"]
 
 
 def t5(width: int = 16) -> Any:
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     sizes = {"d_model": width, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     model = T5EncoderModel(T5Config(vocab_size=270, **sizes))
-    bpe = Tokenizer.train(CAPTIONS, 269).bpe
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="[PAD]")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.train(CAPTIONS, 268).bpe, pad_token="[PAD]", eos_token="[END]"
+    )
+    end = "[END]", tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A [END]", special_tokens=[end]
+    )
     return model, tokenizer
 
 
@@ -184,7 +192,7 @@ def with_text(folder: Path, t5_folder: Path) -> Unclip:
     names = (f"t5:{t5_folder}",)
     text = load_text_encoders(names, "cpu", 16)
     widths = {"text_width": text.width, "pooled_width": text.embedding_width, "text_pool": True}
-    decoder = tiny_decoder(embedding_width=0, text_encoders=names, **widths)
+    decoder = tiny_decoder(embedding_width=0, text_encoders=stored_names(names), **widths)
     found = Unclip(model.image_tokenizer, decoder, model.encoder, text=text, clip=model.clip)
     found.generation = GenerationConfig(guidance=3.0)
     found.save_pretrained(folder)
@@ -196,7 +204,7 @@ def test_a_model_folder_has_its_text_encoder(
 ) -> None:
     saved = with_text(tmp_path / "model", t5_folder)
     config = UNet.config_of(tmp_path / "model")
-    assert config.text_encoders == (f"t5:{t5_folder}",)
+    assert config.text_encoders == ("t5:text-0",)
     assert (tmp_path / "model/text-0/config.json").is_file()
     monkeypatch.setattr("dalle2.pipeline.Encoders.of", lambda *_: config.encoders)
     loaded = Unclip.from_pretrained(tmp_path / "model", device="cpu")
@@ -228,6 +236,61 @@ def test_a_model_folder_has_its_text_encoder(
     message = r"have states and embeddings of \(20, 20\) numbers, the decoder expects \(16, 16\)"
     with pytest.raises(ValueError, match=message):
         Unclip.from_pretrained(tmp_path / "model", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["t5:/etc", "t5:user/repository", "clip:{0}", "dalle:a/b"])
+def test_a_model_loads_no_encoder_from_elsewhere(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"has no text-0, expected the files of the text encoder"):
+        load_text_encoders([name.format(tmp_path)], "cpu", 16, tmp_path)
+
+
+def test_saved_encoders_replace_older_ones(tmp_path: Path, t5_folder: Path) -> None:
+    for old in ("text-0", "text-1"):
+        (tmp_path / old).mkdir()
+        (tmp_path / old / "old.json").touch()
+    (tmp_path / "text-2").symlink_to(t5_folder)
+    (t5_folder / "notes.md").symlink_to("../private")  # not one of the encoder's files
+    names = ["clip:bundled", f"t5:{t5_folder}", f"dalle:{tmp_path / 'dalle'}"]
+    tiny_model().save_pretrained(tmp_path / "dalle")
+    saved = load_text_encoders(names, "cpu", 16)
+    saved.save(tmp_path)
+    assert stored_names(names) == ("clip:bundled", "t5:text-1", "dalle:text-2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dalle", "text-1", "text-2"]
+    assert {path.suffix for path in (tmp_path / "text-1").iterdir()} == {".json", ".safetensors"}
+    loaded = load_text_encoders(stored_names(names), "cpu", 16, tmp_path)
+    assert saved(TEXTS).states.equal(loaded(TEXTS).states)
+    assert saved.digest() == loaded.digest()
+    with torch.no_grad():
+        loaded.models[1].encoder.final_layer_norm.weight.add_(1)
+    assert saved.digest() != loaded.digest()
+    assert (t5_folder / "config.json").is_file()
+    (t5_folder / "notes.md").unlink()
+
+
+def test_a_t5_that_cannot_read_all_captions_is_refused(tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"cannot load a T5 from {tmp_path} .*{message}"):
+            load_text_encoder(f"t5:{tmp_path}", "cpu")
+
+    model, tokenizer = t5()
+    tokenizer.pad_token = None
+    refused("padding token")
+    model, tokenizer = t5()
+    tokenizer.add_tokens([f"more{i}" for i in range(9)])
+    refused("tokens, expected at most 270")
+    model, tokenizer = t5()
+    tokenizer.backend_tokenizer.post_processor = None
+    refused("")
+    (tmp_path / "model.safetensors").write_bytes(LFS_POINTER)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer"):
+        load_text_encoder(f"t5:{tmp_path}", "cpu")
+    (tmp_path / "model.safetensors").unlink()
+    index = json.dumps({"metadata": {}, "weight_map": {"shared.weight": "../other.safetensors"}})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index\.json lists .*, expected names of"):
+        load_text_encoder(f"t5:{tmp_path}", "cpu")
 
 
 def test_encoders_that_cannot_be_loaded_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def test_a_decoder_of_pixels_learns_its_variance(folders: Folders, tmp_path: Pat
 
 @pytest.mark.parametrize("preset", ["imagen", "sdxl"])  # ldm is a part of sdxl
 def test_a_decoder_learns_by_other_text_encoders(
-    preset: str, folders: Folders, tmp_path: Path
+    preset: str, folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It resumes to the last digit, also with captions that it no longer remembers."""
     tiny_model().save_pretrained(tmp_path / "dalle")
@@ -164,7 +165,13 @@ def test_a_decoder_learns_by_other_text_encoders(
     whole, parts = (load_file(x / "latest" / TENSORS_NAME) for x in (out, tmp_path / "parts"))
     assert [name for name in whole if not parts[name].equal(whole[name])] == []
     model = load_pipeline(out, device="cpu")
-    assert model.decoder.config.text_encoders == tuple(names[preset])
+    stored = ["clip:text-0", "dalle:text-1"] if preset == "sdxl" else ["dalle:text-0"]
+    assert model.decoder.config.text_encoders == tuple(stored)
+    tiny_model(scale=0.4).transformer.save(tmp_path / "dalle")
+    with pytest.raises(SystemExit):
+        decoder.main([*flags, "--out", str(tmp_path / "parts"), "--steps", "4"])
+    assert "is another file than before" in " ".join(capsys.readouterr().err.split())
+    shutil.rmtree(tmp_path / "dalle")  # the model has its own
     assert model.decoder.config.size_features == (256 if preset == "sdxl" else 0)
     exported = tmp_path / "model"
     export.main(["--model", str(out), "--out", str(exported)])
