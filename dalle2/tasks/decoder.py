@@ -180,7 +180,7 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
                 pixels=isinstance(autoencoder, Pixels),
                 embedding_width=read.embedding_width if reads_image else 0,
                 text_width=text.width,
-                pooled_width=text.embedding_width if self.text else 0,
+                pooled_width=text.embedding_width if self.text or not reads_image else 0,
                 text_encoders=stored_names(config.text_encoders),
                 encoders=str(self.encoders()),
             )

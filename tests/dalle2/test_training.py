@@ -95,6 +95,18 @@ def train(module: object, folders: Folders, out: Path, steps: int) -> dict[str, 
     return load_file(out / "latest" / TENSORS_NAME)
 
 
+def test_a_decoder_reads_the_pooled_caption_without_an_image(
+    folders: Folders, tmp_path: Path
+) -> None:
+    models = ["--autoencoder", str(folders.autoencoder), "--clip", str(folders.clip)]
+    flags = ["--data", str(folders.embedded), "--out", str(tmp_path), "--steps", "1"]
+    reads = ["--embedding", "none", "--model.text-pool"]
+    decoder.main([*DECODER, *models, *flags, *reads])
+    model = load_pipeline(tmp_path)
+    assert model.decoder.config.pooled_width == 8
+    assert len(next(model.sample(["a red cube"], num_candidates=2, steps=2))) == 2
+
+
 def test_an_autoencoder_reports_its_reconstructions(folders: Folders) -> None:
     lines = [json.loads(x) for x in (folders.autoencoder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "total" in line] == [1, 2]
