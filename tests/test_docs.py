@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from dalle1.cli import SUBCOMMANDS
+from dalle1.image_tokenizer import image_tokenizer_file
+from dalle1.model.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,6 +94,17 @@ def test_every_command_parses(page: str, words: list[str], monkeypatch: pytest.M
     options = check(words, monkeypatch)
     if page == GUIDE.name and options is not None:
         assert options.out.parts[0] == "runs"
+
+
+def test_the_notebooks_command_fine_tunes_the_bundled_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = (ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`(dalle1 train [^`]*)`", text)
+    options = check(command.split(), monkeypatch)
+    assert options.lora == 8
+    assert Transformer.config_of(options.init).grid_size == 32
+    assert image_tokenizer_file(options.dvae).is_file()
 
 
 FLAGGED = [words for _, words in COMMANDS if words[0] == "dalle1" and words[-1] != "PROMPT"]

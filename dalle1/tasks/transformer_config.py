@@ -8,6 +8,7 @@ from typing import Any
 
 from dalle1.data.images import FOR_TRANSFORMER, Augmentation
 from dalle1.model.arch import TransformerArch
+from dalle1.pipeline import BUNDLED
 from dalle1.training.fine_tuning import FineTuneConfig
 
 
@@ -16,7 +17,7 @@ class TransformerTrainConfig(FineTuneConfig):
     """Settings of a transformer's training (paper §2.2, B.2)."""
 
     dvae: Path = Path("runs/dvae")
-    """Folder of the image tokenizer, whose codes are modelled."""
+    """Folder of the image tokenizer, whose codes are modelled; as --init, it may be bundled."""
     model: TransformerArch = field(default_factory=TransformerArch)
     """Architecture of the transformer; image tokenizer and vocabulary set the rest."""
     image_size: int | None = None
@@ -47,6 +48,9 @@ class TransformerTrainConfig(FineTuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("init", "dvae"):
+            if str(getattr(self, name)) == "bundled":
+                object.__setattr__(self, name, BUNDLED)
         if not self.prompts:
             raise ValueError("prompts is empty, expected at least one prompt to sample")
         for name in ("bpe_dropout", "caption_dropout", "text_weight"):
