@@ -153,7 +153,8 @@ def one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        why = "out of memory; end other programs, lower --batch-size, or use a smaller model"
+        smaller = "lower --batch-size, " if "--batch-size" in _flags.get().values() else ""
+        why = f"out of memory; end other programs, {smaller}or use a smaller model"
         _print_error(ValueError(f"{why} ({str(error)[:200] or 'of the machine'})"))
         raise SystemExit(2) from error
     except KeyboardInterrupt as interrupt:
@@ -229,6 +230,7 @@ def parse(kind: Any, args: Sequence[str] | None, about: str, **options: Any) -> 
             raise cause from None
         sys.stderr.write(frame.getvalue())
         raise
+    name_flags(list(_flags_of(type(parsed))) or flags, words)  # of one command among several
     expand_home_in(parsed)
     return parsed
 

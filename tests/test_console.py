@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from dalle1.cli import main
-from dalle1.console import bar, let_no_print_fail, one_line_errors
+from dalle1.console import bar, let_no_print_fail, one_line_errors, parse
 from dalle1.pipeline import BUNDLED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +136,32 @@ def test_exhausted_memory_is_one_line(error: Exception, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as stop, one_line_errors():
         raise error
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: out of memory; end other programs")
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory; end other programs, or use a smaller model")
+
+
+@dataclass(frozen=True)
+class WithBatches:
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class WithoutBatches:
+    seed: int = 0
+
+
+def test_exhausted_memory_names_a_flag_that_the_command_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(command: str) -> None:
+        with one_line_errors():
+            parse(WithBatches | WithoutBatches, [command], "A test.")
+            raise MemoryError
+
+    for command, has_flag in (("with-batches", True), ("without-batches", False)):
+        with pytest.raises(SystemExit):
+            run(command)
+        assert ("lower --batch-size" in capsys.readouterr().err) is has_flag
 
 
 def test_other_runtime_errors_are_raised() -> None:

@@ -36,8 +36,9 @@ class Jobs:
         return status("Cancelling …")
 
     def leave(self, request: gr.Request) -> None:
-        """Cancel the job of a page that is closed."""
+        """Cancel the job of a page that is closed, and forget it: if it waits, it never starts."""
         self.cancel(request)
+        self.end(request)
 
     def end(self, request: gr.Request) -> None:
         """Forget the session's job."""

@@ -78,7 +78,7 @@ class UnclipTab:
     """An image, three ways to change it, and the images that come of it."""
 
     def __init__(self, models: Models, folder: Path) -> None:
-        self.models, self.folder, self.jobs = models, folder, Jobs()
+        self.models, self.folder = models, folder
 
     def build(self, page: gr.Blocks, model: gr.Dropdown) -> None:
         """Add the components, then what happens when they are used."""
@@ -100,35 +100,40 @@ class UnclipTab:
             self.inputs = [model, seed, count, steps, self.image]
             with gr.Tab("Variations"):
                 eta = gr.Slider(0, 1, 1, step=0.05, label="How much varies", elem_id="eta")
-                self.connect("Vary", variations, [eta])
+                self.connect(page, "Vary", variations, [eta])
             with gr.Tab("Blend"):
-                self.connect("Blend", blend, [upload("Image at the other end", "other-end")])
+                other = upload("Image at the other end", "other-end")
+                self.connect(page, "Blend", blend, [other])
             with gr.Tab("Text diff"):
                 before = gr.Textbox(label="What the image shows; may be empty", elem_id="before")
                 after = gr.Textbox(label="What it should show", elem_id="after")
                 strength = gr.Slider(0, 1, 0.5, step=0.05, label="Strength", elem_id="strength")
-                self.connect("Edit", text_diff, [before, after, strength])
-        page.unload(self.jobs.leave)
+                self.connect(page, "Edit", text_diff, [before, after, strength])
 
-    def connect(self, verb: str, way: Callable[..., Change], extra: list[Any]) -> None:
+    def connect(
+        self, page: gr.Blocks, verb: str, way: Callable[..., Change], extra: list[Any]
+    ) -> None:
         """Add a button that changes the image that way, and another that cancels."""
+        jobs = Jobs()  # of this way alone: each can be cancelled while another waits
         start = gr.Button(verb, variant="primary", elem_id=verb.lower())
         cancel = gr.Button("Cancel", variant="stop", visible=False)
         buttons, submits = [start, cancel], [x.submit for x in extra if isinstance(x, gr.Textbox)]
 
         def run(request: gr.Request, *inputs: Any) -> Iterator[tuple[Any, ...]]:
-            yield from self.run(way, request, *inputs)
+            yield from self.run(jobs, way, request, *inputs)
 
-        asked = gr.on([start.click, *submits], self.jobs.begin, None, buttons, **AT_ONCE)
+        asked = gr.on([start.click, *submits], jobs.begin, None, buttons, **AT_ONCE)
         shown = [self.status, self.results, self.files, *buttons]
         asked.then(
             one_line(run), [*self.inputs, *extra], shown,
             show_progress="minimal", show_progress_on=[self.status], **QUEUE,
         )  # fmt: skip
-        cancel.click(self.jobs.cancel, None, self.status, **AT_ONCE)
+        cancel.click(jobs.cancel, None, self.status, **AT_ONCE)
+        page.unload(jobs.leave)
 
     def run(
         self,
+        jobs: Jobs,
         way: Callable[..., Change],
         request: gr.Request,
         name: str,
@@ -138,7 +143,7 @@ class UnclipTab:
         *image_and_extra: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Change an image for the page: yield progress, then the results."""
-        cancelled, same = self.jobs.flag(request), gr.skip()
+        cancelled, same = jobs.flag(request), gr.skip()
         ended = gr.update(visible=True), gr.update(visible=False)
         try:
             change = way(*image_and_extra)
@@ -167,4 +172,4 @@ class UnclipTab:
             yield status("Nothing was changed."), same, same, *ended
             raise
         finally:
-            self.jobs.end(request)
+            jobs.end(request)
