@@ -25,7 +25,8 @@ from dalle1.evaluation.classifier import ToyboxClassifier, load_classifier
 from dalle1.evaluation.report import wilson_interval
 from dalle1.evaluation.toybox_prompts import Prompt, choose_prompts
 from dalle1.model.transformer import Transformer
-from dalle1.pipeline import BUNDLED, Rerank
+from dalle1.pipeline import BUNDLED
+from dalle1.sampling.generation import Rerank
 from dalle1.storage import claim, write_atomic
 
 SIZES = (1, 4, 16, 64)

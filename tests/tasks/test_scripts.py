@@ -228,6 +228,8 @@ def test_images_scores_and_grid_are_written(runs: Path, tmp_path: Path) -> None:
         "guidance": 1.0,
         "negative_prompt": "",
         "rerank": "none",
+        "resample": "none",
+        "resample_every": 4,
         "precision": automatic,
         "image": None,
         "keep_rows": None,
