@@ -118,17 +118,37 @@ def _acquire(lock: Path, content: str, wait: bool) -> bool:
     """Create the lock; False where another process holds it, and `wait` is set."""
     for _ in range(10):
         try:
-            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            _create(lock, content)
         except FileExistsError:
             with suppress(FileNotFoundError, *([FolderInUse] if wait else [])):
                 _remove_stale(lock)  # not found where it was just removed
             continue
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
         return True
     if wait:
         return False
     raise FolderInUse(f"{lock.parent} is in use by other commands; use another --out")
+
+
+def _create(lock: Path, content: str) -> None:
+    """Create the lock with its content; FileExistsError where it exists.
+
+    It appears whole, by a link: a process that is killed between creating and writing it would
+    leave an empty lock, which belongs to no known process.
+    """
+    whole = lock.with_name(f".{lock.name}.{uuid4().hex[:8]}")
+    try:
+        whole.write_text(content, encoding="utf-8")
+        try:
+            os.link(whole, lock)
+            return
+        except FileExistsError:
+            raise
+        except (OSError, NotImplementedError):  # a drive without links
+            pass
+    finally:
+        whole.unlink(missing_ok=True)
+    with lock.open("x", encoding="utf-8") as file:
+        file.write(content)
 
 
 def _remove_stale(lock: Path) -> None:

@@ -183,12 +183,12 @@ def test_a_lock_that_was_taken_over_is_not_touched(
 def test_a_folder_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, *_: Any) -> int:
+    def refuse(path: Path, *_: Any, **__: Any) -> int:
         raise OSError(30, "Read-only file system", str(path))
 
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file/run", tmp_path / "run"):
-        monkeypatch.setattr(locking.os, "open", refuse)
+        monkeypatch.setattr(Path, "write_text", refuse)
         with pytest.raises(ValueError, match=r"cannot write to .*run \(.*\); use another --out"):
             folder_lock(folder).__enter__()
     assert entries(tmp_path) == ["file"]
@@ -197,3 +197,33 @@ def test_a_folder_that_cannot_be_written_is_named(
 def test_errors_within_stay_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), folder_lock(tmp_path):
         (tmp_path / "nothing").read_text()
+
+
+def test_a_lock_is_never_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it creates the lock leaves a whole one, or none."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "link", kill)
+        with pytest.raises(Killed), folder_lock(tmp_path):
+            pass
+    assert entries(tmp_path) == []
+
+
+def test_a_drive_without_links_has_locks_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("links are not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with folder_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+        with pytest.raises(ValueError, match="in use by process"), folder_lock(tmp_path):
+            pass
+    assert entries(tmp_path) == []
