@@ -382,3 +382,19 @@ def test_names_alone_decide() -> None:
     assert keys(["a", "a.tar.gz", ".a/b", "c."]) == [
         *(("a", [""]), ("a.tar", [".gz"]), (".a/b", [""]), ("c", ["."])),
     ]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, b"S", b"Z"])
+def test_an_absurd_size_in_a_header_ends_the_shard(
+    tmp_path: Path, kind: bytes, compress: Any
+) -> None:
+    """Skipping a member of that size, `tarfile` reads a stream for centuries."""
+    lying = tarfile.TarInfo("9.png")
+    lying.type, lying.pax_headers = kind, {"size": "9" * 30}
+    shard = write_tar(tmp_path / "a.tar", pairs(0, 2))
+    whole = shard.read_bytes()[: 4 * 2 * 512]  # without the end mark
+    shard.write_bytes(compress(whole + lying.tobuf(tarfile.PAX_FORMAT) + bytes(1024)))
+    found, skipped = read(f"pipe:cat {shard}")
+    assert [pair for _, *pair in found] == [[number, str(number)] for number in range(2)]
+    assert "shard cut short" in [x.cause for x in skipped]

@@ -111,6 +111,7 @@ def read_members(
 
     Raises: tarfile.TarError where the shard ends before its end mark.
     """
+    file = EndingStream(file) if "|" in mode else file
     how: Any = {"mode": mode, "tarinfo": _header(asides), "ignore_zeros": True, "bufsize": 1 << 18}
     with tarfile.open(fileobj=file, **how) as tar:
         while (member := tar.next()) is not None:
@@ -121,6 +122,25 @@ def read_members(
                 asides.add("hidden file", member.name)
             else:
                 yield member, tar
+
+
+class EndingStream:
+    """A stream that may be read a few times after its end; then it raises tarfile.ReadError.
+
+    To skip a member of the size that its header claims, `tarfile` reads again and again, even if
+    that takes centuries.
+    """
+
+    def __init__(self, file: Any, reads: int = 8) -> None:
+        self.file, self.reads = file, reads
+
+    def read(self, size: int = -1) -> bytes:
+        """Read at most so many bytes."""
+        content = self.file.read(size)
+        self.reads -= not content
+        if self.reads < 0:
+            raise tarfile.ReadError("it ends before the size in a header")
+        return content
 
 
 def _header(asides: Asides) -> type[tarfile.TarInfo]:
