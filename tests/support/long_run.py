@@ -141,6 +141,8 @@ def resume(out: Path, count: int, workers: int) -> list[str]:
                    capture_output=True)  # fmt: skip
     points = sorted(rng.sample(range(10, steps), count))
     for point in [*points, steps]:
+        if last_step(cut / "log.jsonl") >= point:
+            continue  # the one before was stopped later than that
         words = command(out, cut, steps, workers, steps)
         with (out / "cut.txt").open("a") as log:
             process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
