@@ -111,9 +111,9 @@ def read_members(
 
     Raises: tarfile.TarError where the shard ends before its end mark.
     """
-    file = EndingStream(file) if "|" in mode else file
+    stream: Any = EndingStream(file) if "|" in mode else file
     how: Any = {"mode": mode, "tarinfo": _header(asides), "ignore_zeros": True, "bufsize": 1 << 18}
-    with tarfile.open(fileobj=file, **how) as tar:
+    with tarfile.open(fileobj=stream, **how) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it would keep them all
             if member.isdir():
