@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
@@ -326,8 +327,9 @@ def parse_preset(presets: Mapping[str, Config], args: Sequence[str] | None, abou
     return parse(type(default), words, about, default=default)
 
 
-def bar(**options: Any) -> tqdm:
-    """Return a progress bar; in a log file it updates only every 30 seconds."""
+@cache
+def _bar_type() -> type[tqdm]:
+    """Return the class of progress bars; one for all, as tqdm keeps a thread for each class."""
     from tqdm import tqdm
 
     class Bar(tqdm):
@@ -335,5 +337,10 @@ def bar(**options: Any) -> tqdm:
             self.delay = 0  # what was shown, by tqdm.write, too, is ended by a new line
             return super().display(msg, pos)
 
+    return Bar
+
+
+def bar(**options: Any) -> tqdm:
+    """Return a progress bar; in a log file it updates only every 30 seconds."""
     interval = 0.1 if sys.stderr.isatty() else 30.0
-    return Bar(dynamic_ncols=True, mininterval=interval, maxinterval=interval, **options)
+    return _bar_type()(dynamic_ncols=True, mininterval=interval, maxinterval=interval, **options)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,11 @@ def test_a_bar_that_was_not_shown_leaves_no_line(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit), one_line_errors(), bar(total=3, delay=9):
         raise ValueError("width is 0, expected more")
     assert capsys.readouterr().err == "error: width is 0, expected more\n"
+
+
+def test_progress_bars_share_one_thread() -> None:
+    bar(total=1).close()
+    before = threading.active_count()
+    for _ in range(3):
+        bar(total=1).close()
+    assert threading.active_count() == before
