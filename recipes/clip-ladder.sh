@@ -18,9 +18,8 @@ IMAGES=${IMAGES:-400}             # images of each zero-shot probe
 FIELD=${FIELD:-training/zero-shot/noun} # accuracy to fit
 eval "flags=(${FLAGS:-})"         # more flags of every training, quoted as in a shell
 
-dalle1=("$PYTHON" -m dalle1)
-output=$(mktemp)
-trap 'rm -f "$output"' EXIT
+# shellcheck source=recipes/stages.sh
+. "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 runs=()
 for count in $STEPS; do
     for width in $WIDTHS; do
@@ -34,16 +33,10 @@ print(run.parameters, run.tokens / ${STEPS%% *} * $count)")
             "${dalle1[@]}" fit-scaling "${runs[@]}" --field "$FIELD" --hold-out 0 --predict $at \
                 --out "$OUT/prediction-${run##*/}"
         fi
-        echo "== $run"
-        "${dalle1[@]}" train clip small --data "$DATA" --model.image-size 64 \
+        stage "$run" "${dalle1[@]}" train clip small --data "$DATA" --model.image-size 64 \
             --model.width "$width" --model.text-width $((8 * width)) --batch-size 64 \
             --steps "$count" --warmup-steps $((count / 10)) --final-learning-rate 0 \
-            --ema-decay 0 --validate-every "$count" --out "$run" ${flags[@]+"${flags[@]}"} |
-            tee -i "$output"
-        if grep -q "^Stopped" "$output"; then # a training that was stopped exits with 0
-            echo "Stopped in $run; the same command resumes" >&2
-            exit 130
-        fi
+            --ema-decay 0 --validate-every "$count" --out "$run" ${flags[@]+"${flags[@]}"}
         [ -f "$run/clip.json" ] ||
             "${dalle1[@]}" evaluate clip --clip "$run" --images "$IMAGES" --out "$run"
         runs+=("$run")

@@ -23,34 +23,24 @@ eval "embed_flags=(${EMBED_FLAGS:-})"
 eval "decoder_flags=(${DECODER_FLAGS:-})"
 eval "ways_flags=(${WAYS_FLAGS:-})"
 
-output=$(mktemp)
-trap 'rm -f "$output"' EXIT
+# shellcheck source=recipes/stages.sh
+. "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
-# Run the command of one stage. A training that was stopped exits with 0, so its output is read.
-stage() {
-    local name=$1
-    shift
-    echo "== $name"
-    "$PYTHON" -m dalle1 "$@" | tee -i "$output"
-    if grep -q "^Stopped" "$output"; then
-        echo "Stopped in stage $name; the same command resumes" >&2
-        exit 130
-    fi
-}
-
-stage autoencoder train autoencoder small --init "$DVAE" --data "$DATA" \
+stage autoencoder "${dalle1[@]}" train autoencoder small --init "$DVAE" --data "$DATA" \
     --out "$UNCLIP/autoencoder" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}
-stage embedded embed --autoencoder "$UNCLIP/autoencoder" --clip "$CLIP" --data "$DATA" \
+stage embedded "${dalle1[@]}" \
+    embed --autoencoder "$UNCLIP/autoencoder" --clip "$CLIP" --data "$DATA" \
     --out "$UNCLIP/embedded" ${embed_flags[@]+"${embed_flags[@]}"}
 models=()
 for preset in $PRESETS; do
     name=$(echo "$preset" | tr '[:lower:]' '[:upper:]')_FLAGS
     eval "preset_flags=(${!name:-})"
-    stage "$preset" train decoder "$preset" --data "$UNCLIP/embedded" --clip "$CLIP" \
+    stage "$preset" "${dalle1[@]}" \
+        train decoder "$preset" --data "$UNCLIP/embedded" --clip "$CLIP" \
         --autoencoder "$UNCLIP/autoencoder" --out "$OUT/$preset" \
         ${decoder_flags[@]+"${decoder_flags[@]}"} ${preset_flags[@]+"${preset_flags[@]}"}
     models+=("$OUT/$preset")
 done
 # Without a prior, a decoder of unCLIP samples from the caption alone, as GLIDE does.
-stage ways evaluate ways --models "${models[@]}" --out "$OUT/ways" \
+stage ways "${dalle1[@]}" evaluate ways --models "${models[@]}" --out "$OUT/ways" \
     ${ways_flags[@]+"${ways_flags[@]}"}

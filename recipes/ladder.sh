@@ -20,21 +20,8 @@ STEPS=${STEPS:-250 500 1000 2000}            # updates of 16 pairs, each a run o
 LIMIT=${LIMIT:-}                             # most parameters x updates; larger runs are skipped
 eval "flags=(${FLAGS:-})"                    # more flags of every training, quoted as in a shell
 
-dalle1=("$PYTHON" -m dalle1)
-output=$(mktemp)
-trap 'rm -f "$output"' EXIT
-
-# Run one command. A training that was stopped exits with 0, so its output is read.
-stage() {
-    local name=$1
-    shift
-    echo "== $name"
-    "$@" | tee -i "$output"
-    if grep -q "^Stopped" "$output"; then
-        echo "Stopped in $name; the same command resumes" >&2
-        exit 130
-    fi
-}
+# shellcheck source=recipes/stages.sh
+. "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 train() { # WIDTH DEPTH HEADS STEPS
     stage "width-$1-steps-$4" "${dalle1[@]}" train transformer toy-128 --dvae "$DVAE" \

@@ -26,7 +26,8 @@ eval "clip_flags=(${CLIP_FLAGS:-})"
 eval "negatives_flags=(${NEGATIVES_FLAGS:-})"
 eval "classifier_flags=(${CLASSIFIER_FLAGS:-})"
 
-dalle1=("$PYTHON" -m dalle1)
+# shellcheck source=recipes/stages.sh
+. "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 together=("${dalle1[@]}")
 if [ "$PROCESSES" -gt 1 ]; then
     together=("$PYTHON" -m torch.distributed.run --standalone "--nproc-per-node=$PROCESSES" -m dalle1)
@@ -34,21 +35,6 @@ fi
 shards=$(((SCENES + 999) / 1000))
 cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
 workers=$((shards < cores ? shards : cores))
-
-output=$(mktemp)
-trap 'rm -f "$output"' EXIT
-
-# Run the command of one stage. A training that was stopped exits with 0, so its output is read.
-stage() {
-    local name=$1
-    shift
-    echo "== $name"
-    "$@" | tee -i "$output"
-    if grep -q "^Stopped" "$output"; then
-        echo "Stopped in stage $name; the same command resumes" >&2
-        exit 130
-    fi
-}
 
 stage scenes "${dalle1[@]}" toybox --out "$OUT/scenes" --num-scenes "$SCENES" --captions 8 \
     --processes "$workers"

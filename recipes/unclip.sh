@@ -21,32 +21,23 @@ eval "prior_flags=(${PRIOR_FLAGS:-})"
 eval "decoder_flags=(${DECODER_FLAGS:-})"
 eval "upsampler_flags=(${UPSAMPLER_FLAGS:-})"
 
-output=$(mktemp)
-trap 'rm -f "$output"' EXIT
-
-# Run the command of one stage. A training that was stopped exits with 0, so its output is read.
-stage() {
-    local name=$1
-    shift
-    echo "== $name"
-    "$PYTHON" -m dalle1 "$@" | tee -i "$output"
-    if grep -q "^Stopped" "$output"; then
-        echo "Stopped in stage $name; the same command resumes" >&2
-        exit 130
-    fi
-}
+# shellcheck source=recipes/stages.sh
+. "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 # The autoencoder starts from the residual groups of the dVAE, so few updates suffice.
-stage autoencoder train autoencoder small --init "$DVAE" --data "$DATA" --out "$OUT/autoencoder" \
+stage autoencoder "${dalle1[@]}" \
+    train autoencoder small --init "$DVAE" --data "$DATA" --out "$OUT/autoencoder" \
     ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}
-stage embedded embed --autoencoder "$OUT/autoencoder" --clip "$CLIP" --data "$DATA" \
+stage embedded "${dalle1[@]}" embed --autoencoder "$OUT/autoencoder" --clip "$CLIP" --data "$DATA" \
     --out "$OUT/embedded" ${embed_flags[@]+"${embed_flags[@]}"}
-stage prior train prior small --data "$OUT/embedded" --clip "$CLIP" --out "$OUT/prior" \
+stage prior "${dalle1[@]}" \
+    train prior small --data "$OUT/embedded" --clip "$CLIP" --out "$OUT/prior" \
     ${prior_flags[@]+"${prior_flags[@]}"}
-stage decoder train decoder small --data "$OUT/embedded" --clip "$CLIP" \
+stage decoder "${dalle1[@]}" train decoder small --data "$OUT/embedded" --clip "$CLIP" \
     --autoencoder "$OUT/autoencoder" --out "$OUT/decoder" \
     ${decoder_flags[@]+"${decoder_flags[@]}"}
-stage upsampler train upsampler small --data "$DATA" --out "$OUT/upsampler" \
+stage upsampler "${dalle1[@]}" train upsampler small --data "$DATA" --out "$OUT/upsampler" \
     ${upsampler_flags[@]+"${upsampler_flags[@]}"}
-stage model export --model "$OUT/decoder" --prior "$OUT/prior" --upsampler "$OUT/upsampler" \
+stage model "${dalle1[@]}" \
+    export --model "$OUT/decoder" --prior "$OUT/prior" --upsampler "$OUT/upsampler" \
     --out "$OUT/model"
