@@ -52,7 +52,7 @@ class UNetArch:
     context_width: int | None = None
     """Width of the tokens that attention reads. None: that of the time embedding, 4 × width."""
     karlo: bool = False
-    """Whether captions are read as by karlo: `text_norm` and `text_pool`."""
+    """Whether captions are read as by karlo; it sets `text_norm` and `text_pool`."""
     text_norm: bool = False
     """Whether the caption's tokens are normalized by a LayerNorm, as in Imagen."""
     text_pool: bool = False
@@ -80,6 +80,8 @@ class UNetArch:
         for name in ("blocks", "times"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("text_norm", "text_pool") if self.karlo else ():
+            object.__setattr__(self, name, True)
         channels = [m * self.width for m in self.multipliers]
         if self.size_features % 2 or self.size_features < 0:
             raise ValueError(f"size_features is {self.size_features}, expected an even number")
@@ -232,10 +234,10 @@ class UNet(nn.Module):
             self.embedding_tokens = nn.Linear(c.embedding_width, c.image_tokens * context)
         if c.text_width:
             self.text_tokens = nn.Linear(c.text_width, context)
-            pooled = (c.pooled_width or c.embedding_width) if c.karlo or c.text_pool else 0
+            pooled = (c.pooled_width or c.embedding_width) if c.text_pool else 0
             if pooled or c.size_features:
                 self.caption_vector = nn.Linear(pooled + SIZES * c.size_features, e)
-            if c.karlo or c.text_norm:
+            if c.text_norm:
                 self.text_norm = nn.LayerNorm(context)
         self.input = nn.Conv2d(c.channels + c.concat_channels, c.width, 3, padding=1)
         widths, self.down, self.middle = [c.width], nn.ModuleList(), nn.ModuleList()
@@ -285,7 +287,7 @@ class UNet(nn.Module):
         """
         c, text = self.config, self.text_tokens(caption.states)
         caption = caption.where(keep_caption)
-        if c.karlo or c.text_norm:
+        if c.text_norm:
             text = self.text_norm(text)
         tokens, mask, vector = [text], [caption.mask], [self.caption_embedding(caption)]
         if c.embedding_width:
@@ -309,7 +311,7 @@ class UNet(nn.Module):
         A caption that was dropped has neither: its sizes count as those of no image.
         """
         c, parts = self.config, []
-        if c.karlo or c.text_pool:
+        if c.text_pool:
             parts.append(caption.embedding)
         if c.size_features:
             if caption.sizes is None:
