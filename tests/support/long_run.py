@@ -23,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from experiments import losses
 from launch import ROOT
 
 PAIRS, BATCH = 256, 2
@@ -81,11 +82,6 @@ def last_step(log: Path) -> int:
         file.seek(max(0, log.stat().st_size - 2000))
         lines = [x for x in file.read().splitlines() if x.endswith(b"}") and b'"step"' in x[:9]]
     return int(json.loads(lines[-1])["step"]) if lines else 0
-
-
-def losses(run: Path) -> dict[int, float]:
-    lines = [json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()]
-    return {x["step"]: x["total"] for x in lines if "total" in x}
 
 
 def watch(out: Path, words: list[str], minutes: float) -> list[dict[str, Any]]:

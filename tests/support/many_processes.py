@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import json
 import os
 import random
 import resource
@@ -25,12 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+from experiments import forked, losses
 from launch import ROOT, free_port
 
 from dalle1.cli import run
@@ -83,7 +83,7 @@ class Job:
             self.logs.append(Path(tempfile.mkstemp(dir=folder, suffix=f"-{rank}.txt")[1]))
             env = {k: str(v) for k, v in {**meet, "RANK": rank, "LOCAL_RANK": rank}.items()}
             hook = (hooks or {}).get(rank)
-            self.pids.append(_forked(words, env, self.logs[-1], hook))
+            self.pids.append(forked(partial(_train, words, env, hook), self.logs[-1]))
 
     def poll(self) -> bool:
         """Note which processes ended; return whether all did."""
@@ -129,42 +129,11 @@ class Job:
         return found
 
 
-def _forked(words: Sequence[str], env: Mapping[str, str], log: Path, hook: Hook | None) -> int:
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    code = 70
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(handle, stream)
-        os.environ.update(env)
-        if hook:
-            hook()
-        run("train transformer", [*words])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def losses(out: Path) -> dict[int, dict[str, float]]:
-    """Return the logged values of each step."""
-    found: dict[int, dict[str, float]] = {}
-    path = out / "log.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if "total" in values:
-            names = ("total", "text", "image", "gradient_norm", "learning_rate")
-            found[values["step"]] = {name: values[name] for name in names}
-    return found
+def _train(words: Sequence[str], env: Mapping[str, str], hook: Hook | None) -> None:
+    os.environ.update(env)
+    if hook:
+        hook()
+    run("train transformer", [*words])
 
 
 class Experiments:

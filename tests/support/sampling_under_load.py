@@ -16,15 +16,15 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from experiments import forked
 from PIL import Image
 from tiny_model import save_whole_model
 
@@ -53,7 +53,8 @@ class Load:
         """Sample into the folders at once; return what is wrong with the ends of processes."""
         self.count += 1
         logs = [self.folder / f"log-{self.count}-{i}.txt" for i in range(len(outs))]
-        pids = [self._start(out, log, hook) for out, log in zip(outs, logs, strict=True)]
+        each = zip(outs, logs, strict=True)
+        pids = [forked(partial(self._sample, out, hook), log) for out, log in each]
         wrong, self.endings = [], Counter[str]()
         for pid, log in zip(pids, logs, strict=True):
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -69,28 +70,12 @@ class Load:
                 wrong.append(f"exit code {code}: {text[-900:]!r}")
         return wrong
 
-    def _start(self, out: Path, log: Path, hook: Hook | None) -> int:
-        sys.stdout.flush()
-        if pid := os.fork():
-            return pid
-        code = 70
-        try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT)
-            for stream in (1, 2):
-                os.dup2(handle, stream)
-            signal.alarm(SECONDS)
-            if hook:
-                hook()
-            words = [*PROMPTS, "--model", str(self.model), "--out", str(out), "--device", "cpu"]
-            run("sample", [*words, "--num-candidates", "6", "--num-images", "3"])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+    def _sample(self, out: Path, hook: Hook | None) -> None:
+        signal.alarm(SECONDS)
+        if hook:
+            hook()
+        words = [*PROMPTS, "--model", str(self.model), "--out", str(out), "--device", "cpu"]
+        run("sample", [*words, "--num-candidates", "6", "--num-images", "3"])
 
     def images(self, out: Path, prompt: str) -> dict[Path, list[bytes]]:
         """Return the pixels of the images of a prompt, by folder."""

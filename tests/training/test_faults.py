@@ -10,7 +10,6 @@ FAULTS=25 in the environment kills 25 times instead of 3.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from experiments import losses
 from safetensors.torch import load_file
 
 from dalle1.model.transformer import Transformer
@@ -57,7 +57,7 @@ class Runs:
         process, began = self.begin(folder / "uninterrupted")
         assert process.wait() == 0
         self.duration = time.perf_counter() - began
-        self.expected = self.losses(folder / "uninterrupted")
+        self.expected = losses(folder / "uninterrupted")
         assert list(self.expected) == [*range(1, STEPS + 1)]
 
     def start(self, out: Path, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
@@ -81,23 +81,9 @@ class Runs:
             time.sleep(0.01)
         return process, time.perf_counter()
 
-    def losses(self, out: Path) -> dict[int, dict[str, float]]:
-        """Return the logged values of each step, without a line that was cut off."""
-        found: dict[int, dict[str, float]] = {}
-        path = out / "log.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                values = json.loads(line)
-            except ValueError:
-                continue
-            if "total" in values:
-                names = ("total", "text", "image", "gradient_norm", "learning_rate")
-                found[values["step"]] = {name: values[name] for name in names}
-        return found
-
     def check(self, out: Path, fault: str) -> int:
         """Check everything that is there after a fault; return the step that it resumes from."""
-        for step, values in self.losses(out).items():
+        for step, values in losses(out).items():
             if values != self.expected[step]:
                 self.problems.append(f"{fault}: step {step} differs")
         for folder in [f for f in out.glob("step-*") if f.is_dir()]:
@@ -109,7 +95,7 @@ class Runs:
                 self.problems.append(f"{fault}: {folder} does not load: {error}")
         state = load_checkpoint(out)
         found = state["step"] if state else 0
-        logged = max(self.losses(out), default=0)
+        logged = max(losses(out), default=0)
         # Of the step in whose checkpoint it was killed, the one before counts.
         if found < (logged - 1) // SAVE_EVERY * SAVE_EVERY or found < self.saved.get(out, 0):
             self.problems.append(f"{fault}: {logged} steps logged, {found} saved")
@@ -128,7 +114,7 @@ class Runs:
         step = self.check(out, number.name)
         if number == signal.SIGTERM and process.returncode != 0:
             self.problems.append(f"SIGTERM: exit code {process.returncode}")
-        if number == signal.SIGTERM and step < max(self.losses(out), default=0):
+        if number == signal.SIGTERM and step < max(losses(out), default=0):
             self.problems.append(f"SIGTERM: only {step} steps saved")
         return True
 
@@ -151,7 +137,7 @@ def test_a_killed_training_resumes_as_if_uninterrupted(runs: Runs) -> None:
             signals.pop()
         assert runs.start(out).wait() == 0
         assert runs.check(out, "the end") == STEPS
-        assert runs.losses(out) == runs.expected
+        assert losses(out) == runs.expected
     assert runs.problems == []
 
 
