@@ -92,7 +92,8 @@ def parse_way(way: str) -> dict[str, Any]:
         if not is_option or not name.isidentifier() or not value:
             raise ValueError(f"way is {way!r}, expected plain or NAME=VALUE,NAME=VALUE")
         if name not in OPTIONS:
-            raise ValueError(f"way is {way}, expected one of {', '.join(OPTIONS)}, not {name}")
+            known = ", ".join(map(repr, OPTIONS))  # quoted, since they are no flags
+            raise ValueError(f"way is {way!r}, expected NAME=VALUE, where NAME is one of {known}")
         found[name] = value
         for kind in (float, int):  # the last that reads it
             try:

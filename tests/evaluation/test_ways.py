@@ -127,8 +127,14 @@ def test_bad_options_are_refused_in_one_line(
         (["--ways", "resample=best"], "resample is 'best', expected clip or likelihood or none"),
         (["--num-candidates", "0"], "--num-candidates is 0, expected at least 1"),
         (["--ways", "guidance=much"], "guidance is 'much', expected a finite number"),
-        (["--ways", "guidence=2"], "way is guidence=2, expected one of temperature, top_k"),
-        (["--ways", "known_codes=1"], "way is known_codes=1, expected one of temperature, top_k"),
+        (
+            ["--ways", "guidence=2"],
+            "way is 'guidence=2', expected NAME=VALUE, where NAME is one of 'temperature', 'top_k'",
+        ),
+        (
+            ["--ways", "known_codes=1"],
+            "way is 'known_codes=1', expected NAME=VALUE, where NAME is one of 'temperature', 'top_k'",
+        ),
         (["--ways", "seed=abc"], "seed is 'abc', expected a whole number"),
         (["--ways", "steps=3"], "way is steps=3, and the model has no option 'steps'"),
         (["--ways", "plain", "negative=swapped"], "guidance is 1"),
