@@ -20,7 +20,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dalle1.console import bar
 from dalle1.data.images import grid, save_png
-from dalle1.evaluation.classifier import ASPECTS, ToyboxClassifier, Verdict, load_classifier
+from dalle1.devices import pick_device
+from dalle1.evaluation.classifier import (
+    ASPECTS,
+    BUNDLED,
+    ToyboxClassifier,
+    Verdict,
+    load_classifier,
+)
 from dalle1.evaluation.classifier_accuracy import classifier_accuracy, print_accuracy
 from dalle1.evaluation.report import Scores, wilson_interval
 from dalle1.evaluation.toybox_prompts import KINDS, SPLITS, Prompt, PromptBatch, prompt_batches
@@ -116,7 +123,7 @@ def evaluate_toybox(options: ToyboxOptions, model: RankingPipeline | None = None
     names = "temperature", "top_p", "guidance", "rerank"
     sampling = {name: getattr(options, name) for name in names}
     GenerationConfig().updated(**sampling)
-    classifier = load_classifier(options.classifier) if options.classifier else load_classifier()
+    classifier = load_classifier(options.classifier or BUNDLED, pick_device(options.device))
     batches = list(prompt_batches(options.num_prompts, options.best_of, options.seed))
     if model is None:
         model = load_pipeline(options.model, device=options.device, precision=options.precision)

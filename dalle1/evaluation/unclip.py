@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dalle1.console import bar
-from dalle1.evaluation.classifier import load_classifier
+from dalle1.devices import pick_device
+from dalle1.evaluation.classifier import BUNDLED, load_classifier
 from dalle1.evaluation.report import Scores, wilson_interval
 from dalle1.evaluation.toybox_prompts import MAX_PROMPTS, SPLITS, choose_prompts
 from dalle1.evaluation.variants import Variant, measured
@@ -102,7 +103,7 @@ def evaluate_unclip(options: UnclipOptions) -> Scores:
     `first` is the share of prompts whose first candidate is correct, `best` of those whose best by
     CLIP is. `diversity` is the mean cosine distance of a prompt's candidates from each other.
     """
-    classifier = load_classifier(options.classifier) if options.classifier else load_classifier()
+    classifier = load_classifier(options.classifier or BUNDLED, pick_device(options.device))
     prompts = [p for s in SPLITS for p in choose_prompts(s, options.num_prompts, options.seed)]
     rows = list(variants(options))
     full = rows[0].model

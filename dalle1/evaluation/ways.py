@@ -25,7 +25,7 @@ import numpy as np
 from dalle1.clip import Clip
 from dalle1.console import bar
 from dalle1.devices import pick_device
-from dalle1.evaluation.classifier import load_classifier
+from dalle1.evaluation.classifier import BUNDLED, load_classifier
 from dalle1.evaluation.report import Scores
 from dalle1.evaluation.toybox_prompts import MAX_PROMPTS, SPLITS, Prompt, choose_prompts
 from dalle1.evaluation.variants import Measured, Variant, measured
@@ -159,7 +159,7 @@ def evaluate_ways(options: WaysOptions) -> Scores:
 
     Margins are half of the 95 % interval.
     """
-    classifier = load_classifier(options.classifier) if options.classifier else load_classifier()
+    classifier = load_classifier(options.classifier or BUNDLED, pick_device(options.device))
     prompts, rows, clip = chosen_prompts(options), [*rows_of(options)], load_clip(options)
     for row in rows:
         check_row(row, prompts[0], options.num_candidates)

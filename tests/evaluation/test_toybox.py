@@ -80,7 +80,7 @@ def run(
     model: FakeModel, out: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
 ) -> dict[str, float]:
     fake = FakeClassifier(TINY).eval()
-    monkeypatch.setattr("dalle1.evaluation.toybox.load_classifier", lambda: fake)
+    monkeypatch.setattr("dalle1.evaluation.toybox.load_classifier", lambda path, device: fake)
     options = ToyboxOptions(**{**SETTINGS, "out": out, **settings})
     return dict(evaluate_toybox(options, model))  # type: ignore[arg-type]
 

@@ -49,7 +49,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found[name].options = replace(found[name].options, prior_steps=2)
     monkeypatch.setattr(unclip, "load_pipeline", lambda name, **_: found[name])
     monkeypatch.setattr(unclip, "load_prior", lambda *_: tiny_prior(depth=2))
-    monkeypatch.setattr(unclip, "load_classifier", HalfRight)
+    monkeypatch.setattr(unclip, "load_classifier", lambda path, device: HalfRight())
     return found
 
 
