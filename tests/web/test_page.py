@@ -28,7 +28,7 @@ CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 if CHROMIUM is None:
     pytest.skip(f"needs one of {', '.join(BROWSERS)} on the PATH", allow_module_level=True)
 
-SECONDS = 40_000  # of a loaded machine: each step takes a fraction of a second on a quiet one
+MILLISECONDS = 300_000  # of a loaded machine: a step takes a fraction of a second on a quiet one
 ROW_SECONDS = 0.2
 ROWS_MAY_END = threading.Event()
 ROWS_MAY_END.set()
@@ -62,7 +62,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     def slow(prompt: str, on_row: Any, **options: Any) -> Any:
         def after_row(codes: torch.Tensor, rows: int) -> None:
             time.sleep(ROW_SECONDS)
-            ROWS_MAY_END.wait(SECONDS / 1000)
+            ROWS_MAY_END.wait(MILLISECONDS / 1000)
             on_row(codes, rows)
 
         return DallE.candidates(model, prompt, on_row=after_row, **options)
@@ -95,7 +95,7 @@ def browser() -> Iterator[Any]:
 def context(browser: Any, address: str) -> Iterator[Any]:
     """Yield a fresh profile, which must request nothing from elsewhere and run no script."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    context.set_default_timeout(SECONDS)
+    context.set_default_timeout(MILLISECONDS)
     elsewhere: list[str] = []
     own = (address.rstrip("/"), "data:", "blob:")
     context.on("request", lambda r: r.url.startswith(own) or elsewhere.append(r.url))
@@ -382,7 +382,7 @@ def test_look_inside(page: Any, tmp_path: Path) -> None:
 
 def test_phone_and_keyboard(browser: Any, address: str, tmp_path: Path) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
-    context.set_default_timeout(SECONDS)
+    context.set_default_timeout(MILLISECONDS)
     page = opened(context, address)
     page.focus("#prompt textarea")
     page.keyboard.press("Control+A")
