@@ -4,76 +4,35 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pipeline import (
+    PROMPT,
+    plain_model,
+    ranked_model,
+    same,
+)
 
 from dalle1 import DallE
-from dalle1.clip import ClipArch, new_clip
-from dalle1.devices import PRECISIONS
-from dalle1.model.transformer import Transformer, TransformerConfig
 from dalle1.sampling import batching
 from dalle1.sampling.batching import batched, max_batch
 from dalle1.sampling.decoding import UNKNOWN
-from dalle1.sampling.generation import GenerationConfig
 from dalle1.sampling.kv_cache import decode_memory
-from dalle1.text.bpe import Tokenizer
 from dalle1.text.known_words import Words
-from dvae import DVAE, DVAEConfig
-
-CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]
-PROMPT = "a red cube"
-
-
-def tiny_dvae(image_size: int = 32, codebook_size: int = 16) -> DVAE:
-    torch.manual_seed(0)
-    size = {"width": 4, "blocks_per_group": 1, "code_width": 8}
-    dvae = DVAE(DVAEConfig(image_size=image_size, codebook_size=codebook_size, **size)).eval()
-    with torch.no_grad():  # colours that differ from code to code
-        dvae.decoder.input.weight.mul_(10)
-    return dvae
-
-
-def tiny_transformer(**sizes: int) -> Transformer:
-    default = {"text_vocab": 270, "text_len": 8, "codebook_size": 16, "grid_size": 4}
-    config = TransformerConfig(**{**default, "width": 16, "depth": 2, "heads": 2, **sizes})
-    model = Transformer(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 @pytest.fixture(scope="module")
 def plain() -> DallE:
-    tokenizer = Tokenizer.train(CAPTIONS, 270)
-    assert tokenizer.vocab_size == 270
-    return DallE(tiny_dvae(), tiny_transformer(), tokenizer)
+    return plain_model()
 
 
 @pytest.fixture(scope="module")
 def ranked(plain: DallE) -> DallE:
-    torch.manual_seed(0)
-    small = {"width": 32, "layers": 1, "text_width": 32, "text_layers": 1, "embed_dim": 16}
-    clip = new_clip(plain.tokenizer, ClipArch(image_size=32, text_len=12, **small))
-    return DallE(plain.image_tokenizer, plain.transformer, plain.tokenizer, clip)
-
-
-@pytest.fixture(scope="module")
-def folder(ranked: DallE, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "saved"
-    ranked.save_pretrained(path)
-    return path
-
-
-def same(a: list[Image.Image], b: list[Image.Image]) -> bool:
-    return [x.tobytes() for x in a] == [x.tobytes() for x in b]
+    return ranked_model(plain)
 
 
 def test_without_a_clip_candidates_stay_in_order(plain: DallE) -> None:
@@ -395,211 +354,3 @@ def test_captions_are_continued(plain: DallE) -> None:
         plain.complete("a red", guidance=3)
     with pytest.raises(ValueError, match="prompts is 'a cube', expected a list"):
         plain.sample("a cube")
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_other_precisions_sample_too(folder: Path, precision: str) -> None:
-    model = DallE.from_pretrained(folder, device="cpu", precision=precision)
-    assert model.transformer.image_head.weight.dtype == PRECISIONS[precision]
-    candidates = model.candidates(PROMPT, num_candidates=2)
-    assert len({c.image.tobytes() for c in candidates}) == 2
-    with pytest.raises(ValueError, match="precision is 'fp64', expected auto or fp32"):
-        DallE.from_pretrained(folder, precision="fp64")
-
-
-def test_saved_models_sample_the_same(ranked: DallE, plain: DallE, folder: Path) -> None:
-    names = {p.name for p in folder.iterdir()}
-    assert names == {
-        "dvae.safetensors",
-        "transformer.safetensors",
-        "vocab.json",
-        "words.json",
-        "clip",
-    }
-    loaded = DallE.from_pretrained(folder, device="cpu", precision="fp32")
-    options = {"num_images": 4, "num_candidates": 4, "seed": 5}
-    assert same(loaded.generate(PROMPT, **options), ranked.generate(PROMPT, **options))
-    without = DallE.from_pretrained(folder, clip="none", device="cpu", precision="fp32")
-    assert without.clip is None
-    assert same(without.generate(PROMPT, **options), plain.generate(PROMPT, **options))
-
-
-def test_a_model_samples_by_its_own_defaults(plain: DallE, tmp_path: Path) -> None:
-    model = copy.copy(plain)
-    model.generation = GenerationConfig(temperature=0, num_candidates=3)
-    model.save_pretrained(tmp_path)
-    loaded = DallE.from_pretrained(tmp_path, device="cpu")
-    with pytest.warns(UserWarning, match="all 3 candidates are alike"):
-        assert len(loaded.candidates(PROMPT)) == 1
-    assert len(loaded.generate(PROMPT, temperature=1)) == 3
-    explicit = plain.candidates(PROMPT, num_candidates=2, temperature=0.5)
-    assert [c.codes.tolist() for c in explicit] == [
-        c.codes.tolist() for c in loaded.candidates(PROMPT, num_candidates=2, temperature=0.5)
-    ]
-
-
-def test_a_default_of_clip_needs_none(ranked: DallE, plain: DallE) -> None:
-    parts = plain.image_tokenizer, plain.transformer, plain.tokenizer
-    model = DallE(*parts, generation=GenerationConfig(rerank="clip"))
-    assert model.candidates(PROMPT, num_candidates=1)[0].score is None
-    model = DallE(*parts, ranked.clip, generation=GenerationConfig(rerank="clip"))
-    assert model.candidates(PROMPT, num_candidates=1)[0].score is not None
-
-
-def test_another_clip_can_be_chosen(plain: DallE, folder: Path, tmp_path: Path) -> None:
-    plain.save_pretrained(tmp_path)
-    assert DallE.from_pretrained(tmp_path, device="cpu").clip is None
-    chosen = DallE.from_pretrained(tmp_path, clip=folder / "clip", device="cpu")
-    assert chosen.candidates(PROMPT, num_candidates=1)[0].score is not None
-
-
-def test_the_clip_computes_in_the_samplers_precision(folder: Path) -> None:
-    image = [Image.effect_noise((32, 32), 90).convert("RGB")]
-    scores = []
-    for precision in ("fp32", "bf16"):
-        model = DallE.from_pretrained(folder, device="cpu", precision=precision)
-        assert model.clip is not None
-        assert model.clip.precision == precision
-        scores.append(model.clip.score(PROMPT, image).item())
-    assert scores[0] != scores[1]
-    assert scores[0] == pytest.approx(scores[1], abs=0.05)
-
-
-@pytest.mark.parametrize("name", ["dvae.safetensors", "transformer.safetensors", "vocab.json"])
-@pytest.mark.parametrize("how", ["missing", "empty", "cut", "garbage"])
-def test_an_inconsistent_folder_is_named(plain: DallE, tmp_path: Path, name: str, how: str) -> None:
-    plain.save_pretrained(tmp_path)
-    file = tmp_path / name
-    content = file.read_bytes()
-    file.unlink()
-    if how != "missing":
-        broken = {"empty": b"", "cut": content[: len(content) // 2], "garbage": b"?" * 100}[how]
-        file.write_bytes(broken)
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        DallE.from_pretrained(tmp_path, device="cpu")
-
-
-def test_no_folder_and_no_device_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no model at .*nowhere: the folder does not exist"):
-        DallE.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="device 'quantum' is not available"):
-        DallE.from_pretrained(folder, device="quantum")
-
-
-@pytest.mark.parametrize(
-    ("dvae", "transformer", "vocabulary", "message"),
-    [
-        ({"codebook_size": 8}, {}, 270, "8 codes on a grid of 4, the transformer expects 16 on 4"),
-        ({"image_size": 64}, {}, 270, "16 codes on a grid of 8, the transformer expects 16 on 4"),
-        ({}, {}, 260, "the vocabulary has 260 tokens, the transformer expects 270"),
-    ],
-)
-def test_parts_that_do_not_fit_are_refused(
-    dvae: dict[str, int], transformer: dict[str, int], vocabulary: int, message: str
-) -> None:
-    tokenizer = Tokenizer.train(CAPTIONS, vocabulary)
-    with pytest.raises(ValueError, match=message):
-        DallE(tiny_dvae(**dvae), tiny_transformer(**transformer), tokenizer)
-
-
-@pytest.mark.parametrize("prompt", ["", "  \n "])
-def test_an_empty_prompt_is_refused(plain: DallE, prompt: str) -> None:
-    with pytest.raises(ValueError, match="the prompt is empty; describe an image"):
-        plain.generate(prompt)
-
-
-def test_a_long_prompt_reports_what_is_kept(plain: DallE) -> None:
-    count = plain.tokenizer.count("red " * 30)
-    with pytest.warns(UserWarning, match=f"{count} tokens, expected at most 7") as caught:
-        tokens = plain.encode_prompt("red " * 30)
-    kept = plain.tokenizer.decode(tokens[None])[0]
-    assert kept
-    assert str(caught[0].message).endswith(f"cut to: {kept}")
-    assert tokens[-1] == 270 + 7  # the last position stays a pad
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        short = "x" * 6  # with the space before it seven bytes, if nothing is merged
-        assert plain.tokenizer.count(short) == 7
-        plain.encode_prompt(short)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"num_images": 5, "num_candidates": 4},
-            "num_images is 5, expected 1 to num_candidates, 4",
-        ),
-        ({"num_images": 0}, "num_images is 0, expected 1"),
-        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
-        ({"batch_size": -1}, "batch_size is -1, expected at least 1"),
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0}, "top_p is 0"),
-        ({"guidance": -1}, "guidance is -1"),
-        ({"share": (2, 2)}, r"share is \(2, 2\), expected \(r, n\)"),
-    ],
-)
-def test_impossible_settings_are_refused(
-    plain: DallE, options: dict[str, int], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        plain.generate(PROMPT, **options)
-
-
-def test_weights_and_negative_prompts_change_what_is_sampled(plain: DallE) -> None:
-    options = {"num_images": 2, "num_candidates": 2}
-    expected = plain.generate("a red cube", **options)
-    assert same(plain.generate("a red (cube:1)", weighted=True, **options), expected)
-    assert not same(plain.generate("a (red:6) cube", weighted=True, **options), expected)
-    literal = plain.generate("a (red:6) cube", **options)
-    assert same(plain.generate(r"a \(red:6\) cube", weighted=True, **options), literal)
-    guided = plain.generate("a red cube", guidance=4, **options)
-    assert not same(
-        plain.generate("a red cube", guidance=4, negative_prompt="blue", **options), guided
-    )
-    # As guidance does, a weight of the whole prompt leads away from the empty caption.
-    assert same(plain.generate("(a red cube:4)", weighted=True, **options), guided)
-    # Prompts of other numbers of weights are sampled together as they are alone.
-    prompts = ["a (red:3) (cube:2)", "a red cube", "a [blue] star"]
-    together = plain.sample(prompts, num_candidates=2, weighted=True)
-    for prompt, candidates in zip(prompts, together, strict=True):
-        alone = plain.candidates(prompt, num_candidates=2, weighted=True)
-        assert all(torch.equal(a.codes, b.codes) for a, b in zip(alone, candidates, strict=True))
-    with pytest.raises(ValueError, match="guidance is 1, expected above 1 with a negative prompt"):
-        plain.generate("a red cube", negative_prompt="blue")
-
-
-def test_no_candidates_are_refused(plain: DallE) -> None:
-    with pytest.raises(ValueError, match="num_candidates is 0"):
-        plain.candidates(PROMPT, num_candidates=0)
-
-
-def test_a_default_number_gives_way_to_the_other(plain: DallE) -> None:
-    assert len(plain.generate("a red cube", num_candidates=1)) == 1
-    assert len(plain.generate("a red cube", num_images=2, num_candidates=3)) == 2
-    with pytest.raises(ValueError, match="num_images is 3, expected 1 to num_candidates, 2"):
-        plain.generate("a red cube", num_images=3, num_candidates=2)
-
-
-def test_images_are_decoded_in_bf16_where_it_is_fast(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = DallE.from_pretrained(folder, device="cpu", precision="bf16", clip="none")
-    codes = torch.arange(64).view(4, 4, 4) % model.image_tokenizer.codebook_size
-    dtypes = []
-    original = model.image_tokenizer.decode
-
-    def decode(codes: torch.Tensor) -> torch.Tensor:
-        pixels = original(codes)
-        dtypes.append(torch.is_autocast_enabled("cpu"))
-        return pixels
-
-    monkeypatch.setattr(model.image_tokenizer, "decode", decode)
-    found = {}
-    for kind in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr("dalle1.pipeline.pick_precision", lambda *_, kind=kind: kind)
-        found[kind] = [np.asarray(image, int) for image in model.decode(codes)]
-    assert dtypes == [False, True]
-    for exact, rounded in zip(*found.values(), strict=True):
-        assert np.abs(exact - rounded).max() <= 8
