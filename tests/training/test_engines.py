@@ -8,10 +8,11 @@ import os
 import shutil
 from pathlib import Path
 
+import four_processes
 import pytest
 import torch
 import two_processes
-from launch import in_two_processes
+from launch import in_processes, in_two_processes
 from safetensors.torch import load_file
 from two_processes import HALF, RUNS, STEPS
 
@@ -184,3 +185,21 @@ def test_powersgd_changes_updates_after_the_warm_up_alone(runs: tuple[Path, list
 def test_powersgd_survives_a_gradient_that_is_not_finite(runs: tuple[Path, list[str]]) -> None:
     log = log_of(runs[0] / "powersgd-skipping", "total")
     assert [step for step, total in log.items() if total != total] == [3]
+
+
+@pytest.fixture(scope="module")
+def of_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train and resume everything in `four_processes.RUNS`."""
+    out = tmp_path_factory.mktemp("four")
+    in_processes(4, four_processes.__file__, out)
+    return out
+
+
+@pytest.mark.parametrize("name", four_processes.RUNS)
+def test_four_processes_resume_to_the_last_digit(of_four: Path, name: str) -> None:
+    files = [of_four / run / "latest" / TENSORS_NAME for run in (name, f"{name}-resumed")]
+    whole, resumed = map(load_file, files)
+    assert whole.keys() == resumed.keys()
+    assert [key for key in whole if not whole[key].equal(resumed[key])] == []
+    steps = range(four_processes.HALF + 1, four_processes.STEPS + 1)
+    assert list(log_of(of_four / f"{name}-resumed", "total")) == [*steps]

@@ -43,8 +43,9 @@ class DDPEngine(Engine[Model]):
             self.root = nn.parallel.DistributedDataParallel(
                 self.root,
                 gradient_as_bucket_view=True,
-                # It keeps the buckets as they are, so that errors fit them after resuming.
-                find_unused_parameters=compresses,
+                # It keeps the buckets as they are, so that gradients are summed in the same order,
+                # and PowerSGD's errors fit, after resuming.
+                find_unused_parameters=True,
             )
             self.compression = PowerSGD(self.root, config) if compresses else None
 
