@@ -8,7 +8,8 @@
 # one returns at once. OUT/model then holds the model: dalle1 sample PROMPT --model OUT/model.
 # dVAE and transformer are trained in two stages each: toy-finetune drops the dVAE codes that carry
 # nothing, and the transformer is trained on smaller images first, since it learns from them what
-# captions mean in a fraction of the time. toy-negatives teaches the CLIP what belongs to what.
+# captions mean in a fraction of the time. Captions have at most 20 tokens, so 24 places hold them.
+# toy-negatives teaches the CLIP what belongs to what.
 set -euo pipefail
 
 OUT=${OUT:-runs/toy}              # folder of all stages
@@ -36,8 +37,9 @@ shards=$(((SCENES + 999) / 1000))
 cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
 workers=$((shards < cores ? shards : cores))
 
+# More scenes of two objects and in a style than Toybox has by itself: they are harder to learn.
 stage scenes "${dalle1[@]}" toybox --out "$OUT/scenes" --num-scenes "$SCENES" --captions 8 \
-    --processes "$workers"
+    --shares 40 25 35 --processes "$workers"
 stage dvae "${dalle1[@]}" train dvae toy --data "$OUT/scenes" --out "$OUT/dvae" \
     ${dvae_flags[@]+"${dvae_flags[@]}"}
 stage toy-finetune "${dalle1[@]}" train dvae toy-finetune --data "$OUT/scenes" \
@@ -53,13 +55,13 @@ for size in $FIRST_SIZES; do
     eval "flags=(${!name:-})"
     stage "codes-$size" "${encode[@]}" --image-size "$size" --out "$OUT/codes-$size"
     stage "toy-$size" "${transformer[@]}" toy-128 --dvae "$OUT/toy-finetune" \
-        --data "$OUT/codes-$size" --image-size "$size" --out "$OUT/toy-$size" \
+        --data "$OUT/codes-$size" --image-size "$size" --model.text-len 24 --out "$OUT/toy-$size" \
         ${from[@]+"${from[@]}"} ${flags[@]+"${flags[@]}"}
     from=(--init "$OUT/toy-$size")
 done
 stage codes "${encode[@]}" --out "$OUT/codes"
 stage transformer "${transformer[@]}" toy --dvae "$OUT/toy-finetune" --data "$OUT/codes" \
-    --out "$OUT/transformer" ${from[@]+"${from[@]}"} \
+    --model.text-len 24 --out "$OUT/transformer" ${from[@]+"${from[@]}"} \
     ${transformer_flags[@]+"${transformer_flags[@]}"}
 stage clip "${dalle1[@]}" train clip toy --data "$OUT/scenes" --out "$OUT/clip" \
     ${clip_flags[@]+"${clip_flags[@]}"}
@@ -72,4 +74,5 @@ stage classifier "${dalle1[@]}" train classifier toy --out "$OUT/classifier" \
 
 stage model "${dalle1[@]}" export --model "$OUT/transformer" --clip "$OUT/toy-negatives" \
     --out "$OUT/model"
+printf '{"guidance": 2}\n' >"$OUT/model/generation.json"
 cp "$(ls -td "$OUT"/classifier/step-* | head -n 1)/classifier.safetensors" "$OUT/model/"

@@ -67,6 +67,19 @@ def test_writing_resumes_after_the_last_complete_shard(
     assert "holds results of other settings (size differ)" in capsys.readouterr().err
 
 
+def test_shares_are_those_that_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--out", str(tmp_path), "--num-scenes", "2", "--size", "32"]
+    main([*arguments, "--shares", "1", "0", "0"])
+    with tarfile.open(tmp_path / "00000.tar") as tar:
+        facts = [json.loads(tar.extractfile(m).read()) for m in tar if m.name.endswith(".json")]  # type: ignore[union-attr]
+    assert [fact["scene"]["relation"] is None for fact in facts] == [False, False]
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "holds results of other settings (shares differ)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_workers_end_with_the_first_process(number: int, code: int, tmp_path: Path) -> None:
     words = ["--out", str(tmp_path), "--num-scenes", "4000", "--size", "32", "--processes", "2"]
@@ -97,6 +110,8 @@ def test_ctrl_c_prints_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--size", "3"], "got size 3"),
         (["--num-scenes", "0"], "got --num-scenes 0"),
         (["--num-scenes", "1", "--shard-size", "0"], "got --shard-size 0"),
+        (["--shares", "0", "0", "0"], "got shares 0 0 0, expected three weights"),
+        (["--shares", "1", "nan", "1"], "got shares 1 nan 1, expected three weights"),
         (
             ["--num-scenes", "1", "--out", "{file}/below"],
             "below (Not a directory); use another --out",

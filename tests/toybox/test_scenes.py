@@ -132,6 +132,16 @@ def test_kinds_of_scenes_have_their_shares() -> None:
     assert min(styles[style] for style in STYLES) > 100
 
 
+def test_shares_of_scenes_can_be_chosen() -> None:
+    world = Toybox(shares=(40, 25, 35))
+    scenes = [world.scene(i) for i in range(2000)]
+    assert scenes[7] == Toybox(size=32, shares=(40, 25, 35)).scene(7)
+    two = sum(scene.relation is not None for scene in scenes)
+    styled = sum(scene.relation is None and scene.style is not None for scene in scenes)
+    assert two / 2000 == pytest.approx(0.4, abs=0.04)
+    assert styled / 2000 == pytest.approx(0.25, abs=0.04)
+
+
 def test_relations_are_true_and_objects_stay_apart_and_inside() -> None:
     for scene in scenes("all", 3000):
         for item in scene.items:
