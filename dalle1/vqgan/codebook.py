@@ -44,7 +44,8 @@ class CodebookAverage(nn.Module):
         """
         vectors = rearrange(features, "b e h w -> (b h w) e").float()
         one_hot = F.one_hot(codes.flatten(), len(codebook)).to(vectors.dtype)
-        counts, sums = one_hot.sum(0), one_hot.T @ vectors
+        with torch.autocast(vectors.device.type, enabled=False):  # the averages are fp32
+            counts, sums = one_hot.sum(0), one_hot.T @ vectors
         chosen = torch.randint(len(vectors), (len(codebook),), generator=rng, device=rng.device)
         candidates = vectors[chosen]
         if dist.is_initialized():

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dalle1.tasks.vqvae import VQVAE_PRESETS, VQVAETask
+from dalle1.training.engines.base import LossModule
 from dalle1.training.loop import fit
 from dalle1.vqgan import VQGAN, VQGANConfig
 from dalle1.vqgan.codebook import CodebookAverage
@@ -126,6 +127,18 @@ def test_training_resumes_exactly(tmp_path) -> None:
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert VQGAN.load(tmp_path / "a").config == config(tmp_path).model
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_codes_are_averaged_in_fp32_in_every_precision(tmp_path, precision: str) -> None:
+    task = VQVAETask(config(tmp_path))
+    batch = {"images": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)}
+    total, _ = LossModule(task, precision)(batch, 0, torch.Generator().manual_seed(0))
+    assert total.isfinite()
+    mean = task.model.average.sums / task.model.average.counts[:, None]
+    assert torch.equal(task.model.tokenizer.quantize.embedding.weight, mean)
+    assert mean.dtype == torch.float32
+    assert not torch.equal(mean, mean.bfloat16().float())
 
 
 def test_a_vqgan_trains_generator_and_discriminator_apart(tmp_path) -> None:
