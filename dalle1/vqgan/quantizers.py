@@ -39,7 +39,8 @@ class NearestQuantizer(nn.Module):
         """Return the nearest codes: [B, E, h, w] → [B, h, w]."""
         z = self._comparable(rearrange(features, "b e h w -> (b h w) e").float())
         e = self._comparable(self.embedding.weight.float())
-        distance = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * (z @ e.T)
+        with torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse for the nearest
+            distance = z.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * (z @ e.T)
         b, _, h, w = features.shape
         return distance.argmin(1).view(b, h, w)
 
@@ -67,7 +68,8 @@ class GumbelQuantizer(nn.Module):
 
     def codes(self, features: Tensor) -> Tensor:
         """Return the most likely codes: [B, E, h, w] → [B, h, w]."""
-        return self.proj(features).argmax(1)
+        with torch.autocast(features.device.type, enabled=False):  # as for the nearest code
+            return self.proj(features.float()).argmax(1)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """Look up code vectors: [B, h, w] → [B, E, h, w]."""

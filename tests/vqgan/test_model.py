@@ -73,6 +73,14 @@ def test_nearest_is_the_smallest_distance() -> None:
     assert torch.equal(model.quantize.codes(features), expected)
 
 
+@pytest.mark.parametrize("quantizer", ["nearest", "normalized", "gumbel"])
+def test_codes_are_the_same_under_autocast(quantizer: str) -> None:
+    model, features = tiny(quantizer=quantizer), torch.randn(2, 8, 32, 32)
+    codes = model.quantize.codes(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.quantize.codes(features), codes)
+
+
 def test_normalized_ignores_lengths() -> None:
     model, features = tiny(quantizer="normalized"), torch.randn(2, 8, 3, 5)
     assert torch.equal(model.quantize.codes(features), model.quantize.codes(7 * features))
