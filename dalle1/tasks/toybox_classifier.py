@@ -243,7 +243,8 @@ class ClassifierTask(Task[ToyboxClassifier]):
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
     ) -> Sequence[ClassifierLoss]:
-        images = augment(to_float(batch["images"]), self.config.model.image_size, rng)
+        with torch.autocast(rng.device.type, enabled=False):  # images are fp32
+            images = augment(to_float(batch["images"]), self.config.model.image_size, rng)
         return [classifier_loss(self.model(images), batch["targets"])]
 
     def validate(self, model: ToyboxClassifier) -> Iterator[tuple[str, float]]:

@@ -12,6 +12,7 @@ from dalle1.data.images import to_float, to_tensor
 from dalle1.evaluation.classifier import ClassifierConfig, load_classifier
 from dalle1.tasks.toybox_classifier import (
     CLASSIFIER_PRESETS,
+    ClassifierTask,
     ClassifierTrainConfig,
     augment,
     classifier_loss,
@@ -21,6 +22,7 @@ from dalle1.tasks.toybox_classifier import (
     train,
 )
 from dalle1.toybox import render
+from dalle1.training.engines.base import LossModule
 
 TINY = ClassifierConfig(image_size=32, widths=(8, 16))
 
@@ -46,6 +48,17 @@ def test_training_resumes_exactly(tmp_path: Path) -> None:
     train(tiny_config(tmp_path / "parts", steps=2, **steps))
     resumed = train(tiny_config(tmp_path / "parts", steps=4, **steps))
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_images_are_augmented_in_fp32_in_every_precision(tmp_path: Path, precision: str) -> None:
+    task = ClassifierTask(tiny_config(tmp_path, num_workers=0))
+    batch = next(task.loader.batches(0)).tensors
+    totals = []
+    for name in ("fp32", precision):
+        total, _ = LossModule(task, name)(batch, 0, torch.Generator().manual_seed(0))
+        totals.append(total.item())
+    assert totals[1] == pytest.approx(totals[0], rel=0.02)
 
 
 def test_scenes_are_deterministic_and_half_of_them_have_a_relation() -> None:
