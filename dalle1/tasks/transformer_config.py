@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import FOR_TRANSFORMER, Augmentation
 from dalle1.model.arch import TransformerArch
 from dalle1.pipeline import BUNDLED
@@ -53,6 +54,8 @@ class TransformerTrainConfig(FineTuneConfig):
                 object.__setattr__(self, name, BUNDLED)
         if not self.prompts:
             raise ValueError("prompts is empty, expected at least one prompt to sample")
+        for prompt in self.prompts:
+            clean_prompt(prompt)
         for name in ("bpe_dropout", "caption_dropout", "text_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dalle1.training.config import TrainConfig
 MAY_CHANGE = {
     *("out", "device", "steps", "num_workers", "tensorboard", "wandb", "max_bad_fraction"),
     *("log_every", "validate_every", "save_every", "keep"),
-    *("accumulate", "zero", "offload", "weights", "deepspeed"),
+    *("accumulate", "zero", "offload", "weights", "deepspeed", "checkpointing", "prompts"),
 }
 """Settings that may change on resuming: none of them changes what was learned so far."""
 
@@ -118,10 +119,10 @@ def _upgraded(stored: Mapping[str, str]) -> dict[str, str]:
     """Return a stored key under today's names; once a nested config was stored as its repr."""
     flat: dict[str, str] = {}
     for name, value in stored.items():
-        try:
-            node: ast.expr | None = ast.parse(value, mode="eval").body
-        except SyntaxError:
-            node = None
+        node: ast.expr | None = None
+        if name not in PATHS:  # `photos(1)` is a folder
+            with suppress(SyntaxError):
+                node = ast.parse(value, mode="eval").body
         flat.update(_leaves(name, node) if isinstance(node, ast.Call) else {name: value})
     return {RENAMED.get(name, name): value for name, value in flat.items()}
 

@@ -17,6 +17,7 @@ from dalle1.tasks.transformer import (
     TransformerTask,
     with_architecture_of_init,
 )
+from dalle1.training.resume_key import changed_settings, resume_key
 
 
 def test_the_caption_gap_is_what_another_pairs_caption_costs() -> None:
@@ -33,6 +34,18 @@ def test_the_caption_gap_is_what_another_pairs_caption_costs() -> None:
     assert values["image"] == pytest.approx(1.0)
     # Each is 3 from the one before it, and the first 117 from the last: 6 × 39 / 40.
     assert values["caption_gap"] == pytest.approx(4 * 6 * 39 / 40)
+
+
+def test_memory_and_prompts_may_change_on_resuming() -> None:
+    config = TRANSFORMER_PRESETS["small"]
+    stored = resume_key(replace(config, checkpointing=True, prompts=("a red star",)))
+    assert changed_settings(stored, config) == []
+
+
+@pytest.mark.parametrize("prompt", ["", " \u200b"])
+def test_an_empty_prompt_is_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        replace(TRANSFORMER_PRESETS["small"], prompts=("a red star", prompt))
 
 
 def test_the_architecture_is_that_of_init(tmp_path: Path) -> None:

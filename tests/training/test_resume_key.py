@@ -122,6 +122,15 @@ def test_paths_are_compared_by_what_is_found(
     assert changed_settings(key, config_of(name, now), *found) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("data", "photos(1)"), ("data", "photos(n=1)"), ("init", "dvae(1)")],
+)
+def test_a_path_that_looks_like_a_nested_config_is_compared(name: str, before: str) -> None:
+    stored = {**resume_key(config_of(name, "x")), name: before}
+    assert changed_settings(stored, config_of(name, "x")) == [f"{name} was {before} and is x"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Total:
     total: Tensor
