@@ -116,7 +116,8 @@ class TrainConfig(CleaningConfig):
         super().__post_init__()
         check_literals(self)
         intervals = ("log_every", "validate_every", "save_every")
-        for name in ("steps", "batch_size", "accumulate", *intervals, "keep"):
+        windows = ("ema_every", "plateau_window")
+        for name in ("steps", "batch_size", "accumulate", *intervals, *windows, "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "final_learning_rate"):
@@ -131,6 +132,8 @@ class TrainConfig(CleaningConfig):
             )
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed is {self.seed}, expected 0 to {(1 << 32) - 1}")
+        if not self.clip_norm > 0:  # nor NaN
+            raise ValueError(f"clip_norm is {self.clip_norm:g}, expected more than 0, or inf")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}, expected a number in [0, 1)")
         self._check_engine()

@@ -388,7 +388,9 @@ def test_log_moves_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, 0) for name in ("steps", "batch_size", "log_every")),
+        *((name, 0) for name in ("steps", "batch_size", "log_every", "ema_every")),
+        ("plateau_window", 0),
+        *(("clip_norm", value) for value in (0, -1, math.nan)),
         *((name, -1) for name in ("validate_every", "save_every")),
         *(("ema_decay", value) for value in (-0.1, 1.0)),
         ("precision", "fp8"),
@@ -398,6 +400,12 @@ def test_log_moves_what_comes_after_the_checkpoint(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is '?{value}'?, expected"):
         TrainConfig(out=Path("out"), **{name: value})
+
+
+def test_an_infinite_limit_does_not_clip(tmp_path: Path) -> None:
+    loss = squared_error
+    runs = [train(tmp_path / str(limit), loss, clip_norm=limit) for limit in (1e9, math.inf)]
+    assert all(map(torch.equal, *(run.state_dict().values() for run in runs)))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
