@@ -64,6 +64,12 @@ class CheckConfig(CleaningConfig):
     num_workers: int = 1
     """Worker processes that read images."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("shown", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+
 
 @dataclass
 class Findings:

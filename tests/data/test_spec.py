@@ -362,6 +362,16 @@ def test_a_missing_shard_is_skipped_by_a_training(tmp_path: Path) -> None:
     assert source.name(5) == f"pair 5 in {tmp_path}/b.tar"
 
 
+@pytest.mark.parametrize("flag", ["--shown", "--limit"])
+def test_check_reads_and_shows_at_least_one_pair(
+    tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        check(["toybox:2", "--out", str(tmp_path / "check"), "--num-workers", "0", flag, "0"])
+    assert exit_.value.code == 2
+    assert f"{flag} is 0, expected at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_shards_of_a_pattern_are_named(
     tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
