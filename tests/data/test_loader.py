@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ from dalle1.data.images import (
     to_tensor,
 )
 from dalle1.data.sources.base import ENDLESS, split_indices
-from dalle1.data.sources.indexed import IndexedSource, index_at
+from dalle1.data.sources.indexed import IndexedSource
+from dalle1.data.sources.mixture import Mixture
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 RNG = random.Random(0)
@@ -101,13 +103,32 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
     epochs = [tuple(seen[i : i + 10]) for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(epochs)) == 4
-    assert [index_at(position, 10, 1) for position in range(40)] == seen
+    assert [Numbers(10).index_at(position, 1) for position in range(40)] == seen
+
+
+def test_a_source_keeps_one_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def randperm(*args: Any, **how: Any) -> Tensor:
+        result = shuffle(*args, **how)
+        made.append(weakref.ref(result))
+        return result
+
+    shuffle = torch.randperm
+    monkeypatch.setattr(torch, "randperm", randperm)
+    mixture = Mixture([Numbers(length) for length in range(10, 19)], [1.0] * 9)
+    for position in range(90):
+        mixture.index_at(position, 0)
+    assert len(made) == 9
+    for position in range(90, 360):
+        mixture.index_at(position, 0)
+    assert sum(result() is not None for result in made) == 9
 
 
 def test_an_endless_source_is_read_in_order() -> None:
     positions = [0, 1, 12345, ENDLESS, ENDLESS + 7]
-    assert [index_at(p, ENDLESS, 3) for p in positions] == [0, 1, 12345, 0, 7]
-    assert index_at(ENDLESS - 1, ENDLESS, 3) == ENDLESS - 1
+    assert [Numbers(ENDLESS).index_at(p, 3) for p in positions] == [0, 1, 12345, 0, 7]
+    assert Numbers(ENDLESS).index_at(ENDLESS - 1, 3) == ENDLESS - 1
     assert take(2, length=2**31 - 1, start=1) == take(3, length=2**31 - 1)[1:]
     assert take(1, length=2**31 - 1)[0][0] == [0, 1, 2, 3]
 

@@ -6,7 +6,6 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,6 +63,8 @@ class IndexedSource(ABC):
     shards_read: Sequence[ShardRead] = ()
     notes: Sequence[str] = ()
     weighted = False
+    _shuffled: tuple[tuple[int, int], Tensor] | None = None
+    """Seed and epoch, and the permutation, that were read last."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -81,8 +82,15 @@ class IndexedSource(ABC):
         return IndexedSample(self, index, index)
 
     def index_at(self, position: int, seed: int) -> int:
-        """Return the index at a position of the endless stream of shuffled epochs."""
-        return index_at(position, len(self), seed)
+        """Return the index at a position of the endless stream: each epoch has a permutation."""
+        length = len(self)
+        if length >= ENDLESS:
+            return position % length
+        epoch, within = divmod(position, length)
+        if self._shuffled is None or self._shuffled[0] != (seed, epoch):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            self._shuffled = (seed, epoch), torch.randperm(length, generator=generator)
+        return int(self._shuffled[1][within])
 
     def random_index(self, rng: random.Random) -> int:
         """Return the index of any sample, to replace a skipped one."""
@@ -102,20 +110,6 @@ class IndexedSource(ABC):
 
     def loader(self, prepare: Prepare, config: LoaderConfig) -> IndexedLoader:
         return IndexedLoader(self, prepare, config)
-
-
-def index_at(position: int, length: int, seed: int) -> int:
-    """Return the index at a position of the endless stream: each epoch is its own permutation."""
-    if length >= ENDLESS:
-        return position % length
-    epoch, within = divmod(position, length)
-    return int(_permutation(length, seed, epoch)[within])
-
-
-@lru_cache(maxsize=8)
-def _permutation(length: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(length, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import accumulate, chain
 
 from dalle1.data.sources.base import ENDLESS, names_digest
-from dalle1.data.sources.indexed import IndexedSample, IndexedSource, index_at
+from dalle1.data.sources.indexed import IndexedSample, IndexedSource
 
 
 class Mixture(IndexedSource):
@@ -42,9 +42,9 @@ class Mixture(IndexedSource):
 
     def index_at(self, position: int, seed: int) -> int:
         if self.weights is None:
-            return index_at(position, len(self), seed)
+            return super().index_at(position, seed)
         i, count = weighted_round_robin(position, self.weights)
-        return self.ends[i] - len(self.sources[i]) + index_at(count, len(self.sources[i]), seed)
+        return self.ends[i] - len(self.sources[i]) + self.sources[i].index_at(count, seed)
 
     def random_index(self, rng: random.Random) -> int:
         """Return the index of any sample; each source is taken by its weight."""
