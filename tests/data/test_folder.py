@@ -307,6 +307,7 @@ def test_a_list_names_images_in_any_way(tmp_path: Path) -> None:
         ("file,caption\nnone.jpg,a", r"captions.csv:2 names 'none.jpg', but the file does not"),
         ("file,caption\na/0.jpg,a\nb/0.jpg,b", r"captions.csv:2 names 'a/0.jpg', but"),
         ("f\0i\0", r"captions.csv begins b'f.x00i.x00', expected UTF-8"),
+        pytest.param("x" * 200_000, r"captions.csv cannot be read: field larger", id="long line"),
     ],
 )
 def test_lists_without_pairs_say_what_was_found(tmp_path: Path, content: str, message: str) -> None:

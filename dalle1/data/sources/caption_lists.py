@@ -45,7 +45,7 @@ def read_list(path: Path, report: Report) -> Rows:
                 yield from _csv_rows(path, file, report)
             else:
                 yield from _json_rows(path, file)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
