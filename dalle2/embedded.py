@@ -122,6 +122,13 @@ def open_embedded(data: str, split: str, encoders: Encoders | None) -> EmbeddedS
                 f"the embeddings in {name} are of another {other}; embed the data again, or name "
                 "the models that it was embedded with"
             )
+    numbers = {name: source.numbers for name, source in zip(names, sources, strict=True)}
+    if len({*numbers.values()}) > 1:
+        found = ", ".join(f"{name} {count}" for name, count in numbers.items())
+        raise ValueError(
+            f"the folders of {data!r} have other numbers an image ({found}), expected the same; "
+            "embed them with the same models and --image-size"
+        )
     return sources[0] if len(sources) == 1 else Mixture(sources, weights)
 
 
@@ -130,6 +137,11 @@ def embed(config: EmbedConfig) -> None:
     device = pick_device(config.device)
     autoencoder = load_autoencoder(config.autoencoder, device, config.image_size)
     clip = Clip.from_pretrained(config.clip, device)
+    if clip.model.config.model_type == "siglip":
+        raise ValueError(
+            f"clip is {config.clip}, a SigLIP, expected a CLIP, by which prior and decoder read "
+            "captions"
+        )
     embedder = Embedder(autoencoder, clip)
     width = clip.model.config.projection_dim
     identity = {

@@ -83,7 +83,7 @@ class TransformerText(TextEncoder):
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Caption:
         config = self.model.config
-        cleaned = [clean_prompt(caption) for caption in captions]
+        cleaned = [clean_prompt(caption) if caption.strip() else "" for caption in captions]
         device = self.model.text_embedding.weight.device
         text = self.tokenizer.encode(cleaned, config.text_len).to(device)
         states = self.model.run(self.model.embed_text(text), [_causal] * config.depth).float()
@@ -122,14 +122,13 @@ class Concatenated(TextEncoder):
         read = [encoder.encode(captions) for encoder in self.encoders]
         found, longest = read[0], max(caption.mask.shape[1] for caption in read)
         if len(read) > 1:
-            padded = [
-                (F.pad(c.states, (0, 0, 0, longest - n)), F.pad(c.mask, (0, longest - n)))
-                for c in read
-                for n in [c.mask.shape[1]]
-            ]
-            states = torch.cat([states for states, _ in padded], -1)
-            mask = torch.stack([mask for _, mask in padded]).any(0)
-            found = Caption(states, mask, read[-1].embedding)
+            more = [longest - caption.mask.shape[1] for caption in read]
+            masks = [F.pad(c.mask, (0, n)) for c, n in zip(read, more, strict=True)]
+            states = [F.pad(c.states, (0, 0, 0, n)) for c, n in zip(read, more, strict=True)]
+            # Padding of one encoder may be visible by another's tokens, so it becomes 0.
+            joined = torch.cat([x * own[..., None] for x, own in zip(states, masks)], -1)
+            mask = torch.stack(masks).any(0)
+            found = Caption(joined, mask, read[-1].embedding)
         side = self.image_size
         sizes = torch.tensor(size_numbers((side, side), (0, 0), (side, side)))
         return replace(found, sizes=sizes.to(found.mask.device).expand(len(captions), -1))

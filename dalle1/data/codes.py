@@ -88,6 +88,7 @@ class CodeSource(IndexedSource):
         if entries is None:
             entries = index_files(self.shards, FILES)
         self.codebook_size: int | None = index.get("codebook_size")
+        self.numbers: int | None = index.get("numbers")
         kept = split_indices(range(len(entries)), split)
         self.entries = entries[kept.start : kept.stop]
 

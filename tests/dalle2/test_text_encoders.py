@@ -16,6 +16,7 @@ from dalle1.clip import Clip
 from dalle1.model_files import LFS_POINTER
 from dalle1.sampling.generation import GenerationConfig
 from dalle1.text.bpe import Tokenizer
+from dalle2 import embedded
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
 from dalle2.pipeline import Unclip
 from dalle2.text_encoders import (
@@ -33,7 +34,7 @@ from dalle2.unet import UNet
 TEXTS = ["a red cube", "a blue teapot"]
 
 
-def t5(width: int = 16) -> Any:
+def t5(width: int = 16, vocabulary: int = 268) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -41,7 +42,9 @@ def t5(width: int = 16) -> Any:
     sizes = {"d_model": width, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     model = T5EncoderModel(T5Config(vocab_size=270, **sizes))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.train(CAPTIONS, 268).bpe, pad_token="[PAD]", eos_token="[END]"
+        tokenizer_object=Tokenizer.train(CAPTIONS, vocabulary).bpe,
+        pad_token="[PAD]",
+        eos_token="[END]",
     )
     end = "[END]", tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -322,3 +325,29 @@ def test_the_bundled_transformer_reads_captions() -> None:
     found = load_text_encoder("dalle:bundled", "cpu")(["a red star", "a zebra mug"])
     assert found.states.shape[2] == 256
     assert int(found.mask.sum()) > 4
+
+
+def test_an_empty_caption_has_no_token() -> None:
+    model = tiny_model()
+    found = TransformerText(model.transformer, model.tokenizer)(["", TEXTS[0]])
+    assert found.mask.any(1).tolist() == [False, True]
+    assert not found.states[0].any()
+
+
+def test_of_encoders_side_by_side_none_reads_padding() -> None:
+    """A T5 that reads bytes has more tokens than the CLIP, whose padding they make visible."""
+    both = Concatenated([CaptionReader(tiny_clip()), T5Text(*t5(vocabulary=256))], 16)
+    alone, together = both(TEXTS[:1]), both([TEXTS[0], f"{TEXTS[0]} and {TEXTS[1]}"])
+    count = alone.mask.shape[1]
+    assert torch.equal(alone.mask[0], together.mask[0, :count])
+    torch.testing.assert_close(alone.states[0], together.states[0, :count])
+
+
+def test_data_are_not_embedded_by_a_siglip(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    siglip().save_pretrained(tmp_path / "siglip")
+    models = ["--autoencoder", "pixels", "--image-size", "8", "--clip", str(tmp_path / "siglip")]
+    with pytest.raises(SystemExit, match="2"):
+        embedded.main([*models, "--data", "toybox:2", "--out", str(tmp_path / "out")])
+    assert "a SigLIP, expected a CLIP" in " ".join(capsys.readouterr().err.split())
