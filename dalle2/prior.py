@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ from dalle2.diffusion.schedule import Schedule, ScheduleName
 from dalle2.unet import time_embedding
 
 FILE_NAME = "prior.safetensors"
+BINS = 10
+"""Equal ranges of times in which errors are measured."""
 PIXEL_STD = 17.2 / math.sqrt(1024)
 """Standard deviation of a scaled embedding's entries: the paper scales 1,024 of them by 17.2."""
 
@@ -104,6 +107,8 @@ def best_of(samples: int, sample_one: Callable[[int], Tensor], captions: Tensor)
 class DiffusionPrior(nn.Module):
     """Predicts scaled image embeddings from noised ones and captions."""
 
+    mean_errors: Tensor
+
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
@@ -117,6 +122,8 @@ class DiffusionPrior(nn.Module):
         self.layers = nn.ModuleList(Layer(config.layer) for _ in range(config.depth))
         self.norm = nn.LayerNorm(m)
         self.head = nn.Linear(m, d)
+        # What `measure` found: how far predictions are off, by which sampling adds noise.
+        self.register_buffer("mean_errors", torch.zeros(BINS))
 
     def forward(self, x: Tensor, t: Tensor, caption: Caption) -> Tensor:
         """Predict scaled z_i [B, D] from noised ones x [B, D] at times t [B].
@@ -149,6 +156,21 @@ class DiffusionPrior(nn.Module):
         )
         return Denoiser(predict, self.schedule, "x0")
 
+    def measure(self, t: Tensor, errors: Tensor) -> None:
+        """Store the mean squared errors [N] of predictions at times t [N], in ten ranges of times.
+
+        A range without a time has the mean of all; without `measure`, errors are 0, as in DDPM.
+        """
+        ranges = (t * BINS // self.schedule.times).cpu()
+        for number in range(BINS):
+            found = errors.cpu()[ranges == number]
+            self.mean_errors[number] = (found if len(found) else errors).mean()
+
+    def error_at(self, t: int) -> float:
+        """Return the mean squared error of a prediction at time t, linear between ranges."""
+        middles = [0.0, *((n + 0.5) * self.schedule.times / BINS for n in range(BINS))]
+        return float(np.interp(t, middles, [0.0, *self.mean_errors.tolist()]))
+
     @torch.no_grad()
     def sample(
         self,
@@ -159,13 +181,13 @@ class DiffusionPrior(nn.Module):
         steps: int = 64,
         guidance: float = 1.0,
         samples: int | None = None,
-        error: Callable[[int], float] | None = None,
     ) -> Tensor:
         """Sample z_i for each caption [P] and candidate [C]: unit vectors [P, C, D].
 
+        The steps are those of Analytic-DPM (§2.2) by `error_at`.
+
         Args:
             samples: see `best_of`. None is 2, as in the paper.
-            error: t → mean squared error of the prediction, for Analytic-DPM; None: DDPM's steps.
         """
         prompts, chosen = len(caption.mask), list(candidates)
         denoise = self.denoiser(caption.repeat(len(chosen)), guidance)
@@ -179,7 +201,7 @@ class DiffusionPrior(nn.Module):
                 lambda: noise().repeat(prompts, 1),
                 steps=steps,
                 sampler="ancestral",
-                error=error,
+                error=self.error_at,
             )
             return F.normalize(x, dim=-1).unflatten(0, (prompts, len(chosen)))
 

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from dalle2.diffusion.objective import Errors
 from dalle2.diffusion.schedule import Schedule
-
-BINS = 10
-"""Equal ranges of times in which the validation loss is logged."""
+from dalle2.prior import BINS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class PriorTrainConfig(EmbeddedTrainConfig):
     """Architecture of the prior."""
     caption_dropout: float = 0.1
     """Share of samples whose caption is dropped, for guidance. Paper: 0.1."""
-    sampling_steps: int = 16
+    sampling_steps: int = 64
     """Steps of the embeddings that are sampled at each validation."""
 
     def __post_init__(self) -> None:
@@ -81,7 +81,6 @@ _paper = replace(
     learning_rate=1.1e-4,
     warmup_steps=5_000,
     ema_decay=0.9999,
-    sampling_steps=64,
 )
 
 PRIOR_PRESETS: dict[str, PriorTrainConfig] = {"small": _small, "paper": _paper}
@@ -125,15 +124,24 @@ class PriorTask(EmbeddedTask[DiffusionPrior, PriorTrainConfig]):
     def validate(self, model: DiffusionPrior) -> Iterator[tuple[str, float]]:
         """Yield the loss in all and in ten ranges of times, and the metrics of sampled z_i."""
         _, embedding, caption = self.pairs.split(self.held)
+        yield from binned(self.measure(model))
+        with autocast(self.device, self.config.precision):
+            sampled = model.sample(caption, [0], steps=self.config.sampling_steps)[:, 0]
+        yield from prior_metrics(sampled, F.normalize(embedding, dim=1), caption.embedding)
+
+    @torch.no_grad()
+    def measure(self, model: DiffusionPrior) -> Tensor:
+        """Store in the model how far it is off on the validation pairs; return each one's error."""
+        _, embedding, caption = self.pairs.split(self.held)
         t = validation_times(len(embedding), model.schedule, self.device)
         rng = torch.Generator(self.device).manual_seed(0)
         with autocast(self.device, self.config.precision):
             errors = self.errors(model, embedding, caption, t, rng).total
-            sampled = model.sample(caption, [0], steps=self.config.sampling_steps)[:, 0]
-        yield from binned(errors)
-        yield from prior_metrics(sampled, F.normalize(embedding, dim=1), caption.embedding)
+        model.measure(t, errors)
+        return errors
 
     def save(self, model: DiffusionPrior, folder: Path) -> None:
+        self.measure(model.to(self.device))
         model.save(folder)
 
 

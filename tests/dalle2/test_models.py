@@ -147,6 +147,19 @@ def test_a_dropped_caption_reaches_no_inlet_of_the_prior() -> None:
         torch.testing.assert_close(model(x[row], T[row], alone), model(x, T, first)[row])
 
 
+def test_a_prior_interpolates_the_errors_that_were_measured() -> None:
+    model = tiny_prior()
+    assert model.error_at(500) == 0
+    model.measure(torch.tensor([10, 60, 950]), torch.tensor([0.1, 0.3, 0.8]))
+    assert model.error_at(0) == 0
+    assert model.error_at(25) == pytest.approx(0.1)
+    assert model.error_at(50) == pytest.approx(0.2)
+    assert model.error_at(500) == pytest.approx(0.4)  # that of all
+    assert model.error_at(999) == pytest.approx(0.8)
+    before = tiny_prior().sample(captions(1), [0])
+    assert not torch.equal(model.sample(captions(1), [0]), before)
+
+
 def test_prior_samples_are_unit_vectors_and_the_better_of_two() -> None:
     model, text = tiny_prior(), captions(2)
     one = model.sample(text, [0, 1, 2], steps=3, samples=1)

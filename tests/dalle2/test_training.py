@@ -23,6 +23,7 @@ from dalle2.ar_prior import ARPrior, load_prior
 from dalle2.autoencoder import Autoencoder, Pixels
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
+from dalle2.prior import DiffusionPrior
 from dalle2.prior_metrics import prior_metrics
 from dalle2.tasks import ar_prior, autoencoder, decoder, prior, upsampler
 
@@ -191,6 +192,7 @@ def test_a_decoder_learns_by_other_text_encoders(
     few = ["--num-candidates", "2", "--steps", "2", "--device", "cpu", "--guidance", "3"]
     command.main(["a (red:2) cube", "--model", str(exported), "--out", str(tmp_path / "x"), *few])
     assert Image.open(tmp_path / "x/00.png").size == (16, 16)
+    assert model.candidates("(a red cube:2)", num_candidates=1, steps=1, weighted=True)
 
 
 def test_embeddings_of_another_clip_are_refused(
@@ -201,6 +203,18 @@ def test_embeddings_of_another_clip_are_refused(
         with pytest.raises(SystemExit):
             train(module, other, tmp_path / "out", 1)
         assert f"the embeddings in {folders.embedded} are of {what}" in capsys.readouterr().err
+
+
+def test_folders_of_other_sizes_are_refused_together(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["--autoencoder", str(folders.autoencoder), "--clip", str(folders.clip)]
+    data = ["--data", str(folders.images), "--num-workers", "0", "--image-size", "8"]
+    embedded.main([*models, *data, "--out", str(tmp_path / "small")])
+    both = f"{folders.embedded}::1,{tmp_path}/small::1"
+    with pytest.raises(SystemExit):
+        prior.main([*PRIOR, "--data", both, "--clip", str(folders.clip), "--out", str(tmp_path)])
+    assert "have other numbers an image" in " ".join(capsys.readouterr().err.split())
 
 
 def test_data_that_is_not_embedded_is_refused(
@@ -241,10 +255,15 @@ def test_a_trained_decoder_and_prior_are_joined_and_sampled_by_command(
     assert [Image.open(tmp_path / f"red/0{i}.png").size for i in range(2)] == [(32, 32)] * 2
     no = ["--upsampler-steps", "0", "--num-images", "1", "--clip-guidance", "1"]
     command.main(["a red cube", *flags, str(tmp_path / "model"), *out, *no])
-    assert Image.open(tmp_path / "red/00.png").size == (16, 16)
+    image = Image.open(tmp_path / "red/00.png")
+    assert image.size == (16, 16)
+    settings = json.loads(image.info["settings"])  # type: ignore[arg-type]
+    asked = {"steps": 2, "upsampler_steps": 0, "clip_guidance": 1.0, "embedding": "prior"}
+    assert {name: settings[name] for name in asked} == asked
     model = load_pipeline(tmp_path / "model", device="cpu")
     assert isinstance(model, Unclip)
-    assert model.prior is not None
+    assert isinstance(model.prior, DiffusionPrior)
+    assert model.prior.mean_errors.min() > 0  # measured before it was saved
     assert model.generation.guidance == 2
     few = {"steps": 2, "prior_steps": 2, "seed": 1}
     images = {c.index: c.image for c in model.candidates("a red cube", num_candidates=3, **few)}
