@@ -50,7 +50,7 @@ from dalle1.sampling.resampling import (
     RowScore,
     sampled_whole,
 )
-from dalle1.storage import CLIP_NAME, refuse_other_clip
+from dalle1.storage import CLIP_NAME, refuse_other_clip, refuse_other_model
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.prompt_weights import WeightedPrompts
 
@@ -147,6 +147,7 @@ class DallE(RankingPipeline):
         """Write all parts to `directory`, weights rounded to `dtype`; keep no other model's."""
         folder = Path(directory)
         refuse_other_clip(folder, self.clip)
+        refuse_other_model(folder, "decoder.safetensors", "DALL·E 2")
         with intact(self.transformer):
             with replaced_image_tokenizer(self.image_tokenizer, folder, dtype):
                 self.transformer.save(folder, dtype)

@@ -257,6 +257,12 @@ def refuse_other_clip(folder: Path, clip: Any = None) -> None:
         )
 
 
+def refuse_other_model(folder: Path, file: str, name: str) -> None:
+    """Raise ValueError where a folder holds the file of another kind of model."""
+    if (folder / file).exists():
+        raise ValueError(f"{folder} holds a {name} ({file}), expected none; use another folder")
+
+
 def read_kind(path: Path) -> str | None:
     """Return the kind in a model file's metadata; None where the file has none or is damaged."""
     try:

@@ -1,11 +1,19 @@
-"""Whether the parts of a DALL·E 2 belong together."""
+"""Whether the parts of a DALL·E 2 belong together, and options are such as it has."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
+from torch import Tensor
+
+from dalle1.sampling.filters import Sampling
+from dalle1.sampling.generation import GenerationConfig
 from dalle2.ar_prior import Prior
 from dalle2.autoencoder import Autoencoder, Pixels
 from dalle2.conditioning import CaptionReader, TextEncoder
 from dalle2.unet import UNet
+
+COMPLETES_NOTHING = "a DALL·E 2 completes no images; use a model that samples codes"
 
 
 def check_parts(
@@ -52,3 +60,16 @@ def check_parts(
             f"the prior was trained with the CLIP {prior.config.clip}, the decoder with "
             f"{trained_with}; expected the same CLIP: train one of them again"
         )
+
+
+def refuse_codes(options: GenerationConfig, known_codes: Tensor | None) -> None:
+    """Raise ValueError for options of models that sample codes."""
+    plain = GenerationConfig()
+    for name in (*(field.name for field in fields(Sampling)), "resample"):
+        value, wanted = getattr(options, name), getattr(plain, name)
+        if name != "guidance" and value != wanted:
+            raise ValueError(
+                f"{name} is {value}, expected {wanted}: a diffusion model has no codes"
+            )
+    if known_codes is not None:
+        raise ValueError(COMPLETES_NOTHING)

@@ -8,6 +8,8 @@ from typing import Literal
 from dalle1.config import check_types
 from dalle2.diffusion.samplers import SamplerName
 
+EmbeddingName = Literal["prior", "caption", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnclipOptions:
@@ -21,7 +23,7 @@ class UnclipOptions:
     """Noise that ddim adds, from 0 to 1."""
     clip_guidance: float = 0.0
     """Weight of CLIP's gradient in each step of the decoder; 0 turns it off, 1 is CLIP's own."""
-    embedding: Literal["prior", "caption", "none"] = "prior"
+    embedding: EmbeddingName = "prior"
     """Embedding that the decoder is told: the prior's, the caption's own z_t, or none, as GLIDE."""
     prior_steps: int = 64
     """Steps of a diffusion prior. Paper: 64."""
@@ -42,3 +44,5 @@ class UnclipOptions:
             raise ValueError(f"upsampler_steps is {self.upsampler_steps}, expected at least 0")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}, expected a number in [0, 1]")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta is {self.eta}, expected 0 with the sampler {self.sampler}")

@@ -21,31 +21,31 @@ from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import to_float, to_pil, to_tensor
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
 from dalle1.hub import find_model
+from dalle1.model.transformer import FILE_NAME as TRANSFORMER_FILE
 from dalle1.model_card import ModelInfo
 from dalle1.sampling.batching import batched, check_counts
-from dalle1.sampling.filters import Sampling
 from dalle1.sampling.generation import GenerationConfig
 from dalle1.sampling.guidance import check_negative_prompt
 from dalle1.sampling.ranking import RankingPipeline
 from dalle1.sampling.reranking import Candidate
-from dalle1.storage import CLIP_NAME
+from dalle1.storage import CLIP_NAME, refuse_other_model
 from dalle1.text.prompt_weights import WeightedPrompts
 from dalle2.ar_prior import Prior, load_prior
 from dalle2.autoencoder import Autoencoder, Pixels, load_autoencoder
 from dalle2.clip_guidance import ClipGuide
-from dalle2.compatibility import check_parts
+from dalle2.compatibility import COMPLETES_NOTHING, check_parts, refuse_codes
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.schedule import Schedule
 from dalle2.embedded import Encoders
-from dalle2.options import UnclipOptions
+from dalle2.options import EmbeddingName, UnclipOptions
 from dalle2.prior import FILE_NAME as PRIOR_FILE
+from dalle2.prior import DiffusionPrior
 from dalle2.text_encoders import load_text_encoders
 from dalle2.unet import UNet
 from dalle2.upsampler import FILE_NAME as UPSAMPLER_FILE
 from dalle2.upsampler import Upsampler
 
-COMPLETES_NOTHING = "a DALL·E 2 completes no images; use a model that samples codes"
 MAX_BATCH = 64
 """Most candidates that are denoised at once."""
 OnRow = Callable[[Tensor, int], None]
@@ -79,8 +79,14 @@ class Unclip(RankingPipeline):
         self.upsampler, self.text = upsampler, text
         self.info = info or ModelInfo()
         self.generation = generation or GenerationConfig(guidance=2.0)
-        self.options = UnclipOptions(embedding="none" if prior is None else "prior")
+        self.options = UnclipOptions(embedding=self._embedding())
         check_parts(autoencoder, decoder, self.read, text, prior)
+
+    def _embedding(self) -> EmbeddingName:
+        """Return what the decoder is told by default: what it was trained on."""
+        if self.decoder.config.embedding == "text":
+            return "caption"
+        return "none" if self.prior is None else "prior"
 
     @property
     def device(self) -> torch.device:
@@ -143,8 +149,12 @@ class Unclip(RankingPipeline):
         )
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write all parts to `directory`, weights rounded to `dtype`."""
+        """Write all parts to `directory`, weights rounded to `dtype`; keep no other model's.
+
+        Raises: ValueError where the folder holds a DALL·E 1.
+        """
         folder = Path(directory)
+        refuse_other_model(folder, TRANSFORMER_FILE, "DALL·E 1")
         self.image_tokenizer.save(folder, dtype)
         self.decoder.save(folder, dtype)
         self.encoder.save_pretrained(folder / CLIP_NAME, dtype)
@@ -152,8 +162,10 @@ class Unclip(RankingPipeline):
         self.info.save(folder)
         if self.text is not None:
             self.text.save(folder, dtype)
-        for part in (self.prior, self.upsampler):
-            if part is not None:
+        for part, name in ((self.prior, PRIOR_FILE), (self.upsampler, UPSAMPLER_FILE)):
+            if part is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
                 part.save(folder, dtype)
 
     def with_prior(self, prior: Prior | None, upsampler: Upsampler | None = None) -> Unclip:
@@ -201,7 +213,7 @@ class Unclip(RankingPipeline):
             self._check_embeddings(image_embeddings, len(prompts))
             sampling["embedding"] = "caption"  # no prior is needed
         options, how = self._split(sampling)
-        self._refuse_codes(options, known_codes)
+        refuse_codes(options, known_codes)
         check_negative_prompt(negative_prompt, options.guidance)
         reranker, most = self.reranker(options.rerank), batch_size or MAX_BATCH
         parsed = WeightedPrompts.parse([*map(clean_prompt, prompts)], weighted)
@@ -317,19 +329,6 @@ class Unclip(RankingPipeline):
                 "the model's own CLIP, one for each prompt"
             )
 
-    @staticmethod
-    def _refuse_codes(options: GenerationConfig, known_codes: Tensor | None) -> None:
-        """Raise ValueError for options of models that sample codes."""
-        plain = GenerationConfig()
-        for name in (*(field.name for field in fields(Sampling)), "resample"):
-            value, wanted = getattr(options, name), getattr(plain, name)
-            if name != "guidance" and value != wanted:
-                raise ValueError(
-                    f"{name} is {value}, expected {wanted}: a diffusion model has no codes"
-                )
-        if known_codes is not None:
-            raise ValueError(COMPLETES_NOTHING)
-
     def _refuse_missing(self, how: UnclipOptions, asked: Mapping[str, Any]) -> None:
         """Raise ValueError for options of parts that this model lacks."""
         if how.clip_guidance:
@@ -343,15 +342,18 @@ class Unclip(RankingPipeline):
                 "embedding is 'prior', and this model has no prior; use none or caption, or join "
                 "one by dalle1 export --prior FOLDER"
             )
+        times = {"steps": self.decoder.config.times}
+        if isinstance(self.prior, DiffusionPrior):
+            times["prior_steps"] = self.prior.config.times
+        if self.upsampler is not None:
+            times["upsampler_steps"] = self.upsampler.config.times
+        for name, most in times.items():
+            if getattr(how, name) > most:
+                raise ValueError(f"{name} is {getattr(how, name)}, expected at most {most}")
         if asked.get("upsampler_steps") and self.upsampler is None:
             raise ValueError(
                 f"upsampler_steps is {how.upsampler_steps}, expected 0: this model has no "
                 "upsampler; join one by dalle1 export --upsampler FOLDER"
-            )
-        if self.upsampler is not None and how.upsampler_steps > self.upsampler.config.times:
-            raise ValueError(
-                f"upsampler_steps is {how.upsampler_steps}, expected at most "
-                f"{self.upsampler.config.times}"
             )
 
     def finished(

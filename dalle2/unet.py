@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,8 @@ class UNetConfig(UNetArch):
     """Text encoders of captions, see `dalle2.text_encoders`; none: the CLIP's text tower."""
     encoders: str = ""
     """Digests of the autoencoder and the CLIP that it was trained with."""
+    embedding: Literal["image", "text"] = "image"
+    """Embedding that it was trained on: z_i, or the caption's own z_t."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

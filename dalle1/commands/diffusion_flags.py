@@ -28,12 +28,24 @@ def add_diffusion_flags(add: Callable[..., Any]) -> None:
         "upsampler, for the images that are saved; 0 skips it (default: 8)")  # fmt: skip
 
 
+FLAGS = ("steps", "sampler", "clip_guidance", "embedding", "upsampler_steps")
+
+
+def decoder_settings(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:
+    """Return how prior, decoder and upsampler of a DALL·E 2 sample; nothing for a DALL·E 1."""
+    from dalle1 import DallE
+
+    if isinstance(model, DallE):
+        return {}
+    asked = {name: getattr(options, name) for name in FLAGS}
+    return vars(model.options) | {name: x for name, x in asked.items() if x is not None}
+
+
 def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:
     """Return further options of sampling; ValueError for flags of the other kind of model."""
     from dalle1 import DallE
 
-    names = ("steps", "sampler", "clip_guidance", "embedding", "upsampler_steps")
-    asked = {name: getattr(options, name) for name in names}
+    asked = {name: getattr(options, name) for name in FLAGS}
     asked = {name: value for name, value in asked.items() if value is not None}
     if not isinstance(model, DallE):
         if options.preview:

@@ -18,7 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle1.commands.diffusion_flags import add_diffusion_flags, diffusion_options, threads_for
+from dalle1.commands.diffusion_flags import (
+    add_diffusion_flags,
+    decoder_settings,
+    diffusion_options,
+    threads_for,
+)
 from dalle1.commands.idle_processors import IdleProcessors
 from dalle1.commands.parser import HelpFormatter, Parser
 from dalle1.config import image_counts
@@ -352,6 +357,7 @@ def is_deterministic(options: argparse.Namespace) -> bool:
 def settings_of(options: argparse.Namespace, model: DallE | Unclip) -> dict[str, object]:
     """Return the settings that images are stored with: what was used, not what was asked."""
     settings = {name: getattr(options, name) for name in SETTINGS}
+    settings |= decoder_settings(model, options)
     has_clip, is_one = model.clip is not None, is_deterministic(options)
     return settings | {
         "num_candidates": 1 if is_one else options.num_candidates,

@@ -130,7 +130,7 @@ class AutoencoderTask(CropTask[Autoencoder, AutoencoderTrainConfig]):
         yield "kl", sum(kls) / len(self.held)
 
     def save(self, model: Autoencoder, folder: Path) -> None:
-        model.measure(self.held)
+        model.to(self.device).measure(self.held)
         model.save(folder)
 
 

@@ -26,7 +26,7 @@ from dalle1.training import distributed
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
 from dalle2.autoencoder import PIXELS, Autoencoder, Pixels, load_autoencoder
-from dalle2.conditioning import TextEncoder
+from dalle2.conditioning import Caption, TextEncoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
 from dalle2.diffusion.schedule import Schedule
@@ -183,8 +183,16 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
                 pooled_width=text.embedding_width if self.text or not reads_image else 0,
                 text_encoders=stored_names(config.text_encoders),
                 encoders=str(self.encoders()),
+                embedding="text" if config.embedding == "text" else "image",
             )
         )
+
+    def split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Caption]:
+        """Return latents [B, c, h, w], the embeddings of `config.embedding` [B, D] and captions."""
+        flat, embedding, caption = self.pairs.split(batch)
+        if self.config.embedding == "text":
+            embedding = caption.embedding
+        return flat.unflatten(1, self.autoencoder.latent_shape), embedding, caption
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
@@ -204,10 +212,7 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
         keep_caption: Tensor,
     ) -> Errors:
         """Return the errors of each sample's prediction at times t [B]."""
-        flat, embedding, caption = self.pairs.split(batch)
-        latents = flat.unflatten(1, self.autoencoder.latent_shape)
-        if self.config.embedding == "text":
-            embedding = caption.embedding
+        latents, embedding, caption = self.split(batch)
         context = model.condition(embedding, caption, keep_embedding, keep_caption)
         arch = self.config.model
         return prediction_errors(
@@ -238,8 +243,8 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
     def sample(self, model: UNet, path: Path) -> None:
         """Write eight images; below them, samples by embedding and caption, and by caption."""
         batch = {name: tensor[:8] for name, tensor in self.held.items()}
-        flat, embedding, caption = self.pairs.split(batch)
-        rows, count = [flat.unflatten(1, self.autoencoder.latent_shape)], len(flat)
+        latents, embedding, caption = self.split(batch)
+        rows, count = [latents], len(latents)
         with autocast(self.device, self.config.precision):
             for has_embedding in (True, False):
                 keep = torch.full((count,), has_embedding, device=self.device)

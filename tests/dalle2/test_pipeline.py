@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import tiny_model
 from tiny_unclip import TINY_AUTOENCODER, tiny_clip, tiny_decoder, tiny_prior, tiny_unclip
 
 from dalle2 import loading
@@ -56,6 +57,9 @@ def test_options_that_cannot_be_sampled_are_refused_before_the_work(model: Uncli
         ({"prior_steps": 0}, "prior_steps is 0, expected at least 1"),
         ({"prior_samples": 0}, "prior_samples is 0, expected at least 1"),
         ({"eta": 2.0}, r"eta is 2.0, expected a number in \[0, 1\]"),
+        ({"eta": 1.0}, "eta is 1.0, expected 0 with the sampler dpm-solver"),
+        ({"steps": 1001}, "steps is 1001, expected at most 1000"),
+        ({"prior_steps": 1001}, "prior_steps is 1001, expected at most 1000"),
         ({"sampler": "euler"}, "sampler is 'euler', expected ancestral or ddim or dpm-solver"),
         ({"embedding": "image"}, "embedding is 'image', expected prior or caption or none"),
         ({"upsampler_steps": 3}, "upsampler_steps is 3, expected 0: this model has no upsampler"),
@@ -65,6 +69,26 @@ def test_options_that_cannot_be_sampled_are_refused_before_the_work(model: Uncli
     ):
         with pytest.raises(ValueError, match=message):
             model.sample(["a"], **options)
+
+
+def test_a_folder_holds_one_model(model: Unclip, tmp_path: Path) -> None:
+    folder = saved(model, tmp_path / "unclip")
+    alone = Unclip(model.image_tokenizer, model.decoder, model.encoder)
+    alone.save_pretrained(folder)
+    assert not (folder / "prior.safetensors").exists()
+    one = tiny_model()
+    one.clip = model.encoder
+    with pytest.raises(ValueError, match=r"holds a DALL·E 2 \(decoder.safetensors\), expec"):
+        one.save_pretrained(folder)
+    one.save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"holds a DALL·E 1 \(transformer.safetensors\), expected"):
+        alone.save_pretrained(tmp_path / "one")
+
+
+def test_a_decoder_is_told_the_embedding_that_it_was_trained_on(model: Unclip) -> None:
+    parts = model.image_tokenizer, tiny_decoder(embedding="text"), model.encoder
+    assert Unclip(*parts).options.embedding == "caption"
+    assert Unclip(*parts, model.prior).options.embedding == "caption"
 
 
 def test_image_embeddings_replace_those_of_the_prior(model: Unclip) -> None:
