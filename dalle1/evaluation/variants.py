@@ -55,7 +55,10 @@ def measured(
     number: int,
     seed: int,
 ) -> Iterator[Measured]:
-    """Yield what `number` candidates of each prompt show, all by the same CLIP."""
+    """Yield what `number` candidates of each prompt show, all by the same CLIP.
+
+    Every 16 prompts have another seed, `seed` and up: candidates of one seed have the same noise.
+    """
     at_once = 1 if row.negative else PROMPTS_AT_ONCE  # a negative prompt is that of one call
     for start in range(0, len(prompts), at_once):
         part = prompts[start : start + at_once]
@@ -67,6 +70,7 @@ def measured(
             more["negative_prompt"] = row.negative(part[0])
         texts = [row.rewrite(p) if row.rewrite else p.text for p in part]
         how = {"num_candidates": number, "seed": seed, "rerank": "none", **row.how, **more}
+        how["seed"] += start // PROMPTS_AT_ONCE
         for prompt, candidates in zip(part, row.model.sample(texts, **how), strict=True):
             images = [candidate.image for candidate in candidates]
             found = [v.compare(prompt.scene) for v in classifier.classify(images)]

@@ -38,6 +38,7 @@ OPTIONS = dict.fromkeys(
     [f.name for kind in (GenerationConfig, UnclipOptions) for f in fields(kind)]
     + ["seed", "weight", "negative"]
 )
+del OPTIONS["upsampler_steps"]  # shares are those of images before it
 """Names of the options of a way."""
 SHARES = ("correct", "pairs", "best")
 """Columns with an interval and a difference to the first row."""
@@ -209,9 +210,14 @@ def shares(results: Sequence[Measured]) -> dict[str, np.ndarray]:
 
 
 def margin(values: np.ndarray) -> float:
-    """Return half of the 95 % interval of the mean of independent values; nan are ignored."""
+    """Return half of the 95 % interval of the mean of independent values; nan are ignored.
+
+    Where n values are all equal, it is 3 / n: the rule of three for what was never seen.
+    """
     known = values[~np.isnan(values)]
-    return 1.96 * float(known.std(ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    if len(known) < 2:
+        return math.nan
+    return 1.96 * float(known.std(ddof=1)) / math.sqrt(len(known)) or 3 / len(known)
 
 
 def format_ways_table(scores: Mapping[str, float]) -> str:

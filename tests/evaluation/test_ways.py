@@ -73,9 +73,9 @@ def test_rows_are_compared_on_the_same_prompts(
     assert scores["plain/correct"] == 0.5
     assert scores[f"{second}/correct"] == 0.25
     assert scores[f"{second}/correct/difference"] == -0.25
-    assert scores[f"{second}/correct/difference/margin"] == 0  # the same for every prompt
+    assert scores[f"{second}/correct/difference/margin"] == 3 / 4  # the same for every prompt
     table = format_ways_table(scores)
-    assert "25.0% ± 0.0% (-25.0% ± 0.0%)" in table.splitlines()[2]
+    assert "25.0% ± 75.0% (-25.0% ± 75.0%)" in table.splitlines()[2]
     sampled = [(prompts, how) for prompts, how in told if len(prompts) > 1]
     assert sampled[0][0] == sampled[1][0]
     assert (sampled[1][1]["guidance"], sampled[1][1]["resample"]) == (2, "likelihood")
