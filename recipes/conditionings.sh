@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Train one small decoder for each kind of condition on Toybox, and compare how they bind fills to
-# objects: captions by CLIP (ldm), by a transformer (imagen), by both with sizes (sdxl), and unCLIP.
+# objects: captions by CLIP (ldm), by a transformer (imagen), by both with sizes (sdxl), and unCLIP,
+# which also reads the embedding that the prior samples. All drop the caption in a tenth of samples.
 #
 #     recipes/conditionings.sh
 #     PRESETS="ldm imagen" IMAGEN_FLAGS="--text-encoders t5:google/t5-v1_1-small" recipes/conditionings.sh
 #
-# Stop it with Ctrl-C; the same command resumes. It shares the autoencoder and the embeddings of
+# Stop it with Ctrl-C; the same command resumes. It shares autoencoder, embeddings and prior of
 # recipes/unclip.sh, and trains them where they are missing. OUT/ways/ways.json has the table.
 set -euo pipefail
 
 OUT=${OUT:-runs/conditionings}      # folder of the decoders and the table
 UNCLIP=${UNCLIP:-runs/unclip}       # folder of recipes/unclip.sh: autoencoder and embeddings
-DATA=${DATA:-toybox:40000}          # images with captions, as for --data
+DATA=${DATA:-}                      # images with captions, as for --data; none: those of stage scenes
 CLIP=${CLIP:-bundled}               # CLIP of the embeddings, which also reranks
 PRESETS=${PRESETS:-ldm imagen sdxl small}
 PYTHON=${PYTHON:-python}            # the Python that dalle1 is installed for
@@ -21,11 +22,17 @@ DVAE=${DVAE:-$("$PYTHON" -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)
 eval "autoencoder_flags=(${AUTOENCODER_FLAGS:-})"
 eval "embed_flags=(${EMBED_FLAGS:-})"
 eval "decoder_flags=(${DECODER_FLAGS:-})"
+eval "prior_flags=(${PRIOR_FLAGS:-})"
 eval "ways_flags=(${WAYS_FLAGS:-})"
+SMALL_FLAGS="--caption-dropout 0.1 ${SMALL_FLAGS:-}"
 
 # shellcheck source=recipes/stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
+if [ -z "$DATA" ]; then
+    DATA=$UNCLIP/scenes
+    stage scenes "${dalle1[@]}" toybox --out "$DATA" --num-scenes 40000 --captions 8 --shares 40 25 35
+fi
 stage autoencoder "${dalle1[@]}" train autoencoder small --init "$DVAE" --data "$DATA" \
     --out "$UNCLIP/autoencoder" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}
 stage embedded "${dalle1[@]}" \
@@ -39,8 +46,15 @@ for preset in $PRESETS; do
         train decoder "$preset" --data "$UNCLIP/embedded" --clip "$CLIP" \
         --autoencoder "$UNCLIP/autoencoder" --out "$OUT/$preset" \
         ${decoder_flags[@]+"${decoder_flags[@]}"} ${preset_flags[@]+"${preset_flags[@]}"}
-    models+=("$OUT/$preset")
+    if [ "$preset" != small ]; then
+        models+=("$OUT/$preset")
+        continue
+    fi
+    stage prior "${dalle1[@]}" train prior small --data "$UNCLIP/embedded" --clip "$CLIP" \
+        --out "$UNCLIP/prior" ${prior_flags[@]+"${prior_flags[@]}"}
+    stage unclip "${dalle1[@]}" \
+        export --model "$OUT/small" --prior "$UNCLIP/prior" --out "$OUT/unclip"
+    models+=("$OUT/unclip")
 done
-# Without a prior, a decoder of unCLIP samples from the caption alone, as GLIDE does.
 stage ways "${dalle1[@]}" evaluate ways --models "${models[@]}" --out "$OUT/ways" \
     ${ways_flags[@]+"${ways_flags[@]}"}

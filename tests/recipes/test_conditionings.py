@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = "--steps 1 --batch-size 2 --num-workers 0 --device cpu --precision fp32"
 FLAGS = {
     "DATA": "toybox:40",
-    "PRESETS": "ldm imagen sdxl",
+    "PRESETS": "imagen sdxl small",
     "AUTOENCODER_FLAGS": f"{RUN} --crop-size 32 --validation-images 1",
     "EMBED_FLAGS": "--num-workers 0 --device cpu",
     "DECODER_FLAGS": f"{RUN} --model.width 8 --model.multipliers 1 2 --model.blocks 1 "
     "--model.attention 8 --model.head-width 8 --validation-pairs 2",
+    "PRIOR_FLAGS": f"{RUN} --model.width 16 --model.depth 1 --model.heads 2 --validation-pairs 2",
     "WAYS_FLAGS": "--num-prompts 1 --num-candidates 1 --ways steps=1 --device cpu",
 }
 
@@ -39,7 +40,7 @@ def test_the_recipe_trains_each_preset_and_compares_them(tmp_path: Path) -> None
     assert first.returncode == 0, first.stdout + first.stderr
     decoders = tmp_path / "decoders"
     scores = json.loads((decoders / "ways/ways.json").read_text())["scores"]
-    names = {"ldm": 1, "imagen": 1, "sdxl": 2}
+    names = {"imagen": 1, "sdxl": 2, "unclip": 0}
     for name, count in names.items():
         assert len(UNet.config_of(decoders / name).text_encoders) == count
         assert 0 <= scores[f"{decoders / name}/correct"] <= 1
