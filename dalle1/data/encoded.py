@@ -3,7 +3,8 @@
     dalle1 encode --dvae runs/dvae --data toybox:60000 --out runs/codes
 
 writes shards with `KEY.npy` (codes [crops, W, W], uint16 or uint32) and `KEY.json` (its captions),
-and `codes.json`, which identifies their dVAE. The same command resumes after an interruption.
+and `codes.json`, which identifies their dVAE. The same command resumes after an interruption, and
+reads streamed shards again that were cut short. The exit code is 1 if shards are damaged.
 """
 
 from __future__ import annotations
@@ -101,14 +102,19 @@ class ImageEncoder(Protocol):
         """Encode images [B, 3, H, W] in [0, 1] as [B, n, m], integers or floats."""
 
 
-def _write_entries(path: Path) -> None:
-    """Write the index of all pairs; codes.json then has the shards' sizes, which reveal changes."""
+def _write_entries(path: Path) -> int:
+    """Write the index of all pairs, and return their number.
+
+    codes.json then has the shards' sizes, which reveal changes.
+    """
     folder = path.parent
     shards = shards_in(folder)
+    entries = index_files(shards, FILES)
     with (folder / "entries.partial").open("wb") as file:
-        np.save(file, index_files(shards, FILES))
+        np.save(file, entries)
     os.replace(file.name, folder / ENTRIES_NAME)
     _write_json(path, {**parse_json(path, dict), "bytes": sizes_of(shards)})
+    return len(entries)
 
 
 def _write_json(path: Path, thing: Any) -> None:
@@ -122,8 +128,11 @@ def encoding_precision(device: torch.device) -> str:
     return "bf16" if pick_precision("auto", device) == torch.bfloat16 else "fp32"
 
 
-def encode(config: EncodeConfig) -> None:
-    """Encode all of `config.data`, shard by shard; keep shards that are already complete."""
+def encode(config: EncodeConfig) -> int:
+    """Encode all of `config.data`, shard by shard; keep shards that are already complete.
+
+    Returns: the number of damaged shards of the data.
+    """
     device = pick_device(config.device)
     model = load_image_tokenizer(config.dvae, device, config.image_size)
     identity = {
@@ -132,7 +141,7 @@ def encode(config: EncodeConfig) -> None:
         "grid_size": model.grid_size,
     }
     dtype = np.uint16 if model.codebook_size <= 1 << 16 else np.uint32
-    encode_images(config, model, device, config.out / INDEX_NAME, identity, dtype)
+    return encode_images(config, model, device, config.out / INDEX_NAME, identity, dtype)
 
 
 def encode_images(
@@ -142,12 +151,14 @@ def encode_images(
     path: Path,
     identity: Mapping[str, Any],
     dtype: type[np.generic],
-) -> None:
+) -> int:
     """Encode all of `config.data` by a model, shard by shard, beside the index `path`.
 
     Args:
         identity: what identifies the model and its encodings, for the index.
         dtype: type of the stored numbers.
+
+    Returns: the number of damaged shards of the data.
     """
     size = model.image_size
     decode_size = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
@@ -157,25 +168,27 @@ def encode_images(
     precision = _claim(config, path, identity, source, len(chunks), device)
     stats = SkipStats(config.max_bad_fraction, config.out / "skipped.jsonl", report=tqdm.write)
     stats.open(source.size or 0, source.skipped, source.notes)
-    written = 0
     with bar(total=source.size, unit="image") as progress:
         for number, keys in enumerate(chunks):
             shard = config.out / f"{number:05d}.tar"
-            if shard.exists():
-                written += 1
+            if shard.exists() and not _mark(shard).exists():
                 progress.update(config.shard_size)
                 continue
             batches = iter_batches(source, keys, prepare, config.batch_size, config.num_workers)
             # The samples of a stream are counted from 0 in each of its shards.
             first = number * 100_000 if source.size is None else 0
-            written += _write_shard(
-                shard, _encoded(model, device, batches, stats, progress, precision, dtype), first
-            )
-    if not written:
+            encoded = _encoded(model, device, batches, stats, progress, precision, dtype)
+            cut = stats.shards.damaged
+            unfinished = _write_shard(shard.with_suffix(".partial"), encoded, first)
+            _keep(unfinished, shard, complete=stats.shards.damaged == cut)
+    if not _write_entries(path):
         raise ValueError(f"all images were skipped: {stats}; see {stats.file}")
-    _write_entries(path)
     if stats.counts:
         print(f"Skipped {stats}; each is logged in {stats.file}")
+    if streamed := stats.shards.damaged[0]:
+        which = f"{streamed} of {len(chunks)} shards"
+        print(f"{which} were not read to their end; the same command reads them again")
+    return streamed + sum(not shard.complete for shard in source.shards_read)
 
 
 def _open(config: EncodeOptions, size: int, decode_size: int) -> Source:
@@ -275,23 +288,43 @@ def _encoded(
             yield number, grid, parse_json(captions)
 
 
-def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> int:
-    """Write a shard, whole or not at all; return how many images are in it."""
+def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> Path:
+    """Write all that is encoded to a shard, and return its path."""
     from webdataset import TarWriter
 
-    unfinished, written = path.with_suffix(".partial"), 0
-    with TarWriter(str(unfinished)) as tar:
+    with TarWriter(str(path)) as tar:
         for number, grid, captions in encoded:
             key = f"{first + number:09d}"
             tar.write({"__key__": key, "npy": grid, "json": {"captions": captions}})
-            written += 1
-    os.replace(unfinished, path)
-    return written
+    return path
+
+
+def _mark(shard: Path) -> Path:
+    """Return the path of the empty file that marks a shard whose images were cut short."""
+    return shard.with_suffix(".incomplete")
+
+
+def _length(shard: Path) -> int:
+    return len(index_files([shard], FILES))
+
+
+def _keep(unfinished: Path, shard: Path, complete: bool) -> None:
+    """Move a shard to its path; one that was cut short is marked, and the longer of two is kept."""
+    if not complete:
+        _mark(shard).touch()
+        if shard.exists() and _length(unfinished) <= _length(shard):
+            unfinished.unlink()
+            return
+    os.replace(unfinished, shard)
+    if complete:
+        _mark(shard).unlink(missing_ok=True)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(EncodeConfig, args, __doc__.splitlines()[0])
         with folder_lock(config.out):
-            encode(config)
+            damaged = encode(config)
         print(f"Codes are in {config.out}")
+        if damaged:
+            raise SystemExit(1)

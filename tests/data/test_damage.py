@@ -204,7 +204,9 @@ def test_codes_are_made_of_the_900(
         flags += ["--num-workers", "0", "--device", "cpu"]
         with pytest.raises(SystemExit):
             encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "0.01"])
-        encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "1"])
+        with pytest.raises(SystemExit) as stop:
+            encode([*flags, "--data", data_of(shards, how), "--max-bad-fraction", "1"])
+        assert stop.value.code == 1  # shards are damaged
     indexed, streamed = (CodeSource(tmp_path / how, "encode") for how in ("indexed", "streaming"))
     assert len(indexed) == len(streamed) == 900
     assert all(indexed.captions(i) == streamed.captions(i) for i in range(900))

@@ -17,7 +17,7 @@ from tars import Member, write_tar
 
 from dalle1.data import codes
 from dalle1.data.codes import CodeSource, fingerprint, open_codes
-from dalle1.data.encoded import EncodeConfig, encode, encoding_precision
+from dalle1.data.encoded import EncodeConfig, encode, encoding_precision, main
 from dalle1.data.examples import iter_batches
 from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
 from dalle1.devices import autocast
@@ -167,6 +167,55 @@ def test_nothing_is_lost_between_shards_and_codes(tmp_path: Path, how: str) -> N
     lines = (config.out / "skipped.jsonl").read_text().splitlines()
     causes = sorted(json.loads(line)["cause"] for line in lines)
     assert causes == ["hidden file", "no caption", "no image"]
+
+
+def run(config: EncodeConfig) -> int:
+    """Return the exit code of `dalle1 encode`."""
+    flags = {"--data": config.data, "--dvae": config.dvae, "--out": config.out}
+    words = [str(word) for flag in flags.items() for word in flag]
+    try:
+        main([*words, "--device", "cpu", "--num-workers", "0"])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_streams_that_were_cut_short_are_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dvae(tmp_path / "dvae")
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "PNG")
+    shard, second = tmp_path / "0.tar", tmp_path / "1.tar"
+    for path in (shard, second):
+        files = [(f"{i}{end}", buffer.getvalue()) for i in range(3) for end in (".png", ".txt")]
+        write_tar(path, [(name, b"a star" if ".txt" in name else data) for name, data in files])
+    whole = shard.read_bytes()
+    config = encoding(tmp_path, data=f"pipe:cat {tmp_path}/{{0..1}}.tar")
+    kept = []
+    for size in (2000, 0, 4500, len(whole)):
+        shard.write_bytes(whole[:size])
+        assert run(config) == (size < len(whole))
+        kept.append(len(source_of(config)) - 3)
+    assert kept == [1, 1, 2, 3]
+    assert "1 of 2 shards were not read to their end" in capsys.readouterr().out
+    times = [path.stat().st_mtime_ns for path in sorted(config.out.glob("*.tar"))]
+    assert run(config) == 0
+    assert times == [path.stat().st_mtime_ns for path in sorted(config.out.glob("*.tar"))]
+    assert not list(config.out.glob("*.incomplete"))
+
+
+def test_nothing_encoded_is_an_error_each_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_dvae(tmp_path / "dvae")
+    Image.new("RGB", (8, 8)).save(tmp_path / "dvae/small.png")
+    (tmp_path / "dvae/small.txt").write_text("a star")
+    for i, data in enumerate(("pipe:false", str(tmp_path / "dvae"))):
+        config = encoding(tmp_path, data=data, out=tmp_path / f"codes{i}")
+        for _ in range(2):
+            assert run(config) == 2
+            assert "all images were skipped" in capsys.readouterr().err
 
 
 def test_codes_with_files_of_a_system_or_without_some(encoded: tuple[EncodeConfig, DVAE]) -> None:
