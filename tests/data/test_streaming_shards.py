@@ -6,8 +6,10 @@ import functools
 import http.server
 import io
 import json
+import os
 import random
 import shutil
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -253,6 +255,22 @@ def test_a_command_that_fails_after_its_output_has_ended(
     assert bool(len(found) - len(damage)) == bool(written)
 
 
+def test_an_interrupt_of_the_terminal_does_not_end_a_command(shards: Path) -> None:
+    url = f"pipe:kill -INT $$; cat {shards}/00000.tar; kill -INT $$"
+    found = [x for _, x in StreamingShards([[url]], split="encode").read_shard(url)]
+    assert found[-1] == ShardRead(url, 10, True)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_command_ends_with_its_reader(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_shard(f"pipe:sleep 5; touch {tmp_path}/ended"),
+    ):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "ended").exists()
+
+
 def test_a_training_stops_if_many_shards_are_missing(shards: Path, tmp_path: Path) -> None:
     for shard in range(6):
         shutil.copy(shards / f"0000{shard}.tar", tmp_path / f"{shard}.tar")
@@ -396,6 +414,9 @@ def test_shards_over_http(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(flat(take(source, 11, batch_size=3)[0])) == list(range(33))
     with pytest.raises(ValueError, match="unreadable shard"):
         next(batches(open_source(server + "/gone.tar"), number, batch_size=1))
+    with open_shard(f"{server}/00000.tar") as stream:
+        os.kill(stream.proc.pid, signal.SIGINT)  # type: ignore[attr-defined]
+        assert stream.read()
 
 
 def test_s3_is_read_by_the_aws_command(

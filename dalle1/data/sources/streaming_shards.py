@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import random
 import re
+import signal
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -211,18 +212,22 @@ class StreamingShards:
 def open_shard(url: str) -> Iterator[IO[bytes]]:
     """Open a shard by webdataset's openers: a path, pipe:COMMAND, http(s)://, s3://, gs://, hf://.
 
+    A terminal's Ctrl-C does not end its command: a training still finishes its step.
+
     Raises: OSError where it cannot be opened, or, at the end of its output, where its command
         failed: that explains what is wrong with the output.
     """
-    from webdataset.gopen import gopen
+    from webdataset.gopen import Pipe
 
-    stream = gopen(f"pipe:aws s3 cp {url} -" if url.startswith("s3://") else url, "rb")
+    stream = _start(f"pipe:aws s3 cp {url} -" if url.startswith("s3://") else url)
     try:
         yield stream
         while stream.read(1 << 16):  # a command whose output nobody reads would fail
             pass
     except BaseException as error:
         at_end = isinstance(error, tarfile.TarError | EOFError) and not stream.read(1)
+        if isinstance(stream, Pipe) and not at_end:
+            stream.proc.terminate()  # it may wait for ever
         try:
             stream.close()
         except OSError:
@@ -230,3 +235,17 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
                 raise
         raise
     stream.close()
+
+
+def _start(url: str) -> IO[bytes]:
+    """Open a URL; its command ignores the SIGINT that a terminal sends to all processes."""
+    from webdataset.gopen import gopen
+
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return gopen(url, "rb")
+    url = re.sub("^pipe:", "pipe:trap '' INT; ", url)  # for shells, which unblock signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what curl inherits
+    try:
+        return gopen(url, "rb")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
