@@ -99,7 +99,9 @@ class StridedDVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1] as codes [B, h, w]."""
-        return self.encoder(2 * images - 1).argmax(1)
+        hidden = self.encoder[:-1](2 * images - 1)
+        with torch.autocast(images.device.type, enabled=False):  # bf16 rounds logits to ties
+            return self.encoder[-1](hidden.float()).argmax(1)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
