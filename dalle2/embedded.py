@@ -132,8 +132,11 @@ def open_embedded(data: str, split: str, encoders: Encoders | None) -> EmbeddedS
     return sources[0] if len(sources) == 1 else Mixture(sources, weights)
 
 
-def embed(config: EmbedConfig) -> None:
-    """Encode all of `config.data`, shard by shard; keep shards that are already complete."""
+def embed(config: EmbedConfig) -> int:
+    """Encode all of `config.data`, shard by shard; keep shards that are already complete.
+
+    Returns: the number of damaged shards of the data.
+    """
     device = pick_device(config.device)
     autoencoder = load_autoencoder(config.autoencoder, device, config.image_size)
     clip = Clip.from_pretrained(config.clip, device)
@@ -149,7 +152,7 @@ def embed(config: EmbedConfig) -> None:
         "grid_size": autoencoder.grid_size,
         "numbers": math.prod(autoencoder.latent_shape) + width,
     }
-    encode_images(config, embedder, device, config.out / INDEX_NAME, identity, np.float16)
+    return encode_images(config, embedder, device, config.out / INDEX_NAME, identity, np.float16)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -157,5 +160,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(EmbedConfig, args, __doc__.splitlines()[0])
         with folder_lock(config.out):
-            embed(config)
+            damaged = embed(config)
         print(f"Embeddings are in {config.out}")
+        if damaged:
+            raise SystemExit(1)
