@@ -31,7 +31,7 @@ from dalle1.data.codes import ENTRIES_NAME, FILES, INDEX_NAME, fingerprint, shar
 from dalle1.data.examples import iter_batches
 from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
 from dalle1.data.loader import Batch
-from dalle1.data.skipped import SkipStats
+from dalle1.data.skipped import ShardRead, SkipStats
 from dalle1.data.sources.base import (
     ENDLESS,
     ReadOptions,
@@ -173,6 +173,8 @@ def encode_images(
             shard = config.out / f"{number:05d}.tar"
             if shard.exists() and not _mark(shard).exists():
                 progress.update(config.shard_size)
+                if source.size is None:  # else those read again would look like all there are
+                    stats.shards.add([ShardRead(str(shard), _length(shard), True)])
                 continue
             batches = iter_batches(source, keys, prepare, config.batch_size, config.num_workers)
             # The samples of a stream are counted from 0 in each of its shards.

@@ -10,9 +10,12 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -256,19 +259,31 @@ def test_a_command_that_fails_after_its_output_has_ended(
 
 
 def test_an_interrupt_of_the_terminal_does_not_end_a_command(shards: Path) -> None:
-    url = f"pipe:kill -INT $$; cat {shards}/00000.tar; kill -INT $$"
+    group = f"{sys.executable} -c 'import os; print(os.getpgid(0))' > {shards}/group"
+    url = f"pipe:{group}; cat {shards}/00000.tar"
     found = [x for _, x in StreamingShards([[url]], split="encode").read_shard(url)]
     assert found[-1] == ShardRead(url, 10, True)
+    assert int((shards / "group").read_text()) != os.getpgid(0)  # which a terminal interrupts
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
+def interrupted_once(file: Path) -> None:
+    """Wait until a command has written a file, and then be interrupted."""
+    while not file.exists() or not file.read_text():
+        time.sleep(0.01)
+    raise KeyboardInterrupt
+
+
 def test_a_command_ends_with_its_reader(tmp_path: Path) -> None:
+    file, ended = tmp_path / "pid", tmp_path / "ended"
     with (
         pytest.raises(KeyboardInterrupt),
-        open_shard(f"pipe:sleep 5; touch {tmp_path}/ended"),
+        open_shard(f"pipe:sleep 60 & echo $! > {file}; wait; touch {ended}"),
     ):
-        raise KeyboardInterrupt
-    assert not (tmp_path / "ended").exists()
+        interrupted_once(file)
+    assert not ended.exists()
+    with suppress(FileNotFoundError, ProcessLookupError):  # it is gone, or not yet reaped
+        assert Path(f"/proc/{file.read_text().strip()}/stat").read_text().split()[2] == "Z"
 
 
 def test_a_training_stops_if_many_shards_are_missing(shards: Path, tmp_path: Path) -> None:

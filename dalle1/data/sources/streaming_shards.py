@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import lzma
+import os
 import random
 import re
 import signal
+import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -227,7 +229,7 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
     except BaseException as error:
         at_end = isinstance(error, tarfile.TarError | EOFError) and not stream.read(1)
         if isinstance(stream, Pipe) and not at_end:
-            stream.proc.terminate()  # it may wait for ever
+            _end(stream.proc)  # it may wait for ever
         try:
             stream.close()
         except OSError:
@@ -238,14 +240,25 @@ def open_shard(url: str) -> Iterator[IO[bytes]]:
 
 
 def _start(url: str) -> IO[bytes]:
-    """Open a URL; its command ignores the SIGINT that a terminal sends to all processes."""
-    from webdataset.gopen import gopen
+    """Open a URL; its command does not get the SIGINT that a terminal sends to all processes."""
+    from webdataset.gopen import Pipe, gopen
 
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    if os.name != "posix":
         return gopen(url, "rb")
-    url = re.sub("^pipe:", "pipe:trap '' INT; ", url)  # for shells, which unblock signals
+    if url.startswith("pipe:"):  # a shell would unblock signals, so it has a session of its own
+        command = url.removeprefix("pipe:")
+        apart = {"shell": True, "start_new_session": True}
+        return Pipe(command, mode="rb", ignore_status=[128 + signal.SIGPIPE], **apart)  # type: ignore[return-value]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what curl inherits
     try:
         return gopen(url, "rb")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command that `_start` started, with all that its shell started."""
+    if os.name == "posix" and process.poll() is None and os.getpgid(process.pid) == process.pid:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
