@@ -18,6 +18,7 @@ MAY_CHANGE = {
     *("out", "device", "steps", "num_workers", "tensorboard", "wandb", "max_bad_fraction"),
     *("log_every", "validate_every", "save_every", "keep"),
     *("accumulate", "zero", "offload", "weights", "deepspeed", "checkpointing", "prompts"),
+    "sampling_steps",
 }
 """Settings that may change on resuming: none of them changes what was learned so far."""
 

@@ -38,14 +38,16 @@ class DDPEngine(Engine[Model]):
         }
         self.root: nn.Module = LossModule(task, config.precision)
         self.compression: PowerSGD | None = None
-        if distributed.world_size() > 1:
+        if (world := distributed.world_size()) > 1:
             compresses = config.gradient_compression != "none"
+            # DDP would rebuild its buckets after the first update. Kept as they are, PowerSGD's
+            # errors fit after resuming, and more than two gradients are summed in the same order.
+            if keeps := compresses or world > 2:
+                # Without an unused parameter, DDP would advise against keeping them.
+                self.root.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+                self.root.to(self.device)
             self.root = nn.parallel.DistributedDataParallel(
-                self.root,
-                gradient_as_bucket_view=True,
-                # It keeps the buckets as they are, so that gradients are summed in the same order,
-                # and PowerSGD's errors fit, after resuming.
-                find_unused_parameters=True,
+                self.root, gradient_as_bucket_view=True, find_unused_parameters=keeps
             )
             self.compression = PowerSGD(self.root, config) if compresses else None
 
