@@ -147,7 +147,7 @@ class DallE(RankingPipeline):
         """Write all parts to `directory`, weights rounded to `dtype`; keep no other model's."""
         folder = Path(directory)
         refuse_other_clip(folder, self.clip)
-        refuse_other_model(folder, "decoder.safetensors", "DALL·E 2")
+        refuse_other_model(folder, "decoder.safetensors")
         with intact(self.transformer):
             with replaced_image_tokenizer(self.image_tokenizer, folder, dtype):
                 self.transformer.save(folder, dtype)

@@ -257,10 +257,10 @@ def refuse_other_clip(folder: Path, clip: Any = None) -> None:
         )
 
 
-def refuse_other_model(folder: Path, file: str, name: str) -> None:
-    """Raise ValueError where a folder holds the file of another kind of model."""
+def refuse_other_model(folder: Path, file: str) -> None:
+    """Raise ValueError where a folder holds a file that a new model there would not have."""
     if (folder / file).exists():
-        raise ValueError(f"{folder} holds a {name} ({file}), expected none; use another folder")
+        raise ValueError(f"{folder} holds {file} of another model; use another folder")
 
 
 def read_kind(path: Path) -> str | None:

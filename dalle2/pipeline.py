@@ -149,12 +149,14 @@ class Unclip(RankingPipeline):
         )
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write all parts to `directory`, weights rounded to `dtype`; keep no other model's.
+        """Write all parts to `directory`, weights rounded to `dtype`.
 
-        Raises: ValueError where the folder holds a DALL·E 1.
+        Raises: ValueError where the folder holds a DALL·E 1, or a part that this model has not.
         """
         folder = Path(directory)
-        refuse_other_model(folder, TRANSFORMER_FILE, "DALL·E 1")
+        parts = {PRIOR_FILE: self.prior, UPSAMPLER_FILE: self.upsampler, TRANSFORMER_FILE: None}
+        for file in (name for name, part in parts.items() if part is None):
+            refuse_other_model(folder, file)
         self.image_tokenizer.save(folder, dtype)
         self.decoder.save(folder, dtype)
         self.encoder.save_pretrained(folder / CLIP_NAME, dtype)
@@ -162,10 +164,8 @@ class Unclip(RankingPipeline):
         self.info.save(folder)
         if self.text is not None:
             self.text.save(folder, dtype)
-        for part, name in ((self.prior, PRIOR_FILE), (self.upsampler, UPSAMPLER_FILE)):
-            if part is None:
-                (folder / name).unlink(missing_ok=True)
-            else:
+        for part in (self.prior, self.upsampler):
+            if part is not None:
                 part.save(folder, dtype)
 
     def with_prior(self, prior: Prior | None, upsampler: Upsampler | None = None) -> Unclip:
@@ -239,6 +239,7 @@ class Unclip(RankingPipeline):
         asked = {k: x for k, x in sampling.items() if k in own and x is not None}
         how = replace(self.options, **asked)
         self._refuse_missing(how, asked)
+        how = replace(how, **{k: min(getattr(how, k), most) for k, most in self._times().items()})
         return self.generation.updated(**{k: sampling[k] for k in sampling.keys() - own}), how
 
     def latents(
@@ -329,6 +330,15 @@ class Unclip(RankingPipeline):
                 "the model's own CLIP, one for each prompt"
             )
 
+    def _times(self) -> dict[str, int]:
+        """Return the most steps of each part."""
+        times = {"steps": self.decoder.config.times}
+        if isinstance(self.prior, DiffusionPrior):
+            times["prior_steps"] = self.prior.config.times
+        if self.upsampler is not None:
+            times["upsampler_steps"] = self.upsampler.config.times
+        return times
+
     def _refuse_missing(self, how: UnclipOptions, asked: Mapping[str, Any]) -> None:
         """Raise ValueError for options of parts that this model lacks."""
         if how.clip_guidance:
@@ -342,14 +352,9 @@ class Unclip(RankingPipeline):
                 "embedding is 'prior', and this model has no prior; use none or caption, or join "
                 "one by dalle1 export --prior FOLDER"
             )
-        times = {"steps": self.decoder.config.times}
-        if isinstance(self.prior, DiffusionPrior):
-            times["prior_steps"] = self.prior.config.times
-        if self.upsampler is not None:
-            times["upsampler_steps"] = self.upsampler.config.times
-        for name, most in times.items():
-            if getattr(how, name) > most:
-                raise ValueError(f"{name} is {getattr(how, name)}, expected at most {most}")
+        for name, most in self._times().items():
+            if asked.get(name, 0) > most:
+                raise ValueError(f"{name} is {asked[name]}, expected at most {most}")
         if asked.get("upsampler_steps") and self.upsampler is None:
             raise ValueError(
                 f"upsampler_steps is {how.upsampler_steps}, expected 0: this model has no "

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,14 @@ class PriorConfig(PriorArch):
     """W: width of the states of the CLIP's text tower."""
     clip: str = ""
     """Digest of the CLIP that it was trained with."""
+    errors: tuple[float, ...] = ()
+    """Mean squared errors of predicted entries of scaled z_i in ten equal ranges of times, which
+    sampling adds as noise; none: not measured, so steps are those of DDPM."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "errors", tuple(self.errors))  # a file's metadata has lists
+        if len(self.errors) not in (0, BINS):
+            raise ValueError(f"errors are {len(self.errors)}, expected {BINS} or none")
 
     @property
     def layer(self) -> TransformerConfig:
@@ -107,8 +115,6 @@ def best_of(samples: int, sample_one: Callable[[int], Tensor], captions: Tensor)
 class DiffusionPrior(nn.Module):
     """Predicts scaled image embeddings from noised ones and captions."""
 
-    mean_errors: Tensor
-
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
@@ -122,8 +128,6 @@ class DiffusionPrior(nn.Module):
         self.layers = nn.ModuleList(Layer(config.layer) for _ in range(config.depth))
         self.norm = nn.LayerNorm(m)
         self.head = nn.Linear(m, d)
-        # What `measure` found: how far predictions are off, by which sampling adds noise.
-        self.register_buffer("mean_errors", torch.zeros(BINS))
 
     def forward(self, x: Tensor, t: Tensor, caption: Caption) -> Tensor:
         """Predict scaled z_i [B, D] from noised ones x [B, D] at times t [B].
@@ -157,19 +161,21 @@ class DiffusionPrior(nn.Module):
         return Denoiser(predict, self.schedule, "x0")
 
     def measure(self, t: Tensor, errors: Tensor) -> None:
-        """Store the mean squared errors [N] of predictions at times t [N], in ten ranges of times.
+        """Store the mean squared errors [N] of unguided predictions at times t [N], by ranges.
 
-        A range without a time has the mean of all; without `measure`, errors are 0, as in DDPM.
+        A range without a time has the mean of all.
         """
-        ranges = (t * BINS // self.schedule.times).cpu()
-        for number in range(BINS):
-            found = errors.cpu()[ranges == number]
-            self.mean_errors[number] = (found if len(found) else errors).mean()
+        ranges, found = (t * BINS // self.schedule.times).tolist(), errors.tolist()
+        parts = [[e for e, r in zip(found, ranges, strict=True) if r == n] for n in range(BINS)]
+        means = tuple(float(np.mean(part or found)) for part in parts)
+        self.config = replace(self.config, errors=means)
 
     def error_at(self, t: int) -> float:
         """Return the mean squared error of a prediction at time t, linear between ranges."""
-        middles = [0.0, *((n + 0.5) * self.schedule.times / BINS for n in range(BINS))]
-        return float(np.interp(t, middles, [0.0, *self.mean_errors.tolist()]))
+        if not (errors := self.config.errors):
+            return 0.0
+        middles = [(n + 0.5) * self.schedule.times / BINS for n in range(BINS)]
+        return float(np.interp(t, [0, *middles], [0, *errors]))
 
     @torch.no_grad()
     def sample(

@@ -38,7 +38,14 @@ def decoder_settings(model: DallE | Unclip, options: argparse.Namespace) -> dict
     if isinstance(model, DallE):
         return {}
     asked = {name: getattr(options, name) for name in FLAGS}
-    return vars(model.options) | {name: x for name, x in asked.items() if x is not None}
+    used = vars(model.options) | {name: x for name, x in asked.items() if x is not None}
+    if model.upsampler is None:
+        del used["upsampler_steps"]
+    return {
+        name: x
+        for name, x in used.items()
+        if used["embedding"] == "prior" or not name.startswith("prior_")
+    }
 
 
 def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:

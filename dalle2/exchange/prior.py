@@ -114,7 +114,6 @@ def read_prior(folder: str | Path, clip: str = "") -> DiffusionPrior:
         state: dict[str, Tensor] = to_ours(theirs, names(config["num_layers"]))
         state["text_embedding.weight"] = state["text_embedding.weight"] / model.scale
         state["query"] = theirs["prd_embedding"].flatten()
-        state["mean_errors"] = model.mean_errors  # unknown: sampled as by DDPM
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as error:
         raise other_architecture(path, error) from error

@@ -147,10 +147,11 @@ def test_a_dropped_caption_reaches_no_inlet_of_the_prior() -> None:
         torch.testing.assert_close(model(x[row], T[row], alone), model(x, T, first)[row])
 
 
-def test_a_prior_interpolates_the_errors_that_were_measured() -> None:
+def test_a_prior_interpolates_the_errors_that_were_measured(tmp_path: Path) -> None:
     model = tiny_prior()
     assert model.error_at(500) == 0
     model.measure(torch.tensor([10, 60, 950]), torch.tensor([0.1, 0.3, 0.8]))
+    assert len(model.config.errors) == 10
     assert model.error_at(0) == 0
     assert model.error_at(25) == pytest.approx(0.1)
     assert model.error_at(50) == pytest.approx(0.2)
@@ -158,6 +159,8 @@ def test_a_prior_interpolates_the_errors_that_were_measured() -> None:
     assert model.error_at(999) == pytest.approx(0.8)
     before = tiny_prior().sample(captions(1), [0])
     assert not torch.equal(model.sample(captions(1), [0]), before)
+    model.save(tmp_path)
+    assert DiffusionPrior.load(tmp_path).config == model.config
 
 
 def test_prior_samples_are_unit_vectors_and_the_better_of_two() -> None:

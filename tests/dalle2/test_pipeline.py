@@ -74,15 +74,24 @@ def test_options_that_cannot_be_sampled_are_refused_before_the_work(model: Uncli
 def test_a_folder_holds_one_model(model: Unclip, tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "unclip")
     alone = Unclip(model.image_tokenizer, model.decoder, model.encoder)
-    alone.save_pretrained(folder)
-    assert not (folder / "prior.safetensors").exists()
+    with pytest.raises(ValueError, match=r"holds prior.safetensors of another model; use another"):
+        alone.save_pretrained(folder)
     one = tiny_model()
     one.clip = model.encoder
-    with pytest.raises(ValueError, match=r"holds a DALL·E 2 \(decoder.safetensors\), expec"):
+    with pytest.raises(ValueError, match=r"holds decoder.safetensors of another model"):
         one.save_pretrained(folder)
     one.save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"holds a DALL·E 1 \(transformer.safetensors\), expected"):
+    with pytest.raises(ValueError, match=r"holds transformer.safetensors of another model"):
         alone.save_pretrained(tmp_path / "one")
+
+
+def test_a_model_of_few_times_samples_without_flags(model: Unclip) -> None:
+    prior = tiny_prior(times=10, clip=model.prior.config.clip)  # type: ignore[union-attr]
+    few = Unclip(model.image_tokenizer, tiny_decoder(times=5), model.encoder, prior)
+    for embedding in ("prior", "none"):
+        assert len(next(few.sample(["a"], num_candidates=2, embedding=embedding))) == 2
+    with pytest.raises(ValueError, match="prior_steps is 11, expected at most 10"):
+        few.sample(["a"], prior_steps=11)
 
 
 def test_a_decoder_is_told_the_embedding_that_it_was_trained_on(model: Unclip) -> None:
