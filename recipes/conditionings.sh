@@ -7,7 +7,7 @@
 #     PRESETS="ldm imagen" IMAGEN_FLAGS="--text-encoders t5:google/t5-v1_1-small" recipes/conditionings.sh
 #
 # Stop it with Ctrl-C; the same command resumes. It shares autoencoder, embeddings and prior of
-# recipes/unclip.sh, and trains them where they are missing. OUT/ways/ways.json has the table.
+# recipes/unclip.sh, and trains them where they are missing; scenes take 1.2 GB. OUT/ways/ways.json has the table.
 set -euo pipefail
 
 OUT=${OUT:-runs/conditionings}      # folder of the decoders and the table
@@ -31,7 +31,8 @@ SMALL_FLAGS="--caption-dropout 0.1 ${SMALL_FLAGS:-}"
 
 if [ -z "$DATA" ]; then
     DATA=$UNCLIP/scenes
-    stage scenes "${dalle1[@]}" toybox --out "$DATA" --num-scenes 40000 --captions 8 --shares 40 25 35
+    stage scenes "${dalle1[@]}" toybox --out "$DATA" --num-scenes 40000 --captions 8 \
+        --shares 40 25 35 --processes "$(getconf _NPROCESSORS_ONLN)"
 fi
 stage autoencoder "${dalle1[@]}" train autoencoder small --init "$DVAE" --data "$DATA" \
     --out "$UNCLIP/autoencoder" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}

@@ -5,7 +5,8 @@
 #     OUT=runs/mine DATA=my-shards recipes/unclip.sh
 #
 # Stop it with Ctrl-C; the same command resumes, since each stage resumes by itself and a finished
-# one returns at once. OUT/model then holds the model: dalle1 sample PROMPT --model OUT/model.
+# one returns at once. Scenes take 1.2 GB. OUT/model then holds the model: dalle1 sample PROMPT
+# --model OUT/model.
 set -euo pipefail
 
 OUT=${OUT:-runs/unclip}           # folder of all stages
@@ -27,7 +28,8 @@ eval "upsampler_flags=(${UPSAMPLER_FLAGS:-})"
 # All stages read the same scenes, which have more of two objects and of styles than Toybox by itself.
 if [ -z "$DATA" ]; then
     DATA=$OUT/scenes
-    stage scenes "${dalle1[@]}" toybox --out "$DATA" --num-scenes 40000 --captions 8 --shares 40 25 35
+    stage scenes "${dalle1[@]}" toybox --out "$DATA" --num-scenes 40000 --captions 8 \
+        --shares 40 25 35 --processes "$(getconf _NPROCESSORS_ONLN)"
 fi
 # The autoencoder starts from the residual groups of the dVAE, so few updates suffice.
 stage autoencoder "${dalle1[@]}" \

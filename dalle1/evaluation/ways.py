@@ -217,7 +217,9 @@ def margin(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     if len(known) < 2:
         return math.nan
-    return 1.96 * float(known.std(ddof=1)) / math.sqrt(len(known)) or 3 / len(known)
+    if known.min() == known.max():
+        return 3 / len(known)
+    return 1.96 * float(known.std(ddof=1)) / math.sqrt(len(known))
 
 
 def format_ways_table(scores: Mapping[str, float]) -> str:

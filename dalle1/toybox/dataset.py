@@ -54,7 +54,7 @@ class Toybox:
         if shares is not None and (
             len(shares) != len(GROUPS)
             or not all(0 <= share < math.inf for share in shares)
-            or not any(shares)
+            or not 0 < sum(shares) < math.inf
         ):
             raise ValueError(
                 f"got shares {' '.join(f'{share:g}' for share in shares)}, expected three weights, "

@@ -111,6 +111,7 @@ def test_ctrl_c_prints_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--num-scenes", "0"], "got --num-scenes 0"),
         (["--num-scenes", "1", "--shard-size", "0"], "got --shard-size 0"),
         (["--shares", "0", "0", "0"], "got shares 0 0 0, expected three weights"),
+        (["--shares", "1e308", "1e308", "1e308"], "expected three weights"),
         (["--shares", "1", "nan", "1"], "got shares 1 nan 1, expected three weights"),
         (
             ["--num-scenes", "1", "--out", "{file}/below"],

@@ -63,6 +63,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, Any
     return found
 
 
+def test_equal_values_have_an_interval() -> None:
+    assert margin(np.full(100, 1 / 3)) == 0.03
+    assert margin(np.array([0.0, 1.0] * 50)) == pytest.approx(0.098, abs=1e-3)
+    assert math.isnan(margin(np.array([1.0, math.nan])))
+
+
 def test_rows_are_compared_on_the_same_prompts(
     told: list[tuple[list[str], dict[str, Any]]],
 ) -> None:
