@@ -58,13 +58,13 @@ def toybox() -> Image.Image:
 
 
 def samples(model: DallE) -> Image.Image:
-    """Show the best of 64 candidates for prompts of pairs that training never saw together.
+    """Show the best of 16 candidates for prompts of pairs that training never saw together.
 
     The prompts are the first of the evaluation's, the best is CLIP's alone, the seed 0.
     """
     cells = []
     for prompt in tqdm(choose_prompts("heldout", 24, seed=0), unit="prompt"):
-        (best,) = model.generate(prompt.text, num_images=1, num_candidates=64, seed=0)
+        (best,) = model.generate(prompt.text, num_images=1, num_candidates=16, seed=0)
         cells.append(captioned(best.resize((176, 176), Image.Resampling.LANCZOS), prompt.text))
     return grid(cells, 6)
 

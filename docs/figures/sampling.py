@@ -14,7 +14,7 @@ from dalle1.toybox import Toybox
 
 HERE = Path(__file__).parents[1]
 PROMPTS = ("an avocado armchair", "a zebra handbag", "a strawberry house", "two blue hearts")
-COUNTS = (1, 4, 16, 64)
+COUNTS = (1, 4, 16)
 SIDE = 160  # of an image, in pixels
 SCALES = (1, 2, 3, 4, 5)
 WEIGHTED, WEIGHTS = ("an (avocado:{}) armchair", "a (zebra:{}) mug"), (-1, 0, 1, 2, 4)
@@ -26,7 +26,7 @@ def titled(image: Image.Image, title: str) -> Image.Image:
 
 
 def best_of(model: DallE) -> Image.Image:
-    """Show for each prompt the best, by CLIP, of its first 1, 4, 16 and 64 candidates."""
+    """Show for each prompt the best, by CLIP, of its first 1, 4 and 16 candidates."""
     cells = []
     for prompt in PROMPTS:
         ranked = model.candidates(prompt, num_candidates=max(COUNTS), seed=0)
