@@ -163,7 +163,8 @@ def test_two_encoders_are_concatenated_by_channel(t5_folder: Path) -> None:
     assert found.states.shape[2] == parts[0].width + parts[1].width
     for caption, start in zip(each, (0, parts[0].width), strict=True):
         length, width = caption.states.shape[1:]
-        assert found.states[:, :length, start : start + width].equal(caption.states)
+        own = caption.states * caption.mask[..., None]
+        assert found.states[:, :length, start : start + width].equal(own)
         assert (found.states[:, length:, start : start + width] == 0).all()
     assert found.embedding.equal(each[1].embedding)
 

@@ -1,12 +1,14 @@
 """Files and state dicts of earlier versions load under the present names."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dalle1.model.state_keys import upgrade_key
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.pipeline import BUNDLED
 
 OLD_LAYER = {
     "attention_norm.weight": "attention.norm.weight",
@@ -29,27 +31,37 @@ def test_old_names_are_upgraded_behind_any_prefix_and_present_ones_stay(prefix: 
         assert upgrade_key(prefix + foreign) == prefix + foreign
 
 
-def test_old_state_dicts_load() -> None:
-    config = TransformerConfig(
-        text_vocab=8, text_len=3, grid_size=2, codebook_size=5, width=16, depth=2, heads=2,
-        norm="rms", qk_norm=True,
+def tiny() -> Transformer:
+    return Transformer(
+        TransformerConfig(
+            text_vocab=8, text_len=3, grid_size=2, codebook_size=5, width=16, depth=2, heads=2,
+            norm="rms", qk_norm=True,
+        )
     )  # fmt: skip
-    model, other = Transformer(config), Transformer(config)
+
+
+def old_state(model: Transformer) -> dict[str, torch.Tensor]:
+    """Return the parameters by their names in earlier versions."""
     old = {}
     for name, tensor in model.state_dict().items():
         for new, before in ((".norm.", "_norm."), (".branch.", ".")):
             name = name.replace(new, before) if name.startswith("layers.") else name
         old[name] = tensor
     assert {"layers.1.mlp_norm.weight", "layers.1.attention.key_norm.weight"} <= old.keys()
-    other.load_state_dict(old)
+    return old
+
+
+def test_old_state_dicts_load() -> None:
+    model, other = tiny(), tiny()
+    other.load_state_dict(old_state(model))
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
 
 
-def test_the_bundled_file_has_old_names_and_loads() -> None:
-    with safe_open(Transformer.file_in(BUNDLED), "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert "layers.0.attention_norm.weight" in stored
-    state = Transformer.load(BUNDLED).state_dict()
-    assert {upgrade_key(name) for name in stored} == state.keys()
-    for name, tensor in stored.items():
-        assert torch.equal(state[upgrade_key(name)], tensor.float())
+def test_old_files_load(tmp_path: Path) -> None:
+    model = tiny()
+    path = model.save(tmp_path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(old_state(model), path, metadata)
+    loaded = Transformer.load(tmp_path).state_dict()
+    assert all(map(torch.equal, model.state_dict().values(), loaded.values()))
