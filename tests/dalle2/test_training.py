@@ -214,7 +214,7 @@ def test_folders_of_other_sizes_are_refused_together(
     both = f"{folders.embedded}::1,{tmp_path}/small::1"
     with pytest.raises(SystemExit):
         prior.main([*PRIOR, "--data", both, "--clip", str(folders.clip), "--out", str(tmp_path)])
-    assert "have other numbers an image" in " ".join(capsys.readouterr().err.split())
+    assert "store different counts of values per image" in " ".join(capsys.readouterr().err.split())
 
 
 def test_data_that_is_not_embedded_is_refused(

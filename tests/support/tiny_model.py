@@ -21,6 +21,7 @@ from dalle2.unet import UNet, UNetConfig
 from dvae import DVAE, DVAEConfig
 
 CAPTIONS = [f"a {fill} {noun}" for fill in ("red", "blue") for noun in ("cube", "teapot", "star")]
+PROMPT = CAPTIONS[0]
 
 
 def tiny_model(scale: float = 0.3, **sizes: object) -> DallE:
@@ -37,6 +38,11 @@ def tiny_model(scale: float = 0.3, **sizes: object) -> DallE:
         for parameter in transformer.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape))
     return DallE(dvae, transformer, Tokenizer.train(CAPTIONS, 270))
+
+
+def same(a: list[Image.Image], b: list[Image.Image]) -> bool:
+    """Whether images are equal, pixel for pixel."""
+    return [image.tobytes() for image in a] == [image.tobytes() for image in b]
 
 
 def write_images(folder: Path, count: int = 6) -> list[Path]:

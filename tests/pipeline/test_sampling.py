@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_pipeline import (
-    PROMPT,
-    plain_model,
-    ranked_model,
-    same,
-)
+from tiny_model import PROMPT, same
 
 from dalle1 import DallE
 from dalle1.sampling import batching
@@ -23,16 +18,6 @@ from dalle1.sampling.batching import batched, max_batch
 from dalle1.sampling.decoding import UNKNOWN
 from dalle1.sampling.kv_cache import decode_memory
 from dalle1.text.known_words import Words
-
-
-@pytest.fixture(scope="module")
-def plain() -> DallE:
-    return plain_model()
-
-
-@pytest.fixture(scope="module")
-def ranked(plain: DallE) -> DallE:
-    return ranked_model(plain)
 
 
 def test_without_a_clip_candidates_stay_in_order(plain: DallE) -> None:

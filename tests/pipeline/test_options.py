@@ -6,14 +6,9 @@ import warnings
 
 import pytest
 import torch
-from tiny_pipeline import PROMPT, plain_model, same
+from tiny_model import PROMPT, same
 
 from dalle1 import DallE
-
-
-@pytest.fixture(scope="module")
-def plain() -> DallE:
-    return plain_model()
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n "])

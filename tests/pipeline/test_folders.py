@@ -9,30 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_pipeline import (
-    CAPTIONS,
-    PROMPT,
-    plain_model,
-    ranked_model,
-    same,
-    tiny_dvae,
-    tiny_transformer,
-)
+from tiny_model import PROMPT, same, tiny_model
 
 from dalle1 import DallE
 from dalle1.devices import PRECISIONS
 from dalle1.sampling.generation import GenerationConfig
-from dalle1.text.bpe import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def plain() -> DallE:
-    return plain_model()
-
-
-@pytest.fixture(scope="module")
-def ranked(plain: DallE) -> DallE:
-    return ranked_model(plain)
 
 
 @pytest.fixture(scope="module")
@@ -132,19 +113,16 @@ def test_no_folder_and_no_device_are_named(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("dvae", "transformer", "vocabulary", "message"),
+    ("sizes", "message"),
     [
-        ({"codebook_size": 8}, {}, 270, "8 codes on a grid of 4, the transformer expects 16 on 4"),
-        ({"image_size": 64}, {}, 270, "16 codes on a grid of 8, the transformer expects 16 on 4"),
-        ({}, {}, 260, "the vocabulary has 260 tokens, the transformer expects 270"),
+        ({"codebook_size": 8}, "16 codes on a grid of 4, the transformer expects 8 on 4"),
+        ({"grid_size": 8}, "16 codes on a grid of 4, the transformer expects 16 on 8"),
+        ({"text_vocab": 280}, "the vocabulary has 270 tokens, the transformer expects 280"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(
-    dvae: dict[str, int], transformer: dict[str, int], vocabulary: int, message: str
-) -> None:
-    tokenizer = Tokenizer.train(CAPTIONS, vocabulary)
+def test_parts_that_do_not_fit_are_refused(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DallE(tiny_dvae(**dvae), tiny_transformer(**transformer), tokenizer)
+        tiny_model(**sizes)
 
 
 def test_images_are_decoded_in_bf16_where_it_is_fast(
