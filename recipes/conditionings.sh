@@ -7,12 +7,13 @@
 #     PRESETS="ldm imagen" IMAGEN_FLAGS="--text-encoders t5:google/t5-v1_1-small" recipes/conditionings.sh
 #
 # Stop it with Ctrl-C; the same command resumes. It shares autoencoder, embeddings and prior of
-# recipes/unclip.sh, and trains them where they are missing; scenes take 1.2 GB. OUT/ways/ways.json has the table.
+# recipes/unclip.sh, and trains them where they are missing; scenes take 1.2 GB. OUT/ways/ways.json
+# has the table.
 set -euo pipefail
 
 OUT=${OUT:-runs/conditionings}      # folder of the decoders and the table
 UNCLIP=${UNCLIP:-runs/unclip}       # folder of recipes/unclip.sh: autoencoder and embeddings
-DATA=${DATA:-}                      # images with captions, as for --data; none: those of stage scenes
+DATA=${DATA:-}                      # images with captions, as for --data; none: Toybox
 CLIP=${CLIP:-bundled}               # CLIP of the embeddings, which also reranks
 PRESETS=${PRESETS:-ldm imagen sdxl small}
 PYTHON=${PYTHON:-python}            # the Python that dalle1 is installed for
@@ -31,8 +32,7 @@ SMALL_FLAGS="--caption-dropout 0.1 ${SMALL_FLAGS:-}"
 
 if [ -z "$DATA" ]; then
     DATA=$UNCLIP/scenes
-    stage scenes "${dalle1[@]}" toybox --out "$DATA" --num-scenes 40000 --captions 8 \
-        --shares 40 25 35 --processes "$(getconf _NPROCESSORS_ONLN)"
+    render_scenes "$DATA" 40000
 fi
 stage autoencoder "${dalle1[@]}" train autoencoder small --init "$DVAE" --data "$DATA" \
     --out "$UNCLIP/autoencoder" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}

@@ -33,13 +33,7 @@ together=("${dalle1[@]}")
 if [ "$PROCESSES" -gt 1 ]; then
     together=("$PYTHON" -m torch.distributed.run --standalone "--nproc-per-node=$PROCESSES" -m dalle1)
 fi
-shards=$(((SCENES + 999) / 1000))
-cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')
-workers=$((shards < cores ? shards : cores))
-
-# More scenes of two objects and in a style than Toybox has by itself: they are harder to learn.
-stage scenes "${dalle1[@]}" toybox --out "$OUT/scenes" --num-scenes "$SCENES" --captions 8 \
-    --shares 40 25 35 --processes "$workers"
+render_scenes "$OUT/scenes" "$SCENES"
 stage dvae "${dalle1[@]}" train dvae toy --data "$OUT/scenes" --out "$OUT/dvae" \
     ${dvae_flags[@]+"${dvae_flags[@]}"}
 stage toy-finetune "${dalle1[@]}" train dvae toy-finetune --data "$OUT/scenes" \

@@ -10,7 +10,7 @@
 set -euo pipefail
 
 OUT=${OUT:-runs/unclip}           # folder of all stages
-DATA=${DATA:-}                    # images with captions, as for --data; none: those of stage scenes
+DATA=${DATA:-}                    # images with captions, as for --data; none: Toybox
 CLIP=${CLIP:-bundled}             # CLIP of prior and decoder
 PYTHON=${PYTHON:-python}          # the Python that dalle1 is installed for
 DVAE=${DVAE:-$("$PYTHON" -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)')}
@@ -25,11 +25,9 @@ eval "upsampler_flags=(${UPSAMPLER_FLAGS:-})"
 # shellcheck source=recipes/stages.sh
 . "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
-# All stages read the same scenes, which have more of two objects and of styles than Toybox by itself.
 if [ -z "$DATA" ]; then
     DATA=$OUT/scenes
-    stage scenes "${dalle1[@]}" toybox --out "$DATA" --num-scenes 40000 --captions 8 \
-        --shares 40 25 35 --processes "$(getconf _NPROCESSORS_ONLN)"
+    render_scenes "$DATA" 40000
 fi
 # The autoencoder starts from the residual groups of the dVAE, so few updates suffice.
 stage autoencoder "${dalle1[@]}" \
