@@ -126,8 +126,8 @@ def open_embedded(data: str, split: str, encoders: Encoders | None) -> EmbeddedS
     if len({*numbers.values()}) > 1:
         found = ", ".join(f"{name} {count}" for name, count in numbers.items())
         raise ValueError(
-            f"the folders of {data!r} have other numbers an image ({found}), expected the same; "
-            "embed them with the same models and --image-size"
+            f"the folders of {data!r} store different counts of values per image ({found}), "
+            "expected the same; embed them with the same models and --image-size"
         )
     return sources[0] if len(sources) == 1 else Mixture(sources, weights)
 

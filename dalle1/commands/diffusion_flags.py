@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from dalle1 import DallE
     from dalle2.pipeline import Unclip
 
+FLAGS = ("steps", "sampler", "clip_guidance", "embedding", "upsampler_steps")
+"""Their names as attributes."""
+
 
 def add_diffusion_flags(add: Callable[..., Any]) -> None:
     """Add the options of DALL·E 2's decoder."""
@@ -28,17 +31,13 @@ def add_diffusion_flags(add: Callable[..., Any]) -> None:
         "upsampler, for the images that are saved; 0 skips it (default: 8)")  # fmt: skip
 
 
-FLAGS = ("steps", "sampler", "clip_guidance", "embedding", "upsampler_steps")
-
-
 def decoder_settings(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:
     """Return how prior, decoder and upsampler of a DALL·E 2 sample; nothing for a DALL·E 1."""
     from dalle1 import DallE
 
     if isinstance(model, DallE):
         return {}
-    asked = {name: getattr(options, name) for name in FLAGS}
-    used = vars(model.options) | {name: x for name, x in asked.items() if x is not None}
+    used = vars(model.options) | _asked(options)
     if model.upsampler is None:
         del used["upsampler_steps"]
     return {
@@ -52,8 +51,7 @@ def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dic
     """Return further options of sampling; ValueError for flags of the other kind of model."""
     from dalle1 import DallE
 
-    asked = {name: getattr(options, name) for name in FLAGS}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    asked = _asked(options)
     if not isinstance(model, DallE):
         if options.preview:
             raise ValueError("--preview shows rows of codes, and a DALL·E 2 has none; remove it")
@@ -61,6 +59,12 @@ def diffusion_options(model: DallE | Unclip, options: argparse.Namespace) -> dic
         flag = next(iter(asked)).replace("_", "-")
         raise ValueError(f"--{flag} is for DALL·E 2, and {options.model} is another")
     return {**asked, "weighted": not options.plain, "negative_prompt": options.negative_prompt}
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of DALL·E 2 that are given."""
+    asked = {name: getattr(options, name) for name in FLAGS}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def threads_for(model: DallE | Unclip, candidates: int, most: int) -> int:

@@ -181,7 +181,8 @@ def encode_images(
             first = number * 100_000 if source.size is None else 0
             encoded = _encoded(model, device, batches, stats, progress, precision, dtype)
             cut = stats.shards.damaged
-            unfinished = _write_shard(shard.with_suffix(".partial"), encoded, first)
+            unfinished = shard.with_suffix(".partial")
+            _write_shard(unfinished, encoded, first)
             _keep(unfinished, shard, complete=stats.shards.damaged == cut)
     if not _write_entries(path):
         raise ValueError(f"all images were skipped: {stats}; see {stats.file}")
@@ -290,15 +291,14 @@ def _encoded(
             yield number, grid, parse_json(captions)
 
 
-def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> Path:
-    """Write all that is encoded to a shard, and return its path."""
+def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> None:
+    """Write all that is encoded to a shard."""
     from webdataset import TarWriter
 
     with TarWriter(str(path)) as tar:
         for number, grid, captions in encoded:
             key = f"{first + number:09d}"
             tar.write({"__key__": key, "npy": grid, "json": {"captions": captions}})
-    return path
 
 
 def _mark(shard: Path) -> Path:

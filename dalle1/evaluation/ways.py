@@ -34,12 +34,12 @@ from dalle2.loading import load_pipeline
 from dalle2.options import UnclipOptions
 
 PLAIN = "plain"
-OPTIONS = dict.fromkeys(
-    [f.name for kind in (GenerationConfig, UnclipOptions) for f in fields(kind)]
-    + ["seed", "weight", "negative"]
-)
-del OPTIONS["upsampler_steps"]  # shares are those of images before it
-"""Names of the options of a way."""
+OPTIONS = [
+    *(f.name for f in fields(GenerationConfig)),
+    *(f.name for f in fields(UnclipOptions) if f.name != "upsampler_steps"),
+    *("seed", "weight", "negative"),
+]
+"""Names of the options of a way; images are classified before they are upsampled."""
 SHARES = ("correct", "pairs", "best")
 """Columns with an interval and a difference to the first row."""
 

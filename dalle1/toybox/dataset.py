@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from PIL import Image
 
 from dalle1.toybox.captions import describe
+from dalle1.toybox.kinds import GROUPS, group_of
 from dalle1.toybox.render import MAX_SIZE, MIN_SIZE, render
 from dalle1.toybox.scene import Scene, sample_scene
 from dalle1.toybox.vocabulary import SPLITS, check_word
 
-GROUPS = ("two", "styled", "rest")
 ENDLESS = 2**31 - 1  # the length of a dataset without a limit; the largest that samplers accept
 
 
@@ -89,10 +89,3 @@ class Toybox:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         return self.image(index), self.caption(index)
-
-
-def group_of(scene: Scene) -> str:
-    """Return which of `GROUPS` a scene is in."""
-    if scene.relation is not None:
-        return "two"
-    return "rest" if scene.style is None else "styled"
