@@ -19,15 +19,6 @@ from dalle1.model.masks import MaskKind, image_mask, joint_mask
 from dalle1.tasks.dvae import DVAE_PRESETS
 from dalle1.toybox import Toybox
 
-ANNOUNCED = (
-    "an armchair in the shape of an avocado",
-    "a teapot made of watermelon",
-    "a snail that looks like a zebra",
-    "a pixel art cat",
-    "a sketch of a strawberry lamp",
-    "three purple stars below a gold clock",
-)
-
 
 def titled(image: Image.Image, title: str) -> Image.Image:
     """Add a title under an image."""
@@ -67,15 +58,6 @@ def samples(model: DallE) -> Image.Image:
         (best,) = model.generate(prompt.text, num_images=1, num_candidates=16, seed=0)
         cells.append(captioned(best.resize((176, 176), Image.Resampling.LANCZOS), prompt.text))
     return grid(cells, 6)
-
-
-def announcement(model: DallE) -> Image.Image:
-    """Show the best four of 16 candidates for prompts like those DALL·E was announced with."""
-    cells = []
-    for prompt in ANNOUNCED:
-        best = grid(model.generate(prompt, num_images=4, num_candidates=16, seed=0), 2)
-        cells.append(titled(best.resize((356, 356), Image.Resampling.LANCZOS), prompt))
-    return grid(cells, 3)
 
 
 def reconstructions(model: DallE) -> Image.Image:
@@ -140,7 +122,6 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "masks": masks,
     "schedules": schedules,
     "samples": lambda path: samples(bundled()).save(path, optimize=True),
-    "announcement": lambda path: announcement(bundled()).save(path, optimize=True),
     "reconstructions": lambda path: reconstructions(bundled()).save(path, optimize=True),
 }
 
