@@ -7,8 +7,8 @@ dalle1=("$PYTHON" -m dalle1)
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 
-# `render_scenes FOLDER COUNT` renders Toybox, with more scenes of two objects and in a style than it
-# has by itself: they are harder to learn.
+# `render_scenes FOLDER COUNT` renders Toybox, with more scenes of two objects and in a style than
+# it has by itself: they are harder to learn.
 render_scenes() {
     local cores
     cores=$("$PYTHON" -c 'import os; print(os.cpu_count() or 1)')

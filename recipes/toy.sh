@@ -8,7 +8,7 @@
 # one returns at once. OUT/model then holds the model: dalle1 sample PROMPT --model OUT/model.
 # dVAE and transformer are trained in two stages each: toy-finetune drops the dVAE codes that carry
 # nothing, and the transformer is trained on smaller images first, since it learns from them what
-# captions mean in a fraction of the time. Captions have at most 20 tokens, so 24 positions hold them.
+# captions mean in a fraction of the time. Captions have at most 20 tokens: 24 positions hold them.
 # toy-negatives teaches the CLIP what belongs to what.
 set -euo pipefail
 
