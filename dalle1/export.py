@@ -15,6 +15,7 @@ from dalle1.devices import PRECISIONS
 from dalle1.hub import check_repo_name
 from dalle1.locking import folder_lock
 from dalle2.ar_prior import load_prior
+from dalle2.autoencoder import autoencoder_digest, load_autoencoder
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
 from dalle2.upsampler import Upsampler
@@ -30,6 +31,9 @@ class ExportConfig:
     """Folder of the trained prior, for a decoder of DALL·E 2; by default, its own, if any."""
     upsampler: Path | None = None
     """Folder of the trained upsampler, for a decoder of DALL·E 2; by default, its own, if any."""
+    autoencoder: Path | None = None
+    """Folder of the autoencoder of a DALL·E 2, after a training of its decoder only; by default,
+    its own."""
     clip: Path | None = None
     """Folder of the CLIP that reranks samples; by default, the model's own, if any."""
     out: Path | None = None
@@ -54,14 +58,25 @@ class ExportConfig:
 
 
 def with_parts(model: Unclip, config: ExportConfig) -> Unclip:
-    """Return a DALL·E 2 with the parts of --prior and --upsampler; ValueError where one misfits."""
+    """Return a DALL·E 2 with the parts that are named; ValueError where one misfits."""
     if config.clip is not None:
         raise ValueError("--clip is for DALL·E 1; a decoder of DALL·E 2 keeps its own CLIP")
     if config.dtype == "bf16":
         raise ValueError("dtype is bf16, expected fp16 or fp32 for DALL·E 2")
     prior = load_prior(config.prior) if config.prior else model.prior
     upsampler = Upsampler.load(config.upsampler) if config.upsampler else None
-    return model.with_prior(prior, upsampler)
+    autoencoder = None
+    if config.autoencoder:
+        found, expected = autoencoder_digest(config.autoencoder), model.decoder.config.encoders
+        if found != expected.split("-")[0]:
+            raise ValueError(
+                f"the autoencoder in {config.autoencoder} has other latents than the decoder was "
+                "trained on; expected its own, or that after train autoencoder --decoder-only"
+            )
+        autoencoder = load_autoencoder(
+            config.autoencoder, image_size=model.image_tokenizer.image_size
+        )
+    return model.with_prior(prior, upsampler, autoencoder)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -71,8 +86,8 @@ def main(args: Sequence[str] | None = None) -> None:
         model = load_pipeline(config.model, clip=config.clip, device="cpu", precision=config.dtype)
         if isinstance(model, Unclip):
             model = with_parts(model, config)
-        elif config.prior or config.upsampler:
-            flag = "--prior" if config.prior else "--upsampler"
+        elif flags := [n for n in ("prior", "upsampler", "autoencoder") if getattr(config, n)]:
+            flag = f"--{flags[0]}"
             raise ValueError(f"{flag} needs a decoder of DALL·E 2, and {config.model} has none")
         if config.license is not None:
             model.info = replace(model.info, license=config.license)

@@ -50,6 +50,8 @@ class AutoencoderConfig:
     """Factor on each residual path. None: 1 / (number of blocks)²."""
     min_log_scale: float | None = -2.0
     """Floor on ln b of the likelihood, as in the dVAE. None: no floor."""
+    encoder_of: str = ""
+    """Digest of the autoencoder whose latents it shares, as only its decoder was trained."""
 
     def __post_init__(self) -> None:
         if self.latent_channels < 1:
@@ -323,7 +325,12 @@ def load_autoencoder(
 
 
 def autoencoder_digest(directory: str | Path) -> str:
-    """Return a hash of an autoencoder's weights, by which decoders know it."""
+    """Return a hash by which decoders know an autoencoder's latents: that of its weights.
+
+    An autoencoder of which only the decoder was trained keeps the hash of the one that it was.
+    """
     if is_pixels(directory):
         return PIXELS
+    if shared := Autoencoder.config_of(directory).encoder_of:
+        return shared
     return weights_digest(Autoencoder.file_in(directory))

@@ -168,10 +168,15 @@ class Unclip(RankingPipeline):
             if part is not None:
                 part.save(folder, dtype)
 
-    def with_prior(self, prior: Prior | None, upsampler: Upsampler | None = None) -> Unclip:
-        """Return the same model with another prior, and perhaps another upsampler."""
+    def with_prior(
+        self,
+        prior: Prior | None,
+        upsampler: Upsampler | None = None,
+        autoencoder: Autoencoder | Pixels | None = None,
+    ) -> Unclip:
+        """Return the same model with another prior, and perhaps other parts after the decoder."""
         return Unclip(
-            self.image_tokenizer,
+            autoencoder or self.image_tokenizer,
             self.decoder,
             self.encoder,
             prior,

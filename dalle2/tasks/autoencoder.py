@@ -23,7 +23,12 @@ from dalle1.tasks.crops import CropTask, CropTrainConfig, refuse_other_architect
 from dalle1.training import distributed
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
-from dalle2.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderLoss
+from dalle2.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    AutoencoderLoss,
+    autoencoder_digest,
+)
 from dvae import DVAE, Distortion
 from dvae.losses import psnr
 
@@ -37,6 +42,9 @@ class AutoencoderTrainConfig(CropTrainConfig):
     init: Path | None = None
     """Folder of an autoencoder of the same architecture to fine-tune, or of a dVAE whose residual
     groups are taken over."""
+    decoder_only: bool = False
+    """Whether only the decoder is trained, of the autoencoder of --init: latents stay the same, so
+    embedded data and the decoders of DALL·E 2 that were trained on it fit as before."""
     crop_size: int = 64
     """Side of the random training crops in pixels, a multiple of 8."""
     distortion: Distortion = "logit-laplace"
@@ -51,6 +59,8 @@ class AutoencoderTrainConfig(CropTrainConfig):
         for name in ("mse_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if self.decoder_only and self.init is None:
+            raise ValueError("decoder_only needs --init FOLDER, the autoencoder to fine-tune")
 
 
 _small = AutoencoderTrainConfig(
@@ -97,12 +107,25 @@ class AutoencoderTask(CropTask[Autoencoder, AutoencoderTrainConfig]):
             return Autoencoder(config.model)
         if Autoencoder.file_in(config.init).is_file():
             model = Autoencoder.load(config.init)
+        elif config.decoder_only:
+            raise ValueError(
+                f"decoder_only needs an autoencoder in --init, and {config.init} has none"
+            )
         else:
             model = Autoencoder.from_dvae(DVAE.load(config.init), config.model.latent_channels)
         sizes = model.config, config.model
-        refuse_other_architecture("model", config.init, *sizes, ignored=("image_size",))
-        model.config = config.model  # its parameters fit any image size
+        ignored = ("image_size", "encoder_of")  # its parameters fit any image size
+        refuse_other_architecture("model", config.init, *sizes, ignored=ignored)
+        model.config = config.model
+        if config.decoder_only:
+            model.encoder.requires_grad_(False)
+            model.config = replace(model.config, encoder_of=autoencoder_digest(config.init))
         return model
+
+    def measure(self, model: Autoencoder) -> None:
+        """Measure the latents of the validation images, unless they have to stay the same."""
+        if not self.config.decoder_only:
+            model.measure(self.held)
 
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
@@ -120,7 +143,7 @@ class AutoencoderTask(CropTask[Autoencoder, AutoencoderTrainConfig]):
     @torch.no_grad()
     def validate(self, model: Autoencoder) -> Iterator[tuple[str, float]]:
         """Yield the PSNR of reconstructions in dB, and the KL in nats per latent value."""
-        model.measure(self.held)
+        self.measure(model)
         ratios, kls = [], []
         for images in self.held.split(16):
             with autocast(self.device, self.config.precision):
@@ -130,7 +153,7 @@ class AutoencoderTask(CropTask[Autoencoder, AutoencoderTrainConfig]):
         yield "kl", sum(kls) / len(self.held)
 
     def save(self, model: Autoencoder, folder: Path) -> None:
-        model.to(self.device).measure(self.held)
+        self.measure(model.to(self.device))
         model.save(folder)
 
 

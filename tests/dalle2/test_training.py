@@ -116,6 +116,43 @@ def test_an_autoencoder_reports_its_reconstructions(folders: Folders) -> None:
     assert not model.latent_std.equal(torch.ones(4))  # measured before it was saved
 
 
+def test_a_better_decoder_of_an_autoencoder_joins_the_same_model(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", str(folders.images), "--steps", "2"]
+    init, tuned = ["--init", str(folders.autoencoder)], tmp_path / "tuned"
+    autoencoder.main([*AUTOENCODER, *data, *init, "--decoder-only", "--out", str(tuned)])
+    again = ["--init", str(tuned), "--decoder-only", "--out", str(tmp_path / "again")]
+    autoencoder.main([*AUTOENCODER, *data, *again])
+    autoencoder.main([*AUTOENCODER, *data, *init, "--out", str(tmp_path / "other")])
+    names = [folders.autoencoder, *(tmp_path / name for name in ("tuned", "again", "other"))]
+    before, *after = (Autoencoder.load(name) for name in names)
+    images = torch.rand(2, 3, 16, 16)
+    for model, same in zip(after, (True, True, False), strict=True):
+        assert model.encode(images).equal(before.encode(images)) == same
+        assert not model.decode(torch.ones(1, 4, 2, 2)).equal(before.decode(torch.ones(1, 4, 2, 2)))
+    train(decoder, folders, tmp_path / "decoder", 1)
+    words = ["--model", str(tmp_path / "decoder"), "--out", str(tmp_path / "model")]
+    export.main([*words, "--dtype", "fp32", "--autoencoder", str(tmp_path / "again")])
+    found = load_pipeline(tmp_path / "model", device="cpu").image_tokenizer
+    assert found.decode(torch.ones(1, 4, 2, 2)).equal(after[1].decode(torch.ones(1, 4, 2, 2)))
+    for wrong, message in (
+        ([*words, "--autoencoder", str(tmp_path / "other")], "has other latents than the decoder"),
+        ([*words, "--autoencoder", str(tmp_path)], "autoencoder"),
+    ):
+        with pytest.raises(SystemExit):
+            export.main(wrong)
+        assert message in capsys.readouterr().err
+    for start, message in (
+        (tmp_path, "needs an autoencoder in --init"),
+        (None, "needs --init FOLDER"),
+    ):
+        flags = [] if start is None else ["--init", str(start)]
+        with pytest.raises(SystemExit):
+            autoencoder.main([*AUTOENCODER, *data, "--decoder-only", *flags])
+        assert message in capsys.readouterr().err
+
+
 def test_embeddings_are_those_of_the_models(folders: Folders) -> None:
     source = embedded.EmbeddedSource(folders.embedded, "encode")
     numbers = torch.stack([torch.from_numpy(source.crops(i)[0, 0].copy()) for i in range(40)])
