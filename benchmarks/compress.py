@@ -27,7 +27,8 @@ from dalle1.compression.container import Header, Message, pack
 from dalle1.compression.huffman import HuffmanEncoder
 from dalle1.compression.range_coder import RangeEncoder
 from dalle1.data import Example, ReadOptions, first_examples, open_source
-from dalle1.data.images import centre_square, to_float, to_pil, to_tensor
+from dalle1.data.crops import centre_square
+from dalle1.data.images import to_float, to_pil, to_tensor
 
 
 class BothEncoders:

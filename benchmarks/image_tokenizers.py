@@ -21,7 +21,8 @@ from torch import Tensor
 from dalle1.baselines.ngram import NGram, neighbour_contexts
 from dalle1.cli import run
 from dalle1.data import ReadOptions, first_examples, open_source
-from dalle1.data.images import centre_square, to_float, to_tensor
+from dalle1.data.crops import centre_square
+from dalle1.data.images import to_float, to_tensor
 from dalle1.evaluation.reconstruction import tokenizer_metrics
 from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer
 

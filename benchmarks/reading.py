@@ -30,7 +30,8 @@ from torch import Tensor
 
 from dalle1.data import LoaderConfig, ReadOptions, Sample
 from dalle1.data.cleaning import CleaningConfig
-from dalle1.data.images import Augmentation, augmented, to_tensor
+from dalle1.data.crops import Augmentation, augmented
+from dalle1.data.images import to_tensor
 from dalle1.data.sources.indexed_shards import IndexedShards
 
 BATCH = 15  # as many as there are photographs

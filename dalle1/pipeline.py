@@ -15,15 +15,8 @@ from torch import Tensor
 
 from dalle1.clip import Clip, load_scoring_clip
 from dalle1.data.cleaning import clean_prompt
-from dalle1.data.images import (
-    centre_square,
-    codes_to_sample,
-    read_image_file,
-    to_float,
-    to_pil,
-    to_rgb,
-    to_tensor,
-)
+from dalle1.data.crops import centre_square
+from dalle1.data.images import codes_to_sample, read_image_file, to_float, to_pil, to_rgb, to_tensor
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
 from dalle1.hub import find_model
 from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer, replaced_image_tokenizer

@@ -22,6 +22,9 @@ from dalle1.clip import Clip
 from dalle1.storage import model_folder, weights_digest
 from dalle1.text.prompt_weights import WeightedPrompts
 
+SIZES = 6
+"""Numbers of `Caption.sizes`."""
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -37,8 +40,8 @@ class Caption:
     """[B, T]: the CLIP's own tokens, for networks that do not read its states."""
 
     sizes: Tensor | None = None
-    """[B, 6]: original height and width, top and left of the crop, target height and width, in
-    pixels, in the order of SDXL."""
+    """[B, 6]: height and width of the original, top and left of the crop in the scaled image,
+    height and width of the crop, in pixels, in the order of SDXL; NaN where unknown."""
 
     def repeat(self, count: int) -> Caption:
         """Return each caption `count` times in a row."""

@@ -4,8 +4,8 @@
         --out runs/embedded
 
 writes shards with `KEY.npy` (float16: the latents, then the embedding) and `KEY.json` (its
-captions), and `embedded.json`, which identifies both models. The same command resumes after an
-interruption.
+captions, and the sizes of its crops), and `embedded.json`, which identifies both models. The same
+command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from dalle1.data.encoded import EncodeOptions, encode_images
 from dalle1.data.sources.mixture import Mixture
 from dalle1.data.spec import split_names
 from dalle1.devices import pick_device
+from dalle1.json_files import parse_json
 from dalle1.locking import folder_lock
 from dalle2.autoencoder import Autoencoder, Pixels, autoencoder_digest, load_autoencoder
-from dalle2.conditioning import clip_digest
+from dalle2.conditioning import SIZES, clip_digest
 
 INDEX_NAME = "embedded.json"
 
@@ -100,7 +101,21 @@ class EmbeddedSource(CodeSource):
 
     def codes(self, index: int, rng: random.Random) -> Tensor:
         """Return the numbers of one of the crops of sample `index`: [c·h·w + D], float32."""
-        return torch.from_numpy(rng.choice(self.crops(index))[0].astype(np.float32))
+        return self.crop(index, rng)[0]
+
+    def crop(self, index: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Return the numbers and the `Caption.sizes` [6] of one of the crops of sample `index`.
+
+        The sizes are NaN in data of earlier versions, which do not hold them.
+        """
+        crops = self.crops(index)
+        number = rng.randrange(len(crops))
+        with self._one_error(index):
+            stored = parse_json(self._read(index, 3), dict).get("sizes")
+            sizes = torch.full((SIZES,), math.nan)
+            if stored is not None:
+                sizes = torch.tensor(stored[number], dtype=torch.float32).reshape(SIZES)
+        return torch.from_numpy(crops[number][0].astype(np.float32)), sizes
 
 
 def open_embedded(data: str, split: str, encoders: Encoders | None) -> EmbeddedSource | Mixture:

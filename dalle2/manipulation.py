@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.images import centre_square, to_float, to_rgb, to_tensor
+from dalle1.data.crops import centre_square
+from dalle1.data.images import to_float, to_rgb, to_tensor
 from dalle1.devices import inference
 from dalle2.decoder import decoder_denoiser
 from dalle2.diffusion.guidance import Denoise

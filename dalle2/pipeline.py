@@ -142,7 +142,7 @@ class Unclip(RankingPipeline):
             encoder,
             load_prior(folder, on) if has_prior else None,
             Upsampler.load(folder, on) if has_upsampler else None,
-            text=load_text_encoders(names, on, size, folder) if names else None,
+            text=load_text_encoders(names, on, folder) if names else None,
             clip=reranker,
             generation=GenerationConfig.load(folder),
             info=ModelInfo.load(folder),

@@ -20,7 +20,6 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +104,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Concatenated(TextEncoder):
-    """Encoders side by side: states by channel, padded to the longest; the last one's embedding.
+    """Encoders side by side: states by channel, padded to the longest; the last one's embedding."""
 
-    Its captions have the sizes of square images that were neither scaled nor cropped.
-    """
-
-    def __init__(
-        self, encoders: Sequence[TextEncoder], image_size: int, names: Sequence[str] = ()
-    ) -> None:
-        self.encoders, self.image_size, self.names = encoders, image_size, names
+    def __init__(self, encoders: Sequence[TextEncoder], names: Sequence[str] = ()) -> None:
+        self.encoders, self.names = encoders, names
         self.width = sum(encoder.width for encoder in encoders)
         self.embedding_width = encoders[-1].embedding_width
         self.models = [model for encoder in encoders for model in encoder.models]
@@ -129,9 +123,7 @@ class Concatenated(TextEncoder):
             joined = torch.cat([x * own[..., None] for x, own in zip(states, masks)], -1)
             mask = torch.stack(masks).any(0)
             found = Caption(joined, mask, read[-1].embedding)
-        side = self.image_size
-        sizes = torch.tensor(size_numbers((side, side), (0, 0), (side, side)))
-        return replace(found, sizes=sizes.to(found.mask.device).expand(len(captions), -1))
+        return found
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write all but the bundled ones to text-0, text-1 …, and remove older ones."""
@@ -150,18 +142,6 @@ class Concatenated(TextEncoder):
                 os.replace(path, folder / name)
 
 
-def size_numbers(
-    original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]
-) -> list[float]:
-    """Return `Caption.sizes` of an image.
-
-    Args:
-        original, target: (height, width) in pixels, before scaling and of the result.
-        crop: (top, left) of the crop, in pixels.
-    """
-    return [float(number) for pair in (original, crop, target) for number in pair]
-
-
 class Cached(TextEncoder):
     """An encoder that remembers the captions it read, up to some memory.
 
@@ -178,12 +158,10 @@ class Cached(TextEncoder):
         found = [self._one(caption) for caption in captions]
         longest = max(caption.mask.shape[1] for caption in found)
         padding = [longest - caption.mask.shape[1] for caption in found]
-        sizes = [caption.sizes for caption in found if caption.sizes is not None]
         return Caption(
             torch.cat([F.pad(c.states, (0, 0, 0, n)) for c, n in zip(found, padding)]),
             torch.cat([F.pad(c.mask, (0, n)) for c, n in zip(found, padding)]),
             torch.cat([c.embedding for c in found]),
-            sizes=torch.cat(sizes) if sizes else None,
         )
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -218,13 +196,11 @@ def stored_names(names: Sequence[str]) -> tuple[str, ...]:
 def load_text_encoders(
     names: Sequence[str],
     device: str | torch.device,
-    image_size: int,
     folder: str | Path | None = None,
 ) -> TextEncoder:
     """Load text encoders, see the top of this file.
 
     Args:
-        image_size: side of the images that the captions describe.
         folder: model folder whose text-0, text-1 … are loaded; its names may be a stranger's, so
             of them only the bundled ones are.
 
@@ -241,7 +217,7 @@ def load_text_encoders(
                     f"copy them to {own} if you trust them"
                 )
         found.append(load_text_encoder(name, device, own))
-    return Concatenated(found, image_size, names)
+    return Concatenated(found, names)
 
 
 def load_text_encoder(

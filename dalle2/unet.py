@@ -25,13 +25,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle1.storage import load_config, load_weights, model_folder, save_weights
-from dalle2.conditioning import Caption
+from dalle2.conditioning import SIZES, Caption
 from dalle2.diffusion.objective import Objective
 from dalle2.diffusion.schedule import ScheduleName
+from dvae.model import DOWNSAMPLING
 
 FILE_NAME = "decoder.safetensors"
-SIZES = 6
-"""Numbers of `Caption.sizes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +109,8 @@ class UNetConfig(UNetArch):
     """Width of the caption's pooled embedding, with `text_pool`; 0 is `embedding_width`."""
     text_encoders: tuple[str, ...] = ()
     """Text encoders of captions, see `dalle2.text_encoders`; none: the CLIP's text tower."""
+    sizes: tuple[float, ...] = ()
+    """With `size_features`, the `Caption.sizes` of captions that have none, as in sampling."""
     encoders: str = ""
     """Digests of the autoencoder and the CLIP that it was trained with."""
     embedding: Literal["image", "text"] = "image"
@@ -117,7 +118,13 @@ class UNetConfig(UNetArch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "text_encoders", tuple(self.text_encoders))
+        for name in ("text_encoders", "sizes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.size_features and not self.sizes:  # models of earlier versions
+            side = float(self.side * (1 if self.pixels else DOWNSAMPLING))
+            object.__setattr__(self, "sizes", (side, side, 0.0, 0.0, side, side))
+        if len(self.sizes) not in (0, SIZES):
+            raise ValueError(f"sizes is {self.sizes}, expected {SIZES} numbers")
         if self.side % (1 << (len(self.multipliers) - 1)):
             raise ValueError(
                 f"side is {self.side}, expected a multiple of {1 << (len(self.multipliers) - 1)} "
@@ -317,10 +324,11 @@ class UNet(nn.Module):
         if c.text_pool:
             parts.append(caption.embedding)
         if c.size_features:
-            if caption.sizes is None:
-                raise ValueError("the caption has no sizes, expected six for each")
-            features = time_embedding(caption.sizes.flatten(), c.size_features)
-            features = features.view(len(caption.sizes), -1).to(caption.states.dtype)
+            usual = caption.states.new_tensor(c.sizes).expand(len(caption.states), -1)
+            sizes = usual if caption.sizes is None else caption.sizes
+            sizes = torch.where(sizes.isnan(), usual, sizes)
+            features = time_embedding(sizes.flatten(), c.size_features)
+            features = features.view(len(sizes), -1).to(caption.states.dtype)
             parts.append(features * caption.mask.any(1)[:, None])
         return self.caption_vector(torch.cat(parts, 1)) if parts else None
 

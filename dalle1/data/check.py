@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from dalle1.console import bar, one_line_errors, parse
 from dalle1.data.cleaning import CleaningConfig
+from dalle1.data.crops import TooSmall
 from dalle1.data.examples import iter_batches
-from dalle1.data.images import TooSmall, grid, save_png, to_tensor
+from dalle1.data.images import grid, save_png, to_tensor
 from dalle1.data.loader import Batch
 from dalle1.data.skipped import DAMAGE, IGNORED, SkipStats
 from dalle1.data.sources.base import ENDLESS, ReadOptions, Sample, Source

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle1.data.crops import ORIGINAL
 from dalle1.data.images import open_image, to_rgb
 from dalle1.data.skipped import BadSample
 from dalle1.json_files import parse_json
@@ -83,9 +84,12 @@ def read_image(
     """
     image = open_image(content, where)
     _refuse_by_shape(image.width, image.height, where, cleaning)
+    short, long = sorted(image.size)
     if decode_size:
         image.draft(None, (decode_size, decode_size))
-    return to_rgb(image, where)
+    found = to_rgb(image, where)
+    found.info[ORIGINAL] = (long, short) if found.height > found.width else (short, long)
+    return found
 
 
 def _refuse_by_shape(width: int, height: int, where: str, cleaning: CleaningConfig) -> None:

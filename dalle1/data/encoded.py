@@ -2,9 +2,10 @@
 
     dalle1 encode --dvae runs/dvae --data toybox:60000 --out runs/codes
 
-writes shards with `KEY.npy` (codes [crops, W, W], uint16 or uint32) and `KEY.json` (its captions),
-and `codes.json`, which identifies their dVAE. The same command resumes after an interruption, and
-reads streamed shards again that were cut short. The exit code is 1 if shards are damaged.
+writes shards with `KEY.npy` (codes [crops, W, W], uint16 or uint32) and `KEY.json` (its captions,
+and the sizes of its crops), and `codes.json`, which identifies their dVAE. The same command resumes
+after an interruption, and reads streamed shards again that were cut short. The exit code is 1 if
+shards are damaged.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from tqdm import tqdm
 from dalle1.console import bar, one_line_errors, parse
 from dalle1.data.cleaning import CleaningConfig
 from dalle1.data.codes import ENTRIES_NAME, FILES, INDEX_NAME, fingerprint, shards_in, sizes_of
+from dalle1.data.crops import FOR_TRANSFORMER, centre_crop, original_size, random_crop
 from dalle1.data.examples import iter_batches
-from dalle1.data.images import FOR_TRANSFORMER, augmented, centre_square, to_float, to_tensor
+from dalle1.data.images import to_float, to_tensor
 from dalle1.data.loader import Batch
 from dalle1.data.skipped import ShardRead, SkipStats
 from dalle1.data.sources.base import (
@@ -210,17 +212,23 @@ def _open(config: EncodeOptions, size: int, decode_size: int) -> Source:
 def _prepare(
     size: int, config: EncodeOptions, sample: Sample, _: random.Random
 ) -> Mapping[str, Any]:
-    """Prepare [crops, 3, size, size] of an image, and its captions as JSON."""
+    """Prepare [crops, 3, size, size] of an image, its captions as JSON, and its sizes.
+
+    `sizes` [crops, 6] are SDXL's: height and width of the original, top and left of the crop in the
+    scaled image, height and width of the crop, in pixels.
+    """
     seed = f"{config.seed}/{sample.key}"
     captions = [sample.caption(random.Random(f"{seed}/{i}")) for i in range(config.captions)]
     image, rng = sample.image(), random.Random(f"{seed}/crops")
     if config.crops == 1:
-        crops = [centre_square(image, size, config.allow_upscale)]
+        crops = [centre_crop(image, size, config.allow_upscale)]
     else:
         how = FOR_TRANSFORMER, config.allow_upscale
-        crops = [augmented(image, size, rng, *how) for _ in range(config.crops)]
+        crops = [random_crop(image, size, rng, *how) for _ in range(config.crops)]
+    original = original_size(image)
     return {
-        "images": torch.stack([to_tensor(crop) for crop in crops]),
+        "images": torch.stack([to_tensor(crop.image) for crop in crops]),
+        "sizes": torch.tensor([(*original, crop.top, crop.left, size, size) for crop in crops]),
         "captions": json.dumps(list(dict.fromkeys(captions))),
         "number": sample.number,
     }
@@ -264,8 +272,8 @@ def _claim(
     return precision
 
 
-Encoded = tuple[int, np.ndarray, list[str]]
-"""An image's number in its source, its codes [crops, W, W], and its captions."""
+Encoded = tuple[int, np.ndarray, dict[str, Any]]
+"""An image's number in its source, its codes [crops, W, W], and its captions and sizes."""
 
 
 def _encoded(
@@ -286,9 +294,10 @@ def _encoded(
         with autocast(device, precision):
             codes = model.encode(to_float(images.flatten(0, 1).to(device)))
         grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(dtype)
-        numbers = batch.tensors["number"].tolist()
-        for number, grid, captions in zip(numbers, grids, batch.texts["captions"], strict=True):
-            yield number, grid, parse_json(captions)
+        numbers, sizes = (batch.tensors[name].tolist() for name in ("number", "sizes"))
+        captions = map(parse_json, batch.texts["captions"])
+        for number, grid, texts, crops in zip(numbers, grids, captions, sizes, strict=True):
+            yield number, grid, {"captions": texts, "sizes": crops}
 
 
 def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> None:
@@ -296,9 +305,8 @@ def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> None:
     from webdataset import TarWriter
 
     with TarWriter(str(path)) as tar:
-        for number, grid, captions in encoded:
-            key = f"{first + number:09d}"
-            tar.write({"__key__": key, "npy": grid, "json": {"captions": captions}})
+        for number, grid, words in encoded:
+            tar.write({"__key__": f"{first + number:09d}", "npy": grid, "json": words})
 
 
 def _mark(shard: Path) -> Path:

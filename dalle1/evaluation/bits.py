@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dalle1.data import Example, ReadOptions, Sample, Source, first_examples, open_source
 from dalle1.data.codes import CodeSample, open_codes
-from dalle1.data.images import centre_square, to_float, to_tensor
+from dalle1.data.crops import centre_square
+from dalle1.data.images import to_float, to_tensor
 from dalle1.devices import inference
 from dalle1.evaluation.report import Scores
 from dalle1.image_tokenizer import ImageTokenizer, image_tokenizer_file

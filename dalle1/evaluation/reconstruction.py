@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
-from dalle1.data.images import centre_square, grid, save_png, to_float, to_pil, to_tensor
+from dalle1.data.crops import centre_square
+from dalle1.data.images import grid, save_png, to_float, to_pil, to_tensor
 from dalle1.devices import autocast, pick_device
 from dalle1.evaluation.report import Scores
 from dalle1.image_tokenizer import ImageTokenizer, load_image_tokenizer

@@ -34,15 +34,9 @@ from dalle1.data import (
     open_source,
     warn_of_cut_captions,
 )
+from dalle1.data.crops import RANDOM_SQUARE, Augmentation, augmented, refuse_small
 from dalle1.data.examples import MEASURED_CAPTIONS
-from dalle1.data.images import (
-    RANDOM_SQUARE,
-    Augmentation,
-    augmented,
-    refuse_small,
-    to_float,
-    to_tensor,
-)
+from dalle1.data.images import to_float, to_tensor
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle1.toybox.exchangeable import WORD_CLASSES, adds_held_out_pair

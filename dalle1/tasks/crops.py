@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 
 from dalle1.data import Example, ReadOptions, Sample, first_examples, open_source
-from dalle1.data.images import (
-    Augmentation,
-    augmented,
-    centre_square,
-    grid,
-    save_png,
-    to_float,
-    to_pil,
-    to_tensor,
-)
+from dalle1.data.crops import Augmentation, augmented, centre_square
+from dalle1.data.images import grid, save_png, to_float, to_pil, to_tensor
 from dalle1.devices import autocast
 from dalle1.training import distributed
 from dalle1.training.config import TrainConfig, resolve_precision

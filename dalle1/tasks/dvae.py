@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
 from dalle1.data import Example, Sample
-from dalle1.data.images import Augmentation, to_float
+from dalle1.data.crops import Augmentation
+from dalle1.data.images import to_float
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import reconstruction_metrics
 from dalle1.image_tokenizer import image_tokenizer_file

@@ -30,15 +30,8 @@ from dalle1.data import (
     warn_of_cut_captions,
 )
 from dalle1.data.codes import open_codes
-from dalle1.data.images import (
-    Augmentation,
-    augmented,
-    centre_square,
-    grid,
-    save_png,
-    to_float,
-    to_tensor,
-)
+from dalle1.data.crops import Augmentation, augmented, centre_square
+from dalle1.data.images import grid, save_png, to_float, to_tensor
 from dalle1.data.spec import data_name
 from dalle1.devices import autocast
 from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle1.data.cleaning import clean_prompt
-from dalle1.data.images import FOR_TRANSFORMER, Augmentation
+from dalle1.data.crops import FOR_TRANSFORMER, Augmentation
 from dalle1.model.arch import TransformerArch
 from dalle1.pipeline import BUNDLED
 from dalle1.training.fine_tuning import FineTuneConfig

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data.images import Augmentation, to_float
+from dalle1.data.crops import Augmentation
+from dalle1.data.images import to_float
 from dalle1.devices import autocast
 from dalle1.evaluation.reconstruction import tokenizer_metrics
 from dalle1.image_tokenizer import image_tokenizer_file

@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
-from dalle1.data.images import centre_square
+from dalle1.data.crops import centre_square
 from dalle1.pipeline import DallE
 from dalle1.text.known_words import Words
 from dalle1.text.prompt_weights import parse_weights

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data.images import Augmentation, to_float
+from dalle1.data.crops import Augmentation
+from dalle1.data.images import to_float
 from dalle1.devices import autocast
 from dalle1.image_tokenizer import image_tokenizer_file
 from dalle1.tasks.crops import CropTask, CropTrainConfig, refuse_other_architecture
@@ -65,6 +66,7 @@ class AutoencoderTrainConfig(CropTrainConfig):
 
 _small = AutoencoderTrainConfig(
     out=Path("runs/autoencoder"),
+    model=AutoencoderConfig(latent_channels=8),
     augmentation=Augmentation(resize=(2.0, 2.0)),
     steps=1_500,
     batch_size=32,

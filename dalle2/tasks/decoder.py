@@ -77,8 +77,8 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
 _small = DecoderTrainConfig(
     out=Path("runs/decoder"),
     autoencoder=Path("runs/autoencoder"),
-    model=UNetArch(width=32, head_width=32),
-    steps=8_000,
+    model=UNetArch(width=32, multipliers=(1, 2, 4), attention=(8, 4), head_width=32),
+    steps=4_500,
     batch_size=64,
     learning_rate=1e-3,
     final_learning_rate=1e-5,
@@ -145,6 +145,17 @@ DECODER_PRESETS: dict[str, DecoderTrainConfig] = {
 }
 
 
+def usual_sizes(sizes: Tensor, side: int) -> tuple[float, ...]:
+    """Return the `Caption.sizes` for sampling: of the median original, cut at its corner.
+
+    Args:
+        sizes: those of the validation images, [N, 6], NaN where unknown.
+        side: side of the images in pixels.
+    """
+    original = sizes[:, :2].nanmedian(0).values.nan_to_num(side)
+    return (*original.tolist(), 0.0, 0.0, float(side), float(side))
+
+
 class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
     """Trains a decoder in the latents of an autoencoder."""
 
@@ -154,9 +165,7 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
     def text_encoder(self) -> TextEncoder | None:
         self.text: TextEncoder | None = None
         if self.config.text_encoders:
-            size = load_autoencoder(self.config.autoencoder).config.image_size
-            text = load_text_encoders(self.config.text_encoders, self.device, size)
-            self.text = Cached(text)
+            self.text = Cached(load_text_encoders(self.config.text_encoders, self.device))
         return self.text
 
     def files(self) -> Mapping[str, Path]:
@@ -182,6 +191,7 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
                 text_width=text.width,
                 pooled_width=text.embedding_width if self.text or not reads_image else 0,
                 text_encoders=stored_names(config.text_encoders),
+                sizes=usual_sizes(self.held["sizes"], size) if config.model.size_features else (),
                 encoders=str(self.encoders()),
                 embedding="text" if config.embedding == "text" else "image",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -62,13 +62,14 @@ class Paired:
 
 
 class PairedText:
-    """Prepares one example: the stored numbers, and a caption's UTF-8 bytes."""
+    """Prepares one example: the stored numbers and sizes, and a caption's UTF-8 bytes."""
 
     def __call__(self, sample: Any, rng: random.Random) -> Mapping[str, Tensor]:
         text = sample.caption(rng).encode("utf-8", "replace")[:MAX_BYTES]
         padded = torch.zeros(MAX_BYTES, dtype=torch.uint8)
         padded[: len(text)] = torch.tensor([*text], dtype=torch.uint8)
-        return {"numbers": sample.codes(rng), "caption": padded}
+        numbers, sizes = sample.source.crop(sample.index, rng)
+        return {"numbers": numbers, "sizes": sizes, "caption": padded}
 
 
 def texts_of(captions: Tensor) -> list[str]:
@@ -136,7 +137,8 @@ class EmbeddedPairs:
         width = self.read.embedding_width
         numbers = batch["numbers"]
         if self.text is not None:
-            return numbers[:, :-width], numbers[:, -width:], self.text(texts_of(batch["caption"]))
+            caption = replace(self.text(texts_of(batch["caption"])), sizes=batch["sizes"])
+            return numbers[:, :-width], numbers[:, -width:], caption
         length = int(batch["attention_mask"].sum(1).max())
         inputs = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
         return numbers[:, :-width], numbers[:, -width:], self.read.read(inputs)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse_preset
-from dalle1.data.images import Augmentation, grid, save_png, to_float, to_pil
+from dalle1.data.crops import Augmentation
+from dalle1.data.images import grid, save_png, to_float, to_pil
 from dalle1.devices import autocast
 from dalle1.tasks.crops import CropTask, CropTrainConfig, refuse_other_architecture
 from dalle1.training import distributed

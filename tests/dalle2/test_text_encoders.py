@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from dalle2.text_encoders import (
     TransformerText,
     load_text_encoder,
     load_text_encoders,
-    size_numbers,
     stored_names,
 )
 from dalle2.unet import UNet
@@ -84,7 +84,7 @@ def encoder(kind: str, folder: Path) -> TextEncoder:
     if kind == "dalle":
         model = tiny_model()
         return TransformerText(model.transformer, model.tokenizer)
-    return Concatenated([encoder("clip", folder), encoder("dalle", folder)], 16)
+    return Concatenated([encoder("clip", folder), encoder("dalle", folder)])
 
 
 KINDS = ["clip", "siglip", "t5", "dalle", "both"]
@@ -141,25 +141,28 @@ def test_a_dropped_caption_reaches_no_inlet(kind: str, t5_folder: Path) -> None:
 
 def test_sizes_are_in_the_order_of_sdxl() -> None:
     """Height before width: original size, crop's top and left, target size (sgm, diffusers)."""
-    assert size_numbers((480, 640), (3, 5), (128, 256)) == [480, 640, 3, 5, 128, 256]
-    model = tiny_decoder(embedding_width=0, text_encoders=["clip:x"], size_features=4)
-    read = Concatenated([CaptionReader(tiny_clip())], 16)
-    caption = read(["a red cube"])
-    assert caption.sizes is not None
-    assert caption.sizes.tolist() == [[16, 16, 0, 0, 16, 16]]
+    usual = (640.0, 480.0, 0.0, 0.0, 16.0, 16.0)
+    changes = {"embedding_width": 0, "text_encoders": ["clip:x"], "size_features": 4}
+    assert tiny_decoder(**changes).config.sizes == (16, 16, 0, 0, 16, 16)
+    model = tiny_decoder(**changes, sizes=usual)
+    caption = Concatenated([CaptionReader(tiny_clip())])(["a red cube"])
     with torch.no_grad():
         model.caption_vector.weight.zero_()
         model.caption_vector.bias.zero_()
         model.caption_vector.weight[0, 4] = 1.0  # the first feature of the width: cos(1 · width)
-        sizes = torch.tensor([size_numbers((480, 640), (3, 5), (128, 256))])
-        found = model.caption_embedding(replace(caption, sizes=sizes))
-    assert found is not None
-    assert float(found[0, 0]) == pytest.approx(float(torch.tensor(640.0).cos()), abs=1e-4)
+        for sizes, width in (
+            (torch.tensor([[480.0, 640.0, 3.0, 5.0, 128.0, 256.0]]), 640.0),
+            (None, 480.0),
+            (torch.full((1, 6), torch.nan), 480.0),
+        ):
+            found = model.caption_embedding(replace(caption, sizes=sizes))
+            assert found is not None
+            assert float(found[0, 0]) == pytest.approx(math.cos(width), abs=1e-4)
 
 
 def test_two_encoders_are_concatenated_by_channel(t5_folder: Path) -> None:
     parts = [encoder("clip", t5_folder), encoder("dalle", t5_folder)]
-    found, each = Concatenated(parts, 16)(TEXTS), [part(TEXTS) for part in parts]
+    found, each = Concatenated(parts)(TEXTS), [part(TEXTS) for part in parts]
     assert found.states.shape[2] == parts[0].width + parts[1].width
     for caption, start in zip(each, (0, parts[0].width), strict=True):
         length, width = caption.states.shape[1:]
@@ -194,7 +197,7 @@ def test_captions_are_remembered_within_a_bound() -> None:
 def with_text(folder: Path, t5_folder: Path) -> Unclip:
     model = tiny_unclip()
     names = (f"t5:{t5_folder}",)
-    text = load_text_encoders(names, "cpu", 16)
+    text = load_text_encoders(names, "cpu")
     widths = {"text_width": text.width, "pooled_width": text.embedding_width, "text_pool": True}
     decoder = tiny_decoder(embedding_width=0, text_encoders=stored_names(names), **widths)
     found = Unclip(model.image_tokenizer, decoder, model.encoder, text=text, clip=model.clip)
@@ -245,7 +248,7 @@ def test_a_model_folder_has_its_text_encoder(
 @pytest.mark.parametrize("name", ["t5:/etc", "t5:user/repository", "clip:{0}", "dalle:a/b"])
 def test_a_model_loads_no_encoder_from_elsewhere(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"has no text-0, expected the files of the text encoder"):
-        load_text_encoders([name.format(tmp_path)], "cpu", 16, tmp_path)
+        load_text_encoders([name.format(tmp_path)], "cpu", tmp_path)
 
 
 def test_saved_encoders_replace_older_ones(tmp_path: Path, t5_folder: Path) -> None:
@@ -256,12 +259,12 @@ def test_saved_encoders_replace_older_ones(tmp_path: Path, t5_folder: Path) -> N
     (t5_folder / "notes.md").symlink_to("../private")  # not one of the encoder's files
     names = ["clip:bundled", f"t5:{t5_folder}", f"dalle:{tmp_path / 'dalle'}"]
     tiny_model().save_pretrained(tmp_path / "dalle")
-    saved = load_text_encoders(names, "cpu", 16)
+    saved = load_text_encoders(names, "cpu")
     saved.save(tmp_path)
     assert stored_names(names) == ("clip:bundled", "t5:text-1", "dalle:text-2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dalle", "text-1", "text-2"]
     assert {path.suffix for path in (tmp_path / "text-1").iterdir()} == {".json", ".safetensors"}
-    loaded = load_text_encoders(stored_names(names), "cpu", 16, tmp_path)
+    loaded = load_text_encoders(stored_names(names), "cpu", tmp_path)
     assert saved(TEXTS).states.equal(loaded(TEXTS).states)
     assert saved.digest() == loaded.digest()
     with torch.no_grad():
@@ -337,7 +340,7 @@ def test_an_empty_caption_has_no_token() -> None:
 
 def test_of_encoders_side_by_side_none_reads_padding() -> None:
     """A T5 that reads bytes has more tokens than the CLIP, whose padding they make visible."""
-    both = Concatenated([CaptionReader(tiny_clip()), T5Text(*t5(vocabulary=256))], 16)
+    both = Concatenated([CaptionReader(tiny_clip()), T5Text(*t5(vocabulary=256))])
     alone, together = both(TEXTS[:1]), both([TEXTS[0], f"{TEXTS[0]} and {TEXTS[1]}"])
     count = alone.mask.shape[1]
     assert torch.equal(alone.mask[0], together.mask[0, :count])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ COMMON = [
 ]
 AUTOENCODER = [
     *("small", "--model.image-size", "16", "--model.width", "4", "--model.code-width", "8"),
-    *("--crop-size", "16", "--validation-images", "4", *COMMON),
+    *("--model.latent-channels", "4", "--crop-size", "16", "--validation-images", "4", *COMMON),
 ]
 DECODER = [
     *("small", "--model.width", "8", "--model.multipliers", "1", "--model.blocks", "1"),
@@ -161,6 +162,8 @@ def test_embeddings_are_those_of_the_models(folders: Folders) -> None:
     torch.testing.assert_close(
         numbers[:, -8:].float().norm(dim=1), torch.ones(40), atol=2e-3, rtol=0
     )
+    sizes = source.crop(0, random.Random(0))[1].tolist()
+    assert sizes == [36, 40, 0, 1, 16, 16]  # scaled to 16 × 18, of which the centre is cut
 
 
 @pytest.mark.parametrize(

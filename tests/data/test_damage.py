@@ -25,8 +25,9 @@ from torch import Tensor
 from dalle1.data import open_source
 from dalle1.data.check import main as check
 from dalle1.data.codes import CodeSource
+from dalle1.data.crops import centre_square
 from dalle1.data.encoded import main as encode
-from dalle1.data.images import centre_square, to_tensor
+from dalle1.data.images import to_tensor
 from dalle1.data.skipped import SkipStats
 from dalle1.data.sources.streaming_shards import StreamingShards
 from dvae import DVAE, DVAEConfig

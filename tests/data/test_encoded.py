@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import random
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from tars import Member, write_tar
 
 from dalle1.data import codes
 from dalle1.data.codes import CodeSource, fingerprint, open_codes
+from dalle1.data.crops import FOR_TRANSFORMER, augmented
 from dalle1.data.encoded import EncodeConfig, encode, encoding_precision, main
 from dalle1.data.examples import iter_batches
-from dalle1.data.images import FOR_TRANSFORMER, augmented, to_float, to_tensor
+from dalle1.data.images import to_float, to_tensor
 from dalle1.devices import autocast
 from dalle1.toybox import Toybox
 from dvae import DVAE, DVAEConfig
@@ -278,6 +280,12 @@ def test_several_crops_of_each_image(tmp_path: Path) -> None:
         seen = {source.codes(i, random.Random(n)).numpy().tobytes() for n in range(40)}
         assert seen == {grid.numpy().tobytes() for grid in expected}
         assert len(seen) > 1
+    with tarfile.open(config.out / "00000.tar") as tar:
+        sizes = json.load(tar.extractfile("000000000.json"))["sizes"]  # type: ignore[arg-type]
+    for (height, width, top, left, *target), crop in zip(sizes, range(3), strict=True):
+        assert (height, width, *target) == (48, 40, 32, 32), crop
+        assert 0 <= left <= 40 - 32
+        assert 0 < top < 48 - 32  # from the middle quarter of its slack of 8, and up to 4 more
 
 
 def test_small_images_are_skipped_and_counted(

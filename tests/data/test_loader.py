@@ -23,18 +23,9 @@ from torch import Tensor
 
 from dalle1.console import one_line_errors
 from dalle1.data import ReadOptions, open_source
+from dalle1.data.crops import FOR_TRANSFORMER, Augmentation, TooSmall, augmented, centre_square
 from dalle1.data.examples import iter_batches
-from dalle1.data.images import (
-    FOR_TRANSFORMER,
-    Augmentation,
-    TooSmall,
-    augmented,
-    centre_square,
-    grid,
-    to_float,
-    to_pil,
-    to_tensor,
-)
+from dalle1.data.images import grid, to_float, to_pil, to_tensor
 from dalle1.data.sources.base import ENDLESS, split_indices
 from dalle1.data.sources.indexed import IndexedSource
 from dalle1.data.sources.mixture import Mixture

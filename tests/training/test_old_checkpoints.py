@@ -13,7 +13,7 @@ import torch
 from function_task import FunctionTask
 from two_processes import SIZE, loss, stream
 
-from dalle1.data.images import Augmentation
+from dalle1.data.crops import Augmentation
 from dalle1.model.transformer import Transformer
 from dalle1.training import resume_key as keys
 from dalle1.training.config import TrainConfig, resolve_precision
