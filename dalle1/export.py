@@ -76,7 +76,7 @@ def with_parts(model: Unclip, config: ExportConfig) -> Unclip:
         autoencoder = load_autoencoder(
             config.autoencoder, image_size=model.image_tokenizer.image_size
         )
-    return model.with_prior(prior, upsampler, autoencoder)
+    return model.with_parts(prior, upsampler, autoencoder)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -101,9 +101,9 @@ class EmbeddedSource(CodeSource):
 
     def codes(self, index: int, rng: random.Random) -> Tensor:
         """Return the numbers of one of the crops of sample `index`: [c·h·w + D], float32."""
-        return self.crop(index, rng)[0]
+        return torch.from_numpy(rng.choice(self.crops(index))[0].astype(np.float32))
 
-    def crop(self, index: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+    def sized_crop(self, index: int, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Return the numbers and the `Caption.sizes` [6] of one of the crops of sample `index`.
 
         The sizes are NaN in data of earlier versions, which do not hold them.

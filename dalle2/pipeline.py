@@ -168,13 +168,13 @@ class Unclip(RankingPipeline):
             if part is not None:
                 part.save(folder, dtype)
 
-    def with_prior(
+    def with_parts(
         self,
         prior: Prior | None,
         upsampler: Upsampler | None = None,
         autoencoder: Autoencoder | Pixels | None = None,
     ) -> Unclip:
-        """Return the same model with another prior, and perhaps other parts after the decoder."""
+        """Return the same model with another prior, and perhaps other parts of the last stages."""
         return Unclip(
             autoencoder or self.image_tokenizer,
             self.decoder,

@@ -232,6 +232,9 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """Predicts what `config.objective` names, of x_t at time t under a condition."""
 
+    muon_modules = ("down", "middle", "up")
+    """Modules whose matrices and kernels Muon updates: all but those at the ends."""
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config

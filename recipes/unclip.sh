@@ -46,8 +46,8 @@ stage decoder "${dalle1[@]}" train decoder small --data "$OUT/embedded" --clip "
     ${decoder_flags[@]+"${decoder_flags[@]}"}
 # Latents stay as they are, so decoder and embeddings fit; details get sharper.
 stage tuned "${dalle1[@]}" train autoencoder small --init "$OUT/autoencoder" --decoder-only \
-    --data "$DATA" --out "$OUT/tuned" --steps 2500 --learning-rate 1e-3 \
-    ${tuned_flags[@]+"${tuned_flags[@]}"}
+    --data "$DATA" --out "$OUT/tuned" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"} \
+    --steps 2500 --learning-rate 1e-3 ${tuned_flags[@]+"${tuned_flags[@]}"}
 stage upsampler "${dalle1[@]}" train upsampler small --data "$DATA" --out "$OUT/upsampler" \
     ${upsampler_flags[@]+"${upsampler_flags[@]}"}
 stage model "${dalle1[@]}" \

@@ -305,8 +305,8 @@ def _write_shard(path: Path, encoded: Iterator[Encoded], first: int) -> None:
     from webdataset import TarWriter
 
     with TarWriter(str(path)) as tar:
-        for number, grid, words in encoded:
-            tar.write({"__key__": f"{first + number:09d}", "npy": grid, "json": words})
+        for number, grid, metadata in encoded:
+            tar.write({"__key__": f"{first + number:09d}", "npy": grid, "json": metadata})
 
 
 def _mark(shard: Path) -> Path:

@@ -83,7 +83,7 @@ def variants(options: UnclipOptions) -> Iterator[Variant]:
     yield Variant(name=FULL, model=model, how=steps)
     yield Variant(name="one prior sample", model=model, how={**steps, "prior_samples": 1})
     if options.ar_prior is not None:
-        other = model.with_prior(load_prior(options.ar_prior, model.device))
+        other = model.with_parts(load_prior(options.ar_prior, model.device))
         yield Variant(name="other prior", model=other, how=steps)
     text = {**steps, "embedding": "caption"}
     yield Variant(name="z_t as z_i", model=model, how=text)

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from dalle1.devices import pick_precision
 from dalle1.training.config import TrainConfig
 
-LAYERS = {"layers", "down", "middle", "up"}
-"""Names of the modules whose matrices Muon updates, in transformers and U-Nets."""
-
 
 def full_shape(p: Tensor) -> torch.Size:
     """Return a parameter's shape, also where DeepSpeed has sharded it."""
@@ -36,14 +33,18 @@ def split_by_decay(model: nn.Module, decays: str) -> tuple[list[nn.Parameter], l
 
 
 def layer_matrices(model: nn.Module) -> list[Tensor]:
-    """Return the weights that Muon updates: of the linear modules and convolutions in `LAYERS`.
+    """Return the weights that Muon updates: of the linear modules in `layers`.
+
+    A model with `muon_modules` names others, whose convolutions are updated as well.
 
     Raises: ValueError without any.
     """
+    names: tuple[str, ...] = getattr(model, "muon_modules", ())
+    kinds = (nn.Linear, nn.Conv2d) if names else (nn.Linear,)
     weights = [
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and LAYERS & {*name.split(".")}
+        if isinstance(module, kinds) and {*(names or ("layers",))} & {*name.split(".")}
     ]
     matrices = [weight for weight in weights if weight.requires_grad]
     if not matrices:
@@ -85,9 +86,9 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - momentum)
                 update = p.grad.lerp(average, momentum).flatten(1)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                length = 0.2 * math.sqrt(max(update.shape))
+                scale = 0.2 * math.sqrt(max(update.shape))
                 update = orthogonalized(update.to(self.dtype)).reshape(p.shape)
-                p.sub_(update, alpha=group["lr"] * length)
+                p.sub_(update, alpha=group["lr"] * scale)
 
 
 def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:

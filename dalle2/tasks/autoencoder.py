@@ -62,6 +62,13 @@ class AutoencoderTrainConfig(CropTrainConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.decoder_only and self.init is None:
             raise ValueError("decoder_only needs --init FOLDER, the autoencoder to fine-tune")
+        if self.decoder_only and self.uses_deepspeed:
+            raise ValueError(
+                "decoder_only keeps the encoder as it is, which --zero and --deepspeed do not "
+                "support; use --zero 0"
+            )
+        if self.model.encoder_of:
+            raise ValueError("model.encoder_of is set by --decoder-only alone; leave it out")
 
 
 _small = AutoencoderTrainConfig(
@@ -129,6 +136,17 @@ class AutoencoderTask(CropTask[Autoencoder, AutoencoderTrainConfig]):
         if not self.config.decoder_only:
             model.measure(self.held)
 
+    def refuse_other_latents(self, model: Autoencoder) -> None:
+        """Raise ValueError where --init has changed since the training began."""
+        assert self.config.init is not None
+        now, start = model.state_dict(), Autoencoder.load(self.config.init).state_dict()
+        names = [name for name in start if name.startswith(("encoder.", "latent_"))]
+        if not all(now[name].cpu().equal(start[name]) for name in names):
+            raise ValueError(
+                f"the autoencoder in {self.config.init} has changed since this training of its "
+                "decoder began; use another --out"
+            )
+
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
     ) -> Sequence[AutoencoderLoss]:
@@ -156,6 +174,8 @@ class AutoencoderTask(CropTask[Autoencoder, AutoencoderTrainConfig]):
 
     def save(self, model: Autoencoder, folder: Path) -> None:
         self.measure(model.to(self.device))
+        if self.config.decoder_only:
+            self.refuse_other_latents(model)
         model.save(folder)
 
 

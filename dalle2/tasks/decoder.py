@@ -148,14 +148,17 @@ DECODER_PRESETS: dict[str, DecoderTrainConfig] = {
 
 
 def usual_sizes(sizes: Tensor, side: int) -> tuple[float, ...]:
-    """Return the `Caption.sizes` for sampling: of the median original, cut at its corner.
+    """Return the `Caption.sizes` for sampling: those of the original of median area.
 
     Args:
         sizes: those of the validation images, [N, 6], NaN where unknown.
         side: side of the images in pixels.
     """
-    original = sizes[:, :2].nanmedian(0).values.nan_to_num(side)
-    return (*original.tolist(), 0.0, 0.0, float(side), float(side))
+    known = sizes[~sizes.isnan().any(1)]
+    if not len(known):
+        return (float(side), float(side), 0.0, 0.0, float(side), float(side))
+    middle = known[:, :2].prod(1).argsort(stable=True)[len(known) // 2]
+    return tuple(known[middle].tolist())
 
 
 class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
@@ -182,6 +185,12 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
         size = autoencoder.downsampling * side  # that of the images that were embedded
         self.autoencoder = load_autoencoder(config.autoencoder, self.device, size)
         self.schedule = Schedule(config.model.schedule, config.model.times)
+        levels = [side >> level for level in range(len(config.model.multipliers))]
+        if not set(levels) & set(config.model.attention):
+            raise ValueError(
+                f"model.attention is {config.model.attention}, and the sides of this data are "
+                f"{levels}; without attention at one of them no caption is read"
+            )
         reads_image, text = config.embedding != "none", self.text or read
         return UNet(
             UNetConfig(

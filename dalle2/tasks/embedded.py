@@ -68,7 +68,7 @@ class PairedText:
         text = sample.caption(rng).encode("utf-8", "replace")[:MAX_BYTES]
         padded = torch.zeros(MAX_BYTES, dtype=torch.uint8)
         padded[: len(text)] = torch.tensor([*text], dtype=torch.uint8)
-        numbers, sizes = sample.source.crop(sample.index, rng)
+        numbers, sizes = sample.source.sized_crop(sample.index, rng)
         return {"numbers": numbers, "sizes": sizes, "caption": padded}
 
 

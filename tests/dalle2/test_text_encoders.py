@@ -237,7 +237,7 @@ def test_a_model_folder_has_its_text_encoder(
         with pytest.raises(ValueError, match=message):
             loaded.sample(["a"], **options)
     with pytest.raises(ValueError, match="reads no image embedding, expected no prior beside it"):
-        loaded.with_prior(tiny_unclip().prior)
+        loaded.with_parts(tiny_unclip().prior)
     for part in t5(width=20):  # other files in its folder
         part.save_pretrained(tmp_path / "model/text-0")
     message = r"have states and embeddings of \(20, 20\) numbers, the decoder expects \(16, 16\)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -139,11 +140,20 @@ def test_a_better_decoder_of_an_autoencoder_joins_the_same_model(
     assert found.decode(torch.ones(1, 4, 2, 2)).equal(after[1].decode(torch.ones(1, 4, 2, 2)))
     for wrong, message in (
         ([*words, "--autoencoder", str(tmp_path / "other")], "has other latents than the decoder"),
-        ([*words, "--autoencoder", str(tmp_path)], "autoencoder"),
+        ([*words, "--autoencoder", str(tmp_path)], "no Autoencoder in"),
     ):
         with pytest.raises(SystemExit):
             export.main(wrong)
         assert message in capsys.readouterr().err
+    start = tmp_path / "start"
+    late = ["--init", str(start), "--decoder-only", "--out", str(tmp_path / "late")]
+    for source, steps in ((folders.autoencoder, "1"), (tmp_path / "other", "2")):
+        shutil.rmtree(start, ignore_errors=True)
+        shutil.copytree(source, start)
+        ended = contextlib.nullcontext() if steps == "1" else pytest.raises(SystemExit)
+        with ended:
+            autoencoder.main([*AUTOENCODER, *data[:2], *late, "--steps", steps])
+    assert "has changed since this training of its decoder began" in capsys.readouterr().err
     for start, message in (
         (tmp_path, "needs an autoencoder in --init"),
         (None, "needs --init FOLDER"),
@@ -162,8 +172,42 @@ def test_embeddings_are_those_of_the_models(folders: Folders) -> None:
     torch.testing.assert_close(
         numbers[:, -8:].float().norm(dim=1), torch.ones(40), atol=2e-3, rtol=0
     )
-    sizes = source.crop(0, random.Random(0))[1].tolist()
+    sizes = source.sized_crop(0, random.Random(0))[1].tolist()
     assert sizes == [36, 40, 0, 1, 16, 16]  # scaled to 16 × 18, of which the centre is cut
+
+
+def test_each_crop_keeps_its_own_sizes(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    noise = torch.randint(0, 256, (48, 40, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "images" / "0.png")
+    (tmp_path / "images" / "0.txt").write_text("noise")
+    models = ["--autoencoder", str(folders.autoencoder), "--clip", str(folders.clip)]
+    flags = ["--data", str(tmp_path / "images"), "--num-workers", "0", "--crops", "4"]
+    embedded.main([*models, *flags, "--out", str(tmp_path / "embedded")])
+    source = embedded.EmbeddedSource(tmp_path / "embedded", "encode")
+    found = [source.sized_crop(0, random.Random(seed)) for seed in range(20)]
+    by_numbers = {numbers.numpy().tobytes(): tuple(sizes.tolist()) for numbers, sizes in found}
+    for seed in range(20):
+        numbers = source.codes(0, random.Random(seed)).numpy().tobytes()
+        assert by_numbers[numbers] == tuple(found[seed][1].tolist())
+    assert len({sizes[2:4] for sizes in by_numbers.values()}) > 1
+
+
+def test_the_usual_sizes_are_those_of_one_image() -> None:
+    unknown = torch.full((1, 6), torch.nan)
+    assert decoder.usual_sizes(unknown, 16) == (16, 16, 0, 0, 16, 16)
+    rows = [[10.0, 90, 0, 1, 16, 16], [60, 20, 3, 0, 16, 16], [99, 99, 0, 0, 16, 16]]
+    assert decoder.usual_sizes(torch.cat([unknown, torch.tensor(rows)]), 16) == tuple(rows[1])
+
+
+def test_a_decoder_without_attention_is_refused(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["--autoencoder", str(folders.autoencoder), "--clip", str(folders.clip)]
+    flags = ["--data", str(folders.embedded), "--model.attention", "8", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        decoder.main([*DECODER, *models, *flags, "--steps", "1"])
+    assert "the sides of this data are [2]; without attention" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -188,6 +232,7 @@ def test_a_decoder_of_pixels_learns_its_variance(folders: Folders, tmp_path: Pat
     embedded.main(["--autoencoder", "pixels", *clip, *data, "--out", str(pixels)])
     paper = ["--model.objective", "epsilon", "--model.learns-variance"]
     flags = [*DECODER, *paper, "--autoencoder", "pixels", "--data", str(pixels), *clip]
+    flags += ["--model.attention", "8"]
     decoder.main([*flags, "--out", str(tmp_path / "decoder"), "--steps", "1"])
     line = json.loads((tmp_path / "decoder/log.jsonl").read_text().splitlines()[0])
     assert line["total"] == pytest.approx(line["mse"] + line["bound"], rel=1e-4)

@@ -98,7 +98,7 @@ def test_diversity_is_the_mean_distance_of_pairs() -> None:
 def test_models_that_cannot_be_compared_are_refused(
     models: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models["without"] = models["text"].with_prior(None)
+    models["without"] = models["text"].with_parts(None)
     flags = ["--out", str(tmp_path), "--num-prompts", "1"]
     for model, more, message in (
         ("v1", [], "v1 is a DALL·E 1, expected a DALL·E 2"),

@@ -55,5 +55,5 @@ def test_the_recipe_trains_a_model_and_a_finished_stage_returns_at_once(tmp_path
     second = recipe(out, DECODER_FLAGS="--autoencoder nowhere")
     assert second.returncode == 2
     assert stages(second) == STAGES[:4]
-    assert "no model in nowhere" in second.stderr
+    assert "no Autoencoder in nowhere" in second.stderr
     assert {p: p.stat().st_mtime_ns for p in made} == made
