@@ -59,6 +59,9 @@ class UNetArch:
     """Whether the caption's pooled embedding is added to the time embedding, as in SDXL."""
     size_features: int = 0
     """Fourier features of each of the six sizes that are added to the time embedding; SDXL: 256."""
+    group_width: int = 1
+    """Least number of channels that are normalized together, in up to 32 groups. At 1, a channel of
+    a narrow network is normalized by itself, and its mean over the image is lost. ADM: 32 groups."""
     dropout: float = 0.0
     """Dropout in the residual blocks. Paper: 0.1."""
     objective: Objective = "v"
@@ -77,7 +80,7 @@ class UNetArch:
             raise ValueError(f"width is {self.width}, expected a multiple of 8, such as 48")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers is {self.multipliers}, expected numbers of at least 1")
-        for name in ("blocks", "times"):
+        for name in ("blocks", "times", "group_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("text_norm", "text_pool") if self.karlo else ():
@@ -144,9 +147,10 @@ class Context:
     """[B, K + T], bool: the tokens that are visible."""
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """Return a group normalization of at most 32 groups."""
-    return nn.GroupNorm(math.gcd(channels, 32), channels)
+def norm(channels: int, group_width: int = 1) -> nn.GroupNorm:
+    """Return a group normalization of at most 32 groups, of `group_width` channels or more."""
+    most = min(32, max(1, channels // group_width))
+    return nn.GroupNorm(math.gcd(channels, most), channels)
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -278,6 +282,9 @@ class UNet(nn.Module):
         self.output = nn.Sequential(
             norm(channels), nn.SiLU(), zero(nn.Conv2d(channels, outputs, 3, padding=1))
         )
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = norm(module.num_channels, c.group_width).num_groups
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def stage(self, c_in: int, c_out: int, side: int) -> Stage:
