@@ -60,8 +60,8 @@ class UNetArch:
     size_features: int = 0
     """Fourier features of each of the six sizes that are added to the time embedding; SDXL: 256."""
     group_width: int = 1
-    """Least number of channels that are normalized together, in up to 32 groups. At 1, a channel of
-    a narrow network is normalized by itself, and its mean over the image is lost. ADM: 32 groups."""
+    """Least number of channels that are normalized together, in up to 32 groups, as in ADM. At 1, a
+    channel of a narrow network is normalized by itself, and its mean over the image is lost."""
     dropout: float = 0.0
     """Dropout in the residual blocks. Paper: 0.1."""
     objective: Objective = "v"

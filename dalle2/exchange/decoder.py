@@ -108,6 +108,7 @@ def refuse_other_sizes(config: UNetConfig) -> None:
         [
             ("karlo", config.karlo, "True"),
             ("width", config.width % 32 == 0, "a multiple of 32"),
+            ("group_width", config.group_width == 1, "1"),
             ("multipliers", config.multipliers[0] == 1, "1 as the first"),
             ("attention", lowest in config.attention, f"to include {lowest}, the smallest side"),
             ("text_encoders", not config.text_encoders, "none"),

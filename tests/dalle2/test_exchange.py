@@ -91,6 +91,7 @@ def test_diffusers_predicts_the_same(model: UNet, tmp_path: Path) -> None:
         ({"text_encoders": ["t5:text-0"]}, "text_encoders is .* expected none in a model for diff"),
         ({"karlo": False}, "karlo is False, expected True in a model for diffusers"),
         ({"width": 48}, "width is 48, expected a multiple of 32"),
+        ({"group_width": 8}, "group_width is 8, expected 1"),
         ({"attention": (4,)}, r"attention is \(4,\), expected to include 2, the smallest side"),
         ({"text_width": 6}, "text_width is 6, expected that of the embeddings"),
     ],

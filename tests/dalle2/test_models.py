@@ -16,7 +16,7 @@ from dalle2.conditioning import Caption
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.objective import mean_squared_error
 from dalle2.prior import DiffusionPrior, PriorConfig
-from dalle2.unet import UNet, UNetConfig
+from dalle2.unet import UNet, UNetConfig, norm
 from dalle2.upsampler import Upsampler, UpsamplerConfig, blurred, reduced
 from dvae import DVAE, DVAEConfig
 
@@ -124,12 +124,25 @@ def test_decoder_candidates_are_the_same_in_any_batch_and_guidance_1_is_none() -
         ({"head_width": 5}, r"head_width is 5, expected a divisor of \[8, 16\]"),
         ({"side": 5}, "side is 5, expected a multiple of 2 for 2 levels"),
         ({"blocks": 0}, "blocks is 0, expected at least 1"),
+        ({"group_width": 0}, "group_width is 0, expected at least 1"),
         ({"multipliers": ()}, r"multipliers is \(\), expected numbers of at least 1"),
     ],
 )
 def test_unets_that_cannot_be_built_are_refused(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_unet(**sizes)
+
+
+@torch.no_grad()
+def test_channels_that_are_normalized_together_keep_their_means() -> None:
+    x = torch.randn(2, 32, 4, 4)
+    shifted = x + 3 * (torch.arange(32) == 0)[:, None, None]
+    torch.testing.assert_close(norm(32)(shifted), norm(32)(x), atol=1e-4, rtol=1e-4)
+    assert (norm(32, 8)(shifted) - norm(32, 8)(x))[:, 0].mean() > 0.5
+    assert [norm(channels, 8).num_groups for channels in (8, 24, 64, 256, 320)] == [1, 3, 8, 32, 32]
+    for group_width, groups in ((1, {8, 16}), (8, {1, 2})):
+        modules = tiny_unet(group_width=group_width).down.modules()
+        assert {m.num_groups for m in modules if isinstance(m, torch.nn.GroupNorm)} == groups
 
 
 @torch.no_grad()
