@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Train DALL·E 2 on Toybox: autoencoder, embeddings, prior, decoder, the autoencoder's decoder once
-# more, and upsampler.
+# Train DALL·E 2 on Toybox: autoencoder, embeddings, prior, decoder and upsampler.
 #
 #     recipes/unclip.sh
 #     OUT=runs/mine DATA=my-shards recipes/unclip.sh
@@ -18,7 +17,6 @@ DVAE=${DVAE:-$("$PYTHON" -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)
 
 # More flags of single stages, quoted as in a shell.
 eval "autoencoder_flags=(${AUTOENCODER_FLAGS:-})"
-eval "tuned_flags=(${TUNED_FLAGS:-})"
 eval "embed_flags=(${EMBED_FLAGS:-})"
 eval "prior_flags=(${PRIOR_FLAGS:-})"
 eval "decoder_flags=(${DECODER_FLAGS:-})"
@@ -44,12 +42,8 @@ stage prior "${dalle1[@]}" \
 stage decoder "${dalle1[@]}" train decoder small --data "$OUT/embedded" --clip "$CLIP" \
     --autoencoder "$OUT/autoencoder" --caption-dropout 0.2 --out "$OUT/decoder" \
     ${decoder_flags[@]+"${decoder_flags[@]}"}
-# Latents stay as they are, so decoder and embeddings fit; details get sharper.
-stage tuned "${dalle1[@]}" train autoencoder small --init "$OUT/autoencoder" --decoder-only \
-    --data "$DATA" --out "$OUT/tuned" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"} \
-    --steps 2500 --learning-rate 1e-3 ${tuned_flags[@]+"${tuned_flags[@]}"}
 stage upsampler "${dalle1[@]}" train upsampler small --data "$DATA" --out "$OUT/upsampler" \
     ${upsampler_flags[@]+"${upsampler_flags[@]}"}
 stage model "${dalle1[@]}" \
     export --model "$OUT/decoder" --prior "$OUT/prior" --upsampler "$OUT/upsampler" \
-    --autoencoder "$OUT/tuned" --out "$OUT/model"
+    --out "$OUT/model"

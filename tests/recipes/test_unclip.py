@@ -19,14 +19,13 @@ CROPS = f"{RUN} --crop-size 32 --validation-images 1"
 FLAGS = {
     "DATA": "toybox:40",
     "AUTOENCODER_FLAGS": CROPS,
-    "TUNED_FLAGS": CROPS,
     "EMBED_FLAGS": "--num-workers 0 --device cpu",
     "PRIOR_FLAGS": f"{RUN} --model.width 16 --model.depth 1 --model.heads 2 --sampling-steps 1 "
     "--validation-pairs 2",
     "DECODER_FLAGS": f"{RUN} {UNET} --model.attention 8 --model.head-width 8 --validation-pairs 2",
     "UPSAMPLER_FLAGS": f"{CROPS} {UNET} --model.image-size 64",
 }
-STAGES = ["autoencoder", "embedded", "prior", "decoder", "tuned", "upsampler", "model"]
+STAGES = ["autoencoder", "embedded", "prior", "decoder", "upsampler", "model"]
 
 
 def recipe(out: Path, **changed: str) -> subprocess.CompletedProcess[str]:
