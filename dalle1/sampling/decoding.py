@@ -32,7 +32,7 @@ from dalle1.sampling.guidance import (
     num_captions,
 )
 from dalle1.sampling.kv_cache import Caches
-from dalle1.sampling.packed_linear import packed, restored
+from dalle1.sampling.packed_linear import packed, restored, weights_of
 
 UNKNOWN = -1
 """Value in known codes of a code that is to be sampled."""
@@ -355,7 +355,7 @@ def check_finite(state: DecodeState) -> None:
 def not_finite(model: Transformer, guidance: float) -> ValueError:
     """Return the error of logits that are nan or infinite."""
     dtype = model.text_embedding.weight.dtype
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not all(weight.isfinite().all() for weight in weights_of(model)):
         remedy = "its weights are damaged or their training diverged, use an earlier checkpoint"
     elif guidance != 1:
         remedy = f"guidance is {guidance:g}, use a smaller one"

@@ -74,6 +74,16 @@ class TransposedLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+def weights_of(model: nn.Module) -> Iterator[Tensor]:
+    """Yield all weights of a model that may be packed."""
+    yield from model.parameters()
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            yield module.weight.to_dense()
+        elif isinstance(module, TransposedLinear):
+            yield module.weight
+
+
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN computes in that precision on that device."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
