@@ -295,7 +295,7 @@ def sample(
     with bar(
         total=count * each * (width - first_row) * width,
         desc=options.prompts[0][:40] if count == 1 else f"{count} prompts",
-        unit="code", unit_scale=True, delay=0.1, disable=rank > 0,
+        unit="position", unit_scale=True, delay=0.1, disable=rank > 0,
     ) as progress:  # fmt: skip
 
         def on_row(codes: Tensor, rows: int) -> None:
