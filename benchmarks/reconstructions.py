@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", help="folder of a model; none: as rendered")
     parser.add_argument("--images", type=int, default=300, help="held-out scenes of each kind")
+    parser.add_argument("--size", type=int, default=RENDER_SIZE, help="side of them in pixels")
     options = parser.parse_args()
     torch.set_num_threads(1)
     classifier = load_classifier()
@@ -45,7 +46,7 @@ def main() -> None:
         for kind in KINDS:
             stream = scenes("heldout", "reconstructions", kind)
             found = dict(
-                accuracy(classifier, stream, options.images, RENDER_SIZE, reconstruction(name))
+                accuracy(classifier, stream, options.images, options.size, reconstruction(name))
             )
             low, high = wilson_interval(found["all"], options.images)
             print(f"{name}, {kind}: {found['all']:.1%} ({low:.1%} to {high:.1%})", flush=True)

@@ -174,7 +174,7 @@ class Unclip(RankingPipeline):
         upsampler: Upsampler | None = None,
         autoencoder: Autoencoder | Pixels | None = None,
     ) -> Unclip:
-        """Return the same model with another prior, and perhaps other parts of the last stages."""
+        """Return the same model with another prior; None keeps its upsampler and autoencoder."""
         return Unclip(
             autoencoder or self.image_tokenizer,
             self.decoder,

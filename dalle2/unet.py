@@ -123,7 +123,7 @@ class UNetConfig(UNetArch):
         super().__post_init__()
         for name in ("text_encoders", "sizes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.size_features and not self.sizes:  # models of earlier versions
+        if self.size_features and not self.sizes:  # data and models of earlier versions
             side = float(self.side * (1 if self.pixels else DOWNSAMPLING))
             object.__setattr__(self, "sizes", (side, side, 0.0, 0.0, side, side))
         if len(self.sizes) not in (0, SIZES):

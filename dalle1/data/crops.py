@@ -50,11 +50,11 @@ RANDOM_SQUARE = Augmentation(resize=(1.0, 1.0), flip=False)
 
 
 ORIGINAL = "original_size"
-"""Key in an image's `info` of its (height, width) in its file, where it was decoded smaller."""
+"""Key in an image's `info` of the (height, width) in its file; it may be decoded smaller."""
 
 
 def original_size(image: Image.Image) -> tuple[int, int]:
-    """Return the (height, width) of an image in its file."""
+    """Return the (height, width) of an image in its file, or its own where it is of no file."""
     return image.info.get(ORIGINAL, (image.height, image.width))
 
 

@@ -147,16 +147,15 @@ DECODER_PRESETS: dict[str, DecoderTrainConfig] = {
 }
 
 
-def usual_sizes(sizes: Tensor, side: int) -> tuple[float, ...]:
+def usual_sizes(sizes: Tensor) -> tuple[float, ...]:
     """Return the `Caption.sizes` for sampling: those of the original of median area.
 
     Args:
-        sizes: those of the validation images, [N, 6], NaN where unknown.
-        side: side of the images in pixels.
+        sizes: those of the validation images, [N, 6], NaN where unknown; () without any.
     """
     known = sizes[~sizes.isnan().any(1)]
     if not len(known):
-        return (float(side), float(side), 0.0, 0.0, float(side), float(side))
+        return ()
     middle = known[:, :2].prod(1).argsort(stable=True)[len(known) // 2]
     return tuple(known[middle].tolist())
 
@@ -202,7 +201,7 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
                 text_width=text.width,
                 pooled_width=text.embedding_width if self.text or not reads_image else 0,
                 text_encoders=stored_names(config.text_encoders),
-                sizes=usual_sizes(self.held["sizes"], size) if config.model.size_features else (),
+                sizes=usual_sizes(self.held["sizes"]) if config.model.size_features else (),
                 encoders=str(self.encoders()),
                 embedding="text" if config.embedding == "text" else "image",
             )

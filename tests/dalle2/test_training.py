@@ -195,9 +195,9 @@ def test_each_crop_keeps_its_own_sizes(folders: Folders, tmp_path: Path) -> None
 
 def test_the_usual_sizes_are_those_of_one_image() -> None:
     unknown = torch.full((1, 6), torch.nan)
-    assert decoder.usual_sizes(unknown, 16) == (16, 16, 0, 0, 16, 16)
+    assert decoder.usual_sizes(unknown) == ()
     rows = [[10.0, 90, 0, 1, 16, 16], [60, 20, 3, 0, 16, 16], [99, 99, 0, 0, 16, 16]]
-    assert decoder.usual_sizes(torch.cat([unknown, torch.tensor(rows)]), 16) == tuple(rows[1])
+    assert decoder.usual_sizes(torch.cat([unknown, torch.tensor(rows)])) == tuple(rows[1])
 
 
 def test_a_decoder_without_attention_is_refused(
