@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,28 +79,35 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update each matrix along its orthogonalized gradient, by AdamW's root mean square."""
+        """Update each matrix along its orthogonalized gradient, by AdamW's root mean square.
+
+        Matrices of equal shape are orthogonalized together, which a GPU does several times faster.
+        """
         for group in self.param_groups:
-            momentum = group["momentum"]
+            lr, momentum = group["lr"], group["momentum"]
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
                 average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(average, momentum).flatten(1)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = 0.2 * math.sqrt(max(update.shape))
-                update = orthogonalized(update.to(self.dtype)).reshape(p.shape)
-                p.sub_(update, alpha=group["lr"] * scale)
+                update = p.grad.lerp(average, momentum).flatten(1).to(self.dtype)
+                alike[update.shape].append((p, update))
+            for shape, pairs in alike.items():
+                updates = orthogonalized(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.sub_(update.reshape(p.shape), alpha=lr * 0.2 * math.sqrt(max(shape)))
 
 
-def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Return a matrix with its singular values near 1, by Newton–Schulz steps in its own dtype."""
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Return matrices [N, r, c] with singular values near 1, by Newton–Schulz steps in their dtype."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def muon(model: nn.Module, config: TrainConfig) -> Muon:
