@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ def layer_matrices(model: nn.Module) -> list[Tensor]:
     return matrices
 
 
+MAX_TOGETHER = 2**25
+"""Numbers of the matrices that are orthogonalized together, at most: it bounds their memory."""
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with Nesterov momentum; a kernel [C', C, h, w] is C' rows.
 
@@ -79,27 +83,38 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update each matrix along its orthogonalized gradient, by AdamW's root mean square.
-
-        Matrices of equal shape are orthogonalized together, which a GPU does several times faster.
-        """
+        """Update each matrix along its orthogonalized gradient, by AdamW's root mean square."""
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for p in (p for p in group["params"] if p.grad is not None):
-                average = self.state[p]["momentum_buffer"]
-                average.lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(average, momentum).flatten(1).to(self.dtype)
-                alike[update.shape].append((p, update))
-            for shape, pairs in alike.items():
-                updates = orthogonalized(torch.stack([update for _, update in pairs]))
-                for (p, _), update in zip(pairs, updates, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.sub_(update.reshape(p.shape), alpha=lr * 0.2 * math.sqrt(max(shape)))
+            for matrices in alike([p for p in group["params"] if p.grad is not None]):
+                updates = []
+                for p in matrices:
+                    grad, average = p.grad, self.state[p]["momentum_buffer"]
+                    assert grad is not None
+                    average.lerp_(grad, 1 - group["momentum"])
+                    updates.append(grad.lerp(average, group["momentum"]).flatten(1))
+                scale = 0.2 * math.sqrt(max(updates[0].shape))
+                together = orthogonalized(torch.stack(updates).to(self.dtype))
+                for p, update in zip(matrices, together, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update.reshape(p.shape), alpha=group["lr"] * scale)
+
+
+def alike(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield lists of matrices of equal shape, which are orthogonalized together.
+
+    A GPU does that several times faster. A list has up to `MAX_TOGETHER` numbers, or one matrix.
+    """
+    found: dict[Any, list[Tensor]] = defaultdict(list)
+    for p in matrices:
+        found[p.shape, p.device].append(p)
+    for same in found.values():
+        count = max(1, MAX_TOGETHER // same[0].numel())
+        for start in range(0, len(same), count):
+            yield same[start : start + count]
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return matrices [N, r, c] with singular values near 1, by Newton–Schulz steps in their dtype."""
+    """Return matrices [N, r, c] with singular values near 1, by Newton–Schulz in their dtype."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

@@ -73,10 +73,15 @@ def test_a_training_keeps_its_optimizer(tmp_path: Path) -> None:
         two_processes.train(tmp_path, optimizer="muon")
 
 
+@pytest.mark.parametrize("together", [1, 400, 1 << 25])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 0.0), (torch.float32, 0.02)])
-def test_muon_is_torchs_up_to_the_rounding_of_bf16(dtype: torch.dtype, rounding: float) -> None:
+def test_muon_is_torchs_up_to_the_rounding_of_bf16(
+    dtype: torch.dtype, rounding: float, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "MAX_TOGETHER", together)
     torch.manual_seed(0)
-    starts = [torch.randn(shape) for shape in ((24, 8), (8, 24), (16, 16))]
+    shapes = (24, 8), (8, 24), (24, 8), (16, 16), (24, 8), (8, 24)
+    starts = [torch.randn(shape) for shape in shapes]
     moved = []
     for kind in (
         partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
@@ -89,8 +94,10 @@ def test_muon_is_torchs_up_to_the_rounding_of_bf16(dtype: torch.dtype, rounding:
         for step in range(3):
             for p, start in zip(weights, starts, strict=True):
                 p.grad = start.roll(step, 0)
+            weights[2].grad = None
             optimizer.step()
         moved.append([p.detach() - start for p, start in zip(weights, starts, strict=True)])
+    assert not moved[1][2].any()
     for theirs, ours in zip(*moved, strict=True):
         assert (theirs - ours).norm() <= (rounding + 1e-6) * theirs.norm()
 
