@@ -16,6 +16,7 @@ from dalle1.hub import check_repo_name
 from dalle1.locking import folder_lock
 from dalle2.ar_prior import load_prior
 from dalle2.autoencoder import autoencoder_digest, load_autoencoder
+from dalle2.bundled import name_folders
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
 from dalle2.upsampler import Upsampler
@@ -28,9 +29,11 @@ class ExportConfig:
     model: str
     """Folder of the trained transformer, or the name of a model on Hugging Face."""
     prior: Path | None = None
-    """Folder of the trained prior, for a decoder of DALL·E 2; by default, its own, if any."""
+    """Folder of the trained prior, for a decoder of DALL·E 2, or unclip for the bundled one; by
+    default, its own, if any."""
     upsampler: Path | None = None
-    """Folder of the trained upsampler, for a decoder of DALL·E 2; by default, its own, if any."""
+    """Folder of the trained upsampler, for a decoder of DALL·E 2, or unclip; by default, its own,
+    if any."""
     autoencoder: Path | None = None
     """Folder of the autoencoder of a DALL·E 2, after a training of its decoder only; by default,
     its own."""
@@ -49,6 +52,7 @@ class ExportConfig:
     default, that of the model, if it is known."""
 
     def __post_init__(self) -> None:
+        name_folders(self, "prior", "upsampler", "autoencoder")
         if self.out is None and self.push_to_hub is None:
             raise ValueError("expected --out FOLDER, --push-to-hub user/name, or both")
         if self.push_to_hub is None and self.private:

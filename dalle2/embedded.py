@@ -33,6 +33,7 @@ from dalle1.devices import pick_device
 from dalle1.json_files import parse_json
 from dalle1.locking import folder_lock
 from dalle2.autoencoder import Autoencoder, Pixels, autoencoder_digest, load_autoencoder
+from dalle2.bundled import name_folders
 from dalle2.conditioning import SIZES, clip_digest
 
 INDEX_NAME = "embedded.json"
@@ -43,9 +44,13 @@ class EmbedConfig(EncodeOptions):
     """Options of `dalle1 embed`."""
 
     autoencoder: Path
-    """Folder of the autoencoder whose latents are stored; "pixels" stores the pixels."""
+    """Folder of the autoencoder whose latents are stored, or "unclip"; "pixels" stores pixels."""
     clip: str = "bundled"
     """Folder of the CLIP whose image embeddings are stored, or "bundled"."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name_folders(self, "autoencoder")
 
 
 class Embedder:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle1.hub import find_model
-from dalle1.pipeline import BUNDLED, DallE
+from dalle1.pipeline import DallE
+from dalle2.bundled import named
 
 if TYPE_CHECKING:
     from dalle2.pipeline import Unclip
-BUNDLED_UNCLIP = BUNDLED.parent / "unclip"
 
 
 def load_pipeline(
@@ -25,15 +25,8 @@ def load_pipeline(
     Args: those of `DallE.from_pretrained`; "unclip" is the DALL·E 2 that ships with the project.
     """
     how: dict[str, Any] = {"clip": clip, "device": device, "precision": precision}
-    if directory == "unclip" and not Path("unclip").is_dir():
-        if not BUNDLED_UNCLIP.is_dir():
-            raise ValueError(
-                "model is unclip, which this installation does not have; train one by "
-                "recipes/unclip.sh, and name its folder"
-            )
-        directory = BUNDLED_UNCLIP
     if directory is not None and directory != "bundled":
-        folder = find_model(directory)
+        folder = find_model(named(directory))
         if (folder / "decoder.safetensors").is_file():
             from dalle2.pipeline import Unclip  # only here: a DALL·E 1 loads sooner without
 

@@ -37,7 +37,7 @@ from dalle2.compatibility import COMPLETES_NOTHING, check_parts, refuse_codes
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.schedule import Schedule
-from dalle2.embedded import Encoders
+from dalle2.embedded import Encoders, clip_folder
 from dalle2.options import EmbeddingName, UnclipOptions
 from dalle2.prior import FILE_NAME as PRIOR_FILE
 from dalle2.prior import DiffusionPrior
@@ -118,16 +118,17 @@ class Unclip(RankingPipeline):
         folder, on = find_model(directory), pick_device(device)
         dtype = pick_precision(precision, on)
         named = next(name for name, kind in PRECISIONS.items() if kind == dtype)
-        encoder = Clip.from_pretrained(folder / CLIP_NAME, on)
+        own_clip = folder / CLIP_NAME if (folder / CLIP_NAME).is_dir() else clip_folder("bundled")
+        encoder = Clip.from_pretrained(own_clip, on)
         reranker = encoder if clip is None else None
         if clip is not None and clip != "none":
             reranker = Clip.from_pretrained(clip, on, named)
         decoder = UNet.load(folder, on)
-        if (found := str(Encoders.of(folder, folder / CLIP_NAME))) != decoder.config.encoders:
+        if (found := str(Encoders.of(folder, own_clip))) != decoder.config.encoders:
             raise ValueError(
                 f"the decoder in {folder} was trained with the autoencoder and CLIP "
-                f"{decoder.config.encoders}, and {found} lie beside it; use those that it was "
-                "trained with"
+                f"{decoder.config.encoders}, and {found} lie beside it (without {CLIP_NAME}/, the "
+                "bundled CLIP); use those that it was trained with"
             )
         autoencoder = load_autoencoder(folder, on)
         size = autoencoder.downsampling * decoder.config.side

@@ -31,6 +31,8 @@ from dalle2.diffusion.schedule import ScheduleName
 from dvae.model import DOWNSAMPLING
 
 FILE_NAME = "decoder.safetensors"
+INLETS = ("null_embedding", "embedding", "text", "caption", "context")
+"""Beginnings of the names of the parts that read conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +368,11 @@ class UNet(nn.Module):
             x = stage(x, embedding, context)
         return self.output(x)
 
+    @staticmethod
+    def is_inlet(name: str) -> bool:
+        """Whether a parameter reads conditions."""
+        return any(part.startswith(INLETS) for part in name.split("."))
+
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the parameters and config to `directory`/decoder.safetensors."""
         return save_weights(self, Path(directory) / FILE_NAME, dtype)
@@ -373,9 +380,14 @@ class UNet(nn.Module):
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu") -> UNet:
         """Load what `save` or a training wrote; ValueError where it is missing or damaged."""
-        return load_weights(cls, UNetConfig, model_folder(directory) / FILE_NAME, device)
+        return load_weights(cls, UNetConfig, cls.file_in(directory), device)
+
+    @staticmethod
+    def file_in(directory: str | Path) -> Path:
+        """Return the path of the file that `load` reads."""
+        return model_folder(directory) / FILE_NAME
 
     @classmethod
     def config_of(cls, directory: str | Path) -> UNetConfig:
         """Read the config of the model that `load` returns."""
-        return load_config(cls, UNetConfig, model_folder(directory) / FILE_NAME)
+        return load_config(cls, UNetConfig, cls.file_in(directory))

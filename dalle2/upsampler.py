@@ -82,6 +82,8 @@ def blurred(images: Tensor) -> Tensor:
 class Upsampler(nn.Module):
     """Enlarges images by a factor."""
 
+    muon_modules = UNet.muon_modules
+
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config

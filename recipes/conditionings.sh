@@ -5,10 +5,12 @@
 #
 #     recipes/conditionings.sh
 #     PRESETS="ldm imagen" IMAGEN_FLAGS="--text-encoders t5:google/t5-v1_1-small" recipes/conditionings.sh
+#     INIT=unclip DECODER_FLAGS="--steps 800 --batch-size 32" recipes/conditionings.sh
 #
-# Stop it with Ctrl-C; the same command resumes. It shares autoencoder, embeddings and prior of
-# recipes/unclip.sh, and trains them where they are missing; scenes take 1.2 GB. OUT/ways/ways.json
-# has the table.
+# INIT names a decoder, such as the bundled one: all start from its U-Net, with new parts that read
+# conditions. Stop it with Ctrl-C; the same command resumes. It shares autoencoder, embeddings and
+# prior of recipes/unclip.sh, and trains them where they are missing; scenes take 1.2 GB.
+# OUT/ways/ways.json has the table.
 set -euo pipefail
 
 OUT=${OUT:-runs/conditionings}      # folder of the decoders and the table
@@ -16,6 +18,8 @@ UNCLIP=${UNCLIP:-runs/unclip}       # folder of recipes/unclip.sh: autoencoder a
 DATA=${DATA:-}                      # images with captions, as for --data; none: Toybox
 CLIP=${CLIP:-bundled}               # CLIP of the embeddings, which also reranks
 PRESETS=${PRESETS:-ldm imagen sdxl small}
+INIT=${INIT:-}                      # decoder to start from; none: all start anew
+AUTOENCODER=${AUTOENCODER:-$INIT}   # its autoencoder, or another; none: that of UNCLIP
 PYTHON=${PYTHON:-python}            # the Python that dalle1 is installed for
 DVAE=${DVAE:-$("$PYTHON" -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)')}
 
@@ -34,24 +38,29 @@ if [ -z "$DATA" ]; then
     DATA=$UNCLIP/scenes
     render_scenes "$DATA" 40000
 fi
-stage autoencoder "${dalle1[@]}" train autoencoder small --init "$DVAE" --data "$DATA" \
-    --out "$UNCLIP/autoencoder" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}
+EMBEDDED=$OUT/embedded
+if [ -z "$AUTOENCODER" ]; then
+    AUTOENCODER=$UNCLIP/autoencoder EMBEDDED=$UNCLIP/embedded
+    stage autoencoder "${dalle1[@]}" train autoencoder small --init "$DVAE" --data "$DATA" \
+        --out "$AUTOENCODER" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}
+fi
 stage embedded "${dalle1[@]}" \
-    embed --autoencoder "$UNCLIP/autoencoder" --clip "$CLIP" --data "$DATA" \
-    --out "$UNCLIP/embedded" ${embed_flags[@]+"${embed_flags[@]}"}
+    embed --autoencoder "$AUTOENCODER" --clip "$CLIP" --data "$DATA" \
+    --out "$EMBEDDED" ${embed_flags[@]+"${embed_flags[@]}"}
+[ -z "$INIT" ] || decoder_flags+=(--init "$INIT" --new-inlets)
 models=()
 for preset in $PRESETS; do
     name=$(echo "$preset" | tr '[:lower:]' '[:upper:]')_FLAGS
     eval "preset_flags=(${!name:-})"
     stage "$preset" "${dalle1[@]}" \
-        train decoder "$preset" --data "$UNCLIP/embedded" --clip "$CLIP" \
-        --autoencoder "$UNCLIP/autoencoder" --out "$OUT/$preset" \
+        train decoder "$preset" --data "$EMBEDDED" --clip "$CLIP" \
+        --autoencoder "$AUTOENCODER" --out "$OUT/$preset" \
         ${decoder_flags[@]+"${decoder_flags[@]}"} ${preset_flags[@]+"${preset_flags[@]}"}
     if [ "$preset" != small ]; then
         models+=("$OUT/$preset")
         continue
     fi
-    stage prior "${dalle1[@]}" train prior small --data "$UNCLIP/embedded" --clip "$CLIP" \
+    stage prior "${dalle1[@]}" train prior small --data "$EMBEDDED" --clip "$CLIP" \
         --out "$UNCLIP/prior" ${prior_flags[@]+"${prior_flags[@]}"}
     stage unclip "${dalle1[@]}" \
         export --model "$OUT/small" --prior "$UNCLIP/prior" --out "$OUT/unclip"

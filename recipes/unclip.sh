@@ -3,10 +3,11 @@
 #
 #     recipes/unclip.sh
 #     OUT=runs/mine DATA=my-shards recipes/unclip.sh
+#     DECODER_FLAGS="--batch-size 512 --steps 4200 --learning-rate 4e-3" recipes/unclip.sh
 #
-# Stop it with Ctrl-C; the same command resumes, since each stage resumes by itself and a finished
-# one returns at once. Scenes take 1.2 GB. OUT/model then holds the model: dalle1 sample PROMPT
-# --model OUT/model.
+# The last line is for a GPU. Stop it with Ctrl-C; the same command resumes, since each stage resumes
+# by itself and a finished one returns at once. Scenes take 1.2 GB. OUT/model then holds the model:
+# dalle1 sample PROMPT --model OUT/model.
 set -euo pipefail
 
 OUT=${OUT:-runs/unclip}           # folder of all stages
@@ -42,7 +43,9 @@ stage prior "${dalle1[@]}" \
 stage decoder "${dalle1[@]}" train decoder small --data "$OUT/embedded" --clip "$CLIP" \
     --autoencoder "$OUT/autoencoder" --caption-dropout 0.2 --out "$OUT/decoder" \
     ${decoder_flags[@]+"${decoder_flags[@]}"}
-stage upsampler "${dalle1[@]}" train upsampler small --data "$DATA" --out "$OUT/upsampler" \
+# It enlarges what comes from the autoencoder, so it learns from that.
+stage upsampler "${dalle1[@]}" train upsampler small --data "$DATA" \
+    --autoencoder "$OUT/autoencoder" --out "$OUT/upsampler" \
     ${upsampler_flags[@]+"${upsampler_flags[@]}"}
 stage model "${dalle1[@]}" \
     export --model "$OUT/decoder" --prior "$OUT/prior" --upsampler "$OUT/upsampler" \

@@ -41,7 +41,7 @@ LAYERS = [
     ["dalle1.clip.*", "dalle1.data.*"],
     ["dalle1.sampling.*"],
     ["dalle1.importers.*"],
-    ["dalle2", "dalle2.diffusion.*"],
+    ["dalle2", "dalle2.bundled", "dalle2.diffusion.*"],
     ["dalle2.autoencoder", "dalle2.conditioning"],
     ["dalle2.unet", "dalle2.text_encoders"],
     [

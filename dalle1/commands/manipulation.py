@@ -23,8 +23,9 @@ Manipulate = Callable[["Manipulator", "list[Image.Image]"], "list[Image.Image]"]
 class ManipulationOptions:
     """Options of all three."""
 
-    model: str
-    """Folder of a trained DALL·E 2, or its name on Hugging Face (user/name)."""
+    model: str = "unclip"
+    """Folder of a trained DALL·E 2, its name on Hugging Face (user/name), or unclip, the bundled
+    one."""
     num_images: int = 8
     """Number of images."""
     steps: int = 50

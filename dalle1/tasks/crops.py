@@ -6,7 +6,7 @@ Stage 1 is trained on crops, be it a dVAE, a VQ-VAE or an autoencoder, and so is
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -118,8 +118,8 @@ class CropTask(Task[Model], Generic[Model, Config]):
         )
         source = open_source(config.data, "train", options)
         self.loader = train_loader(source, partial(self.prepare, config), config)
-        init = config.init and self.init_file(config.init)
-        self.contents = distributed.broadcast_from_main(partial(contents_of, source, init=init))
+        files = {"init": config.init and self.init_file(config.init), **self.files()}
+        self.contents = distributed.broadcast_from_main(partial(contents_of, source, **files))
         whole = config.decode_size and config.image_size
         held = open_source(config.data, "validation", replace(options, decode_size=whole))
         first = partial(first_examples, held, partial(centred, config), config.validation_images)
@@ -135,6 +135,10 @@ class CropTask(Task[Model], Generic[Model, Config]):
     def init_file(self, folder: Path) -> Path:
         """Return the file that --init names."""
         raise NotImplementedError
+
+    def files(self) -> Mapping[str, Path]:
+        """Return the files of other models of the config, by setting, for resuming."""
+        return {}
 
     def codec(self, model: Model) -> Reconstructs:
         """Return what encodes and decodes images; the model itself by default."""

@@ -30,6 +30,7 @@ from dalle2.autoencoder import (
     AutoencoderLoss,
     autoencoder_digest,
 )
+from dalle2.bundled import name_folders
 from dvae import DVAE, Distortion
 from dvae.losses import psnr
 
@@ -41,8 +42,8 @@ class AutoencoderTrainConfig(CropTrainConfig):
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     """Architecture of the autoencoder."""
     init: Path | None = None
-    """Folder of an autoencoder of the same architecture to fine-tune, or of a dVAE whose residual
-    groups are taken over."""
+    """Folder of an autoencoder of the same architecture to fine-tune, "unclip" for the bundled one,
+    or of a dVAE whose residual groups are taken over."""
     decoder_only: bool = False
     """Whether only the decoder is trained, of the autoencoder of --init: latents stay the same, so
     embedded data and the decoders of DALL·E 2 that were trained on it fit as before."""
@@ -57,6 +58,7 @@ class AutoencoderTrainConfig(CropTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name_folders(self, "init")
         for name in ("mse_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
@@ -75,7 +77,7 @@ _small = AutoencoderTrainConfig(
     out=Path("runs/autoencoder"),
     model=AutoencoderConfig(latent_channels=8),
     augmentation=Augmentation(resize=(2.0, 2.0)),
-    steps=1_500,
+    steps=4_000,
     batch_size=32,
     learning_rate=2e-3,
     final_learning_rate=5e-5,

@@ -11,8 +11,9 @@ embedding in a tenth: so the decoder also samples from a caption alone, as GLIDE
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ from dalle1.training import distributed
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
 from dalle2.autoencoder import PIXELS, Autoencoder, Pixels, load_autoencoder
+from dalle2.bundled import name_folders
 from dalle2.conditioning import Caption, TextEncoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
@@ -43,13 +45,23 @@ from dalle2.tasks.embedded import EmbeddedTask, EmbeddedTrainConfig
 from dalle2.text_encoders import Cached, load_text_encoders, stored_names
 from dalle2.unet import UNet, UNetArch, UNetConfig
 
+READS = ("karlo", "text_norm", "text_pool", "size_features")
+"""Fields of a U-Net's architecture that say how it reads captions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderTrainConfig(EmbeddedTrainConfig):
     """Settings of a decoder's training (§2.1, App. C)."""
 
     autoencoder: Path
-    """Folder of the autoencoder that the data was embedded with, or "pixels"."""
+    """Folder of the autoencoder that the data was embedded with, "pixels" or "unclip"."""
+    init: Path | None = None
+    """Folder of a decoder to fine-tune, or "unclip", the bundled one. Its architecture replaces
+    that of preset and flags, but for dropout and how captions are read; parts of other shapes
+    start anew."""
+    new_inlets: bool = False
+    """Whether all parts that read conditions start anew, and only the others are those of --init:
+    for another text encoder, or to compare conditions."""
     model: UNetArch = field(default_factory=UNetArch)
     """Architecture of the U-Net."""
     text_encoders: tuple[str, ...] = ()
@@ -65,6 +77,9 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name_folders(self, "autoencoder", "init")
+        if self.new_inlets and self.init is None:
+            raise ValueError("new_inlets needs --init FOLDER, the decoder to start from")
         for name in ("embedding_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
@@ -77,7 +92,7 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
 _small = DecoderTrainConfig(
     out=Path("runs/decoder"),
     autoencoder=Path("runs/autoencoder"),
-    model=UNetArch(width=32, multipliers=(1, 2, 4), attention=(8, 4), head_width=32, group_width=8),
+    model=UNetArch(width=48, multipliers=(1, 2, 3), attention=(8, 4), head_width=48, group_width=8),
     steps=4_500,
     batch_size=64,
     optimizer="muon",
@@ -163,17 +178,29 @@ def usual_sizes(sizes: Tensor) -> tuple[float, ...]:
 class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
     """Trains a decoder in the latents of an autoencoder."""
 
+    def __init__(self, config: DecoderTrainConfig) -> None:
+        if config.init is not None:
+            before = asdict(UNet.config_of(config.init))
+            own = {field.name for field in fields(UNetArch)} - {"dropout", *READS}
+            sizes = {name: before[name] for name in own}
+            config = replace(config, model=replace(config.model, **sizes))
+        super().__init__(config)
+
     def encoders(self) -> Encoders:
         return Encoders.of(self.config.autoencoder, self.config.clip)
 
     def text_encoder(self) -> TextEncoder | None:
         self.text: TextEncoder | None = None
         if self.config.text_encoders:
-            self.text = Cached(load_text_encoders(self.config.text_encoders, self.device))
+            text = load_text_encoders(self.config.text_encoders, self.device)
+            # A processor remembers captions; a GPU reads those of a batch together.
+            self.text = Cached(text) if self.device.type == "cpu" else text
         return self.text
 
     def files(self) -> Mapping[str, Path]:
-        return {"autoencoder": Autoencoder.file_in(self.config.autoencoder)}
+        init = self.config.init
+        found = {"autoencoder": Autoencoder.file_in(self.config.autoencoder)}
+        return found if init is None else {**found, "init": UNet.file_in(init)}
 
     def initial(self) -> UNet:
         config, read = self.config, self.pairs.read
@@ -189,9 +216,10 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
             raise ValueError(
                 f"model.attention is {config.model.attention}, and the sides of this data are "
                 f"{levels}; without attention at one of them no caption is read"
+                + (f" (it is that of {config.init}; embed images of its size)" * bool(config.init))
             )
         reads_image, text = config.embedding != "none", self.text or read
-        return UNet(
+        model = UNet(
             UNetConfig(
                 **asdict(config.model),
                 channels=channels,
@@ -206,6 +234,51 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
                 embedding="text" if config.embedding == "text" else "image",
             )
         )
+        if config.init is not None:
+            self.start_from(config.init, model)
+        return model
+
+    def start_from(self, init: Path, model: UNet) -> None:
+        """Let the training begin with the parameters of a decoder, as far as they fit.
+
+        Raises: ValueError where it is one of other latents.
+        """
+        before = UNet.config_of(init)
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in UNet(before).named_parameters()}
+        anew = self.config.new_inlets
+        self.kept = {
+            name
+            for name, p in model.named_parameters()
+            if shapes.get(name) == p.shape and not (anew and UNet.is_inlet(name))
+        }
+        data = [(c.channels, "pixels" if c.pixels else "latents") for c in (before, model.config)]
+        if data[0] != data[1]:
+            had, has = (f"{kind} of {channels} channels" for channels, kind in data)
+            raise ValueError(
+                f"the decoder in {init} has {had}, and the data {has}; use the autoencoder that it "
+                "was trained with"
+            )
+        self.warn_of_changes(init, before, model, shapes.keys() - self.kept)
+        self.initial_weights = UNet.file_in(init)
+
+    def warn_of_changes(
+        self, init: Path, before: UNetConfig, model: UNet, lost: Collection[str]
+    ) -> None:
+        """Warn of what of --init has another meaning here, and what of it is not used."""
+        found = []
+        if before.encoders != model.config.encoders:
+            found.append("it was trained with another autoencoder or CLIP, whose numbers differ")
+        if lost and not self.config.new_inlets:
+            names = sorted({name.partition(".")[0] for name in lost})
+            found.append(f"{len(lost)} of its tensors do not fit ({', '.join(names)})")
+        if found and distributed.is_main():
+            warnings.warn(
+                f"the decoder in {init} has to learn again: {'; '.join(found)}", stacklevel=3
+            )
+
+    def initial_name(self, name: str) -> str | None:
+        return name if name in self.kept else None
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Caption]:
         """Return latents [B, c, h, w], the embeddings of `config.embedding` [B, D] and captions."""
@@ -281,7 +354,8 @@ def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse_preset(DECODER_PRESETS, args, __doc__.splitlines()[0])
         with graceful_run(config):
-            fit(DecoderTask(config), config)
+            task = DecoderTask(config)
+            fit(task, task.config)
         if distributed.is_main():
             command = f"dalle1 export --model {config.out} --prior runs/prior --out my-model"
             print(f"The decoder is in {config.out}; add a prior with: {command}")

@@ -24,11 +24,14 @@ from dalle1.tasks.crops import CropTask, CropTrainConfig, refuse_other_architect
 from dalle1.training import distributed
 from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
+from dalle2.autoencoder import Autoencoder, load_autoencoder
+from dalle2.bundled import name_folders
 from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
 from dalle2.diffusion.schedule import Schedule
 from dalle2.tasks.diffusion import DiffusionLoss, binned, diffusion_loss, kept, validation_times
 from dalle2.upsampler import Upsampler, UpsamplerConfig, blurred, reduced
 from dvae.losses import psnr
+from dvae.model import DOWNSAMPLING
 
 SHOWN = 8
 """Number of validation images that are upsampled at each validation."""
@@ -46,10 +49,15 @@ class UpsamplerTrainConfig(CropTrainConfig):
     """Random crops of the training images."""
     blur_share: float = 0.5
     """Share of the small images that are blurred, so that their details are not trusted."""
+    autoencoder: Path | None = None
+    """Folder of the decoder's autoencoder, or "unclip": the small images are what it restores, as
+    those that are upsampled are. None, as in the paper: they are the images, reduced."""
 
     @property
     def crop_multiple(self) -> int:
-        return math.lcm(self.model.factor, 1 << (len(self.model.multipliers) - 1))
+        levels = 1 << (len(self.model.multipliers) - 1)
+        latents = DOWNSAMPLING * self.model.factor if self.autoencoder else 1
+        return math.lcm(self.model.factor, levels, latents)
 
     @property
     def decode_size(self) -> int:
@@ -57,17 +65,27 @@ class UpsamplerTrainConfig(CropTrainConfig):
         return math.ceil(self.crop_size * self.augmentation.resize[1])
 
     def __post_init__(self) -> None:
+        name_folders(self, "autoencoder", "init")
         super().__post_init__()
+        side, multiple = self.model.image_size, DOWNSAMPLING * self.model.factor
+        if self.autoencoder is not None and side % multiple:
+            raise ValueError(
+                f"model.image_size is {side}, expected a multiple of {multiple}, since the "
+                f"autoencoder restores images of multiples of {DOWNSAMPLING} pixels"
+            )
         if not 0 <= self.blur_share <= 1:
             raise ValueError(f"blur_share is {self.blur_share}, expected a number in [0, 1]")
 
 
 _small = UpsamplerTrainConfig(
     out=Path("runs/upsampler"),
+    model=UpsamplerConfig(group_width=8),
     steps=2_000,
-    batch_size=32,
-    learning_rate=1e-3,
+    batch_size=16,
+    optimizer="muon",
+    learning_rate=2e-3,
     final_learning_rate=1e-5,
+    warmup_steps=50,
     beta2=0.99,
     clip_norm=1.0,
 )
@@ -83,6 +101,7 @@ _paper = replace(
         objective="epsilon",
         factor=4,
     ),
+    optimizer="adamw",
     steps=1_000_000,
     batch_size=1024,
     learning_rate=1.2e-4,
@@ -100,6 +119,20 @@ class UpsamplerTask(CropTask[Upsampler, UpsamplerTrainConfig]):
     def __init__(self, config: UpsamplerTrainConfig) -> None:
         super().__init__(config)
         self.schedule = Schedule(config.model.schedule, config.model.times)
+        self.autoencoder = None
+        if config.autoencoder is not None:
+            self.autoencoder = load_autoencoder(config.autoencoder, self.device)
+
+    def files(self) -> Mapping[str, Path]:
+        folder = self.config.autoencoder
+        return {} if folder is None else {"autoencoder": Autoencoder.file_in(folder)}
+
+    def reduced(self, images: Tensor) -> Tensor:
+        """Return the small images of images [B, 3, H, W], as the upsampler is given them."""
+        small = reduced(images, self.config.model.factor)
+        if self.autoencoder is None:
+            return small
+        return self.autoencoder.decode(self.autoencoder.encode(small)).to(small)
 
     def initial(self) -> Upsampler:
         """Return a new upsampler, or load the one of --init."""
@@ -129,7 +162,7 @@ class UpsamplerTask(CropTask[Upsampler, UpsamplerTrainConfig]):
         Args:
             sharp: bool [B]; the small images of others are blurred.
         """
-        small = reduced(images, model.config.factor)
+        small = self.reduced(images)
         small = torch.where(sharp[:, None, None, None], small, blurred(small))
         arch = model.config
         return prediction_errors(
@@ -163,7 +196,7 @@ class UpsamplerTask(CropTask[Upsampler, UpsamplerTrainConfig]):
     def upsampled(self, model: Upsampler) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first validation images, and their small ones, enlarged and upsampled."""
         images = self.held[:SHOWN]
-        small = reduced(images, model.config.factor)
+        small = self.reduced(images)
         with autocast(self.device, self.config.precision):
             upsampled = model.upsample(small, range(len(small)))
         return images, model.enlarged(small), upsampled.float()

@@ -6,19 +6,28 @@ import contextlib
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_model import CAPTIONS, tiny_model, write_images
+from tiny_model import CAPTIONS, tiny_model
+from tiny_training import (
+    AUTOENCODER,
+    DECODER,
+    PRIOR,
+    UPSAMPLER,
+    Folders,
+    make_folders,
+    save_clip,
+    train,
+)
 
 from dalle1 import export
-from dalle1.clip import ClipArch, new_clip
 from dalle1.commands import sample as command
-from dalle1.text.bpe import Tokenizer
 from dalle1.training.checkpoint import TENSORS_NAME
 from dalle2 import embedded
 from dalle2.ar_prior import ARPrior, load_prior
@@ -28,74 +37,12 @@ from dalle2.pipeline import Unclip
 from dalle2.prior import DiffusionPrior
 from dalle2.prior_metrics import prior_metrics
 from dalle2.tasks import ar_prior, autoencoder, decoder, prior, upsampler
-
-COMMON = [
-    *("--batch-size", "4", "--num-workers", "0", "--device", "cpu", "--precision", "fp32"),
-    *("--log-every", "1", "--schedule-steps", "3", "--warmup-steps", "1"),
-]
-AUTOENCODER = [
-    *("small", "--model.image-size", "16", "--model.width", "4", "--model.code-width", "8"),
-    *("--model.latent-channels", "4", "--crop-size", "16", "--validation-images", "4", *COMMON),
-]
-DECODER = [
-    *("small", "--model.width", "8", "--model.multipliers", "1", "--model.blocks", "1"),
-    *("--model.attention", "2", "--model.head-width", "8", "--validation-pairs", "4", *COMMON),
-]
-PRIOR = [
-    *("small", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"),
-    *("--sampling-steps", "2", "--validation-pairs", "4", *COMMON),
-]
-AR_PRIOR = [
-    *("small", "--model.width", "16", "--model.depth", "1", "--model.heads", "2"),
-    *("--model.grid-size", "2", "--model.buckets", "16", "--model.text-len", "8"),
-    *("--validation-pairs", "4", *COMMON),
-]
-UPSAMPLER = [
-    *("small", "--model.image-size", "32", "--model.width", "8", "--model.multipliers", "1", "2"),
-    *("--model.blocks", "1", "--crop-size", "8", "--validation-images", "4", *COMMON),
-]
-
-
-class Folders(NamedTuple):
-    images: Path
-    autoencoder: Path
-    clip: Path
-    embedded: Path
-
-
-def save_clip(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    size = {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "embed_dim": 8}
-    arch = ClipArch(**size, text_width=32, text_layers=1, text_len=12)
-    new_clip(Tokenizer.train(CAPTIONS, 270), arch).save_pretrained(folder)
-    return folder
+from dalle2.upsampler import Upsampler, reduced
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    root = tmp_path_factory.mktemp("unclip")
-    found = Folders(root / "images", root / "autoencoder", root / "clip", root / "embedded")
-    write_images(found.images, 40)
-    save_clip(found.clip, 0)
-    out = ["--data", str(found.images), "--out", str(found.autoencoder), "--steps", "2"]
-    autoencoder.main([*AUTOENCODER, *out])
-    models = ["--autoencoder", str(found.autoencoder), "--clip", str(found.clip)]
-    embedded.main(
-        [*models, "--data", str(found.images), "--out", str(found.embedded), "--num-workers", "0"]
-    )
-    return found
-
-
-def train(module: object, folders: Folders, out: Path, steps: int) -> dict[str, torch.Tensor]:
-    flags = ["--data", str(folders.embedded), "--clip", str(folders.clip)]
-    if module is decoder:
-        flags += ["--autoencoder", str(folders.autoencoder)]
-    if module is upsampler:
-        flags = ["--data", str(folders.images)]
-    presets = {decoder: DECODER, prior: PRIOR, ar_prior: AR_PRIOR, upsampler: UPSAMPLER}
-    words = [*presets[module], *flags, "--out", str(out), "--steps", str(steps)]  # type: ignore[index]
-    module.main(words)  # type: ignore[attr-defined]
-    return load_file(out / "latest" / TENSORS_NAME)
+    return make_folders(tmp_path_factory.mktemp("unclip"))
 
 
 def test_a_decoder_reads_the_pooled_caption_without_an_image(
@@ -375,6 +322,43 @@ def test_a_trained_decoder_and_prior_are_joined_and_sampled_by_command(
         alone_decoder.sample(["a"], embedding="prior")
     with pytest.raises(ValueError, match="upsampler_steps is 4, expected 0: this model has no"):
         alone_decoder.sample(["a"], upsampler_steps=4)
+    shutil.rmtree(tmp_path / "model" / "clip")  # the bundled one then takes its part
+    with pytest.raises(
+        ValueError, match=r"was trained with .* \(without clip/, the bundled CLIP\)"
+    ):
+        load_pipeline(tmp_path / "model", device="cpu")
     save_clip(tmp_path / "model" / "clip", 1)
     with pytest.raises(ValueError, match="was trained with the autoencoder and CLIP"):
         load_pipeline(tmp_path / "model", device="cpu")
+
+
+def test_an_upsampler_learns_from_what_the_autoencoder_restores(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads = ["--data", str(folders.images), "--autoencoder", str(folders.autoencoder)]
+    words = [*UPSAMPLER, *reads, "--out", str(tmp_path), "--steps", "1"]
+    with pytest.raises(SystemExit):
+        upsampler.main(words)
+    assert "--crop-size is 8, expected a multiple of 16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        upsampler.main([*words, "--crop-size", "16", "--model.image-size", "24"])
+    assert "model.image_size is 24, expected a multiple of 16" in capsys.readouterr().err
+    upsampler.main([*words, "--crop-size", "16"])
+    state = torch.load(tmp_path / "latest" / "state.pt", weights_only=True)
+    assert state["contents"]["autoencoder"]
+    model, codec = Upsampler.load(tmp_path), Autoencoder.load(folders.autoencoder)
+    config = replace(upsampler.UPSAMPLER_PRESETS["small"], model=model.config, crop_size=16)
+    where = {"data": str(folders.images), "out": tmp_path, "device": "cpu", "num_workers": 0}
+    task = upsampler.UpsamplerTask(replace(config, autoencoder=folders.autoencoder, **where))
+    small = reduced(task.held, 2)
+    torch.testing.assert_close(task.reduced(task.held), codec.decode(codec.encode(small)))
+    assert not task.reduced(task.held).allclose(small, atol=1e-2)
+
+    def errors() -> torch.Tensor:
+        t, sharp = torch.full((4,), 500), torch.ones(4, dtype=torch.bool)
+        rng = torch.Generator().manual_seed(0)
+        return task.errors(model, task.held, t, rng, sharp).total
+
+    restored = errors()
+    task.autoencoder = None
+    assert not errors().allclose(restored)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dalle2.unet import UNet
 
@@ -27,8 +28,8 @@ FLAGS = {
 
 
 def recipe(out: Path, **changed: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **FLAGS, "PYTHON": sys.executable, **changed}
-    environment |= {"OUT": str(out / "decoders"), "UNCLIP": str(out / "unclip")}
+    environment = {**os.environ, **FLAGS, "PYTHON": sys.executable}
+    environment |= {"OUT": str(out / "decoders"), "UNCLIP": str(out / "unclip"), **changed}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     script = str(ROOT / "recipes" / "conditionings.sh")
     return subprocess.run([script], env=environment, capture_output=True, text=True)
@@ -49,3 +50,11 @@ def test_the_recipe_trains_each_preset_and_compares_them(tmp_path: Path) -> None
     assert second.returncode == 2
     assert "text encoder is 'nothing', expected KIND:WHERE" in second.stderr
     assert {p: p.stat().st_mtime_ns for p in made} == made
+
+    start = {"INIT": str(decoders / "imagen"), "OUT": str(tmp_path / "again"), "PRESETS": "ldm"}
+    third = recipe(tmp_path, **start)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert "== autoencoder" not in third.stdout
+    before, after = (UNet.load(x) for x in (decoders / "imagen", tmp_path / "again" / "ldm"))
+    kernels = [model.get_parameter("down.0.block.conv_in.weight") for model in (before, after)]
+    torch.testing.assert_close(*kernels, atol=0.02, rtol=0)
