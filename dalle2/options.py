@@ -32,7 +32,7 @@ class UnclipOptions:
     2 of a diffusion prior, 1 of an autoregressive one, as in the paper."""
     prior_guidance: float = 1.0
     """Guidance scale of the prior. Paper: guiding it makes results worse."""
-    upsampler_steps: int = 8
+    upsampler_steps: int = 4
     """Steps of the upsampler, by DDIM; 0 skips it. Paper: 27."""
 
     def __post_init__(self) -> None:
