@@ -355,7 +355,8 @@ def test_an_upsampler_learns_from_what_the_autoencoder_restores(
     assert not task.reduced(task.held).allclose(small, atol=1e-2)
 
     def errors() -> torch.Tensor:
-        t, sharp = torch.full((4,), 500), torch.ones(4, dtype=torch.bool)
+        t = torch.full((len(task.held),), 500)
+        sharp = torch.ones_like(t, dtype=torch.bool)
         rng = torch.Generator().manual_seed(0)
         return task.errors(model, task.held, t, rng, sharp).total
 
