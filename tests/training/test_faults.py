@@ -112,8 +112,10 @@ class Runs:
             process.send_signal(number)
         process.communicate()
         step = self.check(out, number.name)
-        if number == signal.SIGTERM and process.returncode != 0:
-            self.problems.append(f"SIGTERM: exit code {process.returncode}")
+        # Of a training that has ended, the signal interrupts no more than Python's exit.
+        expected = (0, -signal.SIGTERM) if step == STEPS else (0,)
+        if number == signal.SIGTERM and process.returncode not in expected:
+            self.problems.append(f"SIGTERM: exit code {process.returncode} at step {step}")
         if number == signal.SIGTERM and step < max(losses(out), default=0):
             self.problems.append(f"SIGTERM: only {step} steps saved")
         return True
