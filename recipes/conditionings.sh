@@ -8,8 +8,9 @@
 #     INIT=unclip DECODER_FLAGS="--steps 800 --batch-size 32" recipes/conditionings.sh
 #
 # INIT names a decoder, such as the bundled one: all start from its U-Net, with new parts that read
-# conditions. Stop it with Ctrl-C; the same command resumes. It shares autoencoder, embeddings and
-# prior of recipes/unclip.sh, and trains them where they are missing; scenes take 1.2 GB.
+# conditions, and its autoencoder is used. Stop it with Ctrl-C; the same command resumes. Without
+# INIT, it shares autoencoder, embeddings and prior of recipes/unclip.sh, and trains them where they
+# are missing; scenes take 1.2 GB.
 # OUT/ways/ways.json has the table.
 set -euo pipefail
 
@@ -38,32 +39,32 @@ if [ -z "$DATA" ]; then
     DATA=$UNCLIP/scenes
     render_scenes "$DATA" 40000
 fi
-EMBEDDED=$OUT/embedded
+SHARED=$OUT  # embeddings and prior
 if [ -z "$AUTOENCODER" ]; then
-    AUTOENCODER=$UNCLIP/autoencoder EMBEDDED=$UNCLIP/embedded
+    AUTOENCODER=$UNCLIP/autoencoder SHARED=$UNCLIP
     stage autoencoder "${dalle1[@]}" train autoencoder small --init "$DVAE" --data "$DATA" \
         --out "$AUTOENCODER" ${autoencoder_flags[@]+"${autoencoder_flags[@]}"}
 fi
 stage embedded "${dalle1[@]}" \
     embed --autoencoder "$AUTOENCODER" --clip "$CLIP" --data "$DATA" \
-    --out "$EMBEDDED" ${embed_flags[@]+"${embed_flags[@]}"}
+    --out "$SHARED/embedded" ${embed_flags[@]+"${embed_flags[@]}"}
 [ -z "$INIT" ] || decoder_flags+=(--init "$INIT" --new-inlets)
 models=()
 for preset in $PRESETS; do
     name=$(echo "$preset" | tr '[:lower:]' '[:upper:]')_FLAGS
     eval "preset_flags=(${!name:-})"
     stage "$preset" "${dalle1[@]}" \
-        train decoder "$preset" --data "$EMBEDDED" --clip "$CLIP" \
+        train decoder "$preset" --data "$SHARED/embedded" --clip "$CLIP" \
         --autoencoder "$AUTOENCODER" --out "$OUT/$preset" \
         ${decoder_flags[@]+"${decoder_flags[@]}"} ${preset_flags[@]+"${preset_flags[@]}"}
     if [ "$preset" != small ]; then
         models+=("$OUT/$preset")
         continue
     fi
-    stage prior "${dalle1[@]}" train prior small --data "$EMBEDDED" --clip "$CLIP" \
-        --out "$UNCLIP/prior" ${prior_flags[@]+"${prior_flags[@]}"}
+    stage prior "${dalle1[@]}" train prior small --data "$SHARED/embedded" --clip "$CLIP" \
+        --out "$SHARED/prior" ${prior_flags[@]+"${prior_flags[@]}"}
     stage unclip "${dalle1[@]}" \
-        export --model "$OUT/small" --prior "$UNCLIP/prior" --out "$OUT/unclip"
+        export --model "$OUT/small" --prior "$SHARED/prior" --out "$OUT/unclip"
     models+=("$OUT/unclip")
 done
 stage ways "${dalle1[@]}" evaluate ways --models "${models[@]}" --out "$OUT/ways" \

@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
 def alike(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yield lists of matrices of equal shape, which are orthogonalized together.
 
-    A GPU does that several times faster. A list has up to `MAX_TOGETHER` numbers, or one matrix.
+    A GPU then starts fewer kernels. A list has up to `MAX_TOGETHER` numbers, or one matrix.
     """
     found: dict[Any, list[Tensor]] = defaultdict(list)
     for p in matrices:

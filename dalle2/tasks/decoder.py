@@ -213,10 +213,10 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
         self.schedule = Schedule(config.model.schedule, config.model.times)
         levels = [side >> level for level in range(len(config.model.multipliers))]
         if not set(levels) & set(config.model.attention):
+            hint = f" ({config.init} has it; embed images of its size)" if config.init else ""
             raise ValueError(
                 f"model.attention is {config.model.attention}, and the sides of this data are "
-                f"{levels}; without attention at one of them no caption is read"
-                + (f" (it is that of {config.init}; embed images of its size)" * bool(config.init))
+                f"{levels}; without attention at one of them no caption is read{hint}"
             )
         reads_image, text = config.embedding != "none", self.text or read
         model = UNet(
