@@ -19,7 +19,7 @@ from dalle1.evaluation.classifier_accuracy import RENDER_SIZE, accuracy
 from dalle1.evaluation.report import wilson_interval
 from dalle1.image_tokenizer import load_image_tokenizer
 from dalle1.toybox.kinds import Kind, scenes
-from dalle2.autoencoder import Autoencoder
+from dalle2.autoencoder import Autoencoder, load_autoencoder
 
 KINDS: tuple[Kind, ...] = ("one", "two", "count", "style")
 
@@ -29,7 +29,7 @@ def reconstruction(name: str) -> Callable[[Tensor], Tensor] | None:
     if name == "none":
         return None
     found = Autoencoder.file_in(name).is_file()
-    model = Autoencoder.load(name) if found else load_image_tokenizer(Path(name))
+    model = load_autoencoder(name) if found else load_image_tokenizer(Path(name))
     return lambda images: model.decode(model.encode(images)).clamp(0, 1)
 
 

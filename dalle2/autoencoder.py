@@ -25,10 +25,11 @@ from dalle1.storage import (
     save_weights,
     weights_digest,
 )
+from dalle2.ldm_autoencoder import FILE_NAME, LDMAutoencoder, LDMAutoencoderConfig
+from dalle2.ldm_autoencoder import KIND as LDM
 from dvae.losses import Distortion, distortion_of, squeeze_pixels
 from dvae.model import DOWNSAMPLING, DVAE, Decoder, DVAEConfig, Encoder, reconstruction
 
-FILE_NAME = "autoencoder.safetensors"
 MAX_LOG_VARIANCE = 10.0
 
 
@@ -303,25 +304,36 @@ class Pixels(nn.Module):
         return save_weights(self, Path(directory) / FILE_NAME, dtype, kind=PIXELS)
 
 
-def is_pixels(directory: str | Path) -> bool:
-    """Whether a folder holds no autoencoder but `Pixels`, or is the name of them."""
+AnyAutoencoder = Autoencoder | LDMAutoencoder | Pixels
+
+
+def kind_of(directory: str | Path) -> str | None:
+    """Return the kind of autoencoder in a folder; None where the folder has none."""
     path = Autoencoder.file_in(directory)
-    return str(directory) == PIXELS or (path.is_file() and read_kind(path) == PIXELS)
+    if str(directory) == PIXELS:
+        return PIXELS
+    return read_kind(path) if path.is_file() else None
 
 
 def load_autoencoder(
     directory: str | Path, device: str | torch.device = "cpu", image_size: int | None = None
-) -> Autoencoder | Pixels:
+) -> AnyAutoencoder:
     """Load an autoencoder, or for "pixels" what passes pixels on.
 
     Args:
         image_size: side of its images; None is that of the training, and 64 for pixels.
     """
-    if not is_pixels(directory):
-        return Autoencoder.load(directory, device, image_size)
+    kind, path = kind_of(directory), Autoencoder.file_in(directory)
     if str(directory) == PIXELS:
         return Pixels(PixelsConfig(image_size=image_size or PixelsConfig.image_size)).to(device)
-    return load_weights(Pixels, PixelsConfig, Autoencoder.file_in(directory), device)
+    if kind == PIXELS:
+        return load_weights(Pixels, PixelsConfig, path, device)
+    if kind != LDM:
+        return Autoencoder.load(directory, device, image_size)
+    model = load_weights(LDMAutoencoder, LDMAutoencoderConfig, path, device)
+    if image_size is not None:
+        model.config = replace(model.config, image_size=image_size)
+    return model
 
 
 def autoencoder_digest(directory: str | Path) -> str:
@@ -329,8 +341,9 @@ def autoencoder_digest(directory: str | Path) -> str:
 
     An autoencoder of which only the decoder was trained keeps the hash of the one that it was.
     """
-    if is_pixels(directory):
+    kind = kind_of(directory)
+    if kind == PIXELS:
         return PIXELS
-    if shared := Autoencoder.config_of(directory).encoder_of:
+    if kind != LDM and (shared := Autoencoder.config_of(directory).encoder_of):
         return shared
     return weights_digest(Autoencoder.file_in(directory))

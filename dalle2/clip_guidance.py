@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dalle1.clip import Clip
 from dalle1.clip.losses import unit_features
-from dalle2.autoencoder import Autoencoder, Pixels
+from dalle2.autoencoder import AnyAutoencoder
 from dalle2.diffusion.schedule import Schedule
 
 IMAGES_AT_ONCE = 16
@@ -46,7 +46,7 @@ class ClipGuide:
     """Moves x̂₀ towards captions, by the gradient of a CLIP."""
 
     clip: Clip
-    autoencoder: Autoencoder | Pixels
+    autoencoder: AnyAutoencoder
     schedule: Schedule
     text: Tensor
     """[B, D]: the captions' embeddings by this CLIP, unit vectors."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from dalle1.sampling.filters import Sampling
 from dalle1.sampling.generation import GenerationConfig
 from dalle2.ar_prior import Prior
-from dalle2.autoencoder import Autoencoder, Pixels
+from dalle2.autoencoder import AnyAutoencoder
 from dalle2.conditioning import CaptionReader, TextEncoder
 from dalle2.unet import UNet
 
@@ -17,7 +17,7 @@ COMPLETES_NOTHING = "a DALL·E 2 completes no images; use a model that samples c
 
 
 def check_parts(
-    autoencoder: Autoencoder | Pixels,
+    autoencoder: AnyAutoencoder,
     decoder: UNet,
     read: CaptionReader,
     text: TextEncoder | None,

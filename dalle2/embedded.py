@@ -32,7 +32,7 @@ from dalle1.data.spec import split_names
 from dalle1.devices import pick_device
 from dalle1.json_files import parse_json
 from dalle1.locking import folder_lock
-from dalle2.autoencoder import Autoencoder, Pixels, autoencoder_digest, load_autoencoder
+from dalle2.autoencoder import AnyAutoencoder, autoencoder_digest, load_autoencoder
 from dalle2.bundled import name_folders
 from dalle2.conditioning import SIZES, clip_digest
 
@@ -56,7 +56,7 @@ class EmbedConfig(EncodeOptions):
 class Embedder:
     """Encodes images as one row of numbers: the latents, then the CLIP embedding."""
 
-    def __init__(self, autoencoder: Autoencoder | Pixels, clip: Clip) -> None:
+    def __init__(self, autoencoder: AnyAutoencoder, clip: Clip) -> None:
         self.autoencoder, self.clip = autoencoder, clip
         self.image_size = autoencoder.config.image_size
 

@@ -31,7 +31,7 @@ from dalle1.sampling.reranking import Candidate
 from dalle1.storage import CLIP_NAME, refuse_other_model
 from dalle1.text.prompt_weights import WeightedPrompts
 from dalle2.ar_prior import Prior, load_prior
-from dalle2.autoencoder import Autoencoder, Pixels, load_autoencoder
+from dalle2.autoencoder import AnyAutoencoder, load_autoencoder
 from dalle2.clip_guidance import ClipGuide
 from dalle2.compatibility import COMPLETES_NOTHING, check_parts, refuse_codes
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
@@ -56,7 +56,7 @@ class Unclip(RankingPipeline):
 
     def __init__(
         self,
-        autoencoder: Autoencoder | Pixels,
+        autoencoder: AnyAutoencoder,
         decoder: UNet,
         encoder: Clip,
         prior: Prior | None = None,
@@ -173,7 +173,7 @@ class Unclip(RankingPipeline):
         self,
         prior: Prior | None,
         upsampler: Upsampler | None = None,
-        autoencoder: Autoencoder | Pixels | None = None,
+        autoencoder: AnyAutoencoder | None = None,
     ) -> Unclip:
         """Return the same model with another prior; None keeps its upsampler and autoencoder."""
         return Unclip(

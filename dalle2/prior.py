@@ -27,14 +27,16 @@ from torch import Tensor, nn
 from dalle1.model.arch import TransformerConfig
 from dalle1.model.transformer import Layer
 from dalle1.storage import load_config, load_weights, model_folder, save_weights
+from dalle2.blocks import time_embedding
 from dalle2.conditioning import Caption
 from dalle2.diffusion.guidance import Denoiser, classifier_free
 from dalle2.diffusion.noise import CandidateNoise
 from dalle2.diffusion.samplers import sample
 from dalle2.diffusion.schedule import Schedule, ScheduleName
-from dalle2.unet import time_embedding
 
 FILE_NAME = "prior.safetensors"
+LAST = 4
+"""Positions after the caption: z_t, time, noised z_i, query."""
 BINS = 10
 """Equal ranges of times in which errors are measured."""
 PIXEL_STD = 17.2 / math.sqrt(1024)
@@ -71,6 +73,9 @@ class PriorConfig(PriorArch):
     """W: width of the states of the CLIP's text tower."""
     clip: str = ""
     """Digest of the CLIP that it was trained with."""
+    text_len: int = 0
+    """Positions of a caption with learned embeddings; it then also has a mean and a standard
+    deviation of each number of z_i, as karlo's. 0: neither."""
     errors: tuple[float, ...] = ()
     """Mean squared errors of predicted entries of scaled z_i in ten equal ranges of times, which
     sampling adds as noise; none: not measured, so steps are those of DDPM."""
@@ -115,6 +120,9 @@ def best_of(samples: int, sample_one: Callable[[int], Tensor], captions: Tensor)
 class DiffusionPrior(nn.Module):
     """Predicts scaled image embeddings from noised ones and captions."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
@@ -128,6 +136,10 @@ class DiffusionPrior(nn.Module):
         self.layers = nn.ModuleList(Layer(config.layer) for _ in range(config.depth))
         self.norm = nn.LayerNorm(m)
         self.head = nn.Linear(m, d)
+        if config.text_len:
+            self.positions = nn.Parameter(torch.zeros(config.text_len + LAST, m))
+            self.register_buffer("mean", torch.zeros(d))
+            self.register_buffer("std", torch.full((d,), 1 / self.scale))
 
     def forward(self, x: Tensor, t: Tensor, caption: Caption) -> Tensor:
         """Predict scaled z_i [B, D] from noised ones x [B, D] at times t [B].
@@ -138,6 +150,9 @@ class DiffusionPrior(nn.Module):
         z_t = self.text_embedding(caption.embedding * self.scale)
         last = torch.stack([z_t, time, self.noised(x), self.query.expand_as(z_t)], 1)
         states = torch.cat([self.text(caption.states), last], 1)
+        if self.config.text_len:
+            length = states.shape[1] - LAST
+            states = states + torch.cat([self.positions[:length], self.positions[-LAST:]])
         visible = F.pad(caption.mask, (0, last.shape[1]), value=True)
         n = states.shape[1]
         causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
@@ -209,6 +224,8 @@ class DiffusionPrior(nn.Module):
                 sampler="ancestral",
                 error=self.error_at,
             )
+            if self.config.text_len:
+                x = x * self.std + self.mean
             return F.normalize(x, dim=-1).unflatten(0, (prompts, len(chosen)))
 
         return best_of(2 if samples is None else samples, sample_one, caption.embedding)

@@ -5,6 +5,7 @@ B batch, T tokens of the longest caption, W width of the states, D of the pooled
 One is written KIND:WHERE, where WHERE is a folder, a Hugging Face name or "bundled":
 
     clip:bundled                  the text tower of a CLIP or SigLIP       (LDM, SDXL)
+    clip-text:bundled             the same, with the states of its padding (Stable Diffusion)
     t5:google/t5-v1_1-small       the encoder of a T5                      (Imagen)
     dalle:bundled                 the text states of a DALL·E's transformer, offline in place of T5
 
@@ -38,37 +39,61 @@ from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
 
-KINDS = ("clip", "t5", "dalle")
+KINDS = ("clip", "clip-text", "t5", "dalle")
 BUNDLED = "bundled"
 MAX_T5_TOKENS = 256
 CACHE_BYTES = 256 * 2**20
 """Memory for the states of captions that were read before."""
 
 
-class T5Text(TextEncoder):
-    """The encoder of a T5; its pooled embedding is the mean state."""
+class HuggingFaceText(TextEncoder):
+    """A text tower of transformers and its tokenizer, which are saved together."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
-        self.width = self.embedding_width = model.config.d_model
+        self.width = self.embedding_width = model.config.hidden_size
         self.models = (self.model,)
 
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> Caption:
-        how = {"truncation": True, "max_length": MAX_T5_TOKENS, "padding": True}
-        inputs = self.tokenizer(list(captions), return_tensors="pt", **how)
+    def tokenize(self, captions: Sequence[str], **how: Any) -> tuple[Tensor, Tensor]:
+        """Return the tokens of captions and their mask, [B, T] each, on the model's device."""
+        inputs = self.tokenizer(list(captions), return_tensors="pt", truncation=True, **how)
         ids, mask = (inputs[k].to(self.model.device) for k in ("input_ids", "attention_mask"))
-        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        mask = mask.bool()
-        states = states * mask[..., None]
-        pooled = states.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-        return Caption(states, mask, pooled)
+        return ids, mask
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         model = self.model if dtype is None else copy.deepcopy(self.model).to(dtype)
         with quiet_transformers():
             for part in (model, self.tokenizer):
                 part.save_pretrained(folder)
+
+
+class T5Text(HuggingFaceText):
+    """The encoder of a T5; its pooled embedding is the mean state."""
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Caption:
+        ids, mask = self.tokenize(captions, max_length=MAX_T5_TOKENS, padding=True)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        mask = mask.bool()
+        states = states * mask[..., None]
+        pooled = states.sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return Caption(states, mask, pooled)
+
+
+class PaddedText(HuggingFaceText):
+    """The text tower of a CLIP, which reads every caption as one of full length."""
+
+    @property
+    def text_len(self) -> int:
+        """Number of positions."""
+        return self.model.config.max_position_embeddings
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Caption:
+        ids, mask = self.tokenize(captions, max_length=self.text_len, padding="max_length")
+        read = self.model(input_ids=ids)  # it is causal: padding changes no token's state
+        mask = torch.ones_like(mask, dtype=torch.bool)
+        return Caption(read.last_hidden_state.float(), mask, read.pooler_output.float())
 
 
 class TransformerText(TextEncoder):
@@ -237,12 +262,41 @@ def load_text_encoder(
         found = folder or find_model(BUNDLED_CLIP.parent if where == BUNDLED else where)
         vocabulary = Tokenizer.load(found / "vocab.json")
         return TransformerText(Transformer.load(found, device), vocabulary)
+    if kind == "clip-text" and folder is None:
+        clip = Clip.from_pretrained(BUNDLED_CLIP if where == BUNDLED else where, device)
+        if clip.model.config.model_type == "siglip":
+            raise ValueError(f"{where} is a SigLIP, expected a CLIP for clip-text:")
+        return PaddedText(clip.model.text_model, clip.tokenizer)
+    if kind == "clip-text":
+        return load_clip_text(folder or where, device)
     return load_t5(folder or where, device)
 
 
 def load_t5(where: str | Path, device: str | torch.device) -> T5Text:
     """Load the encoder of a T5 from a folder or by its Hugging Face name."""
-    from transformers import AutoTokenizer, T5EncoderModel
+    from transformers import T5EncoderModel
+
+    return T5Text(*_load_text_tower(T5EncoderModel, where, device, "T5"))
+
+
+def load_clip_text(
+    where: str | Path, device: str | torch.device, tokenizer: Path | None = None
+) -> PaddedText:
+    """Load the text tower of a CLIP from a folder that holds no image tower.
+
+    Args:
+        tokenizer: folder of its tokenizer; None is the same.
+    """
+    from transformers import CLIPTextModel
+
+    return PaddedText(*_load_text_tower(CLIPTextModel, where, device, "CLIP", tokenizer))
+
+
+def _load_text_tower(
+    kind: Any, where: str | Path, device: str | torch.device, what: str, named: Path | None = None
+) -> tuple[Any, Any]:
+    """Load a text tower and its tokenizer from a folder or by their Hugging Face name."""
+    from transformers import AutoTokenizer
 
     folder = model_folder(where)
     name = str(folder if folder.is_dir() else where)
@@ -251,28 +305,28 @@ def load_t5(where: str | Path, device: str | torch.device) -> T5Text:
     try:
         with quiet_transformers():
             safely: Any = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
-            tokenizer = AutoTokenizer.from_pretrained(name, **safely)
-            model, info = T5EncoderModel.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(str(named or name), **safely)
+            model, info = kind.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True, **safely
             )
-            found = T5Text(model.to(device), tokenizer)
-            _check_tokenizer(found)
+            _check_tokenizer(model, tokenizer)
     except Exception as error:  # transformers and tokenizers raise many kinds
         why = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"cannot load a T5 from {where} ({why}); use a folder or Hugging Face name of a "
-            "T5EncoderModel with its tokenizer"
+            f"cannot load a {what} from {where} ({why}); use a folder or Hugging Face name of a "
+            f"{kind.__name__} with its tokenizer"
         ) from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"the T5 in {where} misses weights ({missing}); copy all of its files")
-    return found
+        raise ValueError(f"the {what} in {where} misses weights ({missing}); copy all of its files")
+    return model.to(device), tokenizer
 
 
-def _check_tokenizer(text: T5Text) -> None:
-    """Raise an error where a tokenizer is not that of its T5, or cannot read all captions."""
-    tokens, vocabulary = len(text.tokenizer), text.model.config.vocab_size
+def _check_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Raise an error where a tokenizer is not that of its model, or cannot read all captions."""
+    tokens, vocabulary = len(tokenizer), model.config.vocab_size
     if tokens > vocabulary:
         raise ValueError(f"its tokenizer has {tokens} tokens, expected at most {vocabulary}")
     for captions in ([""], ["a", "a longer caption"]):  # needs an end token, and one for padding
-        text.encode(captions)
+        how = {"padding": True, "truncation": True, "max_length": 8}
+        model(input_ids=tokenizer(captions, return_tensors="pt", **how)["input_ids"])

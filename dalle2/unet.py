@@ -20,11 +20,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from dalle1.storage import load_config, load_weights, model_folder, save_weights
+from dalle2.blocks import (
+    Attention,
+    Context,
+    Resample,
+    ResBlock,
+    SpatialTransformer,
+    Stage,
+    norm,
+    time_embedding,
+    zero,
+)
 from dalle2.conditioning import SIZES, Caption
 from dalle2.diffusion.objective import Objective
 from dalle2.diffusion.schedule import ScheduleName
@@ -33,6 +42,8 @@ from dvae.model import DOWNSAMPLING
 FILE_NAME = "decoder.safetensors"
 INLETS = ("null_embedding", "embedding", "text", "caption", "context")
 """Beginnings of the names of the parts that read conditions."""
+READS = ("karlo", "text_norm", "text_pool", "size_features")
+"""Fields of an architecture that say how it reads captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +57,17 @@ class UNetArch:
     blocks: int = 2
     """Residual blocks in each level."""
     attention: tuple[int, ...] = (16, 8)
-    """Sides, in positions of the input, at which attention follows each block."""
+    """Sides, in positions of the input, at which attention follows each block. With
+    `stable_diffusion`, it also follows the first block of the middle."""
     head_width: int = 24
     """Channels of an attention head."""
     image_tokens: int = 4
     """K: tokens made of the CLIP image embedding. Paper: 4."""
     context_width: int | None = None
     """Width of the tokens that attention reads. None: that of the time embedding, 4 × width."""
+    stable_diffusion: bool = False
+    """Whether its parts are Stable Diffusion's and conditions are read as by StableUnCLIP, for
+    exchange with diffusers; text encoders are then clip-text:WHERE."""
     karlo: bool = False
     """Whether captions are read as by karlo; it sets `text_norm` and `text_pool`."""
     text_norm: bool = False
@@ -92,6 +107,21 @@ class UNetArch:
             raise ValueError(f"size_features is {self.size_features}, expected an even number")
         if self.attention and any(c % self.head_width for c in channels):
             raise ValueError(f"head_width is {self.head_width}, expected a divisor of {channels}")
+        if self.stable_diffusion:
+            self.refuse_other_parts()
+
+    def refuse_other_parts(self) -> None:
+        """Raise ValueError for fields that a U-Net of Stable Diffusion's parts does not have."""
+        plain = UNetArch()
+        for name in (*READS, "group_width", "context_width"):
+            if getattr(self, name) != (value := getattr(plain, name)):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected {value} with stable_diffusion"
+                )
+        if self.width % 32:
+            raise ValueError(
+                f"width is {self.width}, expected a multiple of 32 with stable_diffusion"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +142,8 @@ class UNetConfig(UNetArch):
     """W: width of the caption's states; 0 for a network without condition."""
     pooled_width: int = 0
     """Width of the caption's pooled embedding, with `text_pool`; 0 is `embedding_width`."""
+    text_len: int = 0
+    """Positions of a caption, all of which are read, with `stable_diffusion`."""
     text_encoders: tuple[str, ...] = ()
     """Text encoders of captions, see `dalle2.text_encoders`; none: the CLIP's text tower."""
     sizes: tuple[float, ...] = ()
@@ -128,6 +160,11 @@ class UNetConfig(UNetArch):
         if self.size_features and not self.sizes:  # data and models of earlier versions
             side = float(self.side * (1 if self.pixels else DOWNSAMPLING))
             object.__setattr__(self, "sizes", (side, side, 0.0, 0.0, side, side))
+        if self.stable_diffusion and not (self.text_width and self.text_len):
+            raise ValueError(
+                "stable_diffusion reads all positions of a caption, expected the text encoder "
+                "clip-text:WHERE alone"
+            )
         if len(self.sizes) not in (0, SIZES):
             raise ValueError(f"sizes is {self.sizes}, expected {SIZES} numbers")
         if self.side % (1 << (len(self.multipliers) - 1)):
@@ -137,107 +174,10 @@ class UNetConfig(UNetArch):
             )
 
 
-@dataclass(frozen=True)
-class Context:
-    """A condition, embedded once for all steps of a sampler."""
-
-    vector: Tensor
-    """[B, E], added to the time embedding."""
-    tokens: Tensor
-    """[B, K + T, X], read by attention; X is E unless `context_width` is set."""
-    mask: Tensor
-    """[B, K + T], bool: the tokens that are visible."""
-
-
-def norm(channels: int, group_width: int = 1) -> nn.GroupNorm:
-    """Return a group normalization of at most 32 groups, of `group_width` channels or more."""
-    most = min(32, max(1, channels // group_width))
-    return nn.GroupNorm(math.gcd(channels, most), channels)
-
-
-def zero(module: nn.Module) -> nn.Module:
-    """Return a module whose parameters start at 0, so that its branch starts as nothing."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
-def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Return sines and cosines of times [B] at geometric frequencies: [B, width]."""
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2)
-    )
-    angles = t[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class ResBlock(nn.Module):
-    """The input + norm, SiLU, conv, norm, scale and shift by the embedding, SiLU, conv."""
-
-    def __init__(
-        self, c_in: int, c_out: int, embedding: int, dropout: float, resize: float = 1.0
-    ) -> None:
-        super().__init__()
-        self.resize = resize
-        self.norm_in, self.conv_in = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * c_out)
-        self.norm_out, self.dropout = norm(c_out), nn.Dropout(dropout)
-        self.conv_out = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.identity = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def resized(self, x: Tensor) -> Tensor:
-        """Return x with sides doubled or halved, or as it is."""
-        if self.resize == 1:
-            return x
-        return F.interpolate(x, scale_factor=2.0) if self.resize > 1 else F.avg_pool2d(x, 2)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # [B, C, H, W] → [B, C', H', W']
-        y = self.conv_in(self.resized(F.silu(self.norm_in(x))))
-        scale, shift = self.modulation(F.silu(embedding))[..., None, None].chunk(2, dim=1)
-        y = self.norm_out(y) * (1 + scale) + shift
-        return self.identity(self.resized(x)) + self.conv_out(self.dropout(F.silu(y)))
-
-
-class Attention(nn.Module):
-    """Attention over all positions and the context's tokens, whose keys are concatenated."""
-
-    def __init__(self, channels: int, context: int, head_width: int) -> None:
-        super().__init__()
-        self.heads = channels // head_width
-        self.norm = norm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.context = nn.Linear(context, 2 * channels) if context else None
-        self.out = zero(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor, context: Context | None) -> Tensor:  # [B, C, H, W]
-        flat = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = self.qkv(flat).chunk(3, dim=-1)
-        mask = None
-        if self.context is not None and context is not None:
-            more_k, more_v = self.context(context.tokens).chunk(2, dim=-1)
-            k, v = torch.cat([more_k, k], 1), torch.cat([more_v, v], 1)
-            mask = F.pad(context.mask, (0, flat.shape[1]), value=True)[:, None, None]
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = self.out(rearrange(y, "b h n d -> b n (h d)"))
-        return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[2])
-
-
-class Stage(nn.Module):
-    """A residual block, and attention where its side asks for it."""
-
-    def __init__(self, block: ResBlock, attention: Attention | None = None) -> None:
-        super().__init__()
-        self.block, self.attention = block, attention
-
-    def forward(self, x: Tensor, embedding: Tensor, context: Context | None) -> Tensor:
-        x = self.block(x, embedding)
-        return x if self.attention is None else self.attention(x, context)
-
-
 class UNet(nn.Module):
     """Predicts what `config.objective` names, of x_t at time t under a condition."""
 
+    null_caption: Tensor
     muon_modules = ("down", "middle", "up")
     """Modules whose matrices and kernels Muon updates: all but those at the ends."""
 
@@ -246,6 +186,43 @@ class UNet(nn.Module):
         self.config = config
         c, e = config, 4 * config.width
         self.time = nn.Sequential(nn.Linear(c.width, e), nn.SiLU(), nn.Linear(e, e))
+        self.add_stable_inlets() if c.stable_diffusion else self.add_inlets()
+        self.input = nn.Conv2d(c.channels + c.concat_channels, c.width, 3, padding=1)
+        widths, self.down, self.middle = [c.width], nn.ModuleList(), nn.ModuleList()
+        channels, side = c.width, c.side
+        for level, multiplier in enumerate(c.multipliers):
+            for _ in range(c.blocks):
+                self.down.append(self.stage(channels, multiplier * c.width, side in c.attention))
+                channels = multiplier * c.width
+                widths.append(channels)
+            if level < len(c.multipliers) - 1:
+                self.down.append(self.resample(channels, 0.5))
+                widths.append(channels)
+                side //= 2
+        attends = side in c.attention or c.stable_diffusion
+        self.middle.append(self.stage(channels, channels, attends))
+        self.middle.append(self.stage(channels, channels))
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(c.multipliers))):
+            for _ in range(c.blocks + 1):
+                attends = side in c.attention
+                self.up.append(self.stage(channels + widths.pop(), multiplier * c.width, attends))
+                channels = multiplier * c.width
+            if level:
+                self.up.append(self.resample(channels, 2.0))
+                side *= 2
+        outputs = c.channels * (2 if c.learns_variance else 1)
+        self.output = nn.Sequential(
+            norm(channels), nn.SiLU(), zero(nn.Conv2d(channels, outputs, 3, padding=1))
+        )
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = norm(module.num_channels, c.group_width).num_groups
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def add_inlets(self) -> None:
+        """Add what reads conditions: GLIDE's and unCLIP's inlets."""
+        c, e = self.config, 4 * self.config.width
         context = c.context_width or e
         if c.embedding_width:
             self.null_embedding = nn.Parameter(torch.randn(c.embedding_width))
@@ -258,45 +235,33 @@ class UNet(nn.Module):
                 self.caption_vector = nn.Linear(pooled + SIZES * c.size_features, e)
             if c.text_norm:
                 self.text_norm = nn.LayerNorm(context)
-        self.input = nn.Conv2d(c.channels + c.concat_channels, c.width, 3, padding=1)
-        widths, self.down, self.middle = [c.width], nn.ModuleList(), nn.ModuleList()
-        channels, side = c.width, c.side
-        for level, multiplier in enumerate(c.multipliers):
-            for _ in range(c.blocks):
-                self.down.append(self.stage(channels, multiplier * c.width, side))
-                channels = multiplier * c.width
-                widths.append(channels)
-            if level < len(c.multipliers) - 1:
-                self.down.append(Stage(ResBlock(channels, channels, e, c.dropout, resize=0.5)))
-                widths.append(channels)
-                side //= 2
-        self.middle.append(self.stage(channels, channels, side))
-        self.middle.append(Stage(ResBlock(channels, channels, e, c.dropout)))
-        self.up = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(c.multipliers))):
-            for _ in range(c.blocks + 1):
-                self.up.append(self.stage(channels + widths.pop(), multiplier * c.width, side))
-                channels = multiplier * c.width
-            if level:
-                self.up.append(Stage(ResBlock(channels, channels, e, c.dropout, resize=2.0)))
-                side *= 2
-        outputs = c.channels * (2 if c.learns_variance else 1)
-        self.output = nn.Sequential(
-            norm(channels), nn.SiLU(), zero(nn.Conv2d(channels, outputs, 3, padding=1))
-        )
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.num_groups = norm(module.num_channels, c.group_width).num_groups
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def stage(self, c_in: int, c_out: int, side: int) -> Stage:
-        """Return a block, with attention where `side` is one of the config's."""
+    def add_stable_inlets(self) -> None:
+        """Add what reads conditions as StableUnCLIP does: z_i, and states of the empty caption."""
         c, e = self.config, 4 * self.config.width
-        attention = None
-        if side in c.attention:
+        if c.embedding_width:
+            both = nn.Linear(2 * c.embedding_width, e)
+            self.embedding_mlp = nn.Sequential(both, nn.SiLU(), nn.Linear(e, e))
+        self.register_buffer("null_caption", torch.zeros(c.text_len, c.text_width))
+
+    def stage(self, c_in: int, c_out: int, attends: bool = False) -> Stage:
+        """Return a block, with attention where it attends."""
+        c, e = self.config, 4 * self.config.width
+        attention: Attention | SpatialTransformer | None = None
+        if attends and c.stable_diffusion:
+            attention = SpatialTransformer(c_out, c.text_width, c.head_width)
+        elif attends:
             context = (c.context_width or e) if c.text_width else 0
             attention = Attention(c_out, context, c.head_width)
-        return Stage(ResBlock(c_in, c_out, e, c.dropout), attention)
+        block = ResBlock(c_in, c_out, e, c.dropout, scales=not c.stable_diffusion)
+        return Stage(block, attention)
+
+    def resample(self, channels: int, resize: float) -> Stage:
+        """Return what halves or doubles the sides."""
+        c = self.config
+        if c.stable_diffusion:
+            return Stage(Resample(channels, resize))
+        return Stage(ResBlock(channels, channels, 4 * c.width, c.dropout, resize))
 
     def condition(
         self, embedding: Tensor, caption: Caption, keep_embedding: Tensor, keep_caption: Tensor
@@ -307,6 +272,8 @@ class UNet(nn.Module):
             embedding: z_i, unit vectors [B, D]; ignored without `embedding_width`.
             keep_embedding, keep_caption: bool [B]; what is not kept is dropped from every inlet.
         """
+        if self.config.stable_diffusion:
+            return self.stable_condition(embedding, caption, keep_embedding, keep_caption)
         c, text = self.config, self.text_tokens(caption.states)
         caption = caption.where(keep_caption)
         if c.text_norm:
@@ -326,6 +293,23 @@ class UNet(nn.Module):
             tokens=torch.cat(tokens, 1),
             mask=torch.cat(mask, 1),
         )
+
+    def stable_condition(
+        self, embedding: Tensor, caption: Caption, keep_embedding: Tensor, keep_caption: Tensor
+    ) -> Context:
+        """Embed a condition as StableUnCLIP does; see `condition`.
+
+        All positions of a caption are read. A dropped one counts as the empty caption, a dropped
+        z_i and its noise level as 0.
+        """
+        c = self.config
+        tokens = torch.where(keep_caption[:, None, None], caption.states, self.null_caption)
+        vector = tokens.new_zeros(len(tokens), 1)
+        if c.embedding_width:
+            no_noise = time_embedding(embedding.new_zeros(len(embedding)), c.embedding_width)
+            label = torch.cat([embedding * math.sqrt(c.embedding_width), no_noise], 1)
+            vector = self.embedding_mlp(label * keep_embedding[:, None])
+        return Context(vector, tokens, torch.ones_like(tokens[..., 0], dtype=torch.bool))
 
     def caption_embedding(self, caption: Caption) -> Tensor | None:
         """Embed what a caption adds to the time embedding, [B, E]: pooled states and sizes.

@@ -20,7 +20,7 @@ from torch import Tensor
 CLEAN = -1
 """Time of the data, which have no noise."""
 
-ScheduleName = Literal["cosine", "linear"]
+ScheduleName = Literal["cosine", "linear", "scaled-linear"]
 MAX_BETA = 0.999
 Step = tuple[int, int]
 """A step of a sampler: its time t and the next, less noisy one, which may be CLEAN."""
@@ -43,6 +43,16 @@ def linear_betas(times: int) -> Tensor:
     return betas.clamp_max(MAX_BETA)
 
 
+def scaled_linear_betas(times: int) -> Tensor:
+    """Return β_t whose root rises linearly, as in Stable Diffusion, scaled as `linear_betas`."""
+    first, last = (math.sqrt(beta * 1000 / times) for beta in (0.00085, 0.012))
+    roots = torch.linspace(first, last, times, dtype=torch.float64, device="cpu")
+    return (roots**2).clamp_max(MAX_BETA)
+
+
+BETAS = {"cosine": cosine_betas, "linear": linear_betas, "scaled-linear": scaled_linear_betas}
+
+
 class Schedule:
     """α_t and σ_t of every time t, in float64 on the CPU.
 
@@ -53,10 +63,10 @@ class Schedule:
     def __init__(self, name: ScheduleName = "cosine", times: int = 1000) -> None:
         if times < 1:
             raise ValueError(f"times is {times}, expected at least 1")
-        if name not in ("cosine", "linear"):
-            raise ValueError(f"schedule is {name!r}, expected cosine or linear")
+        if name not in BETAS:
+            raise ValueError(f"schedule is {name!r}, expected {', '.join(BETAS)}")
         self.name, self.times = name, times
-        betas = cosine_betas(times) if name == "cosine" else linear_betas(times)
+        betas = BETAS[name](times)
         # The last entry is CLEAN, at index −1: ᾱ = 1.
         signal = torch.cat([(1 - betas).cumprod(0), betas.new_ones(1)])
         self.alphas, self.sigmas = signal.sqrt(), (1 - signal).sqrt()

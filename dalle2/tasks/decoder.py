@@ -43,10 +43,7 @@ from dalle2.tasks.diffusion import (
 )
 from dalle2.tasks.embedded import EmbeddedTask, EmbeddedTrainConfig
 from dalle2.text_encoders import Cached, load_text_encoders, stored_names
-from dalle2.unet import UNet, UNetArch, UNetConfig
-
-READS = ("karlo", "text_norm", "text_pool", "size_features")
-"""Fields of a U-Net's architecture that say how it reads captions."""
+from dalle2.unet import READS, UNet, UNetArch, UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +62,9 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
     model: UNetArch = field(default_factory=UNetArch)
     """Architecture of the U-Net."""
     text_encoders: tuple[str, ...] = ()
-    """Frozen text encoders of captions, concatenated: clip:WHERE, t5:WHERE or dalle:WHERE, WHERE a
-    folder, a Hugging Face name or bundled. None: the text tower of --clip."""
+    """Frozen text encoders of captions, concatenated: clip:WHERE, clip-text:WHERE (reads padding,
+    too), t5:WHERE or dalle:WHERE, WHERE a folder, a Hugging Face name or bundled. None: the text
+    tower of --clip."""
     embedding: Literal["image", "text", "none"] = "image"
     """Embedding that the decoder is trained on: the image's; its caption's, an ablation; or none,
     as in LDM, Imagen and SDXL."""
@@ -85,6 +83,12 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1]")
         if self.model.size_features and not self.text_encoders:
             raise ValueError("model.size_features needs text_encoders, such as clip:bundled")
+        kinds = [name.partition(":")[0] for name in self.text_encoders]
+        if self.model.stable_diffusion and kinds != ["clip-text"]:
+            raise ValueError(
+                f"text_encoders is {' '.join(self.text_encoders) or 'None'}, expected "
+                "clip-text:WHERE alone for model.stable_diffusion"
+            )
         if self.embedding == "text" and self.text_encoders:
             raise ValueError("embedding is text, the ablation of z_t; it reads no text_encoders")
 
@@ -152,6 +156,20 @@ _sdxl = replace(
     model=replace(_small.model, text_pool=True, size_features=256),
 )  # Podell et al. 2023
 
+# Stable Diffusion 2.1's U-Net, told z_i, as in Stable unCLIP, in latents of 64 × 64.
+_stable_unclip = replace(
+    _base,
+    model=UNetArch(
+        width=320,
+        multipliers=(1, 2, 4, 4),
+        attention=(64, 32, 16),
+        head_width=64,
+        stable_diffusion=True,
+    ),
+    text_encoders=("clip-text:bundled",),
+    caption_dropout=0.1,
+)
+
 DECODER_PRESETS: dict[str, DecoderTrainConfig] = {
     "small": _small,
     "base": _base,
@@ -159,6 +177,7 @@ DECODER_PRESETS: dict[str, DecoderTrainConfig] = {
     "ldm": _ldm,
     "imagen": _imagen,
     "sdxl": _sdxl,
+    "stable-unclip": _stable_unclip,
 }
 
 
@@ -219,6 +238,7 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
                 f"{levels}; without attention at one of them no caption is read{hint}"
             )
         reads_image, text = config.embedding != "none", self.text or read
+        empty = text([""]).states[0] if config.model.stable_diffusion else None  # [T, W]
         model = UNet(
             UNetConfig(
                 **asdict(config.model),
@@ -228,12 +248,15 @@ class DecoderTask(EmbeddedTask[UNet, DecoderTrainConfig]):
                 embedding_width=read.embedding_width if reads_image else 0,
                 text_width=text.width,
                 pooled_width=text.embedding_width if self.text or not reads_image else 0,
+                text_len=0 if empty is None else len(empty),
                 text_encoders=stored_names(config.text_encoders),
                 sizes=usual_sizes(self.held["sizes"]) if config.model.size_features else (),
                 encoders=str(self.encoders()),
                 embedding="text" if config.embedding == "text" else "image",
             )
         )
+        if empty is not None:
+            model.null_caption.copy_(empty)
         if config.init is not None:
             self.start_from(config.init, model)
         return model

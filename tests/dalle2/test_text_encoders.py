@@ -303,7 +303,10 @@ def test_a_t5_that_cannot_read_all_captions_is_refused(tmp_path: Path) -> None:
 def test_encoders_that_cannot_be_loaded_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     for name, message in (
-        ("bundled", "text encoder is 'bundled', expected KIND:WHERE with the kind clip, t5, dalle"),
+        (
+            "bundled",
+            "text encoder is 'bundled', expected KIND:WHERE with the kind clip, clip-text, ",
+        ),
         ("bert:x", "text encoder is 'bert:x', expected KIND:WHERE"),
         (f"t5:{tmp_path}", f"cannot load a T5 from {tmp_path} "),
         ("t5:no/such", "cannot load a T5 from no/such "),
