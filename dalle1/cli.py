@@ -76,6 +76,14 @@ SUBCOMMANDS = {
         "Convert a model that DALLE-pytorch trained",
     ),
     "import rudolph": ("dalle1.importers.rudolph", "Convert a RuDOLPH"),
+    "import vae": (
+        "dalle2.exchange.autoencoder",
+        "Convert Stable Diffusion's autoencoder, for DALL·E 2",
+    ),
+    "import stable-unclip": (
+        "dalle2.exchange.stable_unclip",
+        "Convert a StableUnCLIP of diffusers",
+    ),
     "export": ("dalle1.export", "Join a transformer and a CLIP in one model folder, or publish it"),
     "toybox": ("dalle1.commands.toybox", "Render the Toybox dataset and write it as shards"),
     "doctor": ("dalle1.commands.doctor", "Report versions and hardware, and sample an image"),

@@ -17,6 +17,7 @@ from dalle1.locking import folder_lock
 from dalle2.ar_prior import load_prior
 from dalle2.autoencoder import autoencoder_digest, load_autoencoder
 from dalle2.bundled import name_folders
+from dalle2.exchange.stable_unclip import write_stable_unclip
 from dalle2.loading import load_pipeline
 from dalle2.pipeline import Unclip
 from dalle2.upsampler import Upsampler
@@ -41,6 +42,9 @@ class ExportConfig:
     """Folder of the CLIP that reranks samples; by default, the model's own, if any."""
     out: Path | None = None
     """Output folder; it may be omitted with --push-to-hub."""
+    format: Literal["dalle1", "diffusers"] = "dalle1"
+    """Format of the output folder: ours, or a StableUnCLIPPipeline of diffusers in fp32, for a
+    DALL·E 2 whose decoder has --model.stable-diffusion."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Data type of the saved parameters."""
     push_to_hub: str | None = None
@@ -59,6 +63,8 @@ class ExportConfig:
             raise ValueError("--private needs --push-to-hub user/name")
         if self.push_to_hub is not None:
             check_repo_name(self.push_to_hub)
+        if self.format == "diffusers" and (self.out is None or self.push_to_hub is not None):
+            raise ValueError("--format diffusers writes to --out FOLDER alone; upload that folder")
 
 
 def with_parts(model: Unclip, config: ExportConfig) -> Unclip:
@@ -93,11 +99,16 @@ def main(args: Sequence[str] | None = None) -> None:
         elif flags := [n for n in ("prior", "upsampler", "autoencoder") if getattr(config, n)]:
             flag = f"--{flags[0]}"
             raise ValueError(f"{flag} needs a decoder of DALL·E 2, and {config.model} has none")
+        elif config.format == "diffusers":
+            raise ValueError(f"diffusers has no DALL·E 1, and {config.model} is one")
         if config.license is not None:
             model.info = replace(model.info, license=config.license)
         if config.out is not None:
-            with folder_lock(config.out):
-                model.save_pretrained(config.out, dtype)
+            if config.format == "diffusers" and isinstance(model, Unclip):
+                write_stable_unclip(model, config.out)
+            else:
+                with folder_lock(config.out):
+                    model.save_pretrained(config.out, dtype)
             size = sum(f.stat().st_size for f in config.out.rglob("*") if f.is_file())
             print(f"The model is in {config.out}: {size / 1e6:.1f} MB")
         if config.push_to_hub is not None:

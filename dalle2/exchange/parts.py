@@ -36,12 +36,19 @@ def to_theirs(state: Mapping[str, Tensor], names: Renames) -> dict[str, Tensor]:
     return found
 
 
-def to_ours(state: Mapping[str, Tensor], names: Renames) -> dict[str, Tensor]:
-    """Return their tensors by our names."""
+def to_ours(
+    state: Mapping[str, Tensor], names: Renames, others: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Return their tensors by our names; KeyError for one that has none, nor is one of `others`."""
     found: dict[str, Tensor] = {}
+    unread = state.keys() - set(others)
     for ours, theirs in names:
         for kind, _ in both(state, theirs[0]):
-            found[f"{ours}.{kind}"] = torch.cat([state[f"{name}.{kind}"] for name in theirs])
+            read = [f"{name}.{kind}" for name in theirs]
+            found[f"{ours}.{kind}"] = torch.cat([state[name] for name in read])
+            unread = unread - set(read)
+    if unread:
+        raise KeyError(f"no such tensors here: {', '.join(sorted(unread)[:3])}")
     return found
 
 
@@ -74,6 +81,17 @@ def refuse(config: Any, checks: Iterable[tuple[str, bool, str]]) -> None:
                 f"{name} is {getattr(config, name)}, expected {expected} in a model for "
                 "diffusers; train another"
             )
+
+
+def refuse_values(folder: Path, config: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    """Raise ValueError for a part whose config has another value than ours, which is theirs, too.
+
+    Args:
+        usual: name → the only value, which is also that of a config without it.
+    """
+    for name, value in usual.items():
+        if (found := config.get(name, value)) != value:
+            raise ValueError(f"{folder} has {name} {found}, expected {value}: ours has no other")
 
 
 def other_architecture(folder: Path, error: Exception) -> ValueError:

@@ -1,12 +1,14 @@
 """Write and read a diffusion prior as FOLDER/prior: diffusers' PriorTransformer.
 
 The two read the same sequence. Theirs scales no embedding: its stored `clip_std` leads from what it
-predicts to z_i, so it is 1 / scale, and z_t's matrix is multiplied by the scale.
+predicts to z_i, so it is 1 / scale, and z_t's matrix is multiplied by the scale. karlo's own has
+learned positions and other statistics: a prior with `text_len`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,11 +18,12 @@ from dalle2.exchange.parts import (
     other_architecture,
     read_part,
     refuse,
+    refuse_values,
     to_ours,
     to_theirs,
     write_part,
 )
-from dalle2.prior import DiffusionPrior, PriorConfig
+from dalle2.prior import LAST, DiffusionPrior, PriorConfig
 
 ENDS = {
     "text": "encoder_hidden_states_proj",
@@ -40,8 +43,7 @@ LAYER = {
     "mlp.branch.down": ["ff.net.2"],
 }
 SCALED = "embedding_proj.weight"
-LAST = 4
-"""Positions after the caption: z_t, time, noised z_i, query."""
+MORE = {"positions": "positional_embedding", "mean": "clip_mean", "std": "clip_std"}
 
 
 def names(depth: int) -> Iterator[tuple[str, list[str]]]:
@@ -64,14 +66,18 @@ def write_prior(model: DiffusionPrior, folder: str | Path, text_len: int) -> Non
             ("mlp", c.mlp == "gelu-erf", "gelu-erf"),
             ("qk_norm", not c.qk_norm, "False"),
             ("text_width", c.text_width == c.embedding_width, "that of the embeddings"),
+            ("text_len", c.text_len in (0, text_len), f"0 or {text_len}"),
         ],
     )
     theirs = to_theirs(state, names(c.depth))
     theirs[SCALED] = theirs[SCALED] * model.scale
     theirs["prd_embedding"] = state["query"].view(1, 1, -1)
-    theirs["positional_embedding"] = torch.zeros(1, text_len + LAST, c.width)
-    theirs["clip_mean"] = torch.zeros(1, c.embedding_width)
-    theirs["clip_std"] = torch.full((1, c.embedding_width), 1 / model.scale)
+    more = {
+        "positions": torch.zeros(text_len + LAST, c.width),
+        "mean": torch.zeros(c.embedding_width),
+        "std": torch.full((c.embedding_width,), 1 / model.scale),
+    }
+    theirs |= {name: state.get(own, more[own])[None] for own, name in MORE.items()}
     config = {
         "_class_name": "PriorTransformer",
         "num_attention_heads": c.heads,
@@ -85,47 +91,46 @@ def write_prior(model: DiffusionPrior, folder: str | Path, text_len: int) -> Non
     write_part(Path(folder) / "prior", config, theirs)
 
 
-def read_prior(folder: str | Path, clip: str = "") -> DiffusionPrior:
+def read_prior(folder: str | Path, clip: str = "", length: float = 1.0) -> DiffusionPrior:
     """Read a prior that `write_prior` or diffusers wrote, in eval mode.
 
     Args:
         clip: digest of the CLIP that it was trained with.
+        length: length of the z_t that it was trained on.
 
-    Raises: ValueError where it is missing, damaged, or has what ours have not: learned positions,
-        or other statistics of embeddings, as karlo's own has.
+    Raises: ValueError where it is missing, damaged or of another architecture.
     """
     path = Path(folder) / "prior"
     config, theirs = read_part(path)
+    usual = {"added_emb_type": "prd", "encoder_hid_proj_type": "linear", "norm_in_type": None}
+    refuse_values(path, config, usual | {"embedding_proj_norm_type": None})
     try:
-        heads, size = config["num_attention_heads"], config["attention_head_dim"]
-        model = DiffusionPrior(
-            PriorConfig(
-                width=heads * size,
-                depth=config["num_layers"],
-                heads=heads,
-                mlp="gelu-erf",
-                qk_norm=False,
-                embedding_width=config["embedding_dim"],
-                text_width=config["embedding_dim"],
-                clip=clip,
-            )
+        heads, size, width = (
+            config[name] for name in ("num_attention_heads", "attention_head_dim", "embedding_dim")
         )
-        _refuse_more(path, theirs, model.scale)
-        state: dict[str, Tensor] = to_ours(theirs, names(config["num_layers"]))
-        state["text_embedding.weight"] = state["text_embedding.weight"] / model.scale
+        sizes = PriorConfig(
+            width=heads * size,
+            depth=config["num_layers"],
+            heads=heads,
+            mlp="gelu-erf",
+            qk_norm=False,
+            embedding_width=width,
+            text_width=width,
+            clip=clip,
+        )
+        model = DiffusionPrior(sizes)
+        more = {own: theirs[name][0] for own, name in MORE.items()}
+        usual_std = more["std"].allclose(torch.full((width,), 1 / model.scale))
+        if more["positions"].any() or more["mean"].any() or not usual_std:
+            model = DiffusionPrior(replace(sizes, text_len=config["num_embeddings"]))
+        else:
+            more = {}
+        others = *MORE.values(), "prd_embedding", "causal_attention_mask"
+        state: dict[str, Tensor] = to_ours(theirs, names(config["num_layers"]), others)
+        name = "text_embedding.weight"
+        state[name] = state[name] * length / model.scale
         state["query"] = theirs["prd_embedding"].flatten()
-        model.load_state_dict(state)
+        model.load_state_dict(state | more)
     except (KeyError, TypeError, RuntimeError) as error:
         raise other_architecture(path, error) from error
     return model.eval()
-
-
-def _refuse_more(path: Path, theirs: dict[str, Tensor], scale: float) -> None:
-    """Raise ValueError for what a prior of ours cannot hold."""
-    std = theirs["clip_std"]
-    if theirs["positional_embedding"].any():
-        raise ValueError(f"{path} has learned positions, expected none; ours has no such inlet")
-    if theirs["clip_mean"].any() or not std.allclose(torch.full_like(std, 1 / scale)):
-        raise ValueError(
-            f"{path} has other statistics of embeddings than mean 0 and std {1 / scale:.4g}"
-        )

@@ -11,8 +11,10 @@ from torch import nn
 from dalle1.clip import Clip, ClipArch, new_clip
 from dalle1.text.bpe import Tokenizer
 from dalle2.autoencoder import Autoencoder, AutoencoderConfig
+from dalle2.ldm_autoencoder import LDMAutoencoder, LDMAutoencoderConfig
 from dalle2.pipeline import Unclip
 from dalle2.prior import DiffusionPrior, PriorConfig
+from dalle2.text_encoders import Concatenated, PaddedText
 from dalle2.unet import UNet, UNetConfig
 
 TINY_AUTOENCODER = {"image_size": 16, "width": 4, "code_width": 8}
@@ -52,3 +54,19 @@ def tiny_unclip(prior: DiffusionPrior | None = None) -> Unclip:
     """Return a model of images of 16 × 16 pixels."""
     clip, autoencoder = tiny_clip(), Autoencoder(AutoencoderConfig(**TINY_AUTOENCODER))  # type: ignore[arg-type]
     return Unclip(randomized(autoencoder), tiny_decoder(), clip, prior or tiny_prior(), clip=clip)
+
+
+def tiny_stable_unclip() -> Unclip:
+    """Return a model of images of 8 × 8 pixels that diffusers can hold as a StableUnCLIP."""
+    clip, other = tiny_clip(embed_dim=32), tiny_clip(seed=1)
+    config = LDMAutoencoderConfig(image_size=8, width=32, multipliers=(1, 2), blocks=1)
+    sizes: dict[str, Any] = {"embedding_width": 32, "text_width": 32}
+    prior = tiny_prior(**sizes, mlp="gelu-erf", qk_norm=False)
+    sizes |= {"width": 32, "multipliers": (1, 2), "attention": (4,), "head_width": 16, "side": 4}
+    reads = {"text_len": 12, "pooled_width": 32, "text_encoders": ("clip-text:text-0",)}
+    decoder = tiny_decoder(**sizes, **reads, stable_diffusion=True, schedule="scaled-linear")
+    text = PaddedText(other.model.text_model, other.tokenizer)
+    decoder.null_caption.copy_(text([""]).states[0])
+    together = Concatenated([text], decoder.config.text_encoders)
+    autoencoder = randomized(LDMAutoencoder(config), 0.1)
+    return Unclip(autoencoder, decoder, clip, prior, text=together, clip=clip)

@@ -15,10 +15,12 @@ import torch
 from foreign_models import dalle_pytorch_file, mindalle_folder, rudalle_files, rudolph_files
 from PIL import Image
 from tiny_model import CAPTIONS, save_unclip, save_whole_model, write_images
+from tiny_unclip import tiny_stable_unclip
 
 from dalle1.compression.container import pack, unpack
 from dalle1.compression.frequencies import SHIFTS
 from dalle1.data.cleaning import IMAGE_SUFFIXES
+from dalle2.exchange.stable_unclip import write_stable_unclip
 from fuzz.harness import run_main
 
 
@@ -189,6 +191,8 @@ class World:
             "import vqgan": lambda folder: [rudalle_files(folder)[0][1]],
             "import dalle-pytorch": lambda folder: [dalle_pytorch_file(folder)[0], _words(folder)],
             "import mindalle": lambda folder: [mindalle_folder(folder)[0]],
+            "import stable-unclip": _pipeline,
+            "import vae": lambda folder: [_pipeline(folder)[0] / "vae"],
         }
         for name, make in makers.items():
             folder = self.root / name.replace(" ", "-")
@@ -208,6 +212,12 @@ class World:
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, to)
         return to
+
+
+def _pipeline(folder: Path) -> list[Path]:
+    """Write a pipeline of diffusers, and return its folder."""
+    write_stable_unclip(tiny_stable_unclip(), folder / "pipeline")
+    return [folder / "pipeline"]
 
 
 def _words(folder: Path) -> Path:
