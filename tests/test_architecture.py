@@ -47,7 +47,7 @@ LAYERS = [
     ["dalle2.unet", "dalle2.text_encoders"],
     [
         *("dalle2.decoder", "dalle2.embedded", "dalle2.prior"),
-        "dalle2.prior_metrics",
+        *("dalle2.prior_metrics", "dalle2.progress"),
     ],
     ["dalle2.ar_prior", "dalle2.clip_guidance", "dalle2.options", "dalle2.upsampler"],
     ["dalle2.compatibility"],

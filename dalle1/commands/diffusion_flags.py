@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dalle1.commands.idle_processors import threads_of_a_step
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from dalle1 import DallE
     from dalle2.pipeline import Unclip
 
@@ -28,7 +31,7 @@ def add_diffusion_flags(add: Callable[..., Any]) -> None:
         "in each step of the decoder, by the CLIP that reranks; 1 is CLIP's own scale "
         "(default: 0)")  # fmt: skip
     add("--upsampler-steps", type=int, metavar="N", help="DALL·E 2: number of steps of the "
-        "upsampler, for the images that are saved; 0 skips it (default: 8)")  # fmt: skip
+        "upsampler, for the images that are saved; 0 skips it (default: 4)")  # fmt: skip
 
 
 def decoder_settings(model: DallE | Unclip, options: argparse.Namespace) -> dict[str, Any]:
@@ -65,6 +68,32 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
     """Return the flags of DALL·E 2 that are given."""
     asked = {name: getattr(options, name) for name in FLAGS}
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def progress_of(
+    model: DallE | Unclip, options: argparse.Namespace, first_row: int
+) -> tuple[int, str]:
+    """Return how much of what a bar counts for each candidate: positions, or steps."""
+    from dalle1 import DallE
+
+    if not isinstance(model, DallE):
+        return options.steps or model.options.steps, "step"
+    width = model.image_tokenizer.grid_size
+    return (width - first_row) * width, "position"
+
+
+@contextmanager
+def steps_shown(model: DallE | Unclip, progress: tqdm) -> Iterator[None]:
+    """Let a bar count the steps of a DALL·E 2."""
+    from dalle1 import DallE
+
+    if isinstance(model, DallE):
+        yield
+        return
+    from dalle2.progress import steps_counted
+
+    with steps_counted(model.decoder, progress.update):
+        yield
 
 
 def threads_for(model: DallE | Unclip, candidates: int, most: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dalle1.console import bar
 from dalle1.outputs import GRID, check_writable, slug, write
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def run(
     from dalle2.loading import load_pipeline
     from dalle2.manipulation import Manipulator
     from dalle2.pipeline import Unclip
+    from dalle2.progress import steps_counted
 
     images = [read_image_file(path) for path in files]
     model = load_pipeline(options.model, clip="none", device=options.device)
@@ -65,7 +67,13 @@ def run(
     times = model.decoder.config.times
     if options.steps > times:
         raise ValueError(f"steps is {options.steps}, expected at most {times}")
-    found = manipulate(Manipulator(model=model, steps=options.steps), images)
+    # One way from the images to their noise, one back.
+    with (
+        bar(total=2 * options.steps, desc=title[:40], unit="step", delay=0.1) as progress,
+        steps_counted(model.decoder, lambda _: progress.update()),
+    ):
+        found = manipulate(Manipulator(model=model, steps=options.steps), images)
+        progress.update(progress.total - progress.n)  # the ways meet at one time, counted once
     kept = [
         Candidate(image=image, codes=None, index=i, seed=options.seed)  # type: ignore[arg-type]
         for i, image in enumerate(found)

@@ -18,12 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle1.commands.diffusion_flags import (
-    add_diffusion_flags,
-    decoder_settings,
-    diffusion_options,
-    threads_for,
-)
+from dalle1.commands import diffusion_flags
 from dalle1.commands.idle_processors import IdleProcessors
 from dalle1.commands.parser import HelpFormatter, Parser
 from dalle1.config import image_counts
@@ -145,7 +140,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = Parser(description=__doc__, formatter_class=HelpFormatter)
     add_sampling_flags(parser.add_argument)
-    add_diffusion_flags(parser.add_argument)
+    diffusion_flags.add_diffusion_flags(parser.add_argument)
     add_other_flags(parser.add_argument)
     words = command_line(args)
     # Prompts may follow flags; what follows `--` is a prompt whatever it begins with.
@@ -289,17 +284,18 @@ def sample(
     each = len(range(1 if is_deterministic(options) else options.num_candidates)[rank::world])
     preview = previews(model, root) if options.preview and rank == 0 else None
     image_threads = min(2, get_num_threads()) if threads == 1 else threads
-    set_num_threads(step_threads := threads_for(model, each, threads))
+    set_num_threads(step_threads := diffusion_flags.threads_for(model, each, threads))
     taken: set[Path] = set()
     # The delay hides the bar where an option is rejected before the first row.
+    work, unit = diffusion_flags.progress_of(model, options, first_row)
     with bar(
-        total=count * each * (width - first_row) * width,
+        total=count * each * work,
         desc=options.prompts[0][:40] if count == 1 else f"{count} prompts",
-        unit="position", unit_scale=True, delay=0.1, disable=rank > 0,
-    ) as progress:  # fmt: skip
+        unit=unit, unit_scale=True, delay=0.1, disable=rank > 0,
+    ) as progress, diffusion_flags.steps_shown(model, progress):  # fmt: skip
 
         def on_row(codes: Tensor, rows: int) -> None:
-            progress.update(len(codes) * width)
+            progress.update(len(codes) * width if unit == "position" else 0)
             if preview:
                 preview(codes, rows)
             # Images are decoded then. On one thread, convolutions would be rounded differently.
@@ -312,7 +308,7 @@ def sample(
             share=share,
             on_row=on_row,
             **{name: getattr(options, name) for name in names},
-            **diffusion_options(model, options),
+            **diffusion_flags.diffusion_options(model, options),
         )
         for prompt, candidates in zip(options.prompts, sampled, strict=True):
             best = gathered(model, candidates, rank, world)
@@ -357,7 +353,7 @@ def is_deterministic(options: argparse.Namespace) -> bool:
 def settings_of(options: argparse.Namespace, model: DallE | Unclip) -> dict[str, object]:
     """Return the settings that images are stored with: what was used, not what was asked."""
     settings = {name: getattr(options, name) for name in SETTINGS}
-    settings |= decoder_settings(model, options)
+    settings |= diffusion_flags.decoder_settings(model, options)
     has_clip, is_one = model.clip is not None, is_deterministic(options)
     return settings | {
         "num_candidates": 1 if is_one else options.num_candidates,

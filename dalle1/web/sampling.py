@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle1.clip import Clip
 from dalle1.data.images import grid, read_image_file
@@ -22,6 +22,7 @@ from dalle1.devices import pick_device
 from dalle1.pipeline import BUNDLED, DallE
 from dalle1.sampling.reranking import Candidate
 from dalle2.loading import load_pipeline
+from dalle2.progress import steps_counted
 
 if TYPE_CHECKING:
     from dalle2.pipeline import Unclip
@@ -215,20 +216,16 @@ def events(
 
 @contextmanager
 def steps_reported(model: Unclip, total: int, report: Report) -> Iterator[None]:
-    """Report the steps of a DALL·E 2's decoder, each of which calls it once or several times."""
-    times: list[int] = []
+    """Report the steps of a DALL·E 2's decoder."""
+    done = 0
 
-    def on_call(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        time_of_step = int(inputs[1][0])
-        if times[-1:] != [time_of_step]:
-            times.append(time_of_step)
-        report(Progress(done=min(len(times), total), total=total, unit="Step"))
+    def on_step(_: int) -> None:
+        nonlocal done
+        done += 1
+        report(Progress(done=min(done, total), total=total, unit="Step"))
 
-    handle = model.decoder.register_forward_pre_hook(on_call)
-    try:
+    with steps_counted(model.decoder, on_step):
         yield
-    finally:
-        handle.remove()
 
 
 class _Previews:

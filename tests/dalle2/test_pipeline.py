@@ -14,6 +14,7 @@ from dalle2 import bundled, loading
 from dalle2.autoencoder import Autoencoder, AutoencoderConfig
 from dalle2.embedded import Encoders
 from dalle2.pipeline import Unclip
+from dalle2.progress import steps_counted
 from dalle2.unet import UNet
 
 FEW: dict[str, Any] = {"steps": 1, "prior_steps": 1, "num_candidates": 2}
@@ -125,3 +126,12 @@ def test_the_bundled_model_is_found_by_name(
     (tmp_path / "unclip").mkdir()  # a folder takes precedence
     with pytest.raises(ValueError, match=r"no .* in unclip"):
         loading.load_pipeline("unclip", device="cpu")
+
+
+def test_steps_are_counted_with_their_samples() -> None:
+    model, counts = tiny_unclip(), list[int]()
+    with steps_counted(model.decoder, counts.append):
+        next(model.sample(["a red cube"], num_candidates=3, batch_size=2, steps=4, guidance=2.0))
+    assert counts == [1, 1, 1, 1, 2, 2, 2, 2]
+    next(model.sample(["a red cube"], num_candidates=1, steps=1))
+    assert len(counts) == 8  # the hook is gone
