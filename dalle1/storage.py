@@ -283,11 +283,11 @@ def load_config(model_class: type[Any], config_class: type[Config], path: Path) 
                 metadata = file.metadata() or {}
         config = config_class(**parse_json(metadata["config"], dict))
         check_types(config)
-        _refuse_impossible_sizes(config, size, tensors)
+        refuse_impossible_sizes(config, size, tensors)
         return config
 
 
-def _refuse_impossible_sizes(config: Any, size: int, tensors: int) -> None:
+def refuse_impossible_sizes(config: Any, size: int, tensors: int) -> None:
     """Raise ValueError for a config that no file of `size` bytes can have, before it is built."""
     modules = 1
     for name, value in vars(config).items():

@@ -228,6 +228,11 @@ class Autoencoder(nn.Module):
         Args:
             image_size: side of its images, if other than in training; the parameters fit any size.
         """
+        if kind_of(directory) == LDM:
+            raise ValueError(
+                f"the autoencoder in {directory} is Stable Diffusion's, expected one that `dalle1 "
+                "train autoencoder` trained; that is not trained further here"
+            )
         model = load_weights(cls, AutoencoderConfig, cls.file_in(directory), device)
         if image_size is not None:
             model.config = replace(model.config, image_size=image_size)

@@ -43,6 +43,8 @@ class LDMAutoencoderConfig:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))  # metadata has lists
         if self.latent_channels < 1:
             raise ValueError(f"latent_channels is {self.latent_channels}, expected at least 1")
+        if not self.scaling_factor > 0:
+            raise ValueError(f"scaling_factor is {self.scaling_factor}, expected more than 0")
         self.network(1)  # checks the other sizes
 
     def network(self, channels: int) -> VQGANConfig:

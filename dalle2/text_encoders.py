@@ -35,6 +35,7 @@ from dalle1.clip.loading import quiet_transformers
 from dalle1.data.cleaning import clean_prompt
 from dalle1.hub import find_model
 from dalle1.model.transformer import Transformer
+from dalle1.model_files import check_model_files
 from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
@@ -262,13 +263,13 @@ def load_text_encoder(
         found = folder or find_model(BUNDLED_CLIP.parent if where == BUNDLED else where)
         vocabulary = Tokenizer.load(found / "vocab.json")
         return TransformerText(Transformer.load(found, device), vocabulary)
-    if kind == "clip-text" and folder is None:
+    if kind == "clip-text" and folder is not None:
+        return load_clip_text(folder, device)
+    if kind == "clip-text":
         clip = Clip.from_pretrained(BUNDLED_CLIP if where == BUNDLED else where, device)
         if clip.model.config.model_type == "siglip":
             raise ValueError(f"{where} is a SigLIP, expected a CLIP for clip-text:")
         return PaddedText(clip.model.text_model, clip.tokenizer)
-    if kind == "clip-text":
-        return load_clip_text(folder or where, device)
     return load_t5(folder or where, device)
 
 
@@ -280,16 +281,22 @@ def load_t5(where: str | Path, device: str | torch.device) -> T5Text:
 
 
 def load_clip_text(
-    where: str | Path, device: str | torch.device, tokenizer: Path | None = None
+    folder: Path, device: str | torch.device, tokenizer: Path | None = None
 ) -> PaddedText:
     """Load the text tower of a CLIP from a folder that holds no image tower.
 
     Args:
         tokenizer: folder of its tokenizer; None is the same.
+
+    Raises: ValueError where a folder is missing, damaged, or leads out of itself.
     """
     from transformers import CLIPTextModel
 
-    return PaddedText(*_load_text_tower(CLIPTextModel, where, device, "CLIP", tokenizer))
+    for part in (folder, tokenizer or folder):
+        if not part.is_dir():  # transformers would look for a repository of that name
+            raise ValueError(f"no folder {part}, expected a text encoder with its tokenizer")
+        check_model_files(part)
+    return PaddedText(*_load_text_tower(CLIPTextModel, folder, device, "CLIP", tokenizer))
 
 
 def _load_text_tower(

@@ -97,7 +97,7 @@ class UNetArch:
             raise ValueError(f"width is {self.width}, expected a multiple of 8, such as 48")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers is {self.multipliers}, expected numbers of at least 1")
-        for name in ("blocks", "times", "group_width"):
+        for name in ("blocks", "times", "group_width", "head_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("text_norm", "text_pool") if self.karlo else ():

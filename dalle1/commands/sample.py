@@ -286,12 +286,11 @@ def sample(
     image_threads = min(2, get_num_threads()) if threads == 1 else threads
     set_num_threads(step_threads := diffusion_flags.threads_for(model, each, threads))
     taken: set[Path] = set()
-    # The delay hides the bar where an option is rejected before the first row.
     work, unit = diffusion_flags.progress_of(model, options, first_row)
     with bar(
         total=count * each * work,
         desc=options.prompts[0][:40] if count == 1 else f"{count} prompts",
-        unit=unit, unit_scale=True, delay=0.1, disable=rank > 0,
+        unit=unit, unit_scale=True, delay=0.1, disable=rank > 0,  # hidden if options are rejected
     ) as progress, diffusion_flags.steps_shown(model, progress):  # fmt: skip
 
         def on_row(codes: Tensor, rows: int) -> None:

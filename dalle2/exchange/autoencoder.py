@@ -14,14 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from torch import Tensor
 
 from dalle1.console import one_line_errors, parse
-from dalle1.importers.command import MODELS, refuse_training
-from dalle1.locking import folder_lock
-from dalle2.exchange.parts import other_architecture, read_part, refuse_values, write_part
+from dalle2.exchange.parts import (
+    build,
+    fill,
+    new_folder,
+    one_architecture,
+    read_part,
+    refuse_values,
+    write_part,
+)
 from dalle2.ldm_autoencoder import LDMAutoencoder, LDMAutoencoderConfig
 
 # Ours, as in taming-transformers, and diffusers'; levels of its decoder are counted from below.
@@ -85,7 +90,7 @@ def read_autoencoder(folder: Path) -> LDMAutoencoder:
     usual = {"act_fn": "silu", "norm_num_groups": 32, "mid_block_add_attention": True}
     usual |= {"use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None}
     refuse_values(folder, theirs, usual | {"latents_mean": None})
-    try:
+    with one_architecture(folder):
         width = theirs["block_out_channels"][0]
         config = LDMAutoencoderConfig(
             image_size=theirs.get("sample_size", 512),
@@ -95,11 +100,8 @@ def read_autoencoder(folder: Path) -> LDMAutoencoder:
             latent_channels=theirs["latent_channels"],
             scaling_factor=theirs.get("scaling_factor", 0.18215),
         )
-        model = LDMAutoencoder(config)
-        model.load_state_dict(_ours(tensors, model.state_dict(), len(config.multipliers)))
-    except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise other_architecture(folder, error) from error
-    return model.eval()
+        model = build(LDMAutoencoder, config, tensors)
+        return fill(model, _ours(tensors, model.state_dict(), len(config.multipliers)))
 
 
 def _ours(
@@ -135,16 +137,14 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        refuse_training(config.out)
-        if models := [name for name in MODELS if any(config.out.glob(f"{name}*.safetensors"))]:
-            raise ValueError(f"{config.out} holds a {models[0]}, expected no model; use another")
         model = read_autoencoder(config.folder)
-        model.config = replace(model.config, image_size=config.image_size)
         if config.image_size < 1 or config.image_size % model.downsampling:
             raise ValueError(
                 f"image_size is {config.image_size}, expected a multiple of {model.downsampling}"
             )
-        with folder_lock(config.out), torch.no_grad():
-            path = model.save(config.out)
+        model.config = replace(model.config, image_size=config.image_size)
+        with new_folder(config.out) as path:
+            model.save(path)
         c, h, w = model.latent_shape
-        print(f"The autoencoder is {path}: {c} × {h} × {w} latents of {config.image_size} pixels")
+        side = config.image_size
+        print(f"The autoencoder is in {config.out}: {c} × {h} × {w} latents of {side} pixels")

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dalle2.exchange.parts import (
     both,
-    other_architecture,
+    build,
+    fill,
+    one_architecture,
     read_part,
     refuse,
     to_ours,
@@ -208,10 +210,10 @@ def read_decoder(folder: str | Path, **known: Any) -> UNet:
     """
     unet, theirs = read_part(Path(folder) / "decoder")
     inlets, more = read_part(Path(folder) / "text_proj")
-    try:
+    with one_architecture(Path(folder)):
         config = read_config(unet, inlets, **known)
-        model = UNet(config)
-        state: dict[str, Tensor] = to_ours(theirs, names(config))
+        model = build(UNet, config, {**theirs, **more})
+        state = to_ours(theirs, names(config))
         scale = math.sqrt(config.embedding_width)
         state[NULL[0]] = more[NULL[1]] * scale
         for own, name in INLETS.items():
@@ -219,7 +221,4 @@ def read_decoder(folder: str | Path, **known: Any) -> UNet:
                 y = interleaved(x, config.image_tokens, True) if own == "embedding_tokens" else x
                 reads_image = own.startswith("embedding") and kind == "weight"
                 state[f"{own}.{kind}"] = y / scale if reads_image else y
-        model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise other_architecture(Path(folder), error) from error
-    return model.eval()
+        return fill(model, state)

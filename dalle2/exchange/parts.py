@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from dalle1.config import check_types
 from dalle1.json_files import parse_json
-from dalle1.storage import atomic_path, write_atomic
+from dalle1.model_files import check_model_files
+from dalle1.storage import (
+    atomic_path,
+    refuse_impossible_sizes,
+    without_storage,
+    write_atomic,
+)
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+Module = TypeVar("Module", bound=nn.Module)
 Renames = Iterable[tuple[str, Sequence[str]]]
 """(our module, theirs): one, or several whose matrices are stacked here."""
 
@@ -60,7 +71,8 @@ def write_part(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Te
 
 
 def read_part(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read one part; ValueError where it is missing or damaged."""
+    """Read one part; ValueError where it is missing, damaged, or leads out of its folder."""
+    check_model_files(folder)
     try:
         config = parse_json(folder / CONFIG, dict)
         tensors = load_file(folder / WEIGHTS)
@@ -71,6 +83,50 @@ def read_part(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} holds no part of a diffusers model ({reason}); expected {CONFIG} and "
             f"{WEIGHTS} there"
         ) from error
+
+
+def build(model: Callable[[Any], Module], config: Any, theirs: Mapping[str, Tensor]) -> Module:
+    """Build a model without storage for its parameters, if a part of its size can be.
+
+    Raises: ValueError for a config with wrong types, or of more modules than `theirs` has tensors.
+    """
+    check_types(config)
+    size = sum(x.nbytes for x in theirs.values())
+    refuse_impossible_sizes(config, size, len(theirs))
+    with without_storage():
+        return model(config)
+
+
+def fill(model: Module, state: Mapping[str, Tensor]) -> Module:
+    """Return a model with these parameters, in eval mode."""
+    model.load_state_dict(state, assign=True)
+    return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
+@contextmanager
+def one_architecture(folder: Path) -> Iterator[None]:
+    """Turn whatever a wrong config or wrong tensors cause into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # wrong values fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder} holds another architecture than expected ({reason})") from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, whose content moves to `folder` in the end.
+
+    Raises: ValueError where `folder` is not empty: nothing there is replaced.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty, expected a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished.", dir=folder.parent) as made:
+        yield Path(made)
+        folder.mkdir(exist_ok=True)
+        for path in Path(made).iterdir():
+            os.rename(path, folder / path.name)
 
 
 def refuse(config: Any, checks: Iterable[tuple[str, bool, str]]) -> None:
@@ -92,9 +148,3 @@ def refuse_values(folder: Path, config: Mapping[str, Any], usual: Mapping[str, A
     for name, value in usual.items():
         if (found := config.get(name, value)) != value:
             raise ValueError(f"{folder} has {name} {found}, expected {value}: ours has no other")
-
-
-def other_architecture(folder: Path, error: Exception) -> ValueError:
-    """Return the error of a part whose tensors are those of another model."""
-    reason = " ".join(str(error).split())[:200]
-    return ValueError(f"{folder} holds another architecture than expected ({reason})")

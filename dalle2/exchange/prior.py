@@ -7,15 +7,21 @@ learned positions and other statistics: a prior with `text_len`.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from dalle1.json_files import parse_json
+from dalle1.storage import write_atomic
 from dalle2.exchange.parts import (
-    other_architecture,
+    build,
+    fill,
+    one_architecture,
     read_part,
     refuse,
     refuse_values,
@@ -23,7 +29,7 @@ from dalle2.exchange.parts import (
     to_theirs,
     write_part,
 )
-from dalle2.prior import LAST, DiffusionPrior, PriorConfig
+from dalle2.prior import LAST, PIXEL_STD, DiffusionPrior, PriorConfig
 
 ENDS = {
     "text": "encoder_hidden_states_proj",
@@ -41,6 +47,14 @@ LAYER = {
     "mlp.norm": ["norm3"],
     "mlp.branch.up": ["ff.net.0.proj"],
     "mlp.branch.down": ["ff.net.2"],
+}
+ERRORS = "errors.json"
+"""File of the errors that sampling adds as noise, which diffusers does not know."""
+USUAL = {
+    "added_emb_type": "prd",
+    "encoder_hid_proj_type": "linear",
+    "norm_in_type": None,
+    "embedding_proj_norm_type": None,
 }
 SCALED = "embedding_proj.weight"
 MORE = {"positions": "positional_embedding", "mean": "clip_mean", "std": "clip_std"}
@@ -89,27 +103,30 @@ def write_prior(model: DiffusionPrior, folder: str | Path, text_len: int) -> Non
         "added_emb_type": "prd",
     }
     write_part(Path(folder) / "prior", config, theirs)
+    write_atomic(Path(folder) / "prior" / ERRORS, json.dumps(c.errors) + "\n")
 
 
-def read_prior(folder: str | Path, clip: str = "", length: float = 1.0) -> DiffusionPrior:
+def read_prior(
+    folder: str | Path, clip: str = "", length: float = 1.0, **known: Any
+) -> DiffusionPrior:
     """Read a prior that `write_prior` or diffusers wrote, in eval mode.
 
     Args:
         clip: digest of the CLIP that it was trained with.
         length: length of the z_t that it was trained on.
+        known: `schedule` and `times`, which a scheduler's folder holds.
 
     Raises: ValueError where it is missing, damaged or of another architecture.
     """
     path = Path(folder) / "prior"
     config, theirs = read_part(path)
-    usual = {"added_emb_type": "prd", "encoder_hid_proj_type": "linear", "norm_in_type": None}
-    refuse_values(path, config, usual | {"embedding_proj_norm_type": None})
-    try:
-        heads, size, width = (
-            config[name] for name in ("num_attention_heads", "attention_head_dim", "embedding_dim")
-        )
+    refuse_values(path, config, USUAL)
+    own = path / ERRORS
+    errors = parse_json(own, list) if own.is_file() else []
+    with one_architecture(path):
+        heads, width = config["num_attention_heads"], config["embedding_dim"]
         sizes = PriorConfig(
-            width=heads * size,
+            width=heads * config["attention_head_dim"],
             depth=config["num_layers"],
             heads=heads,
             mlp="gelu-erf",
@@ -117,20 +134,20 @@ def read_prior(folder: str | Path, clip: str = "", length: float = 1.0) -> Diffu
             embedding_width=width,
             text_width=width,
             clip=clip,
+            errors=tuple(errors),
+            **known,
         )
-        model = DiffusionPrior(sizes)
-        more = {own: theirs[name][0] for own, name in MORE.items()}
-        usual_std = more["std"].allclose(torch.full((width,), 1 / model.scale))
+        scale = PIXEL_STD * math.sqrt(width)
+        more = {name: theirs[other][0] for name, other in MORE.items()}
+        usual_std = more["std"].allclose(torch.full((width,), 1 / scale))
         if more["positions"].any() or more["mean"].any() or not usual_std:
-            model = DiffusionPrior(replace(sizes, text_len=config["num_embeddings"]))
+            sizes = replace(sizes, text_len=config["num_embeddings"])
         else:
             more = {}
+        model = build(DiffusionPrior, sizes, theirs)
         others = *MORE.values(), "prd_embedding", "causal_attention_mask"
-        state: dict[str, Tensor] = to_ours(theirs, names(config["num_layers"]), others)
+        state = to_ours(theirs, names(config["num_layers"]), others)
         name = "text_embedding.weight"
-        state[name] = state[name] * length / model.scale
+        state[name] = state[name] * length / scale
         state["query"] = theirs["prd_embedding"].flatten()
-        model.load_state_dict(state | more)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise other_architecture(path, error) from error
-    return model.eval()
+        return fill(model, state | more)

@@ -13,48 +13,48 @@ conversion knows the usual one: the root mean square of z_i, and the mean of a f
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
+from safetensors.torch import load_file
 
 from dalle1.clip import Clip
 from dalle1.clip.loading import quiet_transformers
-from dalle1.console import one_line_errors, parse
-from dalle1.importers.command import refuse_training
+from dalle1.console import bar, one_line_errors, parse
+from dalle1.importers.command import print_license
 from dalle1.json_files import parse_json
-from dalle1.locking import folder_lock
+from dalle1.model_card import ModelInfo
+from dalle1.model_files import check_model_files
 from dalle1.sampling.generation import GenerationConfig
 from dalle1.storage import CLIP_NAME, write_atomic
-from dalle2.diffusion.schedule import ScheduleName
 from dalle2.embedded import Encoders
 from dalle2.exchange.autoencoder import read_autoencoder, write_autoencoder
-from dalle2.exchange.parts import read_part, write_part
+from dalle2.exchange.parts import new_folder, one_architecture, read_part, write_part
 from dalle2.exchange.prior import read_prior, write_prior
+from dalle2.exchange.schedulers import (
+    read_scheduler,
+    refuse_noise,
+    write_no_noise,
+    write_scheduler,
+)
 from dalle2.exchange.stable_unet import read_unet, write_unet
 from dalle2.ldm_autoencoder import LDMAutoencoder
 from dalle2.pipeline import Unclip
 from dalle2.prior import DiffusionPrior
 from dalle2.text_encoders import Concatenated, PaddedText, load_clip_text
-from dalle2.unet import UNetConfig
 
 INDEX = "model_index.json"
 PIPELINES = ("StableUnCLIPPipeline", "StableUnCLIPImg2ImgPipeline")
 CAPTIONS = ("a photo of a dog", "a red bicycle beside a wall", "an oil painting of two ships")
 """What the usual length of z_t is measured on."""
-SCHEDULES: dict[ScheduleName, dict[str, Any]] = {
-    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
-    "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
-    "scaled-linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-}
-OBJECTIVES = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+SAME = 0.01
+"""Largest relative difference of equal weights, as one of two may be rounded."""
 
 
 def index(tokenizer: str, text_tokenizer: str) -> dict[str, Any]:
@@ -82,50 +82,12 @@ def index(tokenizer: str, text_tokenizer: str) -> dict[str, Any]:
     }
 
 
-def scheduler_of(config: UNetConfig) -> dict[str, Any]:
-    """Return the scheduler whose steps are those of `Schedule.steps`, as diffusers writes it."""
-    betas = {
-        name: value * 1000 / config.times if name != "beta_schedule" else value
-        for name, value in SCHEDULES[config.schedule].items()
-    }
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": config.times,
-        "prediction_type": OBJECTIVES[config.objective],
-        "clip_sample": False,
-        "timestep_spacing": "trailing",
-        **betas,
-    }
-
-
-def schedule_of(folder: Path) -> dict[str, Any]:
-    """Return schedule, times and objective of a scheduler's folder, as fields of a `UNetConfig`."""
-    file = folder / "scheduler_config.json"
-    found = parse_json(file, dict)
-    times, kind = found.get("num_train_timesteps", 1000), found.get("prediction_type", "epsilon")
-    objectives = {theirs: ours for ours, theirs in OBJECTIVES.items()}
-    betas = [found.get(name) for name in ("beta_schedule", "beta_start", "beta_end")]
-    for name, own in SCHEDULES.items():
-        scaled = [x * 1000 / times if isinstance(x, float) else x for x in own.values()]
-        if betas[: len(scaled)] == scaled and kind in objectives:
-            return {"schedule": name, "times": times, "objective": objectives[kind]}
-    raise ValueError(
-        f"{file} has the betas {' '.join(map(str, betas))} and predicts {kind}, expected one of "
-        f"{', '.join(SCHEDULES)} and one of {', '.join(objectives)}"
-    )
-
-
-def text_features(clip: Clip, captions: Sequence[str]) -> Tensor:
-    """Return z_t of captions with their own lengths, [B, D]."""
-    inputs = {k: x.to(clip.model.device) for k, x in clip.tokenize(captions, warn=False).items()}
-    with torch.no_grad():
-        found = clip.model.get_text_features(**inputs)
-    return getattr(found, "pooler_output", found)
-
-
+@torch.no_grad()
 def usual_length(clip: Clip) -> float:
-    """Return the mean length of z_t."""
-    return float(text_features(clip, CAPTIONS).norm(dim=1).mean())
+    """Return the mean length that z_t has before it becomes a unit vector."""
+    inputs = clip.tokenize(CAPTIONS, warn=False)
+    found = clip.model.get_text_features(**{k: x.to(clip.model.device) for k, x in inputs.items()})
+    return float(getattr(found, "pooler_output", found).norm(dim=1).mean())
 
 
 def write_stable_unclip(model: Unclip, folder: Path) -> None:
@@ -133,9 +95,9 @@ def write_stable_unclip(model: Unclip, folder: Path) -> None:
 
     Raises: ValueError for a model that such a pipeline cannot hold, or a folder that is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty, expected a new folder")
     autoencoder, prior, text = model.image_tokenizer, model.prior, model.text
+    if not model.decoder.config.embedding_width:
+        raise ValueError("the decoder reads no image embedding, expected one that does")
     if not isinstance(autoencoder, LDMAutoencoder):
         raise ValueError(
             "the autoencoder is not Stable Diffusion's, expected one of dalle1 import vae"
@@ -147,48 +109,30 @@ def write_stable_unclip(model: Unclip, folder: Path) -> None:
         raise ValueError("the decoder has no text encoder clip-text, expected that alone")
     if model.upsampler is not None:
         warnings.warn("a StableUnCLIP has no upsampler; the folder has none", stacklevel=2)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made:
-        path = Path(made) / "model"
-        write_unet(model.decoder, path / "unet")
-        write_autoencoder(autoencoder, path / "vae")
-        write_prior(prior, path, model.encoder.text_len)
-        _write_embedding_parts(path, model.read.embedding_width)
-        _write_schedulers(path, model.decoder.config, prior)
-        _write_text_towers(path, model.encoder, tower)
-        model.encoder.save_pretrained(path / CLIP_NAME)
+    config, width = model.decoder.config, model.read.embedding_width
+    with new_folder(folder) as path, bar(total=6, desc="writing", unit="part", delay=1) as progress:
+        for write in (
+            lambda: write_unet(model.decoder, path / "unet"),
+            lambda: write_autoencoder(autoencoder, path / "vae"),
+            lambda: write_prior(prior, path, model.encoder.text_len),
+            lambda: _write_text_towers(path, model.encoder, tower),
+            lambda: model.encoder.save_pretrained(path / CLIP_NAME),
+        ):
+            write()
+            progress.update()
+        statistics = {"mean": torch.zeros(1, width), "std": torch.full((1, width), width**-0.5)}
+        normalizer = {"_class_name": "StableUnCLIPImageNormalizer", "embedding_dim": width}
+        write_part(path / "image_normalizer", normalizer, statistics)
+        write_no_noise(path / "image_noising_scheduler")
+        steps = config.schedule, config.times, config.objective
+        write_scheduler(path / "scheduler", "DDIMScheduler", *steps)
+        steps = prior.config.schedule, prior.config.times, "x0"
+        write_scheduler(path / "prior_scheduler", "DDPMScheduler", *steps)
         model.generation.save(path)
         model.info.save(path)
         kinds = (type(part.tokenizer).__name__ for part in (model.encoder, tower))
         write_atomic(path / INDEX, json.dumps(index(*kinds), indent=2) + "\n")
-        os.replace(path, folder)
-
-
-def _write_embedding_parts(path: Path, width: int) -> None:
-    """Write the statistics of unit vectors, and a scheduler that adds no noise to them."""
-    config = {"_class_name": "StableUnCLIPImageNormalizer", "embedding_dim": width}
-    tensors = {"mean": torch.zeros(1, width), "std": torch.full((1, width), width**-0.5)}
-    write_part(path / "image_normalizer", config, tensors)
-    no_noise = {"_class_name": "DDPMScheduler", "trained_betas": [1e-12], "num_train_timesteps": 1}
-    _write_scheduler(path / "image_noising_scheduler", no_noise)
-
-
-def _write_schedulers(path: Path, config: UNetConfig, prior: DiffusionPrior) -> None:
-    """Write the schedulers of decoder and prior."""
-    _write_scheduler(path / "scheduler", scheduler_of(config))
-    steps = {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": prior.config.times,
-        "prediction_type": "sample",
-        "clip_sample": False,
-        "timestep_spacing": "trailing",
-        **SCHEDULES[prior.config.schedule],
-    }
-    _write_scheduler(path / "prior_scheduler", steps)
-
-
-def _write_scheduler(folder: Path, config: Mapping[str, Any]) -> None:
-    write_atomic(folder / "scheduler_config.json", json.dumps(config, indent=2) + "\n")
+        progress.update()
 
 
 def _write_text_towers(path: Path, clip: Clip, text: PaddedText) -> None:
@@ -208,56 +152,122 @@ def _write_text_towers(path: Path, clip: Clip, text: PaddedText) -> None:
             part[1].save_pretrained(path / f"{name}tokenizer")
 
 
-def read_stable_unclip(folder: Path, out: Path, clip: str | Path | None = None) -> Unclip:
-    """Convert the pipeline in a folder to the model folder `out`, and return it.
+def tower_scale(folder: Path, clip: Clip) -> float:
+    """Return by what the projection of a tower in a folder exceeds that of the same CLIP.
 
-    Args:
-        clip: folder or Hugging Face name of the CLIP of its embeddings; None is the one that
-            `write_stable_unclip` wrote.
-
-    Raises: ValueError where a part is missing, damaged or of another architecture.
+    Raises: ValueError where the tower is another CLIP's, or damaged.
     """
+    check_model_files(folder)
+    own, scale = clip.model.state_dict(), 1.0
+    with one_architecture(folder):
+        theirs = load_file(folder / "model.safetensors")
+        for name in theirs.keys() - {name for name in theirs if name.endswith("position_ids")}:
+            x, wanted = theirs[name].float(), own[name].cpu()
+            if name.endswith("projection.weight"):
+                scale = float(x.norm() / wanted.norm())
+                x = x / scale
+            if not (x - wanted).norm() <= SAME * wanted.norm() + 1e-6:
+                raise ValueError(f"{name} differs from that of the CLIP; name its own by --clip")
+    return scale
+
+
+def lengths(folder: Path, clip: Clip) -> tuple[float, float]:
+    """Return the usual lengths of z_i and z_t that the pipeline in a folder was trained on.
+
+    Raises: ValueError where its towers are those of another CLIP.
+    """
+    of_text = 1.0
+    for name in ("prior_text_encoder", "image_encoder"):
+        if (folder / name).is_dir():
+            scale = tower_scale(folder / name, clip)
+            of_text = usual_length(clip) * scale if name.startswith("prior") else of_text
+    part = folder / "image_normalizer"
+    _, statistics = read_part(part)
+    with one_architecture(part):
+        mean, std = statistics["mean"], statistics["std"]
+        squares, expected = mean.square() + std.square(), (1, clip.model.config.projection_dim)
+        if {mean.shape, std.shape} != {expected} or not squares.isfinite().all():
+            raise ValueError(
+                f"mean and std are {tuple(mean.shape)} and {tuple(std.shape)}, expected "
+                f"{expected} of finite numbers, for the CLIP's embeddings"
+            )
+    return float(squares.sum().sqrt()), of_text
+
+
+def kind_of_pipeline(folder: Path, clip: str | Path | None) -> str:
+    """Return the class of the pipeline in a folder; ValueError for one that cannot be read."""
+    check_model_files(folder)
     kind = parse_json(folder / INDEX, dict).get("_class_name")
     if kind not in PIPELINES:
         raise ValueError(f"{folder} holds a {kind}, expected a {' or '.join(PIPELINES)}")
+    for part in folder.iterdir():
+        if part.is_symlink() and part.is_dir():
+            raise ValueError(f"{part} is a link, expected a folder; copy what is linked")
     if clip is None and not (folder / CLIP_NAME).is_dir():
         raise ValueError(
             f"{folder} holds no whole CLIP, expected --clip with that of its embeddings, such as "
             "openai/clip-vit-large-patch14 (of 768 numbers)"
         )
-    encoder = Clip.from_pretrained(clip or folder / CLIP_NAME)
-    autoencoder = read_autoencoder(folder / "vae")
-    autoencoder.save(out)
-    encoder.save_pretrained(out / CLIP_NAME)
-    encoders = Encoders.of(out, out / CLIP_NAME)
-    text = load_clip_text(folder / "text_encoder", "cpu", folder / "tokenizer")
-    _, statistics = read_part(folder / "image_normalizer")
-    squares = statistics["mean"].square() + statistics["std"].square()
-    empty = text([""]).states[0]
-    decoder = read_unet(
-        folder / "unet",
-        length=float(squares.sum().sqrt()),
-        text_len=len(empty),
-        text_encoders=("clip-text:text-0",),
-        encoders=str(encoders),
-        **schedule_of(folder / "scheduler"),
-    )
-    decoder.null_caption.copy_(empty)
-    size = autoencoder.downsampling * decoder.config.side
-    autoencoder.config = replace(autoencoder.config, image_size=size)
-    has_prior, own_clip = (folder / "prior").is_dir(), clip is None
-    length = 1.0 if own_clip or not has_prior else usual_length(encoder)
-    model = Unclip(
+    return kind
+
+
+def _read_prior(folder: Path, clip: str, length: float) -> DiffusionPrior:
+    """Read the prior of a pipeline, with the steps that its scheduler tells."""
+    steps = read_scheduler(folder / "prior_scheduler")
+    if (objective := steps.pop("objective")) != "x0":
+        raise ValueError(f"the prior in {folder} predicts {objective}, expected x0 (sample)")
+    return read_prior(folder, clip, length, **steps)
+
+
+def read_stable_unclip(folder: Path, clip: str | Path | None = None) -> Unclip:
+    """Read the pipeline in a folder as a model.
+
+    Args:
+        clip: folder or Hugging Face name of the CLIP of its embeddings; None is the one that
+            `write_stable_unclip` wrote.
+
+    Raises: ValueError where a part is missing, damaged or of another architecture or CLIP.
+    """
+    kind = kind_of_pipeline(folder, clip)
+    with bar(total=5, desc="reading", unit="part", delay=1) as progress:
+        encoder = Clip.from_pretrained(folder / CLIP_NAME if clip is None else clip)
+        of_image, of_text = lengths(folder, encoder)
+        progress.update()
+        autoencoder = read_autoencoder(folder / "vae")
+        progress.update()
+        with tempfile.TemporaryDirectory() as made:  # digests are those of files
+            autoencoder.save(made)
+            encoder.save_pretrained(Path(made) / CLIP_NAME)
+            encoders = Encoders.of(made, Path(made) / CLIP_NAME)
+        text = load_clip_text(folder / "text_encoder", "cpu", folder / "tokenizer")
+        empty = text([""]).states[0]
+        progress.update()
+        refuse_noise(folder / "image_noising_scheduler")
+        decoder = read_unet(
+            folder / "unet",
+            empty,
+            of_image,
+            text_len=len(empty),
+            text_encoders=("clip-text:text-0",),
+            encoders=str(encoders),
+            **read_scheduler(folder / "scheduler"),
+        )
+        progress.update()
+        size = autoencoder.downsampling * decoder.config.side
+        autoencoder.config = replace(autoencoder.config, image_size=size)
+        has_prior = kind == PIPELINES[0]
+        prior = _read_prior(folder, encoders.clip, of_text) if has_prior else None
+        progress.update()
+    return Unclip(
         autoencoder,
         decoder,
         encoder,
-        read_prior(folder, encoders.clip, length) if has_prior else None,
+        prior,
         text=Concatenated([text], decoder.config.text_encoders),
         clip=encoder,
-        generation=GenerationConfig.load(folder) if own_clip else None,
+        generation=GenerationConfig.load(folder),
+        info=ModelInfo.load(folder),
     )
-    model.save_pretrained(out)
-    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,12 +286,13 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        refuse_training(config.out)
-        with folder_lock(config.out):
-            model = read_stable_unclip(config.folder, config.out, config.clip)
+        with new_folder(config.out) as path:
+            model = read_stable_unclip(config.folder, config.clip)
+            model.save_pretrained(path)
         count = sum(p.numel() for p in model.decoder.parameters())
         size, prior = model.image_tokenizer.image_size, "with" if model.prior else "without"
         print(
             f"The model is in {config.out}: a decoder of {count / 1e6:,.0f} million parameters, "
             f"images of {size} × {size} pixels, {prior} a prior"
         )
+        print_license(model.info.license)

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from dalle2.exchange.decoder import BLOCK, ENDS, stages
 from dalle2.exchange.parts import (
-    other_architecture,
+    build,
+    fill,
+    one_architecture,
     read_part,
     refuse,
     refuse_values,
@@ -54,15 +56,28 @@ USUAL = {
     "dual_cross_attention": False,
     "addition_embed_type": None,
     "encoder_hid_dim_type": None,
+    "class_embeddings_concat": False,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "center_input_sample": False,
+    "norm_eps": 1e-5,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "cross_attention_norm": None,
+    "attention_type": "default",
 }
+"""Values that ours have, and diffusers where a config has none."""
 
 
 def names(config: UNetConfig) -> Iterator[tuple[str, list[str]]]:
     """Yield (ours, theirs) of all modules."""
-    yield from ((ours, [theirs]) for ours, theirs in ENDS.items())
-    yield from (
-        (f"embedding_mlp.{i}", [f"class_embedding.linear_{n}"]) for i, n in ((0, 1), (2, 2))
-    )
+    yield from ((ours, [theirs]) for ours, theirs in (ENDS | LABELS).items())
     for stage, block, attention in stages(config):
         yield f"{stage}.block.conv", [f"{block}.conv"]
         yield from ((f"{stage}.block.{ours}", [f"{block}.{k}"]) for ours, k in BLOCK.items())
@@ -135,33 +150,30 @@ def read_config(theirs: dict[str, Any], **known: Any) -> UNetConfig:
     )
 
 
-def read_unet(folder: Path, length: float = 1.0, **known: Any) -> UNet:
+def read_unet(folder: Path, null_caption: Tensor, length: float = 1.0, **known: Any) -> UNet:
     """Read a U-Net that `write_unet` or diffusers wrote, in eval mode.
 
     Args:
+        null_caption: states of the empty caption, [T, W].
         length: length of the z_i that it was trained on.
-        known: fields of the config that the folder does not hold: `objective`, `schedule`,
+        known: fields of the config that the folder does not hold: `objective`, `schedule`, `times`,
             `text_len`, `text_encoders`, `encoders`.
 
     Raises: ValueError where it is missing, damaged or of another architecture.
     """
     config, theirs = read_part(folder)
     refuse_values(folder, config, USUAL)
-    try:
-        model = UNet(read_config(config, **known))
-        c = model.config
-        state: dict[str, Tensor] = to_ours(theirs, names(c))
+    with one_architecture(folder):
+        c = read_config(config, **known)
+        model = build(UNet, c, theirs)
+        state = to_ours(theirs, names(c))
         for name, x in state.items():
             if name.endswith(("enter.weight", "leave.weight")):
                 state[name] = x.flatten(1)  # some are 1×1 convolutions
         if c.embedding_width:
             name = "embedding_mlp.0.weight"
             state[name] = _scaled(state[name], length / math.sqrt(c.embedding_width))
-        state["null_caption"] = model.null_caption
-        model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise other_architecture(folder, error) from error
-    return model.eval()
+        return fill(model, {**state, "null_caption": null_caption})
 
 
 def _scaled(weight: Tensor, factor: float) -> Tensor:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_model import write_images
 from tiny_training import DECODER as DECODER_FLAGS
 from tiny_training import PRIOR
-from tiny_unclip import randomized, tiny_clip, tiny_stable_unclip, tiny_unclip
+from tiny_unclip import (
+    randomized,
+    tiny_clip,
+    tiny_decoder,
+    tiny_stable_unclip,
+    tiny_unclip,
+)
 
 from dalle1 import export
 from dalle2 import embedded
@@ -23,10 +33,12 @@ from dalle2.diffusion.schedule import Schedule
 from dalle2.exchange import autoencoder as importer
 from dalle2.exchange import stable_unclip as command
 from dalle2.exchange.autoencoder import write_autoencoder
+from dalle2.exchange.parts import WEIGHTS
 from dalle2.exchange.stable_unclip import read_stable_unclip, write_stable_unclip
 from dalle2.ldm_autoencoder import LDMAutoencoder, LDMAutoencoderConfig
 from dalle2.pipeline import Unclip
 from dalle2.tasks import decoder, prior
+from dalle2.unet import UNet
 
 CAPTION = "a red cube"
 
@@ -51,10 +63,19 @@ def sampled(model: Unclip) -> list[bytes]:
 def test_images_are_equal_after_writing_and_reading(
     model: Unclip, folder: Path, tmp_path: Path
 ) -> None:
-    found = read_stable_unclip(folder, tmp_path / "model")
+    z = torch.nn.functional.normalize(torch.randn(1, 32))
+    images = [next(model.sample([CAPTION], image_embeddings=x))[0].image for x in (z, -z)]
+    assert images[0].tobytes() != images[1].tobytes()
+    found = read_stable_unclip(folder)
     assert sampled(found) == sampled(model)
+    assert found.info.license == "cc-by-4.0"
+    own_clip = ["--clip", str(folder / "clip")]  # the same, by name
+    command.main([str(folder), *own_clip, "--out", str(tmp_path / "model")])
     again = Unclip.from_pretrained(tmp_path / "model", device="cpu")
     assert sampled(again) == sampled(model)
+    assert again.prior is not None
+    assert model.prior is not None
+    assert replace(again.prior.config, clip="clip") == model.prior.config
 
 
 def decoded(decode: Any, z: torch.Tensor, noise: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -112,12 +133,13 @@ def test_a_pipeline_that_diffusers_wrote_samples_the_same_images_here(tmp_path: 
     normalizer = StableUnCLIPImageNormalizer(32)
     normalizer.mean[:], normalizer.std[:] = 0.3, torch.rand(32) + 0.5
     length = float((normalizer.mean**2 + normalizer.std**2).sum().sqrt())
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
+    sizes = clip.model.config.vision_config.to_dict()
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**{**sizes, "projection_dim": 32}))
+    own = clip.model.state_dict()
+    tower.load_state_dict({name: own[name] for name in tower.state_dict()})
     theirs = diffusers.StableUnCLIPImg2ImgPipeline(
         feature_extractor=clip.processor,
-        image_encoder=CLIPVisionModelWithProjection(vision),
+        image_encoder=tower,
         image_normalizer=normalizer,
         image_noising_scheduler=diffusers.DDPMScheduler(1, trained_betas=[1e-12]),
         tokenizer=other.tokenizer,
@@ -156,7 +178,10 @@ def test_a_pipeline_that_diffusers_wrote_samples_the_same_images_here(tmp_path: 
     )
     theirs.save_pretrained(tmp_path / "pipeline")
     with pytest.raises(ValueError, match="holds no whole CLIP, expected --clip with that of its"):
-        read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
+        read_stable_unclip(tmp_path / "pipeline")
+    tiny_clip(seed=2, embed_dim=32).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="differs from that of the CLIP; name its own by --clip"):
+        read_stable_unclip(tmp_path / "pipeline", tmp_path / "other")
     clip.save_pretrained(tmp_path / "clip")
     words = ("pipeline", "--clip", "clip", "--out", "model")
     command.main([x if x.startswith("--") else str(tmp_path / x) for x in words])
@@ -171,49 +196,116 @@ def test_a_pipeline_that_diffusers_wrote_samples_the_same_images_here(tmp_path: 
 
 
 def test_models_that_a_pipeline_cannot_hold_are_refused(model: Unclip, tmp_path: Path) -> None:
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used/notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="used is not empty, expected a new folder"):
-        write_stable_unclip(model, tmp_path / "used")
     lacking = (
         ({"prior": None}, "no diffusion prior, expected one; use --prior FOLDER"),
         ({"text": None}, "no text encoder clip-text"),
         ({"image_tokenizer": tiny_unclip().image_tokenizer}, "expected one of dalle1 import vae"),
+        ({"decoder": tiny_decoder(embedding_width=0)}, "reads no image embedding, expected one"),
+        ({"decoder": tiny_decoder()}, "stable_diffusion is False, expected True"),
     )
     for parts, message in lacking:
         other = copy.copy(model)
         vars(other).update(parts)
         with pytest.raises(ValueError, match=message):
             write_stable_unclip(other, tmp_path / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["used"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_folder_with_something_in_it_is_written_to(
+    model: Unclip, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/autoencoder.safetensors").write_text("mine")
+    used = ["--out", str(tmp_path / "used")]
+    with pytest.raises(ValueError, match="used is not empty, expected a new folder"):
+        write_stable_unclip(model, tmp_path / "used")
+    for module, part in ((command, folder), (importer, folder / "vae")):
+        with pytest.raises(SystemExit):
+            module.main([str(part), *used])
+        assert "used is not empty, expected a new folder" in capsys.readouterr().err
+    assert [path.read_text() for path in (tmp_path / "used").iterdir()] == ["mine"]
+
+
+SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
 
 
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        (
-            "model_index.json",
-            {"_class_name": "FluxPipeline"},
-            "holds a FluxPipeline, expected",
-        ),
-        ("scheduler/scheduler_config.json", {"beta_end": 0.5}, "has the betas scaled_linear"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "and predicts flow"),
-        ("unet/config.json", {"attention_head_dim": [1, 4]}, "heads are .16, 32. channels wide"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "expected None: ours has no"),
-        ("unet/config.json", {"layers_per_block": 2}, "another architecture than expected"),
-        ("vae/config.json", {"shift_factor": 0.1}, "shift_factor 0.1, expected None"),
-        ("vae/config.json", {"layers_per_block": 3}, "another architecture than expected"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "holds a FluxPipeline, expected"),
+        (SCHEDULER, {"beta_end": 0.5}, "has beta_schedule scaled_linear, beta_start"),
+        (SCHEDULER, {"prediction_type": ["v"]}, "and prediction_type ..v.., expected one of"),
+        (SCHEDULER, {"num_train_timesteps": "a"}, "has num_train_timesteps 'a', expected 1 to"),
+        (SCHEDULER, {"num_train_timesteps": 0}, "has num_train_timesteps 0, expected 1 to"),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True, expected Fal"),
+        (f"prior_{SCHEDULER}", {"beta_start": 0.3}, "has beta_schedule linear, beta_start 0.3"),
+        (f"prior_{SCHEDULER}", {"prediction_type": "epsilon"}, "predicts epsilon, expected x0"),
+        (f"image_noising_{SCHEDULER}", {"trained_betas": [0.5]}, "adds noise of variance 0.5"),
+        (UNET, {"attention_head_dim": [1, 4]}, "heads are .16, 32. channels wide"),
+        (UNET, {"addition_embed_type": "text_time"}, "expected None: ours has no"),
+        (UNET, {"flip_sin_to_cos": False}, "flip_sin_to_cos False, expected True"),
+        (UNET, {"layers_per_block": 2}, "another architecture than expected"),
+        (UNET, {"layers_per_block": 10**7}, "another architecture than expected"),
+        (UNET, {"cross_attention_dim": 0}, "unet holds another architecture than expected"),
+        (UNET, {"cross_attention_dim": 16}, "unet holds another architecture than expected"),
+        (VAE, {"shift_factor": 0.1}, "shift_factor 0.1, expected None"),
+        (VAE, {"layers_per_block": 3}, "another architecture than expected"),
+        (VAE, {"block_out_channels": []}, "another architecture than expected"),
+        (VAE, {"scaling_factor": None}, "vae holds another architecture than expected"),
+        (VAE, {"scaling_factor": 0}, "scaling_factor is 0, expected more than 0"),
         ("prior/config.json", {"added_emb_type": None}, "added_emb_type None, expected prd"),
+        ("prior/config.json", {"embedding_dim": 0}, "another architecture than expected"),
+        ("prior/config.json", {"num_layers": 10**7}, "another architecture than expected"),
+        ("prior/errors.json", [1.0], "errors are 1, expected 10 or none"),
     ],
 )
 def test_pipelines_of_other_architectures_are_refused(
-    folder: Path, file: str, changes: dict[str, Any], message: str, tmp_path: Path
+    folder: Path, file: str, changes: Any, message: str, tmp_path: Path
 ) -> None:
     shutil.copytree(folder, tmp_path / "pipeline")
     path = tmp_path / "pipeline" / file
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, **changes} if isinstance(before, dict) else changes))
     with pytest.raises(ValueError, match=message):
-        read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
+        read_stable_unclip(tmp_path / "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("mean", torch.zeros(1, 1), "of finite numbers, for the CLIP"),
+        ("std", torch.zeros(2, 32), "of finite numbers, for the CLIP"),
+        ("std", torch.full((1, 32), torch.nan), "of finite numbers, for the CLIP"),
+        ("mean", None, "another architecture than expected .'mean'"),
+    ],
+)
+def test_statistics_of_other_embeddings_are_refused(
+    folder: Path, name: str, tensor: torch.Tensor | None, message: str, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "pipeline")
+    path = tmp_path / "pipeline/image_normalizer" / WEIGHTS
+    tensors = load_file(path)
+    save_file({k: v for k, v in {**tensors, name: tensor}.items() if v is not None}, path)
+    with pytest.raises(ValueError, match=message):
+        read_stable_unclip(tmp_path / "pipeline")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="uses links and pipes")
+@pytest.mark.parametrize("file", [f"unet/{WEIGHTS}", VAE, SCHEDULER, "tokenizer", "unet"])
+def test_pipelines_lead_nowhere_else(folder: Path, file: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / file
+    path.rename(tmp_path / "elsewhere")
+    with pytest.raises((ValueError, OSError), match=r"no folder|no part|[Nn]o such file"):
+        read_stable_unclip(tmp_path / "pipeline")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is a link"):
+        read_stable_unclip(tmp_path / "pipeline")
+    path.unlink()
+    if path.suffix:
+        os.mkfifo(path)
+        with pytest.raises(ValueError, match="is a pipe or a device"):
+            read_stable_unclip(tmp_path / "pipeline")
 
 
 def test_a_model_trained_on_such_an_autoencoder_becomes_a_pipeline(tmp_path: Path) -> None:
@@ -241,11 +333,16 @@ def test_a_model_trained_on_such_an_autoencoder_becomes_a_pipeline(tmp_path: Pat
     like_karlo = ["--model.mlp", "gelu-erf", "--model.no-qk-norm"]
     prior.main([*PRIOR, *like_karlo, *data, "--out", str(tmp_path / "prior")])
     joined = ["--model", flags["decoder"], "--prior", str(tmp_path / "prior")]
+    with torch.no_grad():  # after one update, the U-Net's output is still 0
+        weights = UNet.load(flags["decoder"])
+        randomized(weights, 0.1).save(Path(flags["decoder"]) / "latest")
     export.main([*joined, "--format", "diffusers", "--out", str(tmp_path / "pipeline")])
     export.main([*joined, "--dtype", "fp32", "--out", str(tmp_path / "model")])
     command.main([str(tmp_path / "pipeline"), "--out", str(tmp_path / "again")])
     before, after = (Unclip.from_pretrained(tmp_path / x, device="cpu") for x in ("model", "again"))
     assert sampled(before) == sampled(after)
+    assert before.prior is not None
+    assert before.prior.config.errors
     assert before.decoder.null_caption.std() > 0.1  # the states of "", not zeros
     assert before.text is not None
     empty = before.text([""]).states[0]

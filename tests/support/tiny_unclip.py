@@ -9,6 +9,7 @@ from tiny_model import CAPTIONS
 from torch import nn
 
 from dalle1.clip import Clip, ClipArch, new_clip
+from dalle1.model_card import ModelInfo
 from dalle1.text.bpe import Tokenizer
 from dalle2.autoencoder import Autoencoder, AutoencoderConfig
 from dalle2.ldm_autoencoder import LDMAutoencoder, LDMAutoencoderConfig
@@ -61,7 +62,8 @@ def tiny_stable_unclip() -> Unclip:
     clip, other = tiny_clip(embed_dim=32), tiny_clip(seed=1)
     config = LDMAutoencoderConfig(image_size=8, width=32, multipliers=(1, 2), blocks=1)
     sizes: dict[str, Any] = {"embedding_width": 32, "text_width": 32}
-    prior = tiny_prior(**sizes, mlp="gelu-erf", qk_norm=False)
+    steps = {"schedule": "linear", "times": 500, "errors": tuple(n / 10 for n in range(10))}
+    prior = tiny_prior(**sizes, **steps, mlp="gelu-erf", qk_norm=False)
     sizes |= {"width": 32, "multipliers": (1, 2), "attention": (4,), "head_width": 16, "side": 4}
     reads = {"text_len": 12, "pooled_width": 32, "text_encoders": ("clip-text:text-0",)}
     decoder = tiny_decoder(**sizes, **reads, stable_diffusion=True, schedule="scaled-linear")
@@ -69,4 +71,5 @@ def tiny_stable_unclip() -> Unclip:
     decoder.null_caption.copy_(text([""]).states[0])
     together = Concatenated([text], decoder.config.text_encoders)
     autoencoder = randomized(LDMAutoencoder(config), 0.1)
-    return Unclip(autoencoder, decoder, clip, prior, text=together, clip=clip)
+    info = ModelInfo(license="cc-by-4.0")
+    return Unclip(autoencoder, decoder, clip, prior, text=together, clip=clip, info=info)
