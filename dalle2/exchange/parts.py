@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dalle1.config import check_types
 from dalle1.json_files import parse_json
+from dalle1.locking import folder_lock
 from dalle1.model_files import check_model_files
 from dalle1.storage import (
     atomic_path,
@@ -115,16 +116,14 @@ def one_architecture(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, whose content moves to `folder` in the end.
+    """Yield an unfinished folder in `folder`, whose content moves up to it in the end.
 
     Raises: ValueError where `folder` is not empty: nothing there is replaced.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty, expected a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished.", dir=folder.parent) as made:
+    with folder_lock(folder), tempfile.TemporaryDirectory(prefix=".new.", dir=folder) as made:
         yield Path(made)
-        folder.mkdir(exist_ok=True)
         for path in Path(made).iterdir():
             os.rename(path, folder / path.name)
 

@@ -13,7 +13,6 @@ conversion knows the usual one: the root mean square of z_i, and the mean of a f
 from __future__ import annotations
 
 import json
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -219,26 +218,26 @@ def _read_prior(folder: Path, clip: str, length: float) -> DiffusionPrior:
     return read_prior(folder, clip, length, **steps)
 
 
-def read_stable_unclip(folder: Path, clip: str | Path | None = None) -> Unclip:
-    """Read the pipeline in a folder as a model.
+def read_stable_unclip(folder: Path, out: Path, clip: str | Path | None = None) -> Unclip:
+    """Convert the pipeline in a folder to a model in the new folder `out`, and return it.
 
     Args:
         clip: folder or Hugging Face name of the CLIP of its embeddings; None is the one that
             `write_stable_unclip` wrote.
 
-    Raises: ValueError where a part is missing, damaged or of another architecture or CLIP.
+    Raises: ValueError where a part is missing, damaged or of another architecture or CLIP, or `out`
+        is not empty.
     """
     kind = kind_of_pipeline(folder, clip)
-    with bar(total=5, desc="reading", unit="part", delay=1) as progress:
+    with new_folder(out) as path, bar(total=5, desc="reading", unit="part", delay=1) as progress:
         encoder = Clip.from_pretrained(folder / CLIP_NAME if clip is None else clip)
         of_image, of_text = lengths(folder, encoder)
+        encoder.save_pretrained(path / CLIP_NAME)
         progress.update()
         autoencoder = read_autoencoder(folder / "vae")
+        autoencoder.save(path)
         progress.update()
-        with tempfile.TemporaryDirectory() as made:  # digests are those of files
-            autoencoder.save(made)
-            encoder.save_pretrained(Path(made) / CLIP_NAME)
-            encoders = Encoders.of(made, Path(made) / CLIP_NAME)
+        encoders = Encoders.of(path, path / CLIP_NAME)
         text = load_clip_text(folder / "text_encoder", "cpu", folder / "tokenizer")
         empty = text([""]).states[0]
         progress.update()
@@ -256,18 +255,19 @@ def read_stable_unclip(folder: Path, clip: str | Path | None = None) -> Unclip:
         size = autoencoder.downsampling * decoder.config.side
         autoencoder.config = replace(autoencoder.config, image_size=size)
         has_prior = kind == PIPELINES[0]
-        prior = _read_prior(folder, encoders.clip, of_text) if has_prior else None
+        model = Unclip(
+            autoencoder,
+            decoder,
+            encoder,
+            _read_prior(folder, encoders.clip, of_text) if has_prior else None,
+            text=Concatenated([text], decoder.config.text_encoders),
+            clip=encoder,
+            generation=GenerationConfig.load(folder),
+            info=ModelInfo.load(folder),
+        )
+        model.save_pretrained(path)
         progress.update()
-    return Unclip(
-        autoencoder,
-        decoder,
-        encoder,
-        prior,
-        text=Concatenated([text], decoder.config.text_encoders),
-        clip=encoder,
-        generation=GenerationConfig.load(folder),
-        info=ModelInfo.load(folder),
-    )
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,9 +286,7 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        with new_folder(config.out) as path:
-            model = read_stable_unclip(config.folder, config.clip)
-            model.save_pretrained(path)
+        model = read_stable_unclip(config.folder, config.out, config.clip)
         count = sum(p.numel() for p in model.decoder.parameters())
         size, prior = model.image_tokenizer.image_size, "with" if model.prior else "without"
         print(

@@ -66,7 +66,7 @@ def test_images_are_equal_after_writing_and_reading(
     z = torch.nn.functional.normalize(torch.randn(1, 32))
     images = [next(model.sample([CAPTION], image_embeddings=x))[0].image for x in (z, -z)]
     assert images[0].tobytes() != images[1].tobytes()
-    found = read_stable_unclip(folder)
+    found = read_stable_unclip(folder, tmp_path / "found")
     assert sampled(found) == sampled(model)
     assert found.info.license == "cc-by-4.0"
     own_clip = ["--clip", str(folder / "clip")]  # the same, by name
@@ -178,10 +178,10 @@ def test_a_pipeline_that_diffusers_wrote_samples_the_same_images_here(tmp_path: 
     )
     theirs.save_pretrained(tmp_path / "pipeline")
     with pytest.raises(ValueError, match="holds no whole CLIP, expected --clip with that of its"):
-        read_stable_unclip(tmp_path / "pipeline")
+        read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
     tiny_clip(seed=2, embed_dim=32).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="differs from that of the CLIP; name its own by --clip"):
-        read_stable_unclip(tmp_path / "pipeline", tmp_path / "other")
+        read_stable_unclip(tmp_path / "pipeline", tmp_path / "model", tmp_path / "other")
     clip.save_pretrained(tmp_path / "clip")
     words = ("pipeline", "--clip", "clip", "--out", "model")
     command.main([x if x.startswith("--") else str(tmp_path / x) for x in words])
@@ -267,7 +267,8 @@ def test_pipelines_of_other_architectures_are_refused(
     before = json.loads(path.read_text())
     path.write_text(json.dumps({**before, **changes} if isinstance(before, dict) else changes))
     with pytest.raises(ValueError, match=message):
-        read_stable_unclip(tmp_path / "pipeline")
+        read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_statistics_of_other_embeddings_are_refused(
     tensors = load_file(path)
     save_file({k: v for k, v in {**tensors, name: tensor}.items() if v is not None}, path)
     with pytest.raises(ValueError, match=message):
-        read_stable_unclip(tmp_path / "pipeline")
+        read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="uses links and pipes")
@@ -297,15 +298,15 @@ def test_pipelines_lead_nowhere_else(folder: Path, file: str, tmp_path: Path) ->
     path = tmp_path / "pipeline" / file
     path.rename(tmp_path / "elsewhere")
     with pytest.raises((ValueError, OSError), match=r"no folder|no part|[Nn]o such file"):
-        read_stable_unclip(tmp_path / "pipeline")
+        read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="is a link"):
-        read_stable_unclip(tmp_path / "pipeline")
+        read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
     path.unlink()
     if path.suffix:
         os.mkfifo(path)
         with pytest.raises(ValueError, match="is a pipe or a device"):
-            read_stable_unclip(tmp_path / "pipeline")
+            read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
 
 
 def test_a_model_trained_on_such_an_autoencoder_becomes_a_pipeline(tmp_path: Path) -> None:

@@ -81,7 +81,10 @@ class Watch:
         elif event in _WRITES:
             for i in _WRITES[event]:
                 if isinstance(arguments[i], (str, bytes, os.PathLike)):
-                    self._changes(os.fsdecode(arguments[i]), event)
+                    path = os.fsdecode(arguments[i])
+                    if event in ("os.remove", "os.rmdir") and (arguments[1] or -1) >= 0:
+                        path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+                    self._changes(path, event)
 
     def _changes(self, path: str, how: str) -> None:
         where = os.path.realpath(os.path.dirname(os.path.abspath(path)))
