@@ -7,7 +7,9 @@ One is written KIND:WHERE, where WHERE is a folder, a Hugging Face name or "bund
     clip:bundled                  the text tower of a CLIP or SigLIP       (LDM, SDXL)
     clip-text:bundled             the same, with the states of its padding (Stable Diffusion)
     t5:google/t5-v1_1-small       the encoder of a T5                      (Imagen)
-    dalle:bundled                 the text states of a DALL·E's transformer, offline in place of T5
+    dalle-middle:bundled          the text states of a DALL·E's transformer after half its layers,
+                                  offline in place of a T5
+    dalle:bundled                 the same after all layers: they tell the next word, more than this
 
 Several are concatenated by channel, as in SDXL.
 """
@@ -40,7 +42,7 @@ from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
 
-KINDS = ("clip", "clip-text", "t5", "dalle")
+KINDS = ("clip", "clip-text", "t5", "dalle-middle", "dalle")
 BUNDLED = "bundled"
 MAX_T5_TOKENS = 256
 CACHE_BYTES = 256 * 2**20
@@ -100,8 +102,10 @@ class PaddedText(HuggingFaceText):
 class TransformerText(TextEncoder):
     """The text states of a DALL·E's transformer; its pooled embedding is the last token's."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, middle: bool = False) -> None:
+        """Keep the model; `middle` states are those after half of its layers, normalized."""
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.middle = middle
         self.width = self.embedding_width = model.config.width
         self.models = (self.model,)
 
@@ -111,7 +115,11 @@ class TransformerText(TextEncoder):
         cleaned = [clean_prompt(caption) if caption.strip() else "" for caption in captions]
         device = self.model.text_embedding.weight.device
         text = self.tokenizer.encode(cleaned, config.text_len).to(device)
-        states = self.model.run(self.model.embed_text(text), [_causal] * config.depth).float()
+        x, attends = self.model.embed_text(text), [_causal] * config.depth
+        states = self.model.run(
+            x, attends, depth=config.depth // 2 if self.middle else None
+        ).float()
+        states = F.layer_norm(states, (config.width,)) if self.middle else states
         mask = text < config.text_vocab
         if config.image_start != "none":  # state i + 1 is the first that reads token i
             states, mask = states[:, 1:], mask[:, :-1]
@@ -259,10 +267,11 @@ def load_text_encoder(
     if kind == "clip":
         bundled = BUNDLED_CLIP if where == BUNDLED else where
         return CaptionReader(Clip.from_pretrained(folder or bundled, device))
-    if kind == "dalle":
+    if kind in ("dalle", "dalle-middle"):
         found = folder or find_model(BUNDLED_CLIP.parent if where == BUNDLED else where)
         vocabulary = Tokenizer.load(found / "vocab.json")
-        return TransformerText(Transformer.load(found, device), vocabulary)
+        model = Transformer.load(found, device)
+        return TransformerText(model, vocabulary, kind == "dalle-middle")
     if kind == "clip-text" and folder is not None:
         return load_clip_text(folder, device)
     if kind == "clip-text":

@@ -213,14 +213,19 @@ class Transformer(nn.Module):
         return x + self.row(rows) + self.column(positions % self.config.grid_size)
 
     def run(
-        self, x: Tensor, attends: Sequence[Attend] | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        attends: Sequence[Attend] | None = None,
+        positions: Tensor | None = None,
+        depth: int | None = None,
     ) -> Tensor:
-        """Run embedded states [B, n, D] through all layers.
+        """Run embedded states [B, n, D] through all layers and the last norm.
 
         Args:
             attends: attention of each layer; None is its mask.
             positions: positions in the stream, [n], or [1] if all states share one; None is the
                 first n.
+            depth: number of layers, whose states are returned without a norm; None is all.
         """
         angles = None
         if self.rotary is not None:
@@ -229,8 +234,10 @@ class Transformer(nn.Module):
                 torch.arange(n, device=x.device) if positions is None else positions,
                 torch.promote_types(x.dtype, torch.float32),
             )
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:depth]):
             x = layer(x, attends[i] if attends else self.masks[self.kinds[i]], angles)
+        if depth is not None:
+            return x
         x = self.norm(x)
         return x if self.head_norm is None else self.head_norm(x)
 

@@ -63,8 +63,8 @@ class DecoderTrainConfig(EmbeddedTrainConfig):
     """Architecture of the U-Net."""
     text_encoders: tuple[str, ...] = ()
     """Frozen text encoders of captions, concatenated: clip:WHERE, clip-text:WHERE (reads padding,
-    too), t5:WHERE or dalle:WHERE, WHERE a folder, a Hugging Face name or bundled. None: the text
-    tower of --clip."""
+    too), t5:WHERE, dalle-middle:WHERE or dalle:WHERE, WHERE a folder, a Hugging Face name or
+    bundled. None: the text tower of --clip."""
     embedding: Literal["image", "text", "none"] = "image"
     """Embedding that the decoder is trained on: the image's; its caption's, an ablation; or none,
     as in LDM, Imagen and SDXL."""
@@ -147,12 +147,12 @@ _ldm = replace(
 )  # Rombach et al. 2022, as in Stable Diffusion
 _imagen = replace(
     _ldm,
-    text_encoders=("dalle:bundled",),  # Paper: a T5, as by t5:google/t5-v1_1-xxl
+    text_encoders=("dalle-middle:bundled",),  # Paper: a T5, as by t5:google/t5-v1_1-xxl
     model=replace(_small.model, text_norm=True, text_pool=True),
 )  # Saharia et al. 2022
 _sdxl = replace(
     _ldm,
-    text_encoders=("clip:bundled", "dalle:bundled"),
+    text_encoders=("clip:bundled", "dalle-middle:bundled"),
     model=replace(_small.model, text_pool=True, size_features=256),
 )  # Podell et al. 2023
 

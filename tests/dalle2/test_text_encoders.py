@@ -334,6 +334,16 @@ def test_the_bundled_transformer_reads_captions() -> None:
     assert int(found.mask.sum()) > 4
 
 
+def test_middle_states_tell_a_word_and_last_states_the_next() -> None:
+    captions = ["a red cube", "a red teapot"]  # what follows is alike
+    apart = {}
+    for kind in ("dalle-middle", "dalle"):
+        one, other = load_text_encoder(f"{kind}:bundled", "cpu")(captions).states
+        apart[kind] = float((one[2] - other[2]).norm() / one[2].norm())
+        torch.testing.assert_close(one[:2], other[:2])
+    assert apart["dalle-middle"] > 1.5 * apart["dalle"] > 0
+
+
 def test_an_empty_caption_has_no_token() -> None:
     model = tiny_model()
     found = TransformerText(model.transformer, model.tokenizer)(["", TEXTS[0]])
