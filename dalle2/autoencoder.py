@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle1.storage import (
     load_config,
@@ -25,8 +25,9 @@ from dalle1.storage import (
     save_weights,
     weights_digest,
 )
-from dalle2.ldm_autoencoder import FILE_NAME, LDMAutoencoder, LDMAutoencoderConfig
+from dalle2.latents import FILE_NAME, Latents
 from dalle2.ldm_autoencoder import KIND as LDM
+from dalle2.ldm_autoencoder import LDMAutoencoder, LDMAutoencoderConfig
 from dvae.losses import Distortion, distortion_of, squeeze_pixels
 from dvae.model import DOWNSAMPLING, DVAE, Decoder, DVAEConfig, Encoder, reconstruction
 
@@ -86,7 +87,7 @@ class AutoencoderLoss:
     """KL(q ‖ N(0, 1)), in nats per latent value."""
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Latents):
     """Images to latents and back."""
 
     downsampling = DOWNSAMPLING
@@ -123,28 +124,9 @@ class Autoencoder(nn.Module):
         model.load_state_dict(state, strict=False)
         return model
 
-    @property
-    def image_size(self) -> int:
-        """Side of its images in pixels."""
-        return self.config.image_size
-
-    @property
-    def grid_size(self) -> int:
-        """Positions along each side of the latents."""
-        return self.config.image_size // self.downsampling
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one image's latents, (c, h, w)."""
-        return self.config.latent_channels, self.grid_size, self.grid_size
-
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the log-variance of q(z | image), before normalization."""
-        if images.ndim != 4 or images.shape[1] != 3 or any(s % 8 for s in images.shape[2:]):
-            raise ValueError(
-                f"images are {tuple(images.shape)}, expected [B, 3, H, W] with H and W multiples "
-                "of 8; resize or crop them first"
-            )
+        self.check_images(images)
         stats = rearrange(self.encoder(squeeze_pixels(images)), "b h w c -> b c h w")
         mean, log_variance = stats.float().chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, MAX_LOG_VARIANCE)
@@ -204,11 +186,7 @@ class Autoencoder(nn.Module):
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Decode latents as `decode` does, with gradients."""
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(
-                f"latents are {tuple(latents.shape)}, expected [B, {self.config.latent_channels}, "
-                "h, w]; use the autoencoder that the decoder was trained with"
-            )
+        self.check_latents(latents)
         mean, scale = (x.view(-1, 1, 1) for x in (self.latent_mean, self.latent_std))
         return reconstruction(self.decoded(latents * scale + mean))
 
@@ -263,7 +241,7 @@ class PixelsConfig:
     """Red, green and blue."""
 
 
-class Pixels(nn.Module):
+class Pixels(Latents):
     """The paper's way: no autoencoder. The latents are the pixels, in [−1, 1]."""
 
     downsampling = 1
@@ -275,21 +253,6 @@ class Pixels(nn.Module):
         self.config = config
         self.register_buffer("latent_mean", torch.full((3,), 0.5))
         self.register_buffer("latent_std", torch.full((3,), 0.5))
-
-    @property
-    def image_size(self) -> int:
-        """Side of its images in pixels."""
-        return self.config.image_size
-
-    @property
-    def grid_size(self) -> int:
-        """Positions along each side: pixels."""
-        return self.config.image_size
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one image, (3, h, w)."""
-        return 3, self.grid_size, self.grid_size
 
     def encode(self, images: Tensor) -> Tensor:
         """Scale images in [0, 1] to [−1, 1]."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dalle1.storage import save_weights
 from dalle1.vqgan.model import Decoder, Encoder, VQGANConfig
+from dalle2.latents import FILE_NAME, Latents
 
-FILE_NAME = "autoencoder.safetensors"
 KIND = "ldm"
 
 
@@ -59,46 +59,21 @@ class LDMAutoencoderConfig:
         )
 
 
-class LDMAutoencoder(nn.Module):
+class LDMAutoencoder(Latents):
     """Images to latents and back."""
 
     def __init__(self, config: LDMAutoencoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.downsampling = config, 2 ** (len(config.multipliers) - 1)
         c = config.latent_channels
         self.encoder, self.decoder = Encoder(config.network(2 * c)), Decoder(config.network(c))
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    @property
-    def downsampling(self) -> int:
-        """Pixels per position, along each side."""
-        return 2 ** (len(self.config.multipliers) - 1)
-
-    @property
-    def image_size(self) -> int:
-        """Side of its images in pixels."""
-        return self.config.image_size
-
-    @property
-    def grid_size(self) -> int:
-        """Positions along each side of the latents."""
-        return self.config.image_size // self.downsampling
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one image's latents, (c, h, w)."""
-        return self.config.latent_channels, self.grid_size, self.grid_size
-
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images as latents [B, c, h, w]: the posterior's mean, scaled."""
-        factor = self.downsampling
-        if images.ndim != 4 or images.shape[1] != 3 or any(s % factor for s in images.shape[2:]):
-            raise ValueError(
-                f"images are {tuple(images.shape)}, expected [B, 3, H, W] with H and W multiples "
-                f"of {factor}; resize or crop them first"
-            )
+        self.check_images(images)
         mean, _ = self.quant_conv(self.encoder(2 * images - 1)).float().chunk(2, dim=1)
         return mean * self.config.scaling_factor
 
@@ -109,11 +84,7 @@ class LDMAutoencoder(nn.Module):
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """Decode latents as `decode` does, with gradients."""
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(
-                f"latents are {tuple(latents.shape)}, expected [B, {self.config.latent_channels}, "
-                "h, w]; use the autoencoder that the decoder was trained with"
-            )
+        self.check_latents(latents)
         vectors = self.post_quant_conv(latents / self.config.scaling_factor)
         return (self.decoder(vectors).float() / 2 + 0.5).clamp(0, 1)
 

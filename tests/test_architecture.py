@@ -42,7 +42,8 @@ LAYERS = [
     ["dalle1.sampling.*"],
     ["dalle1.importers.*"],
     ["dalle2", "dalle2.bundled", "dalle2.diffusion.*"],
-    ["dalle2.blocks", "dalle2.ldm_autoencoder"],
+    ["dalle2.blocks", "dalle2.latents"],
+    ["dalle2.ldm_autoencoder"],
     ["dalle2.autoencoder", "dalle2.conditioning"],
     ["dalle2.unet", "dalle2.text_encoders"],
     [
