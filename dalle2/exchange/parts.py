@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dalle1.config import check_types
 from dalle1.json_files import parse_json
-from dalle1.locking import folder_lock
+from dalle1.locking import LOCK_NAME, folder_lock
 from dalle1.model_files import check_model_files
 from dalle1.storage import (
     atomic_path,
@@ -116,16 +117,33 @@ def one_architecture(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an unfinished folder in `folder`, whose content moves up to it in the end.
+    """Lock `folder`, and yield an unfinished folder in it, whose content moves up in the end.
 
-    Raises: ValueError where `folder` is not empty: nothing there is replaced.
+    Raises: ValueError where `folder` is not empty, also in the end: nothing there is replaced.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty, expected a new folder")
-    with folder_lock(folder), tempfile.TemporaryDirectory(prefix=".new.", dir=folder) as made:
-        yield Path(made)
-        for path in Path(made).iterdir():
-            os.rename(path, folder / path.name)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a new folder")
+    with folder_lock(folder):
+        _refuse_content(folder)
+        with tempfile.TemporaryDirectory(prefix=".new.", dir=folder) as made:
+            yield Path(made)
+            _refuse_content(folder, Path(made).name)
+            moved: list[Path] = []
+            try:
+                for path in Path(made).iterdir():
+                    moved.append(folder / path.name)
+                    os.rename(path, moved[-1])
+            except BaseException:  # a part of a model could pass for a whole one
+                for path in moved:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                raise
+
+
+def _refuse_content(folder: Path, *but: str) -> None:
+    """Raise ValueError where a folder has any content but these names and its lock."""
+    for path in folder.iterdir():
+        if path.name not in (*but, LOCK_NAME):
+            raise ValueError(f"{folder} holds {path.name}, expected a new or empty folder")
 
 
 def refuse(config: Any, checks: Iterable[tuple[str, bool, str]]) -> None:
@@ -145,5 +163,6 @@ def refuse_values(folder: Path, config: Mapping[str, Any], usual: Mapping[str, A
         usual: name → the only value, which is also that of a config without it.
     """
     for name, value in usual.items():
-        if (found := config.get(name, value)) != value:
+        found = config.get(name, value)
+        if found != value and not (isinstance(found, list) and set(found) == {value}):
             raise ValueError(f"{folder} has {name} {found}, expected {value}: ours has no other")

@@ -55,6 +55,7 @@ USUAL = {
     "encoder_hid_proj_type": "linear",
     "norm_in_type": None,
     "embedding_proj_norm_type": None,
+    "time_embed_act_fn": "silu",
 }
 SCALED = "embedding_proj.weight"
 MORE = {"positions": "positional_embedding", "mean": "clip_mean", "std": "clip_std"}

@@ -157,16 +157,25 @@ def tower_scale(folder: Path, clip: Clip) -> float:
     Raises: ValueError where the tower is another CLIP's, or damaged.
     """
     check_model_files(folder)
-    own, scale = clip.model.state_dict(), 1.0
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"no file {file}, expected the tower of a CLIP there")
+    kind = "text" if folder.name.endswith("text_encoder") else "vision"
+    parts = f"{kind}_model.", f"{'visual' if kind == 'vision' else kind}_projection."
     with one_architecture(folder):
-        theirs = load_file(folder / "model.safetensors")
-        for name in theirs.keys() - {name for name in theirs if name.endswith("position_ids")}:
-            x, wanted = theirs[name].float(), own[name].cpu()
-            if name.endswith("projection.weight"):
-                scale = float(x.norm() / wanted.norm())
-                x = x / scale
-            if not (x - wanted).norm() <= SAME * wanted.norm() + 1e-6:
-                raise ValueError(f"{name} differs from that of the CLIP; name its own by --clip")
+        theirs = load_file(file)
+        tensors = {k: x.float() for k, x in theirs.items() if not k.endswith("position_ids")}
+    own = {k: x.cpu() for k, x in clip.model.state_dict().items() if k.startswith(parts)}
+    shapes = [{name: x.shape for name, x in found.items()} for found in (own, tensors)]
+    scale = 1.0
+    same = shapes[0] == shapes[1]
+    for name, x in tensors.items() if same else ():
+        if name.startswith(parts[1]):
+            scale = float(x.norm() / own[name].norm())
+            x = x / scale
+        same = same and bool((x - own[name]).norm() <= SAME * own[name].norm() + 1e-6)
+    if not same:
+        raise ValueError(f"{folder} is a tower of another CLIP; name its own by --clip")
     return scale
 
 

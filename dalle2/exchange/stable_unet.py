@@ -59,6 +59,7 @@ USUAL = {
     "class_embeddings_concat": False,
     "time_embedding_type": "positional",
     "timestep_post_act": None,
+    "time_embedding_act_fn": None,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
     "center_input_sample": False,

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,14 @@ from dalle2.diffusion.schedule import Schedule
 from dalle2.exchange import autoencoder as importer
 from dalle2.exchange import stable_unclip as command
 from dalle2.exchange.autoencoder import write_autoencoder
-from dalle2.exchange.parts import WEIGHTS
-from dalle2.exchange.stable_unclip import read_stable_unclip, write_stable_unclip
+from dalle2.exchange.parts import WEIGHTS, new_folder
+from dalle2.exchange.schedulers import read_scheduler
+from dalle2.exchange.stable_unclip import (
+    lengths,
+    read_stable_unclip,
+    usual_length,
+    write_stable_unclip,
+)
 from dalle2.ldm_autoencoder import LDMAutoencoder, LDMAutoencoderConfig
 from dalle2.pipeline import Unclip
 from dalle2.tasks import decoder, prior
@@ -180,7 +187,7 @@ def test_a_pipeline_that_diffusers_wrote_samples_the_same_images_here(tmp_path: 
     with pytest.raises(ValueError, match="holds no whole CLIP, expected --clip with that of its"):
         read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
     tiny_clip(seed=2, embed_dim=32).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="differs from that of the CLIP; name its own by --clip"):
+    with pytest.raises(ValueError, match="is a tower of another CLIP; name its own by --clip"):
         read_stable_unclip(tmp_path / "pipeline", tmp_path / "model", tmp_path / "other")
     clip.save_pretrained(tmp_path / "clip")
     words = ("pipeline", "--clip", "clip", "--out", "model")
@@ -217,12 +224,12 @@ def test_no_folder_with_something_in_it_is_written_to(
     (tmp_path / "used").mkdir()
     (tmp_path / "used/autoencoder.safetensors").write_text("mine")
     used = ["--out", str(tmp_path / "used")]
-    with pytest.raises(ValueError, match="used is not empty, expected a new folder"):
+    with pytest.raises(ValueError, match=r"used holds autoencoder\.safetensors, expected"):
         write_stable_unclip(model, tmp_path / "used")
     for module, part in ((command, folder), (importer, folder / "vae")):
         with pytest.raises(SystemExit):
             module.main([str(part), *used])
-        assert "used is not empty, expected a new folder" in capsys.readouterr().err
+        assert "used holds autoencoder.safetensors, expected a new" in capsys.readouterr().err
     assert [path.read_text() for path in (tmp_path / "used").iterdir()] == ["mine"]
 
 
@@ -289,6 +296,67 @@ def test_statistics_of_other_embeddings_are_refused(
     save_file({k: v for k, v in {**tensors, name: tensor}.items() if v is not None}, path)
     with pytest.raises(ValueError, match=message):
         read_stable_unclip(tmp_path / "pipeline", tmp_path / "model")
+
+
+def test_the_text_tower_tells_the_length_of_its_embeddings(
+    model: Unclip, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "pipeline")
+    path = tmp_path / "pipeline/prior_text_encoder/model.safetensors"
+    clip, tensors = model.encoder, load_file(path)
+    length, name = usual_length(clip), "text_projection.weight"
+    assert length > 2
+    assert lengths(folder, clip)[1] == pytest.approx(1, rel=1e-4)
+    save_file({**tensors, name: tensors[name] * length}, path)  # as CLIP has it
+    assert lengths(tmp_path / "pipeline", clip)[1] == pytest.approx(length, rel=1e-4)
+    changed = {**tensors, "text_model.final_layer_norm.bias": torch.ones(32)}
+    fewer = {name: tensors[name]}
+    for wrong in (changed, fewer):
+        save_file(wrong, path)
+        with pytest.raises(ValueError, match="is a tower of another CLIP; name its own by --cl"):
+            lengths(tmp_path / "pipeline", clip)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"no file .*, expected the tower of a CLIP"):
+        lengths(tmp_path / "pipeline", clip)
+
+
+def write_new(folder: Path, *names: str, then: Callable[[], object]) -> None:
+    """Write folders of these names to a new folder, after something else happens."""
+    with new_folder(folder) as path:
+        for name in names:
+            (path / name).mkdir()
+        then()
+
+
+def test_an_interrupted_import_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, calls, out = os.rename, list[Path](), tmp_path / "out"
+
+    def interrupt(source: Path | None = None, target: Path | None = None) -> None:
+        if source is None or target is None or len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(source)
+        rename(source, target)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_new(out, "a", then=interrupt)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="holds a, expected a new or empty folder"):
+        write_new(out, "a", then=lambda: (out / "a").write_text("mine"))
+    assert [(x.name, x.read_text()) for x in out.iterdir()] == [("a", "mine")]
+    with pytest.raises(KeyboardInterrupt):
+        write_new(tmp_path / "b", *"abc", then=lambda: monkeypatch.setattr(os, "rename", interrupt))
+    assert calls
+    assert not (tmp_path / "b").exists()
+
+
+def test_schedulers_of_unclip_are_cosine(tmp_path: Path) -> None:
+    (tmp_path / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "UnCLIPScheduler", "prediction_type": "sample"})
+    )
+    found = {"schedule": "cosine", "times": 1000, "objective": "x0"}
+    assert read_scheduler(tmp_path) == found
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="uses links and pipes")
