@@ -1,4 +1,4 @@
-"""The parts of the denoising U-Net: those of ADM, GLIDE and unCLIP.
+"""The parts of the denoising U-Net: those of ADM and GLIDE, and those of Stable Diffusion.
 
 B batch, C channels, H W sides, E width of the time embedding, T tokens, X width of a token.
 """
@@ -88,6 +88,13 @@ class ResBlock(nn.Module):
         return self.identity(self.resized(x)) + self.conv_out(self.dropout(F.silu(y)))
 
 
+def attend(heads: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend in heads from q [B, N, C] to k and v [B, M, C], by a mask [B, 1, 1, M] if any."""
+    q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=heads) for y in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return rearrange(y, "b h n d -> b n (h d)")
+
+
 class Attention(nn.Module):
     """Attention over all positions and the context's tokens, whose keys are concatenated."""
 
@@ -107,9 +114,7 @@ class Attention(nn.Module):
             more_k, more_v = self.context(context.tokens).chunk(2, dim=-1)
             k, v = torch.cat([more_k, k], 1), torch.cat([more_v, v], 1)
             mask = F.pad(context.mask, (0, flat.shape[1]), value=True)[:, None, None]
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = self.out(rearrange(y, "b h n d -> b n (h d)"))
+        y = self.out(attend(self.heads, q, k, v, mask))
         return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -145,18 +150,13 @@ class SpatialTransformer(nn.Module):
         self.cross_out = nn.Linear(channels, channels)
         self.up, self.down = nn.Linear(channels, 8 * channels), nn.Linear(4 * channels, channels)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from q [B, N, C] to k and v [B, M, C]."""
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
-        return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-
     def forward(self, x: Tensor, context: Context | None) -> Tensor:  # [B, C, H, W]
         if context is None:
             raise ValueError("this U-Net reads captions, expected a condition")
         y = self.enter(rearrange(self.norm(x), "b c h w -> b (h w) c"))
-        y = y + self.self_out(self.attend(*self.qkv(self.self_norm(y)).chunk(3, -1)))
+        y = y + self.self_out(attend(self.heads, *self.qkv(self.self_norm(y)).chunk(3, -1)))
         k, v = self.context(context.tokens).chunk(2, -1)
-        y = y + self.cross_out(self.attend(self.query(self.cross_norm(y)), k, v))
+        y = y + self.cross_out(attend(self.heads, self.query(self.cross_norm(y)), k, v))
         values, gate = self.up(self.mlp_norm(y)).chunk(2, -1)
         y = self.leave(y + self.down(values * F.gelu(gate)))
         return x + rearrange(y, "b (h w) c -> b c h w", h=x.shape[2])

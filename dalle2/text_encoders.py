@@ -36,6 +36,7 @@ from dalle1.clip.loading import BUNDLED as BUNDLED_CLIP
 from dalle1.clip.loading import quiet_transformers
 from dalle1.data.cleaning import clean_prompt
 from dalle1.hub import find_model
+from dalle1.json_files import parse_json
 from dalle1.model.transformer import Transformer
 from dalle1.model_files import check_model_files
 from dalle1.storage import model_folder
@@ -116,9 +117,8 @@ class TransformerText(TextEncoder):
         device = self.model.text_embedding.weight.device
         text = self.tokenizer.encode(cleaned, config.text_len).to(device)
         x, attends = self.model.embed_text(text), [_causal] * config.depth
-        states = self.model.run(
-            x, attends, depth=config.depth // 2 if self.middle else None
-        ).float()
+        depth = max(1, config.depth // 2) if self.middle else None
+        states = self.model.run(x, attends, depth=depth).float()
         states = F.layer_norm(states, (config.width,)) if self.middle else states
         mask = text < config.text_vocab
         if config.image_start != "none":  # state i + 1 is the first that reads token i
@@ -272,14 +272,21 @@ def load_text_encoder(
         vocabulary = Tokenizer.load(found / "vocab.json")
         model = Transformer.load(found, device)
         return TransformerText(model, vocabulary, kind == "dalle-middle")
-    if kind == "clip-text" and folder is not None:
-        return load_clip_text(folder, device)
     if kind == "clip-text":
+        own = folder or Path(where)
+        if folder is not None or _is_text_tower(own):
+            return load_clip_text(own, device)
         clip = Clip.from_pretrained(BUNDLED_CLIP if where == BUNDLED else where, device)
         if clip.model.config.model_type == "siglip":
             raise ValueError(f"{where} is a SigLIP, expected a CLIP for clip-text:")
         return PaddedText(clip.model.text_model, clip.tokenizer)
     return load_t5(folder or where, device)
+
+
+def _is_text_tower(folder: Path) -> bool:
+    """Whether a folder holds the text tower of a CLIP alone, as `PaddedText.save` writes it."""
+    file = folder / "config.json"
+    return file.is_file() and parse_json(file, dict).get("model_type") == "clip_text_model"
 
 
 def load_t5(where: str | Path, device: str | torch.device) -> T5Text:

@@ -10,6 +10,8 @@ Every residual block is scaled and shifted by the time embedding, to which z_i i
 Attention reads the image's own positions, the caption's states, and K tokens made of z_i, side by
 side (GLIDE). Where z_i is dropped, a learned embedding replaces it in both inlets; where the
 caption is dropped, none of its tokens is visible.
+
+With `stable_diffusion`, parts and inlets are those of Stable Diffusion and StableUnCLIP instead.
 """
 
 from __future__ import annotations

@@ -137,13 +137,14 @@ class ImportConfig:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
         config = parse(ImportConfig, args, __doc__.splitlines()[0])
-        model = read_autoencoder(config.folder)
-        if config.image_size < 1 or config.image_size % model.downsampling:
-            raise ValueError(
-                f"image_size is {config.image_size}, expected a multiple of {model.downsampling}"
-            )
-        model.config = replace(model.config, image_size=config.image_size)
         with new_folder(config.out) as path:
+            model = read_autoencoder(config.folder)
+            if config.image_size < 1 or config.image_size % model.downsampling:
+                raise ValueError(
+                    f"image_size is {config.image_size}, expected a multiple of "
+                    f"{model.downsampling}"
+                )
+            model.config = replace(model.config, image_size=config.image_size)
             model.save(path)
         c, h, w = model.latent_shape
         side = config.image_size

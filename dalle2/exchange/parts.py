@@ -160,9 +160,10 @@ def refuse_values(folder: Path, config: Mapping[str, Any], usual: Mapping[str, A
     """Raise ValueError for a part whose config has another value than ours, which is theirs, too.
 
     Args:
-        usual: name → the only value, which is also that of a config without it.
+        usual: name → the only value, also of each level, which a config without it has.
     """
     for name, value in usual.items():
         found = config.get(name, value)
-        if found != value and not (isinstance(found, list) and set(found) == {value}):
+        all_found = found if isinstance(found, list) and found else [found]
+        if any(x != value for x in all_found):
             raise ValueError(f"{folder} has {name} {found}, expected {value}: ours has no other")

@@ -74,7 +74,7 @@ def index(tokenizer: str, text_tokenizer: str) -> dict[str, Any]:
     }
     return {
         "_class_name": PIPELINES[0],
-        "_diffusers_version": "0.36.0",
+        "_diffusers_version": "0.42.1",
         **{part: ["transformers", name] for part, name in of_transformers.items()},
         **{part: ["diffusers", name] for part, name in of_diffusers.items()},
         "image_normalizer": ["stable_diffusion", "StableUnCLIPImageNormalizer"],
