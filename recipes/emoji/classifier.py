@@ -255,7 +255,8 @@ class EmojiClassifierTask(Task[EmojiClassifier]):
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
     ) -> Sequence[ClassifierLoss]:
-        images = augmented(to_float(batch["images"]), self.model.config.image_size, rng)
+        with torch.autocast(rng.device.type, enabled=False):  # images are fp32
+            images = augmented(to_float(batch["images"]), self.model.config.image_size, rng)
         concept, artist = (
             F.cross_entropy(logits.float(), target, label_smoothing=LABEL_SMOOTHING)
             for logits, target in zip(self.model(images), batch["targets"].unbind(1))

@@ -70,7 +70,7 @@ def test_each_pair_is_read_once(modules: tuple[Any, Any], data: Path) -> None:
 
 def test_the_classifier_trains(modules: tuple[Any, Any], data: Path, tmp_path: Path) -> None:
     classifier, _ = modules
-    flags = "--steps 1 --batch-size 4 --width 8 --validate-every 1 --device cpu --precision fp32"
+    flags = "--steps 1 --batch-size 4 --width 8 --validate-every 1 --device cpu --precision bf16"
     classifier.main(["heldout", "--data", str(data), "--out", str(tmp_path), *flags.split()])
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row if name.startswith("validation/")}
