@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,39 @@ def test_a_model_is_evaluated(
     assert artists == {"reconstructions", "first", "best of 2", ARTISTS[2]}
     assert "heldout/reconstructions" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "heldout.png").width > 2 * 128
+
+
+@pytest.mark.slow
+def test_one_command_trains_and_evaluates(data: Path, tmp_path: Path) -> None:
+    run = "--steps 1 --batch-size 2 --num-workers 0 --device cpu --precision fp32"
+    transformer = f"{run} --model.width 16 --model.depth 1 --model.heads 2 --prompts 'a red star'"
+    small = "--model.image-size 64 --model.width 8 --crop-size 32 --validation-images 1"
+    clip = "--model.width 8 --model.text-width 32 --model.text-layers 1 --warmup-steps 0"
+    environment = {
+        **os.environ,
+        "DATA": str(data),
+        "OUT": str(tmp_path / "out"),
+        "PYTHON": sys.executable,
+        "SIZES": "32 64",
+        "DVAE_FLAGS": f"{run} {small} --model.codebook-size 16",
+        "FIRST_FLAGS": transformer,
+        "TRANSFORMER_FLAGS": transformer,
+        "CLIP_FLAGS": f"{run} {clip} --validation-pairs 1",
+        "CLASSIFIER_FLAGS": f"{run} --width 8",
+        "EVALUATE_FLAGS": "--num-prompts 1 --best-of 2 --precision fp32 --device cpu",
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    (data / "ATTRIBUTIONS.md").write_text("# Attributions\n")
+    done = subprocess.run(
+        [str(FOLDER / "train.sh")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = [s.removeprefix("== ") for s in done.stdout.splitlines() if s.startswith("== ")]
+    assert stages == [
+        *("dvae", "codes-32", "codes-64", "first", "transformer", "clip", "classifier"),
+        *("model", "evaluation"),
+    ]
+    scores = json.loads((tmp_path / "out" / "evaluation" / "emoji.json").read_text())["scores"]
+    assert scores["heldout/best of 2/prompts"] == scores["train/best of 2/prompts"] == 1
+    model = DallE.from_pretrained(str(tmp_path / "out" / "model"), device="cpu")
+    assert model.image_tokenizer.image_size == 64

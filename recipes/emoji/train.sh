@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Train a model on the emoji from nothing, and measure it: dVAE, codes, transformer, CLIP, classifier.
+#
+#     recipes/emoji/emoji.sh --out runs/emoji
+#     recipes/emoji/train.sh
+#
+# Stop it with Ctrl-C; the same command resumes. OUT/model then holds the model: dalle1 sample
+# "honeybee, fluent 3d style" --model OUT/model. Images have 128 pixels, 16 × 16 codes; the
+# transformer learns from 64 pixels first, where an update takes a third of the time. Captions have
+# at most 27 tokens of 2,048, and all but one in 200 at most 24.
+set -euo pipefail
+
+DATA=${DATA:-runs/emoji}          # what emoji.sh wrote
+OUT=${OUT:-runs/emoji-model}      # folder of all stages
+SIZES=${SIZES:-64 128}            # image sides of the transformer's two stages
+PYTHON=${PYTHON:-python}          # the Python that dalle1 is installed for
+
+# More flags of single stages, quoted as in a shell.
+eval "dvae_flags=(${DVAE_FLAGS:-})"
+eval "first_flags=(${FIRST_FLAGS:-})"
+eval "transformer_flags=(${TRANSFORMER_FLAGS:-})"
+eval "clip_flags=(${CLIP_FLAGS:-})"
+eval "classifier_flags=(${CLASSIFIER_FLAGS:-})"
+eval "evaluate_flags=(${EVALUATE_FLAGS:-})"
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=recipes/stages.sh
+. "$here/../stages.sh"
+
+stage dvae "${dalle1[@]}" train dvae small --data "$DATA/train" --steps 5000 \
+    --temperature-steps 4200 --out "$OUT/dvae" ${dvae_flags[@]+"${dvae_flags[@]}"}
+read -r half whole <<<"$SIZES"
+for size in $SIZES; do
+    stage "codes-$size" "${dalle1[@]}" encode --dvae "$OUT/dvae" --data "$DATA/train" \
+        --image-size "$size" --shard-size 1000 --out "$OUT/codes-$size"
+done
+transformer=("${dalle1[@]}" train transformer toy-128 --dvae "$OUT/dvae")
+transformer+=(--model.text-vocab 2048 --model.text-len 24)
+stage first "${transformer[@]}" --data "$OUT/codes-$half" --image-size "$half" --batch-size 32 \
+    --steps 4000 --out "$OUT/first" ${first_flags[@]+"${first_flags[@]}"}
+stage transformer "${transformer[@]}" --data "$OUT/codes-$whole" --image-size "$whole" \
+    --init "$OUT/first" --steps 10000 --out "$OUT/transformer" \
+    ${transformer_flags[@]+"${transformer_flags[@]}"}
+stage clip "${dalle1[@]}" train clip small --data "$DATA/train" --vocab-size 2048 --random-blur \
+    --out "$OUT/clip" ${clip_flags[@]+"${clip_flags[@]}"}
+stage classifier "$PYTHON" "$here/classifier.py" train --data "$DATA" --out "$OUT/classifier" \
+    ${classifier_flags[@]+"${classifier_flags[@]}"}
+
+stage model "${dalle1[@]}" export --model "$OUT/transformer" --clip "$OUT/clip" --out "$OUT/model"
+printf '{"guidance": 2}\n' >"$OUT/model/generation.json"
+cp "$DATA/ATTRIBUTIONS.md" "$OUT/model/"
+stage evaluation "$PYTHON" "$here/evaluate.py" --model "$OUT/model" --data "$DATA" \
+    --classifier "$OUT/classifier" --out "$OUT/evaluation" ${evaluate_flags[@]+"${evaluate_flags[@]}"}
