@@ -57,7 +57,7 @@ format: .venv/dev.stamp ## Format the code and fix what ruff can fix
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-train-toy: .venv/runtime.stamp ## Train the bundled model again in OUT=runs/toy; the same command resumes
+train-toy: .venv/runtime.stamp ## Train a model like the bundled one in OUT=runs/toy; the same command resumes
 	PYTHON="$(PY)" OUT="$(OUT)" recipes/toy.sh
 
 bench: .venv/runtime.stamp ## Measure the speed of sampling

@@ -51,7 +51,7 @@ SUBCOMMANDS = {
     ),
     "evaluate": (
         "dalle1.commands.evaluate",
-        "Evaluate samples, a CLIP, a dVAE or bits: toybox, samples, clip, dvae, bits, baselines",
+        "Evaluate a model: toybox, samples, clip, dvae, bits, unclip, ways, votes, baselines",
     ),
     "vary": ("dalle1.commands.vary", "Vary an image with a DALL·E 2"),
     "blend": ("dalle1.commands.blend", "Blend two images with a DALL·E 2"),

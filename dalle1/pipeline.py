@@ -43,11 +43,10 @@ from dalle1.sampling.resampling import (
     RowScore,
     sampled_whole,
 )
-from dalle1.storage import CLIP_NAME, refuse_other_clip, refuse_other_model
+from dalle1.storage import BUNDLED, CLIP_NAME, refuse_other_clip, refuse_other_model
 from dalle1.text.bpe import Tokenizer
 from dalle1.text.prompt_weights import WeightedPrompts
 
-BUNDLED = Path(__file__).parent / "bundled" / "toybox"
 VOCABULARY_NAME = "vocab.json"
 OnRow = Callable[[Tensor, int], None]
 
@@ -116,9 +115,7 @@ class DallE(RankingPipeline):
 
         Raises: ValueError if a part is missing, damaged or does not fit the others.
         """
-        if directory is None or directory == "bundled":
-            directory = BUNDLED
-        folder = find_model(directory)
+        folder = find_model(BUNDLED if directory is None else directory)
         if clip is None and (folder / CLIP_NAME).is_dir():
             clip = folder / CLIP_NAME
         on = pick_device(device)

@@ -88,15 +88,21 @@ TRAINING_FILES = ("training.safetensors", "state.pt")
 """Files of a checkpoint that only resuming needs; a model loads without them."""
 
 
+BUNDLED = Path(__file__).parent / "bundled" / "toybox"
+"""Folder of the model that ships with the project."""
+
+
 def model_folder(directory: str | Path) -> Path:
     """Return the folder with the model: `directory`, or its newest whole checkpoint if it has any.
+
+    "bundled" is the model that ships with the project.
 
     `latest` in a path stands for the newest whole checkpoint too, whether the link exists or not:
     syncs drop links, and some file systems have none.
 
     Raises: ValueError where files of it are links out of the folder, pipes or devices.
     """
-    folder = _model_folder(Path(directory))
+    folder = _model_folder(BUNDLED if str(directory) == "bundled" else Path(directory))
     check_model_files(folder)
     return folder
 

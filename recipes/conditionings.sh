@@ -22,7 +22,7 @@ PRESETS=${PRESETS:-ldm imagen sdxl small}
 INIT=${INIT:-}                      # decoder to start from; none: all start anew
 AUTOENCODER=${AUTOENCODER:-$INIT}   # its autoencoder, or another; none: that of UNCLIP
 PYTHON=${PYTHON:-python}            # the Python that dalle1 is installed for
-DVAE=${DVAE:-$("$PYTHON" -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)')}
+DVAE=${DVAE:-bundled}
 
 # More flags of single stages, quoted as in a shell; DECODER_FLAGS are those of all decoders.
 eval "autoencoder_flags=(${AUTOENCODER_FLAGS:-})"

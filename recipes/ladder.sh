@@ -10,7 +10,7 @@
 set -euo pipefail
 
 OUT=${OUT:-runs/ladder}                      # folder of all runs
-DVAE=${DVAE:-dalle1/bundled/toybox}          # image tokenizer
+DVAE=${DVAE:-bundled}                        # image tokenizer
 CODES=${CODES:-$OUT/codes}                   # codes; encoded from DATA where they are missing
 DATA=${DATA:-toybox:20000}                   # scenes to encode
 PYTHON=${PYTHON:-python}                     # the Python that dalle1 is installed for

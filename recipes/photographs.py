@@ -2,18 +2,14 @@
 
     pip install scikit-image
     python recipes/photographs.py --out runs/photographs
-    python train_dvae.py small --data runs/photographs --steps 1500 --out runs/photographs-dvae
+    python train_dvae.py small --data runs/photographs --steps 4000 --temperature-steps 3300
 
-Captions are what scikit-image's documentation calls them. `--shards` writes JPEGs in shards, as
-img2dataset does: `000000000.jpg`, `.txt`, and `.json` with its fields.
+Captions are what scikit-image's documentation calls them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
-import json
 import random
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -50,57 +46,21 @@ def photographs() -> Iterator[tuple[str, str, Image.Image]]:
         yield name, caption, Image.open(path).convert("RGB")
 
 
-def tiles(size: int) -> list[tuple[str, str, Image.Image]]:
+def tiles(size: int) -> list[tuple[str, Image.Image]]:
     """Cut all photographs, without overlap, and shuffle: the last ones are validated on."""
     found = []
-    for name, caption, photograph in photographs():
+    for _, caption, photograph in photographs():
         for top in range(0, photograph.height - size + 1, size):
             for left in range(0, photograph.width - size + 1, size):
-                tile = photograph.crop((left, top, left + size, top + size))
-                found.append((f"{name}#{left},{top}", caption, tile))
+                found.append((caption, photograph.crop((left, top, left + size, top + size))))
     random.Random(0).shuffle(found)
     return found
-
-
-def write_shards(pairs: Sequence[tuple[str, str, Image.Image]], out: Path, shard_size: int) -> None:
-    """Write pairs as img2dataset does, but for its parquet files."""
-    from webdataset import TarWriter
-
-    for shard, first in enumerate(range(0, len(pairs), shard_size)):
-        part = pairs[first : first + shard_size]
-        with TarWriter(str(out / f"{shard:05d}.tar"), encoder=False) as tar:
-            for i, (url, caption, tile) in enumerate(part):
-                buffer, key = io.BytesIO(), f"{shard:05d}{i:04d}"
-                tile.save(buffer, "JPEG", quality=95)
-                facts = {
-                    "caption": caption,
-                    "url": url,
-                    "key": key,
-                    "status": "success",
-                    "error_message": None,
-                    "width": tile.width,
-                    "height": tile.height,
-                    "original_width": tile.width,
-                    "original_height": tile.height,
-                    "exif": "{}",
-                    "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-                }
-                files = {
-                    "jpg": buffer.getvalue(),
-                    "json": json.dumps(facts, indent=4).encode(),
-                    "txt": caption.encode(),
-                }
-                tar.write({"__key__": key, **files})
-        stats = {"count": len(part), "successes": len(part), "failed_to_download": 0}
-        (out / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4))
 
 
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=128, help="side of a tile in pixels")
-    parser.add_argument("--shards", action="store_true", help="write shards, not a folder")
-    parser.add_argument("--shard-size", type=int, default=100, help="tiles in one shard")
     return parser.parse_args(args)
 
 
@@ -108,12 +68,9 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parse(args)
     pairs = tiles(options.size)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.shards:
-        write_shards(pairs, options.out, options.shard_size)
-    else:
-        for i, (_, caption, tile) in enumerate(pairs):
-            tile.save(options.out / f"{i:04d}.png")
-            (options.out / f"{i:04d}.txt").write_text(caption + "\n", encoding="utf-8")
+    for i, (caption, tile) in enumerate(pairs):
+        tile.save(options.out / f"{i:04d}.png")
+        (options.out / f"{i:04d}.txt").write_text(caption + "\n", encoding="utf-8")
     print(f"{len(pairs)} tiles of {options.size} × {options.size} are in {options.out}")
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Train the bundled model from nothing: scenes, dVAE, codes, transformer, CLIP, classifier.
+# Train a model like the bundled one from nothing: scenes, dVAE, codes, transformer, CLIP, classifier.
 #
 #     recipes/toy.sh
-#     OUT=runs/quick SCENES=2000 DVAE_FLAGS="--steps 500" recipes/toy.sh
+#     OUT=runs/quick SCENES=2000 DVAE_FLAGS="--steps 500 --temperature-steps 400" recipes/toy.sh
 #
 # Stop it with Ctrl-C; the same command resumes, since each stage resumes by itself and a finished
 # one returns at once. OUT/model then holds the model: dalle1 sample PROMPT --model OUT/model.

@@ -3,7 +3,7 @@
 #
 #     recipes/unclip.sh
 #     OUT=runs/mine DATA=my-shards recipes/unclip.sh
-#     DECODER_FLAGS="--batch-size 512 --steps 4200 --learning-rate 4e-3" recipes/unclip.sh
+#     DECODER_FLAGS="--batch-size 512 --steps 4200 --learning-rate 4e-3 --warmup-steps 100" recipes/unclip.sh
 #
 # The last line is for a GPU. Stop it with Ctrl-C; the same command resumes, since each stage resumes
 # by itself and a finished one returns at once. Scenes take 1.2 GB. OUT/model then holds the model:
@@ -14,7 +14,7 @@ OUT=${OUT:-runs/unclip}           # folder of all stages
 DATA=${DATA:-}                    # images with captions, as for --data; none: Toybox
 CLIP=${CLIP:-bundled}             # CLIP of prior and decoder
 PYTHON=${PYTHON:-python}          # the Python that dalle1 is installed for
-DVAE=${DVAE:-$("$PYTHON" -c 'from dalle1.pipeline import BUNDLED; print(BUNDLED)')}
+DVAE=${DVAE:-bundled}
 
 # More flags of single stages, quoted as in a shell.
 eval "autoencoder_flags=(${AUTOENCODER_FLAGS:-})"

@@ -65,7 +65,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     if program == "torchrun":
         rest = rest[rest.index("--nproc-per-node") + 2 :]
         program = "python"
-    if program == "python" and rest[0] == "-m":
+    if program in ("python", "python3") and rest[0] == "-m":
         program, rest = rest[1], rest[2:]
     if program == "dalle1":
         length = 2 if " ".join(rest[:2]) in SUBCOMMANDS else 1
@@ -85,7 +85,7 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     if program in ("sbatch", "bash"):
         assert (ROOT / rest[0]).is_file()
         return None
-    assert program == "pip", f"{program}: the test does not know how to check it"
+    assert program in ("pip", "venv", "."), f"{program}: the test does not know how to check it"
     return None
 
 

@@ -6,7 +6,7 @@
     dalle1 evaluate dvae --model runs/dvae --data toybox --images 1000
     dalle1 evaluate bits --model bundled --data toybox
     dalle1 evaluate unclip --model runs/unclip/model --beside bundled
-    dalle1 evaluate ways --models bundled --ways plain guidance=2 guidance=2,resample=clip
+    dalle1 evaluate ways --models bundled --ways default guidance=2 guidance=2,resample=clip
     dalle1 evaluate votes --a outputs/ours --b outputs/theirs
     dalle1 evaluate baselines --model bundled --data runs/codes --lstm-steps 1000
 

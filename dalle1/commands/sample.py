@@ -92,8 +92,8 @@ def add_sampling_flags(add: Callable[..., Any]) -> None:
     add("--typical", type=float, help="typical sampling: total probability of the codes kept "
         "(plain: 1)")  # fmt: skip
     add("--guidance", type=float, help="classifier-free guidance scale: "
-        "above 1, images follow the prompt more closely, in twice the time; the model must be "
-        "trained with --caption-dropout (plain: 1)")  # fmt: skip
+        "above 1, images follow the prompt more closely, in up to twice the time; the model must "
+        "be trained with --caption-dropout (plain: 1)")  # fmt: skip
     add(
         "--negative-prompt", default="", metavar="TEXT", help="text that --guidance leads away from"
     )

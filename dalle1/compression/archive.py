@@ -14,7 +14,7 @@ from dalle1.compression.codec import Codec, OnPosition
 from dalle1.compression.container import CoderName, Content, Header, Message
 from dalle1.image_tokenizer import image_tokenizer_file
 from dalle1.model.transformer import Transformer
-from dalle1.pipeline import BUNDLED, VOCABULARY_NAME, DallE
+from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.sampling.decoding import null_caption
 from dalle1.storage import model_folder
 
@@ -49,11 +49,10 @@ class CodecModel:
     @classmethod
     def load(cls, model: str | Path, device: str = "auto") -> CodecModel:
         """Load a model folder, or "bundled"; ValueError where a part is missing or damaged."""
-        folder = BUNDLED if model == "bundled" else Path(model)
-        pipeline = DallE.from_pretrained(folder, clip="none", device=device)
+        pipeline = DallE.from_pretrained(model, clip="none", device=device)
         found = hashlib.sha256()
-        vocabulary = model_folder(folder) / VOCABULARY_NAME
-        for path in (Transformer.file_in(folder), image_tokenizer_file(folder), vocabulary):
+        vocabulary = model_folder(model) / VOCABULARY_NAME
+        for path in (Transformer.file_in(model), image_tokenizer_file(model), vocabulary):
             found.update(hashlib.sha256(path.read_bytes()).digest())
         return cls(pipeline=pipeline, digest=found.hexdigest()[:16])
 

@@ -62,9 +62,9 @@ class EncodeOptions(CleaningConfig):
     """Number of crops per image, cut at random as in the paper's Listing 2; training chooses one at
     random. 1: the centre."""
     image_size: int | None = None
-    """Side of the encoded images in pixels, a multiple of 8. None: that of the dVAE."""
+    """Side of the encoded images in pixels, a multiple of 8. None: that of the model."""
     allow_upscale: bool = False
-    """Whether images smaller than the dVAE's input are enlarged; otherwise they are skipped."""
+    """Whether images smaller than the model's input are enlarged; otherwise they are skipped."""
     captions: int = 8
     """Maximum number of captions kept per image; training chooses one at random."""
     batch_size: int = 64
@@ -90,7 +90,7 @@ class EncodeConfig(EncodeOptions):
     """Options of `dalle1 encode`."""
 
     dvae: Path
-    """Folder of the dVAE that encodes the images."""
+    """Folder of the image tokenizer that encodes the images, or bundled."""
 
 
 class ImageEncoder(Protocol):

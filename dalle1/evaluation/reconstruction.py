@@ -32,7 +32,7 @@ class DVAEOptions:
     """Measure a dVAE or VQGAN on validation images, and save some reconstructions."""
 
     model: Path
-    """Folder of the image tokenizer."""
+    """Folder of the image tokenizer, or bundled."""
     data: str = "toybox"
     """Dataset, as in training."""
     images: int = 1000

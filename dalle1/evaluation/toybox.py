@@ -62,7 +62,7 @@ class ToyboxOptions:
     default the model's own, else 1."""
     guidance: float | None = None
     """Classifier-free guidance scale. Above 1, samples follow the prompt more closely and take
-    twice the time. By default the model's own, else 1."""
+    up to twice the time. By default the model's own, else 1."""
     rerank: Rerank | None = None
     """Order of the candidates: clip, likelihood or none; by default the model's own."""
     device: str = "auto"

@@ -1,11 +1,11 @@
 """Compare models and ways of sampling: each row of the table samples the same Toybox prompts.
 
     dalle1 evaluate ways --models runs/ldm runs/imagen runs/sdxl --kinds two
-    dalle1 evaluate ways --ways plain guidance=2 guidance=2,weight=1.5 resample=likelihood
+    dalle1 evaluate ways --ways default guidance=2 guidance=2,weight=1.5 resample=likelihood
 
-A way is "plain", or options of sampling: NAME=VALUE, separated by commas. Two more options depend
-on the prompt: `weight=W` weights the fills of its objects, and `negative=swapped` leads away from
-the same prompt with its two fills exchanged.
+A way is "default", the model's own defaults, or options of sampling: NAME=VALUE, separated by
+commas. Two more options depend on the prompt: `weight=W` weights the fills of its objects, and
+`negative=swapped` leads away from the same prompt with its two fills exchanged.
 
 Shares are means over all candidates. Their intervals count prompts, not candidates: those of a
 prompt depend on each other. A difference is that of the same prompts to the first row.
@@ -33,7 +33,7 @@ from dalle1.sampling.generation import GenerationConfig
 from dalle2.loading import load_pipeline
 from dalle2.options import UnclipOptions
 
-PLAIN = "plain"
+DEFAULT = "default"
 OPTIONS = [
     *(f.name for f in fields(GenerationConfig)),
     *(f.name for f in fields(UnclipOptions) if f.name != "upsampler_steps"),
@@ -50,8 +50,8 @@ class WaysOptions:
 
     models: tuple[str, ...] = ("bundled",)
     """Folders or names of models of either kind; a row for each of --ways."""
-    ways: tuple[str, ...] = (PLAIN,)
-    """Options of sampling: plain, or NAME=VALUE,NAME=VALUE such as guidance=2,resample=clip. Also
+    ways: tuple[str, ...] = (DEFAULT,)
+    """Options of sampling: default, or NAME=VALUE,NAME=VALUE such as guidance=2,resample=clip. Also
     weight=W of the fills, and negative=swapped, a negative prompt with exchanged fills."""
     kinds: tuple[Literal["one", "two", "count", "style"], ...] = ("two",)
     """Kinds of prompts: one object, two in a relation, several alike, styles."""
@@ -88,10 +88,10 @@ class WaysOptions:
 def parse_way(way: str) -> dict[str, Any]:
     """Return the options of a way; ValueError for what has another form."""
     found: dict[str, Any] = {}
-    for part in way.split(",") if way != PLAIN else ():
+    for part in way.split(",") if way != DEFAULT else ():
         name, is_option, value = part.partition("=")
         if not is_option or not name.isidentifier() or not value:
-            raise ValueError(f"way is {way!r}, expected plain or NAME=VALUE,NAME=VALUE")
+            raise ValueError(f"way is {way!r}, expected default or NAME=VALUE,NAME=VALUE")
         if name not in OPTIONS:
             known = ", ".join(map(repr, OPTIONS))  # quoted, since they are no flags
             raise ValueError(f"way is {way!r}, expected NAME=VALUE, where NAME is one of {known}")

@@ -281,7 +281,10 @@ class ClipTask(Task[nn.Module]):
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors():
-        train(parse_preset(CLIP_PRESETS, args, __doc__.splitlines()[0]))
+        config = parse_preset(CLIP_PRESETS, args, __doc__.splitlines()[0])
+        train(config)
+        if distributed.is_main():
+            print(f"The CLIP is in {config.out}")
 
 
 def train(config: ClipTrainConfig) -> nn.Module:

@@ -9,7 +9,6 @@ from typing import Any
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.crops import FOR_TRANSFORMER, Augmentation
 from dalle1.model.arch import TransformerArch
-from dalle1.pipeline import BUNDLED
 from dalle1.training.fine_tuning import FineTuneConfig
 
 
@@ -49,9 +48,6 @@ class TransformerTrainConfig(FineTuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("init", "dvae"):
-            if str(getattr(self, name)) == "bundled":
-                object.__setattr__(self, name, BUNDLED)
         if not self.prompts:
             raise ValueError("prompts is empty, expected at least one prompt to sample")
         for prompt in self.prompts:

@@ -1,4 +1,4 @@
-"""Convert a StableUnCLIP of diffusers, or write a DALL·E 2 as one.
+"""Convert a StableUnCLIP of diffusers to a DALL·E 2, and write one.
 
     dalle1 import stable-unclip stable-unclip/ --clip openai/clip-vit-large-patch14 --out my-model
     dalle1 export --model my-model --format diffusers --out stable-unclip/

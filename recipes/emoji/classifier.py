@@ -1,7 +1,7 @@
 """Train the classifier that evaluate.py checks samples with: which concept, by which artist?
 
-    python recipes/emoji/classifier.py train --data runs/emoji --out runs/emoji-classifier
-    python recipes/emoji/classifier.py heldout --data runs/emoji --out runs/emoji-classifier-heldout
+    python recipes/emoji/classifier.py train --data runs/emoji
+    python recipes/emoji/classifier.py heldout --data runs/emoji
 
 `train` learns from all pairs, since it has to recognize held-out ones. `heldout` learns from
 training pairs only: its accuracy on the real images of held-out pairs states how well this network
@@ -169,7 +169,7 @@ class EmojiClassifierTrainConfig(TrainConfig):
 
 PRESETS = {
     "train": EmojiClassifierTrainConfig(
-        out=Path("runs/emoji-classifier"),
+        out=Path("runs/emoji-model/classifier"),
         data="runs/emoji",
         steps=4_000,
         batch_size=64,
@@ -182,7 +182,7 @@ PRESETS = {
     )
 }
 PRESETS["heldout"] = replace(
-    PRESETS["train"], out=Path("runs/emoji-classifier-heldout"), held_out=False
+    PRESETS["train"], out=Path("runs/emoji-model/classifier-heldout"), held_out=False
 )
 
 

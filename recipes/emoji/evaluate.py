@@ -1,6 +1,6 @@
 """Measure how often samples show the concept and the artist of their prompts.
 
-    python recipes/emoji/evaluate.py --model runs/emoji-model --classifier runs/emoji-classifier
+    recipes/emoji/train.sh    # trains model and classifier, then runs this
 
 Half of the prompts are held-out pairs: this concept by this artist was never trained on, but its
 true image exists. A classifier of real images states what each sample shows (classifier.py).
@@ -37,7 +37,7 @@ MAX_SHOWN = 32  # held-out pairs in heldout.png
 class EmojiOptions:
     """Measure how often samples show the concept and the artist of their prompts."""
 
-    model: str
+    model: str = "runs/emoji-model/model"
     """Folder of the model."""
     clip: str | None = None
     """Folder of the CLIP that reranks; by default the one in the model's folder."""
@@ -45,7 +45,7 @@ class EmojiOptions:
     """Reranker: clip, likelihood or none; by default the model's own."""
     data: Path = Path("runs/emoji")
     """Folder that emoji.py wrote."""
-    classifier: Path = Path("runs/emoji-classifier")
+    classifier: Path = Path("runs/emoji-model/classifier")
     """Folder of the classifier's training."""
     num_prompts: int = 100
     """Prompts of held-out pairs, and as many of training pairs."""
@@ -64,7 +64,7 @@ class EmojiOptions:
     """Device that runs the model: auto, cpu, cuda, cuda:1, ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the transformer."""
-    out: Path = Path("runs/emoji-evaluation")
+    out: Path = Path("runs/emoji-model/evaluation")
     """Folder for emoji.json and heldout.png."""
 
     def __post_init__(self) -> None:

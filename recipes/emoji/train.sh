@@ -7,7 +7,7 @@
 # Stop it with Ctrl-C; the same command resumes. OUT/model then holds the model: dalle1 sample
 # "honeybee, fluent 3d style" --model OUT/model. Images have 128 pixels, 16 × 16 codes; the
 # transformer learns from 64 pixels first, where an update takes a third of the time. Captions have
-# at most 27 tokens of 2,048, and all but one in 200 at most 24.
+# at most 27 tokens of 2,048, and 99 in 100 at most the 23 that the model reads.
 set -euo pipefail
 
 DATA=${DATA:-runs/emoji}          # what emoji.sh wrote

@@ -23,6 +23,7 @@ from dalle1.data.encoded import EncodeConfig, encode, encoding_precision, main
 from dalle1.data.examples import iter_batches
 from dalle1.data.images import to_float, to_tensor
 from dalle1.devices import autocast
+from dalle1.image_tokenizer import load_image_tokenizer
 from dalle1.toybox import Toybox
 from dvae import DVAE, DVAEConfig
 
@@ -244,6 +245,15 @@ def test_images_are_encoded_at_another_size(tmp_path: Path) -> None:
         assert torch.equal(source.codes(3, RNG), model.encode(image)[0])
     with pytest.raises(ValueError, match=r"grids of 2, expected 4; use --image-size 16, or"):
         open_codes(str(config.out), "train", config.dvae, model)
+
+
+def test_the_bundled_dvae_encodes(tmp_path: Path) -> None:
+    bundled = Path("bundled")
+    encode(config := encoding(tmp_path, dvae=bundled, image_size=16))
+    dvae = load_image_tokenizer(bundled, image_size=16)
+    source = open_codes(str(config.out), "train", bundled, dvae)
+    assert source is not None
+    assert source.codes(0, RNG).shape == (2, 2)
 
 
 def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:

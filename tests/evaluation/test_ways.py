@@ -73,10 +73,10 @@ def test_rows_are_compared_on_the_same_prompts(
     told: list[tuple[list[str], dict[str, Any]]],
 ) -> None:
     second = "guidance=2,resample=likelihood,resample_every=1"
-    options = WaysOptions(ways=("plain", second), **SETTINGS)
+    options = WaysOptions(ways=("default", second), **SETTINGS)
     scores = dict(evaluate_ways(options))
     assert scores["prompts"] == 4
-    assert scores["plain/correct"] == 0.5
+    assert scores["default/correct"] == 0.5
     assert scores[f"{second}/correct"] == 0.25
     assert scores[f"{second}/correct/difference"] == -0.25
     assert scores[f"{second}/correct/difference/margin"] == 3 / 4  # the same for every prompt
@@ -114,7 +114,7 @@ def test_a_margin_by_hand() -> None:
 
 
 def test_options_are_numbers_or_words() -> None:
-    assert parse_way("plain") == {}
+    assert parse_way("default") == {}
     found = parse_way("guidance=2.5,resample_every=8,sampler=ddim")
     assert found == {"guidance": 2.5, "resample_every": 8, "sampler": "ddim"}
     assert isinstance(found["resample_every"], int)
@@ -126,7 +126,7 @@ def test_bad_options_are_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for flags, message in (
-        (["--ways", "guidance"], "way is 'guidance', expected plain or NAME=VALUE,NAME=VALUE"),
+        (["--ways", "guidance"], "way is 'guidance', expected default or NAME=VALUE,NAME=VALUE"),
         (["--ways", "weight=much"], "weight is 'much', expected a number such as 1.5"),
         (["--ways", "negative=red"], "negative is 'red', expected swapped"),
         (["--ways", "negative=swapped", "--kinds", "one"], "expected --kinds two: it exchanges"),
@@ -143,9 +143,9 @@ def test_bad_options_are_refused_in_one_line(
         ),
         (["--ways", "seed=abc"], "seed is 'abc', expected a whole number"),
         (["--ways", "steps=3"], "way is steps=3, and the model has no option 'steps'"),
-        (["--ways", "plain", "negative=swapped"], "guidance is 1"),
-        (["--ways", "plain", "weight=nan"], "'nan', expected a number such as 1.4"),
-        (["--ways", "plain", "guidance=2", "plain"], "expected different ones"),
+        (["--ways", "default", "negative=swapped"], "guidance is 1"),
+        (["--ways", "default", "weight=nan"], "'nan', expected a number such as 1.4"),
+        (["--ways", "default", "guidance=2", "default"], "expected different ones"),
         (["--models", "bundled", "bundled"], "models is bundled bundled, expected different ones"),
     ):
         told.clear()
