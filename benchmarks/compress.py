@@ -14,7 +14,6 @@ import argparse
 import io
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -136,7 +135,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=100, help="number of held-out images")
     parser.add_argument("--no-captions", action="store_true", help="predict codes without captions")
     options = parser.parse_args(args)
-    model = CodecModel.load(options.model if options.model == "bundled" else Path(options.model))
+    model = CodecModel.load(options.model)
     captions, images = read(model, options.data, options.split, options.images)
     for line in report(model, None if options.no_captions else captions, images):
         print(line, flush=True)

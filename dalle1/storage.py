@@ -100,9 +100,18 @@ def model_folder(directory: str | Path) -> Path:
     `latest` in a path stands for the newest whole checkpoint too, whether the link exists or not:
     syncs drop links, and some file systems have none.
 
-    Raises: ValueError where files of it are links out of the folder, pipes or devices.
+    Raises: ValueError where files of it are links out of the folder, pipes or devices, and where a
+        model in the working directory is called bundled, too.
     """
-    folder = _model_folder(BUNDLED if str(directory) == "bundled" else Path(directory))
+    path = Path(directory)
+    if str(path) == "bundled":
+        if any(path.glob("*.safetensors")) or checkpoints(path):
+            raise ValueError(
+                "bundled is the model that ships with dalle1, and also a folder here; write "
+                f"{path.absolute()} for the folder"
+            )
+        path = BUNDLED
+    folder = _model_folder(path)
     check_model_files(folder)
     return folder
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle1.clip import Clip
-from dalle1.clip.loading import BUNDLED as BUNDLED_CLIP
+from dalle1.clip.loading import clip_folder
 from dalle1.console import one_line_errors, parse
 from dalle1.data.codes import CodeSource
 from dalle1.data.encoded import EncodeOptions, encode_images
@@ -90,11 +90,6 @@ class Encoders:
 
     def __str__(self) -> str:
         return f"{self.autoencoder}-{self.clip}"
-
-
-def clip_folder(clip: str | Path) -> Path:
-    """Return the folder of a CLIP, also of the bundled one."""
-    return BUNDLED_CLIP if str(clip) == "bundled" else Path(clip)
 
 
 class EmbeddedSource(CodeSource):

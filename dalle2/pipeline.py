@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip
+from dalle1.clip.loading import clip_folder
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import to_float, to_pil, to_tensor
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
@@ -37,7 +38,7 @@ from dalle2.compatibility import COMPLETES_NOTHING, check_parts, refuse_codes
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder
 from dalle2.decoder import decoder_denoiser, sample_latents
 from dalle2.diffusion.schedule import Schedule
-from dalle2.embedded import Encoders, clip_folder
+from dalle2.embedded import Encoders
 from dalle2.options import EmbeddingName, UnclipOptions
 from dalle2.prior import FILE_NAME as PRIOR_FILE
 from dalle2.prior import DiffusionPrior

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from dalle1.clip import Clip
 from dalle1.clip.checks import check_weights
-from dalle1.clip.loading import BUNDLED as BUNDLED_CLIP
 from dalle1.clip.loading import quiet_transformers
 from dalle1.data.cleaning import clean_prompt
 from dalle1.hub import find_model
@@ -265,10 +264,9 @@ def load_text_encoder(
             "as clip:bundled"
         )
     if kind == "clip":
-        bundled = BUNDLED_CLIP if where == BUNDLED else where
-        return CaptionReader(Clip.from_pretrained(folder or bundled, device))
+        return CaptionReader(Clip.from_pretrained(folder or where, device))
     if kind in ("dalle", "dalle-middle"):
-        found = folder or find_model(BUNDLED_CLIP.parent if where == BUNDLED else where)
+        found = folder or find_model(where)
         vocabulary = Tokenizer.load(found / "vocab.json")
         model = Transformer.load(found, device)
         return TransformerText(model, vocabulary, kind == "dalle-middle")
@@ -276,7 +274,7 @@ def load_text_encoder(
         own = folder or Path(where)
         if folder is not None or _is_text_tower(own):
             return load_clip_text(own, device)
-        clip = Clip.from_pretrained(BUNDLED_CLIP if where == BUNDLED else where, device)
+        clip = Clip.from_pretrained(where, device)
         if clip.model.config.model_type == "siglip":
             raise ValueError(f"{where} is a SigLIP, expected a CLIP for clip-text:")
         return PaddedText(clip.model.text_model, clip.tokenizer)

@@ -2,7 +2,8 @@
 
     pip install scikit-image
     python recipes/photographs.py --out runs/photographs
-    python train_dvae.py small --data runs/photographs --steps 4000 --temperature-steps 3300
+    python train_dvae.py small --data runs/photographs --steps 4000 --temperature-steps 3300 \
+        --out runs/photographs-dvae
 
 Captions are what scikit-image's documentation calls them.
 """
@@ -36,20 +37,20 @@ PHOTOGRAPHS = {
 }
 
 
-def photographs() -> Iterator[tuple[str, str, Image.Image]]:
-    """Yield file name, caption and image."""
+def photographs() -> Iterator[tuple[str, Image.Image]]:
+    """Yield caption and image."""
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise SystemExit("scikit-image is not installed: pip install scikit-image")
     for name, caption in PHOTOGRAPHS.items():
         path = Path(spec.origin).parent / "data" / name
-        yield name, caption, Image.open(path).convert("RGB")
+        yield caption, Image.open(path).convert("RGB")
 
 
 def tiles(size: int) -> list[tuple[str, Image.Image]]:
     """Cut all photographs, without overlap, and shuffle: the last ones are validated on."""
     found = []
-    for _, caption, photograph in photographs():
+    for caption, photograph in photographs():
         for top in range(0, photograph.height - size + 1, size):
             for left in range(0, photograph.width - size + 1, size):
                 found.append((caption, photograph.crop((left, top, left + size, top + size))))

@@ -16,7 +16,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dalle1.model.transformer import Transformer, TransformerConfig
-from dalle1.storage import atomic_path, claim, same_tensors, save_weights, write_atomic
+from dalle1.storage import (
+    BUNDLED,
+    atomic_path,
+    claim,
+    model_folder,
+    same_tensors,
+    save_weights,
+    write_atomic,
+)
 from dalle1.tensor_files import quick_digest, read_tensors, write_tensors
 from dvae import DVAE, DVAEConfig
 
@@ -189,3 +197,14 @@ def test_a_large_model_is_split_as_on_hugging_face(tmp_path: Path) -> None:
 
     model.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["transformer.safetensors"]
+
+
+def test_bundled_is_the_model_that_ships_and_never_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert model_folder("bundled") == model_folder(Path("bundled")) == BUNDLED
+    (tmp_path / "bundled" / "step-5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="bundled is the model that ships with dalle1, and also"):
+        model_folder("bundled")
+    assert model_folder(tmp_path / "bundled") != BUNDLED

@@ -46,6 +46,11 @@ START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
 NEW_MEAN = NEW_STD = 0.5  # normalization of the pixels of a new model
 
 
+def clip_folder(name_or_dir: str | Path) -> Path:
+    """Return the folder of a CLIP, its newest checkpoint, or that of the "bundled" one."""
+    return BUNDLED if str(name_or_dir) == "bundled" else model_folder(name_or_dir)
+
+
 def random_blur(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur half of the images `[B, 3, H, W]` at random, by random amounts; H and W are even.
 
@@ -87,7 +92,7 @@ class Clip:
         float32, whatever their stored type. `precision` (fp32, bf16, fp16) is that of matrix
         products. ValueError where there is no complete model.
         """
-        folder = BUNDLED if name_or_dir == "bundled" else model_folder(name_or_dir)
+        folder = clip_folder(name_or_dir)
         name = str(folder if folder.is_dir() else name_or_dir)
         is_folder = os.path.isdir(name)
         if not is_folder and (isinstance(name_or_dir, Path) or not _is_hub_name(name)):

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle1.clip.checks import check_clip
-from dalle1.clip.loading import BUNDLED, Clip
+from dalle1.clip.loading import Clip, clip_folder
 from dalle1.clip.resnet import WIDENING, ModifiedResNet
 from dalle1.json_files import parse_json
-from dalle1.storage import model_folder, without_storage
+from dalle1.storage import without_storage
 from dalle1.tensor_files import read_tensors
 
 MODEL_TYPE = "clip_resnet"
@@ -206,7 +206,7 @@ def load_scoring_clip(
 
     The arguments, errors and scores are those of `Clip.from_pretrained`.
     """
-    folder = BUNDLED if name_or_dir == "bundled" else model_folder(name_or_dir)
+    folder = clip_folder(name_or_dir)
     try:
         clip = _load_ours(folder, device, precision)
         check_clip(clip, str(folder))

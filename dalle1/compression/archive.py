@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dalle1.compression.codec import Codec, OnPosition
 from dalle1.compression.container import CoderName, Content, Header, Message
+from dalle1.hub import find_model
 from dalle1.image_tokenizer import image_tokenizer_file
 from dalle1.model.transformer import Transformer
 from dalle1.pipeline import VOCABULARY_NAME, DallE
 from dalle1.sampling.decoding import null_caption
-from dalle1.storage import model_folder
 
 
 @dataclass(kw_only=True)
@@ -49,10 +49,11 @@ class CodecModel:
     @classmethod
     def load(cls, model: str | Path, device: str = "auto") -> CodecModel:
         """Load a model folder, or "bundled"; ValueError where a part is missing or damaged."""
-        pipeline = DallE.from_pretrained(model, clip="none", device=device)
+        folder = find_model(model)
+        pipeline = DallE.from_pretrained(folder, clip="none", device=device)
         found = hashlib.sha256()
-        vocabulary = model_folder(model) / VOCABULARY_NAME
-        for path in (Transformer.file_in(model), image_tokenizer_file(model), vocabulary):
+        vocabulary = folder / VOCABULARY_NAME
+        for path in (Transformer.file_in(folder), image_tokenizer_file(folder), vocabulary):
             found.update(hashlib.sha256(path.read_bytes()).digest())
         return cls(pipeline=pipeline, digest=found.hexdigest()[:16])
 

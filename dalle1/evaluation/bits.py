@@ -27,7 +27,7 @@ from dalle1.evaluation.report import Scores
 from dalle1.image_tokenizer import ImageTokenizer, image_tokenizer_file
 from dalle1.model.transformer import TransformerConfig
 from dalle1.pipeline import DallE
-from dalle1.storage import same_tensors
+from dalle1.storage import model_folder, same_tensors
 from dalle1.text.bpe import Tokenizer
 
 
@@ -146,7 +146,7 @@ def tokenizer_folder(model: str, dvae: Path | None) -> Path:
 
     Raises: ValueError where `dvae` is another image tokenizer than the model's.
     """
-    own = Path(model)
+    own = model_folder(model)
     if dvae is None:
         return own
     if not same_tensors(image_tokenizer_file(own), image_tokenizer_file(dvae)):

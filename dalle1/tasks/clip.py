@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dalle1.clip import Clip, ClipArch, ContrastiveLoss, new_clip, pair_loss, random_blur
 from dalle1.clip.hard_negatives import HardNegatives
+from dalle1.clip.loading import clip_folder
 from dalle1.clip.losses import Kind as ContrastiveKind
 from dalle1.clip.losses import prepare_for
 from dalle1.console import one_line_errors, parse_preset
@@ -37,7 +38,6 @@ from dalle1.data import (
 from dalle1.data.crops import RANDOM_SQUARE, Augmentation, augmented, refuse_small
 from dalle1.data.examples import MEASURED_CAPTIONS
 from dalle1.data.images import to_float, to_tensor
-from dalle1.storage import model_folder
 from dalle1.text.bpe import Tokenizer
 from dalle1.toybox.exchangeable import WORD_CLASSES, adds_held_out_pair
 from dalle1.training import distributed
@@ -199,7 +199,7 @@ class ClipTask(Task[nn.Module]):
         negatives = hard_negatives(config.hard_negatives)
         prepare = partial(example, config, self.clip.tokenizer, negatives)
         self.loader = train_loader(source, prepare, config)
-        init = model_folder(config.init) / "model.safetensors" if config.init else None
+        init = clip_folder(config.init) / "model.safetensors" if config.init else None
         words = Path(config.hard_negatives) if config.hard_negatives else None
         find = partial(contents_of, source, init=init, hard_negatives=words)
         self.contents = distributed.broadcast_from_main(find)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dalle1.clip import Clip
+from dalle1.clip.loading import clip_folder
 from dalle1.data import Loader, Source, first_examples
 from dalle1.data.spec import split_names
 from dalle1.training import distributed
@@ -21,7 +22,7 @@ from dalle1.training.loop import train_loader
 from dalle1.training.resume_key import contents_of
 from dalle1.training.task import Model, Task
 from dalle2.conditioning import Caption, CaptionReader, TextEncoder, clip_digest
-from dalle2.embedded import EmbeddedSource, Encoders, clip_folder, open_embedded
+from dalle2.embedded import EmbeddedSource, Encoders, open_embedded
 
 MAX_BYTES = 1024
 """Bytes of a caption that a text encoder reads, at most."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dalle1.clip.loading import clip_folder
 from dalle1.console import one_line_errors, parse_preset
 from dalle1.devices import autocast
 from dalle1.training import distributed
@@ -23,7 +24,6 @@ from dalle1.training.interrupts import graceful_run
 from dalle1.training.loop import fit
 from dalle2.conditioning import Caption, clip_digest
 from dalle2.diffusion.objective import Errors, prediction_errors, sample_times
-from dalle2.embedded import clip_folder
 from dalle2.prior import DiffusionPrior, PriorArch, PriorConfig
 from dalle2.prior_metrics import prior_metrics
 from dalle2.tasks.diffusion import (

@@ -129,9 +129,9 @@ class EmojiClassifier(nn.Module):
     @torch.inference_mode()
     def classify(self, images: Tensor, batch_size: int = 64) -> list[tuple[str, str]]:
         """Return (concept, artist) of images [N, 3, H, W], uint8."""
-        config, found = self.config, []
+        config, found, device = self.config, [], self.concept.weight.device
         for batch in images.split(batch_size):
-            rows = zip(*(logits.argmax(1).tolist() for logits in self(to_float(batch))))
+            rows = zip(*(x.argmax(1).tolist() for x in self(to_float(batch.to(device)))))
             found += [(config.concepts[c], config.artists[a]) for c, a in rows]
         return found
 
@@ -224,8 +224,8 @@ def augmented(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
 
     Returns: [B, 3, size, size].
     """
-    angle, x, y = torch.empty(3, len(images)).uniform_(-1.0, 1.0, generator=rng)
-    scale = torch.empty(len(images)).uniform_(*ZOOM, generator=rng)
+    angle, x, y = torch.empty(3, len(images), device=rng.device).uniform_(-1.0, 1.0, generator=rng)
+    scale = torch.empty(len(images), device=rng.device).uniform_(*ZOOM, generator=rng)
     angle, x, y = angle * math.radians(ROTATION), x * 2 * SHIFT, y * 2 * SHIFT
     sine, cosine = angle.sin() * scale, angle.cos() * scale
     rows = torch.stack([torch.stack([cosine, -sine, x], 1), torch.stack([sine, cosine, y], 1)], 1)

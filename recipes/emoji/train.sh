@@ -6,8 +6,8 @@
 #
 # Stop it with Ctrl-C; the same command resumes. OUT/model then holds the model: dalle1 sample
 # "honeybee, fluent 3d style" --model OUT/model. Images have 128 pixels, 16 × 16 codes; the
-# transformer learns from 64 pixels first, where an update takes a third of the time. Captions have
-# at most 27 tokens of 2,048, and 99 in 100 at most the 23 that the model reads.
+# transformer learns from 64 pixels first, where a pair takes a third of the time. Captions have up to
+# 28 tokens of 2,048, and 997 in 1,000 at most the 23 that the model reads.
 set -euo pipefail
 
 DATA=${DATA:-runs/emoji}          # what emoji.sh wrote
@@ -27,22 +27,27 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=recipes/stages.sh
 . "$here/../stages.sh"
 
+read -r half whole more <<<"$SIZES"
+if [ -z "$whole" ] || [ -n "$more" ]; then
+    echo "error: SIZES is '$SIZES', expected two image sides such as '64 128'" >&2
+    exit 2
+fi
 stage dvae "${dalle1[@]}" train dvae small --data "$DATA/train" --steps 5000 \
     --temperature-steps 4200 --out "$OUT/dvae" ${dvae_flags[@]+"${dvae_flags[@]}"}
-read -r half whole <<<"$SIZES"
 for size in $SIZES; do
-    stage "codes-$size" "${dalle1[@]}" encode --dvae "$OUT/dvae" --data "$DATA/train" \
+    stage "codes-$size" "${dalle1[@]}" encode --dvae "$OUT/dvae" --data "$DATA/train" --crops 4 \
         --image-size "$size" --shard-size 1000 --out "$OUT/codes-$size"
 done
 transformer=("${dalle1[@]}" train transformer toy-128 --dvae "$OUT/dvae")
-transformer+=(--model.text-vocab 2048 --model.text-len 24)
-stage first "${transformer[@]}" --data "$OUT/codes-$half" --image-size "$half" --batch-size 32 \
-    --steps 4000 --out "$OUT/first" ${first_flags[@]+"${first_flags[@]}"}
+transformer+=(--model.text-vocab 2048 --model.text-len 24 --batch-size 32 --prompts)
+transformer+=("honeybee, fluent 3d style" "grinning face, noto style" "hammer, openmoji style")
+stage first "${transformer[@]}" --data "$OUT/codes-$half" --image-size "$half" \
+    --steps 2000 --out "$OUT/first" ${first_flags[@]+"${first_flags[@]}"}
 stage transformer "${transformer[@]}" --data "$OUT/codes-$whole" --image-size "$whole" \
-    --init "$OUT/first" --steps 10000 --out "$OUT/transformer" \
+    --init "$OUT/first" --final-learning-rate 1e-5 --out "$OUT/transformer" \
     ${transformer_flags[@]+"${transformer_flags[@]}"}
 stage clip "${dalle1[@]}" train clip small --data "$DATA/train" --vocab-size 2048 --random-blur \
-    --out "$OUT/clip" ${clip_flags[@]+"${clip_flags[@]}"}
+    --model.text-len 32 --steps 2500 --out "$OUT/clip" ${clip_flags[@]+"${clip_flags[@]}"}
 stage classifier "$PYTHON" "$here/classifier.py" train --data "$DATA" --out "$OUT/classifier" \
     ${classifier_flags[@]+"${classifier_flags[@]}"}
 

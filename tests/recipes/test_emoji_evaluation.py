@@ -179,3 +179,13 @@ def test_one_command_trains_and_evaluates(data: Path, tmp_path: Path) -> None:
     assert scores["heldout/best of 2/prompts"] == scores["train/best of 2/prompts"] == 1
     model = DallE.from_pretrained(str(tmp_path / "out" / "model"), device="cpu")
     assert model.image_tokenizer.image_size == 64
+    assert model.transformer.config.rotary_grid == 4  # of the first stage, by --init
+    assert model.generation.guidance == 2
+    assert (tmp_path / "out" / "model" / "ATTRIBUTIONS.md").is_file()
+    wrong = subprocess.run(
+        [str(FOLDER / "train.sh")],
+        env={**environment, "SIZES": "64"},
+        capture_output=True,
+        text=True,
+    )
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
