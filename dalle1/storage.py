@@ -21,9 +21,9 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dalle1.config import check_types
+from dalle1.empty_modules import without_storage
 from dalle1.json_files import parse_json
 from dalle1.model_files import check_model_files, refuse_pointer, unfit_files
 from dalle1.tensor_files import (
@@ -342,30 +342,6 @@ def load_weights(
         }
         model.load_state_dict(tensors, strict=True, assign=True)
     return model.to(device).eval()
-
-
-RANDOM_FILLS = "normal_", "uniform_", "kaiming_uniform_", "div_"
-"""Functions that fill a new parameter, or scale it."""
-
-
-class _KeepAsBuilt(TorchFunctionMode):
-    """A mode in which random initialization changes nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in RANDOM_FILLS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def without_storage() -> Iterator[None]:
-    """Build modules without storage and without random numbers: their weights are loaded later.
-
-    Random numbers on torch's meta device would import its compiler, which takes two seconds.
-    """
-    with torch.device("meta"), _KeepAsBuilt():
-        yield
 
 
 def _with_format_of(empty: Tensor, tensor: Tensor) -> Tensor:

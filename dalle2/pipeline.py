@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from dalle1.clip import Clip
-from dalle1.clip.loading import clip_folder
 from dalle1.data.cleaning import clean_prompt
 from dalle1.data.images import to_float, to_pil, to_tensor
 from dalle1.devices import PRECISIONS, inference, pick_device, pick_precision
@@ -119,7 +118,7 @@ class Unclip(RankingPipeline):
         folder, on = find_model(directory), pick_device(device)
         dtype = pick_precision(precision, on)
         named = next(name for name, kind in PRECISIONS.items() if kind == dtype)
-        own_clip = folder / CLIP_NAME if (folder / CLIP_NAME).is_dir() else clip_folder("bundled")
+        own_clip = folder / CLIP_NAME if (folder / CLIP_NAME).is_dir() else "bundled"
         encoder = Clip.from_pretrained(own_clip, on)
         reranker = encoder if clip is None else None
         if clip is not None and clip != "none":

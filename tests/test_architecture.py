@@ -31,7 +31,7 @@ from source_rules import (
 LAYERS = [
     [
         *("dalle1.config", "dalle1.json_files", "dalle1.model_files", "dalle1.tensor_files"),
-        "dalle1.memory_errors",
+        *("dalle1.empty_modules", "dalle1.memory_errors"),
         *("dalle1.storage", "dalle1.console", "dalle1.tyro_errors"),
     ],
     ["dalle1.devices", "dalle1.hub", "dalle1.locking", "dalle1.model_card"],

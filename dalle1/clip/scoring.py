@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from dalle1.clip.checks import check_clip
 from dalle1.clip.loading import Clip, clip_folder
 from dalle1.clip.resnet import WIDENING, ModifiedResNet
+from dalle1.empty_modules import without_storage
 from dalle1.json_files import parse_json
-from dalle1.storage import without_storage
 from dalle1.tensor_files import read_tensors
 
 MODEL_TYPE = "clip_resnet"

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle1.config import check_types
+from dalle1.empty_modules import without_storage
 from dalle1.json_files import parse_json
 from dalle1.locking import LOCK_NAME, folder_lock
 from dalle1.model_files import check_model_files
 from dalle1.storage import (
     atomic_path,
     refuse_impossible_sizes,
-    without_storage,
     write_atomic,
 )
 
