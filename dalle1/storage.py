@@ -95,20 +95,21 @@ BUNDLED = Path(__file__).parent / "bundled" / "toybox"
 def model_folder(directory: str | Path) -> Path:
     """Return the folder with the model: `directory`, or its newest whole checkpoint if it has any.
 
-    "bundled" is the model that ships with the project.
+    "bundled" is the model that ships with the project; a warning tells where a model in the working
+    directory is called so, too.
 
     `latest` in a path stands for the newest whole checkpoint too, whether the link exists or not:
     syncs drop links, and some file systems have none.
 
-    Raises: ValueError where files of it are links out of the folder, pipes or devices, and where a
-        model in the working directory is called bundled, too.
+    Raises: ValueError where files of it are links out of the folder, pipes or devices.
     """
     path = Path(directory)
     if str(path) == "bundled":
         if any(path.glob("*.safetensors")) or checkpoints(path):
-            raise ValueError(
-                "bundled is the model that ships with dalle1, and also a folder here; write "
-                f"{path.absolute()} for the folder"
+            warnings.warn(
+                "bundled is the model that ships with dalle1; for the folder here, write "
+                f"{path.absolute()}",
+                stacklevel=2,
             )
         path = BUNDLED
     folder = _model_folder(path)

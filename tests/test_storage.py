@@ -205,6 +205,6 @@ def test_bundled_is_the_model_that_ships_and_never_a_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     assert model_folder("bundled") == model_folder(Path("bundled")) == BUNDLED
     (tmp_path / "bundled" / "step-5").mkdir(parents=True)
-    with pytest.raises(ValueError, match="bundled is the model that ships with dalle1, and also"):
-        model_folder("bundled")
+    with pytest.warns(UserWarning, match="bundled is the model that ships.*write .*bundled"):
+        assert model_folder("bundled") == BUNDLED
     assert model_folder(tmp_path / "bundled") != BUNDLED
