@@ -290,10 +290,10 @@ def _encoded(
         progress.update(len(batch) + len(batch.skipped))
         if not len(batch):
             continue
-        images = batch.tensors["images"]
-        with autocast(device, precision):
-            codes = model.encode(to_float(images.flatten(0, 1).to(device)))
-        grids = codes.unflatten(0, images.shape[:2]).cpu().numpy().astype(dtype)
+        images = batch.tensors["images"].to(device)
+        with autocast(device, precision):  # a crop of each image at a time: memory for one batch
+            codes = [model.encode(to_float(crops)) for crops in images.unbind(1)]
+        grids = torch.stack(codes, 1).cpu().numpy().astype(dtype)
         numbers, sizes = (batch.tensors[name].tolist() for name in ("number", "sizes"))
         captions = map(parse_json, batch.texts["captions"])
         for number, grid, texts, crops in zip(numbers, grids, captions, sizes, strict=True):
