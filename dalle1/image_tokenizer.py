@@ -123,3 +123,14 @@ def load_image_tokenizer(
     if not all(weight.isfinite().all() for weight in weights):
         raise ValueError(f"the weights in {path} are nan or infinite; use an earlier checkpoint")
     return tokenizer
+
+
+def require_dvae(tokenizer: ImageTokenizer, folder: str | Path) -> DVAE:
+    """Return the image tokenizer of `folder` if it is a dVAE, whose codes can be sampled.
+
+    Raises: ValueError for others, which have no distribution of codes.
+    """
+    if isinstance(tokenizer, DVAE):
+        return tokenizer
+    kind = type(tokenizer).__name__
+    raise ValueError(f"--sample-codes needs a dVAE; the image tokenizer in {folder} is a {kind}")

@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle1.storage import load_weights, model_folder, save_weights
-from dvae.gumbel import gumbel_softmax
+from dvae.gumbel import gumbel_noise, gumbel_softmax
 from dvae.losses import squeeze_pixels, unsqueeze_pixels
 
 DOWNSAMPLING = 8
@@ -256,6 +256,15 @@ class DVAE(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Return the most likely codes, without noise: [B, 3, H, W] in [0, 1] → [B, h, w]."""
         return self.logits(images).argmax(-1)
+
+    @torch.no_grad()
+    def sample_codes(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Sample codes from the encoder's distribution: [B, 3, H, W] in [0, 1] → [B, h, w].
+
+        Stage 2's bound asks for this; with little data it regularizes (paper §2.2, footnote 2).
+        """
+        logits = self.logits(images)
+        return gumbel_noise(logits, generator).add_(logits).argmax(-1)  # the Gumbel-max trick
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

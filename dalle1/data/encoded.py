@@ -45,9 +45,11 @@ from dalle1.data.spec import open_source
 from dalle1.devices import autocast, pick_device, pick_precision
 from dalle1.image_tokenizer import (
     load_image_tokenizer,
+    require_dvae,
 )
 from dalle1.json_files import parse_json
 from dalle1.locking import folder_lock
+from dvae.model import DVAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,9 @@ class EncodeConfig(EncodeOptions):
 
     dvae: Path
     """Folder of the image tokenizer that encodes the images, or bundled."""
+    sample_codes: bool = False
+    """Whether codes are sampled from the dVAE's distribution, instead of the most likely ones. With
+    several crops of few images, this regularizes stage 2 (paper §2.2, footnote 2)."""
 
 
 class ImageEncoder(Protocol):
@@ -102,6 +107,21 @@ class ImageEncoder(Protocol):
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [0, 1] as [B, n, m], integers or floats."""
+
+
+@dataclass(frozen=True)
+class SampledCodes:
+    """Encodes images by codes that are sampled from a dVAE's distribution."""
+
+    dvae: DVAE
+    generator: torch.Generator
+
+    @property
+    def image_size(self) -> int:
+        return self.dvae.image_size
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.dvae.sample_codes(images, self.generator)
 
 
 def _write_entries(path: Path) -> int:
@@ -141,9 +161,14 @@ def encode(config: EncodeConfig) -> int:
         "dvae": fingerprint(config.dvae),
         "codebook_size": model.codebook_size,
         "grid_size": model.grid_size,
+        "sample_codes": config.sample_codes,
     }
+    encoder: ImageEncoder = model
+    if config.sample_codes:
+        generator = torch.Generator(device).manual_seed(config.seed)
+        encoder = SampledCodes(require_dvae(model, config.dvae), generator)
     dtype = np.uint16 if model.codebook_size <= 1 << 16 else np.uint32
-    return encode_images(config, model, device, config.out / INDEX_NAME, identity, dtype)
+    return encode_images(config, encoder, device, config.out / INDEX_NAME, identity, dtype)
 
 
 def encode_images(
@@ -261,6 +286,8 @@ def _claim(
     del index["max_bad_fraction"]
     config.out.mkdir(parents=True, exist_ok=True)
     stored = parse_json(path, dict) if path.exists() else {}
+    if stored:  # earlier versions never sampled codes, and did not write it down
+        stored = {"sample_codes": False, **stored}
     if changed := ", ".join(k for k in index if stored.get(k, index[k]) != index[k]):
         raise ValueError(
             f"{config.out} holds codes of another dVAE or other data or settings ({changed} "

@@ -34,7 +34,7 @@ from dalle1.data.crops import Augmentation, augmented, centre_square
 from dalle1.data.images import grid, save_png, to_float, to_tensor
 from dalle1.data.spec import data_name
 from dalle1.devices import autocast
-from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer
+from dalle1.image_tokenizer import image_tokenizer_file, load_image_tokenizer, require_dvae
 from dalle1.model.lora import plain_name
 from dalle1.model.transformer import (
     Transformer,
@@ -103,6 +103,13 @@ class TransformerTask(Task[Transformer]):
         self.info = before.fine_tuned(data_name(config.data), config.batch_size)
         self.generation = GenerationConfig.load(init) if init else GenerationConfig()
         self.source, encoded = self.open("train")
+        if config.sample_codes:
+            require_dvae(self.dvae, config.dvae)
+            if encoded:
+                raise ValueError(
+                    f"--sample-codes samples codes of images, and {config.data} holds codes; pass "
+                    "it to `dalle1 encode` instead"
+                )
         self.tokenizer = self.vocabulary()
         size, text_len = self.dvae.image_size, config.model.text_len
         prepare = Tokenized(
@@ -210,6 +217,9 @@ class TransformerTask(Task[Transformer]):
     def losses(
         self, batch: Mapping[str, Tensor], step: int, rng: torch.Generator
     ) -> Sequence[TransformerLoss]:
+        if self.config.sample_codes:
+            dvae = require_dvae(self.dvae, self.config.dvae)
+            batch = {**batch, "codes": dvae.sample_codes(to_float(batch["images"]), rng)}
         return [self.loss(self.model, batch)]
 
     def loss(self, model: Transformer, batch: Mapping[str, Tensor]) -> TransformerLoss:

@@ -7,7 +7,9 @@ import json
 import pickle
 import random
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from dalle1.data.encoded import EncodeConfig, encode, encoding_precision, main
 from dalle1.data.examples import iter_batches
 from dalle1.data.images import to_float, to_tensor
 from dalle1.devices import autocast
-from dalle1.image_tokenizer import load_image_tokenizer
+from dalle1.image_tokenizer import load_image_tokenizer, require_dvae
 from dalle1.toybox import Toybox
 from dvae import DVAE, DVAEConfig
 
@@ -254,6 +256,29 @@ def test_the_bundled_dvae_encodes(tmp_path: Path) -> None:
     source = open_codes(str(config.out), "train", bundled, dvae)
     assert source is not None
     assert source.codes(0, RNG).shape == (2, 2)
+
+
+def test_sampled_codes(encoded: tuple[EncodeConfig, DVAE], tmp_path: Path) -> None:
+    likely = source_of(encoded[0])
+    config = replace(encoded[0], sample_codes=True)
+    with pytest.raises(ValueError, match=r"settings \(sample_codes differ\)"):
+        encode(config)
+    for name in ("one", "two"):
+        encode(replace(config, out=tmp_path / name))
+    one, two = (source_of(replace(config, out=tmp_path / name)) for name in ("one", "two"))
+    grids = [(s.codes(i, RNG), likely.codes(i, RNG)) for s in (one, two) for i in range(len(one))]
+    for i, (sampled, _) in enumerate(grids[: len(one)]):
+        assert torch.equal(sampled, grids[len(one) + i][0])  # the seed decides
+    changed = torch.stack([sampled != best for sampled, best in grids]).float().mean()
+    assert 0.3 < changed < 1  # of 50 codes, nearly uniform before training
+
+
+def test_codes_are_sampled_from_a_dvae_alone(encoded: tuple[EncodeConfig, DVAE]) -> None:
+    model = encoded[1]
+    assert require_dvae(model, "folder") is model
+    other: Any = SimpleNamespace(encode=model.encode)
+    with pytest.raises(ValueError, match=r"--sample-codes needs a dVAE; the image tokenizer in x"):
+        require_dvae(other, "x")
 
 
 def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:

@@ -188,6 +188,17 @@ def test_codes_are_the_argmax_without_noise() -> None:
     assert len(codes.unique()) > 1
 
 
+def test_sampled_codes_are_as_frequent_as_the_encoder_states() -> None:
+    model, image = tiny(), random_images(1)
+    with torch.no_grad():
+        probabilities = model.logits(image)[0].softmax(-1)
+    codes = model.sample_codes(image.expand(4_000, -1, -1, -1), seeded())
+    shares = F.one_hot(codes, 20).float().mean(0)
+    errors = (probabilities * (1 - probabilities) / 4_000).sqrt()
+    assert ((shares - probabilities).abs() < 5 * errors + 1e-6).all()
+    assert torch.equal(model.sample_codes(image, seeded(1)), model.sample_codes(image, seeded(1)))
+
+
 def test_decoding_codes_is_decoding_one_hot_weights() -> None:
     model = tiny()
     codes = torch.randint(20, (2, 3, 2), generator=seeded())

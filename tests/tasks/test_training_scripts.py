@@ -98,6 +98,20 @@ def test_a_transformer_trains_from_images(runs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "latest" / "transformer.safetensors").is_file()
 
 
+def test_a_transformer_trains_on_sampled_codes(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["toy", "--dvae", str(runs / "dvae"), *TINY_TRANSFORMER, *RUN]
+    losses = []
+    for flag in ([], ["--sample-codes"], ["--sample-codes"]):
+        out = tmp_path / str(len(losses))
+        train_transformer.main([*train, "--data", "toybox:4", *flag, "--out", str(out)])
+        losses.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["image"])
+    assert losses[0] != losses[1] == losses[2]
+    encoded = [*train, "--data", str(runs / "codes"), "--sample-codes", "--out", str(tmp_path)]
+    assert "pass it to `dalle1 encode` instead" in refused(train_transformer.main, encoded, capsys)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_lora_is_resumed_exactly_and_merged(runs: Path, tmp_path: Path, optimizer: str) -> None:
     train = ["small", "--dvae", str(runs / "dvae"), *RUN, "--optimizer", optimizer]
