@@ -126,11 +126,14 @@ def load_image_tokenizer(
 
 
 def require_dvae(tokenizer: ImageTokenizer, folder: str | Path) -> DVAE:
-    """Return the image tokenizer of `folder` if it is a dVAE, whose codes can be sampled.
+    """Return the image tokenizer of `folder` if it is a `DVAE`, whose codes can be sampled.
 
-    Raises: ValueError for others, which have no distribution of codes.
+    Raises: ValueError for another class.
     """
     if isinstance(tokenizer, DVAE):
         return tokenizer
     kind = type(tokenizer).__name__
-    raise ValueError(f"--sample-codes needs a dVAE; the image tokenizer in {folder} is a {kind}")
+    raise ValueError(
+        f"--sample-codes needs a dVAE, as `dalle1 train dvae` writes it; the image tokenizer in "
+        f"{folder} is a {kind}"
+    )

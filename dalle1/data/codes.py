@@ -89,6 +89,7 @@ class CodeSource(IndexedSource):
             entries = index_files(self.shards, FILES)
         self.codebook_size: int | None = index.get("codebook_size")
         self.numbers: int | None = index.get("numbers")
+        self.noise = [f"noise {index.get('seed')}"] if index.get("sample_codes") else []
         kept = split_indices(range(len(entries)), split)
         self.entries = entries[kept.start : kept.stop]
 
@@ -97,7 +98,8 @@ class CodeSource(IndexedSource):
 
     def digest(self) -> str:
         positions = hashlib.sha256(np.ascontiguousarray(self.entries).data).hexdigest()
-        return names_digest([self.dvae, positions, *(shard.name for shard in self.shards)])
+        names = [shard.name for shard in self.shards]
+        return names_digest([self.dvae, positions, *self.noise, *names])
 
     def find(self, index: int) -> CodeSample:
         return CodeSample(self, index, index)

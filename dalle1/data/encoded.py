@@ -164,11 +164,11 @@ def encode(config: EncodeConfig) -> int:
         "sample_codes": config.sample_codes,
     }
     encoder: ImageEncoder = model
-    if config.sample_codes:
-        generator = torch.Generator(device).manual_seed(config.seed)
-        encoder = SampledCodes(require_dvae(model, config.dvae), generator)
+    noise = torch.Generator(device) if config.sample_codes else None
+    if noise is not None:
+        encoder = SampledCodes(require_dvae(model, config.dvae), noise)
     dtype = np.uint16 if model.codebook_size <= 1 << 16 else np.uint32
-    return encode_images(config, encoder, device, config.out / INDEX_NAME, identity, dtype)
+    return encode_images(config, encoder, device, config.out / INDEX_NAME, identity, dtype, noise)
 
 
 def encode_images(
@@ -178,18 +178,20 @@ def encode_images(
     path: Path,
     identity: Mapping[str, Any],
     dtype: type[np.generic],
+    noise: torch.Generator | None = None,
 ) -> int:
     """Encode all of `config.data` by a model, shard by shard, beside the index `path`.
 
     Args:
         identity: what identifies the model and its encodings, for the index.
         dtype: type of the stored numbers.
+        noise: the model's source of noise, seeded anew for each shard, as it may be resumed there.
 
     Returns: the number of damaged shards of the data.
     """
     size = model.image_size
-    decode_size = math.ceil(size * FOR_TRANSFORMER.resize[1]) if config.crops > 1 else size
-    source = _open(config, size, decode_size)
+    largest = FOR_TRANSFORMER.resize[1] if config.crops > 1 else 1
+    source = _open(config, size, math.ceil(size * largest))
     prepare = partial(_prepare, size, config)  # no closure: spawned workers must unpickle it
     chunks = list(source.chunks(config.shard_size))
     precision = _claim(config, path, identity, source, len(chunks), device)
@@ -203,12 +205,12 @@ def encode_images(
                 if source.size is None:  # else those read again would look like all there are
                     stats.shards.add([ShardRead(str(shard), _length(shard), True)])
                 continue
+            if noise is not None:
+                noise.manual_seed(config.seed * 1_000_003 + number)
             batches = iter_batches(source, keys, prepare, config.batch_size, config.num_workers)
-            # The samples of a stream are counted from 0 in each of its shards.
-            first = number * 100_000 if source.size is None else 0
+            first = number * 100_000 if source.size is None else 0  # a stream counts from 0 in each
             encoded = _encoded(model, device, batches, stats, progress, precision, dtype)
-            cut = stats.shards.damaged
-            unfinished = shard.with_suffix(".partial")
+            cut, unfinished = stats.shards.damaged, shard.with_suffix(".partial")
             _write_shard(unfinished, encoded, first)
             _keep(unfinished, shard, complete=stats.shards.damaged == cut)
     if not _write_entries(path):

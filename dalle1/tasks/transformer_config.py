@@ -32,7 +32,8 @@ class TransformerTrainConfig(FineTuneConfig):
     """Random crops of the training images; data that is already encoded is not cropped."""
     sample_codes: bool = False
     """Whether images are encoded by sampled codes, not by the most likely ones: a regularizer for
-    small datasets (paper §2.2, footnote 2). Encoded data: see `dalle1 encode --sample-codes`."""
+    small datasets (paper §2.2, footnote 2). Validation takes the most likely ones. For data that is
+    already encoded, see `dalle1 encode --sample-codes`."""
     text_weight: float = 1 / 8
     """Weight of the text loss; that of the image loss is 1 minus this."""
     checkpointing: bool = False

@@ -69,14 +69,16 @@ def changed_settings(
 ) -> list[str]:
     """Return a line for each setting that differs from the key in a checkpoint.
 
-    A setting that did not exist when the checkpoint was written may have any value now. A path may
-    change where the same is found behind it.
+    A setting that did not exist when the checkpoint was written may have any value now, except
+    where all earlier versions did the same. A path may change where the same is found behind it.
 
     Args:
         stored_contents: what was found behind the paths, by the setting's name; and now `contents`.
     """
     now = resume_key(config)
     then = {**now, "optimizer": "adamw", **_upgraded(stored)}
+    if "sample_codes" in now:
+        then["sample_codes"] = stored.get("sample_codes", "False")
     changed = []
     for name in now:
         before, after = ((all_of or {}).get(name) for all_of in (stored_contents, contents))

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import random
 import sys
+import textwrap
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Literal
 
 import torch
 from classifier import Emoji, EmojiClassifier, accuracy, load_classifier
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dalle1.console import bar, notes, one_line_errors, parse
@@ -30,7 +32,7 @@ from dalle1.pipeline import DallE
 from dalle1.sampling.generation import Rerank
 
 PARTS = ("concept", "artist", "both")
-MAX_SHOWN = 32  # held-out pairs in heldout.png
+MAX_SHOWN = 24  # held-out pairs in heldout.png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ def evaluate_emoji(options: EmojiOptions) -> Scores:
     model = DallE.from_pretrained(
         options.model, clip=options.clip, device=options.device, precision=options.precision
     )
-    rows: list[Image.Image] = []
+    shown: list[Image.Image] = []
     for split, held_out in (("heldout", True), ("train", False)):
         chosen = [i for i in emoji.where(held_out) if emoji.concepts.count(emoji.concepts[i]) > 1]
         random.Random(options.seed).shuffle(chosen)
@@ -127,15 +129,32 @@ def evaluate_emoji(options: EmojiOptions) -> Scores:
         for index, verdicts, image in samples(options, model, classifier, emoji, chosen):
             first.append(verdicts[0])
             best.append(verdicts[-1])
-            if held_out and len(rows) < 2 * MAX_SHOWN:
-                rows += [to_pil(to_float(emoji.images[index][None]))[0], image]
+            if held_out and len(shown) < MAX_SHOWN:
+                true = to_pil(to_float(emoji.images[index][None]))[0]
+                shown.append(tile(true, image, prompt_of(emoji, index)))
         yield from shares(f"{split}/first", first)
         yield from shares(f"{split}/best of {options.best_of}", best)
         for artist in sorted(set(emoji.artists)):
             of_artist = [v for i, v in zip(chosen, best) if emoji.artists[i] == artist]
             yield from shares(f"{split}/{artist}", of_artist)
-    sheet = [image.resize((128, 128), Image.Resampling.BOX) for image in rows]
-    grid(sheet, 8).save(options.out / "heldout.png")
+    grid(shown, 6).save(options.out / "heldout.png")
+
+
+def prompt_of(emoji: Emoji, index: int) -> str:
+    """Return the caption of pair `index` that has the concept's name alone."""
+    return f"{emoji.concepts[index]}, {emoji.artists[index]} style"
+
+
+def tile(true: Image.Image, sample: Image.Image, prompt: str, side: int = 88) -> Image.Image:
+    """Return the true image beside a sample, over the prompt."""
+    sheet = Image.new("RGB", (2 * side + 4, side + 32), "white")
+    for left, image in ((0, true), (side + 4, sample)):
+        sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (left, 0))
+    plain = unicodedata.normalize("NFKD", prompt).replace("’", "'").encode("ascii", "ignore")
+    text = "\n".join(textwrap.wrap(plain.decode(), 30, max_lines=2, placeholder=" ..."))
+    style = {"fill": "#333", "font": ImageFont.load_default(11), "anchor": "ma", "align": "center"}
+    ImageDraw.Draw(sheet).multiline_text((side + 2, side + 3), text, **style)
+    return sheet
 
 
 def samples(
@@ -146,7 +165,7 @@ def samples(
     chosen: Sequence[int],
 ) -> Iterator[tuple[int, list[Verdict], Image.Image]]:
     """Yield each pair with the verdicts on its first and its best candidate, and the best image."""
-    prompts = [f"{emoji.concepts[i]}, {emoji.artists[i]} style" for i in chosen]
+    prompts = [prompt_of(emoji, i) for i in chosen]
     ranked = model.sample(
         prompts,
         num_candidates=options.best_of,

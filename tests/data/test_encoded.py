@@ -9,7 +9,6 @@ import random
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from dalle1.data.encoded import EncodeConfig, encode, encoding_precision, main
 from dalle1.data.examples import iter_batches
 from dalle1.data.images import to_float, to_tensor
 from dalle1.devices import autocast
-from dalle1.image_tokenizer import load_image_tokenizer, require_dvae
+from dalle1.image_tokenizer import load_image_tokenizer
 from dalle1.toybox import Toybox
+from dalle1.vqgan import VQGAN, VQGANConfig
 from dvae import DVAE, DVAEConfig
 
 RNG = random.Random(0)
@@ -265,20 +265,33 @@ def test_sampled_codes(encoded: tuple[EncodeConfig, DVAE], tmp_path: Path) -> No
         encode(config)
     for name in ("one", "two"):
         encode(replace(config, out=tmp_path / name))
+    (tmp_path / "two" / "00001.tar").unlink()
+    encode(replace(config, out=tmp_path / "two"))  # resumes there
     one, two = (source_of(replace(config, out=tmp_path / name)) for name in ("one", "two"))
     grids = [(s.codes(i, RNG), likely.codes(i, RNG)) for s in (one, two) for i in range(len(one))]
     for i, (sampled, _) in enumerate(grids[: len(one)]):
-        assert torch.equal(sampled, grids[len(one) + i][0])  # the seed decides
+        assert torch.equal(sampled, grids[len(one) + i][0])  # the seed decides, resumed or not
+    encode(replace(config, seed=1, out=tmp_path / "other"))
+    other = source_of(replace(config, out=tmp_path / "other"))
+    assert not torch.equal(other.codes(0, RNG), one.codes(0, RNG))
+    assert len({source.digest() for source in (likely, one, other)}) == 3
     changed = torch.stack([sampled != best for sampled, best in grids]).float().mean()
     assert 0.3 < changed < 1  # of 50 codes, nearly uniform before training
 
 
-def test_codes_are_sampled_from_a_dvae_alone(encoded: tuple[EncodeConfig, DVAE]) -> None:
-    model = encoded[1]
-    assert require_dvae(model, "folder") is model
-    other: Any = SimpleNamespace(encode=model.encode)
-    with pytest.raises(ValueError, match=r"--sample-codes needs a dVAE; the image tokenizer in x"):
-        require_dvae(other, "x")
+def test_codes_are_sampled_from_a_dvae_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"image_size": 32, "width": 32, "multipliers": (1, 2), "blocks": 1, "attention": ()}
+    codes = {"codebook_size": 16, "latent_width": 8, "code_width": 8}
+    VQGAN(VQGANConfig(**sizes, **codes)).save(tmp_path / "vqgan")  # type: ignore[arg-type]
+    words = ["--dvae", str(tmp_path / "vqgan"), "--data", "toybox:2", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--sample-codes", "--out", str(tmp_path / "codes")])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "--sample-codes needs a dVAE, as `dalle1 train dvae` writes it; the" in message
+    assert "vqgan is a VQGAN" in message
 
 
 def test_what_cannot_be_encoded_or_read_is_refused(tmp_path: Path) -> None:

@@ -42,6 +42,14 @@ def test_memory_and_prompts_may_change_on_resuming() -> None:
     assert changed_settings(stored, config) == []
 
 
+def test_codes_of_earlier_trainings_were_not_sampled() -> None:
+    config = TRANSFORMER_PRESETS["small"]
+    stored = {name: x for name, x in resume_key(config).items() if name != "sample_codes"}
+    assert changed_settings(stored, config) == []
+    now = replace(config, sample_codes=True)
+    assert changed_settings(stored, now) == ["sample_codes was False and is True"]
+
+
 @pytest.mark.parametrize("prompt", ["", " \u200b"])
 def test_an_empty_prompt_is_refused(prompt: str) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
