@@ -134,6 +134,6 @@ def require_dvae(tokenizer: ImageTokenizer, folder: str | Path) -> DVAE:
         return tokenizer
     kind = type(tokenizer).__name__
     raise ValueError(
-        f"--sample-codes needs a dVAE, as `dalle1 train dvae` writes it; the image tokenizer in "
+        "--sample-codes needs a dVAE, as `dalle1 train dvae` writes it; the image tokenizer in "
         f"{folder} is a {kind}"
     )

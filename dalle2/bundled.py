@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dalle1.clip.loading import BUNDLED as BUNDLED_CLIP
+from dalle1.storage import BUNDLED
 
-BUNDLED_UNCLIP = BUNDLED_CLIP.parents[1] / "unclip"
+BUNDLED_UNCLIP = BUNDLED.with_name("unclip")
 
 
 def named(directory: str | Path) -> str | Path:

@@ -34,13 +34,12 @@ from dalle1.clip.losses import BIAS, MAX_LOG_SCALE, unit_features
 from dalle1.data.cleaning import SURROGATE
 from dalle1.data.images import to_rgb
 from dalle1.devices import inference
-from dalle1.storage import model_folder
+from dalle1.storage import BUNDLED, CLIP_NAME, model_folder
 from dalle1.text.bpe import Tokenizer
 
 if TYPE_CHECKING:  # transformers takes seconds to import: it is imported where it is used
     from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-BUNDLED = Path(__file__).parents[1] / "bundled" / "toybox" / "clip"
 SCALE = "logit_scale"
 START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
 NEW_MEAN = NEW_STD = 0.5  # normalization of the pixels of a new model
@@ -48,7 +47,8 @@ NEW_MEAN = NEW_STD = 0.5  # normalization of the pixels of a new model
 
 def clip_folder(name_or_dir: str | Path) -> Path:
     """Return the folder of a CLIP, its newest checkpoint, or that of the "bundled" one."""
-    return BUNDLED if str(name_or_dir) == "bundled" else model_folder(name_or_dir)
+    is_bundled = str(name_or_dir) == "bundled"
+    return BUNDLED / CLIP_NAME if is_bundled else model_folder(name_or_dir)
 
 
 def random_blur(images: Tensor, generator: torch.Generator) -> Tensor:

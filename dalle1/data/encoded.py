@@ -43,10 +43,7 @@ from dalle1.data.sources.base import (
 from dalle1.data.sources.indexed_shards import index_files
 from dalle1.data.spec import open_source
 from dalle1.devices import autocast, pick_device, pick_precision
-from dalle1.image_tokenizer import (
-    load_image_tokenizer,
-    require_dvae,
-)
+from dalle1.image_tokenizer import load_image_tokenizer, require_dvae
 from dalle1.json_files import parse_json
 from dalle1.locking import folder_lock
 from dvae.model import DVAE

@@ -61,6 +61,10 @@ def contents_of(data: Source, **files: Path | None) -> dict[str, Contents]:
     return found
 
 
+OF_EARLIER_VERSIONS = {"optimizer": "adamw", "sample_codes": "False"}
+"""Settings that did not exist, and what all trainings did then."""
+
+
 def changed_settings(
     stored: Mapping[str, str],
     config: TrainConfig,
@@ -69,16 +73,14 @@ def changed_settings(
 ) -> list[str]:
     """Return a line for each setting that differs from the key in a checkpoint.
 
-    A setting that did not exist when the checkpoint was written may have any value now, except
-    where all earlier versions did the same. A path may change where the same is found behind it.
+    A setting that did not exist when the checkpoint was written may have any value now, unless
+    it is in `OF_EARLIER_VERSIONS`. A path may change where the same is found behind it.
 
     Args:
         stored_contents: what was found behind the paths, by the setting's name; and now `contents`.
     """
     now = resume_key(config)
-    then = {**now, "optimizer": "adamw", **_upgraded(stored)}
-    if "sample_codes" in now:
-        then["sample_codes"] = stored.get("sample_codes", "False")
+    then = {**now, **OF_EARLIER_VERSIONS, **_upgraded(stored)}
     changed = []
     for name in now:
         before, after = ((all_of or {}).get(name) for all_of in (stored_contents, contents))

@@ -6,13 +6,13 @@
 #
 # Stop it with Ctrl-C; the same command resumes. OUT/model then holds the model: dalle1 sample
 # "honeybee, fluent 3d style" --model OUT/model. Images have 128 pixels, 16 × 16 codes; the
-# transformer learns from 64 pixels first, where a pair takes a third of the time. On a GPU that
-# detour saves little, and larger batches are faster:
+# transformer learns from 64 pixels first, where a pair takes a third of the time. On a GPU, larger
+# batches are faster. This is as many pairs as the training in docs/experiments.md had there:
 #
 #     SIZES=128 TRANSFORMER_FLAGS="--batch-size 512 --steps 2500" recipes/emoji/train.sh
 #
-# There are few images, so codes are sampled, from several crops: see docs/experiments.md. Captions
-# have up to 28 tokens of 2,048, and 997 in 1,000 at most the 23 that the model reads.
+# There are few images, so codes are sampled, from several crops. Captions have up to 28 tokens of
+# 2,048, and 997 in 1,000 at most the 23 that the model reads.
 set -euo pipefail
 
 DATA=${DATA:-runs/emoji}          # what emoji.sh wrote
